@@ -1,0 +1,124 @@
+"""Names and their options: a recipe's open sections, checked against the functions that they name.
+
+`{"name": "sgd", "momentum": 0.9}` and a mapping of names to functions go in; the same with every option resolved and
+converted to its type comes out. An option is a keyword argument of the function: its signature is the schema, so a new
+model or transform needs nothing but its function.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+SIMPLE_TYPES = (bool, int, float, str)
+
+
+def neighbours(word: str, known: Collection[str]) -> str:
+    """The hint for an unknown word: the closest known ones, or all of them when none is close."""
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known: {', '.join(sorted(known))}" if known else "there are none"
+
+
+def options_of(function: Callable) -> dict[str, Any]:
+    """The options of a function and their defaults: its keyword-only parameters (of a class: all that have defaults)."""
+    wanted = inspect.Parameter.KEYWORD_ONLY
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is wanted or (inspect.isclass(function) and parameter.default is not inspect.Parameter.empty)
+    }
+
+
+def resolve(
+    section: str, given: Mapping[str, Any], functions: Mapping[str, Callable], common: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Check one open section and fill in the defaults.
+
+    Args:
+        section: how the section is called in messages, such as "optimizer".
+        given: `name` and options, as the recipe has them.
+        functions: the functions that can be named.
+        common: further options and their defaults that go with any name; handed through unconverted.
+
+    Returns:
+        The section with all options, converted, and the problems found (empty when all is well).
+    """
+    common = common or {}
+    name = given.get("name")
+    if name is None:
+        return dict(given), [f"{section}.name is missing; known: {', '.join(sorted(functions))}"]
+    if name not in functions:
+        return dict(given), [f"{section}.name={name} is unknown; {neighbours(str(name), functions)}"]
+
+    function, problems = functions[name], []
+    defaults = options_of(function)
+    resolved: dict[str, Any] = {"name": name}
+    for key, default in (defaults | dict(common)).items():
+        if key not in given:
+            if default is inspect.Parameter.empty:
+                problems.append(f"{section}.{key} is missing: {name} needs it")
+            else:
+                resolved[key] = list(default) if isinstance(default, tuple) else default
+        elif key in common:
+            resolved[key] = given[key]
+        else:
+            try:
+                resolved[key] = convert(given[key], _hint(function, key))
+            except ValueError as error:
+                problems.append(f"{section}.{key}: {error}")
+    for key in given:
+        if key != "name" and key not in defaults and key not in common:
+            hint = neighbours(key, [*defaults, *common])
+            problems.append(f"{section}.{key} is not an option of {name}; {hint}")
+    return resolved, problems
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """Convert a YAML value to the type of a parameter, as OmegaConf does it for its structured configs.
+
+    Raises:
+        ValueError: the value does not fit; the message says what does.
+    """
+    # A class of one field lets OmegaConf judge the value: numbers, strings, choices, lists and tuples of them.
+    holder = dataclasses.make_dataclass("Option", [("value", hint)])
+    try:
+        result = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(holder), {"value": value}), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error).split("\n")[0]) from None
+    assert isinstance(result, dict)
+    plain = result["value"]
+    return list(plain) if isinstance(plain, tuple) else plain
+
+
+def _hint(function: Callable, key: str) -> Any:
+    """The type of a parameter in terms that OmegaConf knows; torch's optimizers also admit tensors, which YAML cannot."""
+    target = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+    try:
+        return _without_tensors(typing.get_type_hints(target).get(key, Any))
+    except NameError:  # an annotation that only type checkers can resolve
+        return Any
+
+
+def _without_tensors(hint: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        kept = tuple(
+            _without_tensors(argument)
+            for argument in arguments
+            if argument in (*SIMPLE_TYPES, type(None)) or typing.get_origin(argument) is not None
+        )
+        return typing.Union[kept] if kept else Any  # noqa: UP007 - built from a tuple
+    if origin is tuple and Ellipsis in arguments:  # OmegaConf has no tuple of any length
+        return list[arguments[0]]  # type: ignore[valid-type]
+    if origin is tuple:
+        return tuple[tuple(_without_tensors(argument) for argument in arguments)]  # type: ignore[misc]
+    known = hint in (*SIMPLE_TYPES, Any) or origin in (list, dict, typing.Literal)
+    return hint if known else Any

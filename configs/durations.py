@@ -1,0 +1,72 @@
+"""Durations in the units people think in: "10 epochs", "8.5 epochs", "200 steps"."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from shardstep.configs.errors import InputError
+
+Unit = Literal["epochs", "steps"]
+_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*(epochs?|steps?)")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: epochs completed; also the number of the epoch under way, from 0.
+        position: samples of the epoch under way that are consumed: the next global position.
+        samples: samples consumed since the start of the run.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training. The value is a Fraction, so that "0.1 epochs" is a tenth exactly."""
+
+    value: Fraction
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: str) -> "Duration":
+        """Read "10 epochs", "8.5 epochs" or "200 steps".
+
+        Raises:
+            InputError: the text has no number or unit, the value is 0, or a number of steps is not whole.
+        """
+        match = _PATTERN.fullmatch(text.strip())
+        if not match:
+            raise InputError(f'{text!r} is not a duration; write a number and a unit: "10 epochs" or "200 steps"')
+        value, unit = Fraction(match[1]), match[2].rstrip("s") + "s"
+        if value == 0:
+            raise InputError(f"{text!r}: a duration must be longer than 0")
+        if unit == "steps" and value.denominator != 1:
+            raise InputError(f"{text!r}: a number of steps must be whole")
+        return cls(value, "epochs" if unit == "epochs" else "steps")
+
+    def __str__(self) -> str:
+        number = str(self.value) if self.value.denominator == 1 else str(float(self.value))
+        return f"{number} {self.unit}"
+
+    def elapsed(self, progress: Progress, samples_per_epoch: int) -> Fraction:
+        """How many of this duration have passed: 1 at its end, 2 after twice as long."""
+        if self.unit == "steps":
+            return progress.step / self.value
+        return (progress.epoch + Fraction(progress.position, samples_per_epoch)) / self.value
+
+    def is_over(self, progress: Progress, samples_per_epoch: int) -> bool:
+        """Whether the duration has passed: "8.5 epochs" ends at the first step boundary at or past 8.5 epochs."""
+        return self.elapsed(progress, samples_per_epoch) >= 1
+
+    def is_due(self, before: Progress, after: Progress, samples_per_epoch: int) -> bool:
+        """Whether a multiple of this duration lies in the step that led from `before` to `after`."""
+        # Floors of exact fractions: no drift, and nothing is missed when one step spans several multiples.
+        return self.elapsed(after, samples_per_epoch) // 1 > self.elapsed(before, samples_per_epoch) // 1

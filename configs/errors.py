@@ -1,0 +1,25 @@
+"""Failures that are told in a message, without a traceback: bad input (exit code 2) and failed training (1)."""
+
+
+class InputError(ValueError):
+    """Bad input: a recipe, an option, an environment or a data set that cannot be used as it is.
+
+    The message says what is wrong (with the values), what follows from it, and how to mend it. Several problems found
+    together are joined by newlines.
+
+    Attributes:
+        everywhere: whether every rank raises it, so that one of them is enough to tell the person.
+    """
+
+    everywhere = True
+
+    @classmethod
+    def from_problems(cls, headline: str, problems: list[str]) -> "InputError":
+        """One error for all `problems`, each on a line of its own below the headline."""
+        if len(problems) == 1:
+            return cls(f"{headline}: {problems[0]}")
+        return cls("\n".join([f"{headline}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)]))
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on, and not for a mistake in the input that could have been found before: a NaN loss, say."""

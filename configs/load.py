@@ -1,0 +1,162 @@
+"""A recipe's name and overrides to a checked Recipe: YAML, then `section.key=value`, all problems at once."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from shardstep.configs.components import neighbours
+from shardstep.configs.errors import InputError
+from shardstep.configs.schema import OPEN_SECTIONS, Recipe
+
+_SECTIONS = {section.name: section for section in dataclasses.fields(Recipe)}
+
+
+@dataclass
+class Loaded:
+    """A recipe as far as it could be read; `problems` says what could not, `notes` what the person should know."""
+
+    recipe: Recipe
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the toolkit."""
+    folder = resources.files("shardstep.configs")
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or the name of one in configs/.
+
+    Raises:
+        InputError: there is no such recipe.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    if name in recipe_names():
+        return Path(str(resources.files("shardstep.configs"))) / f"{name}.yaml"
+    raise InputError(f"no recipe {name!r}: neither a file nor one of ours; {neighbours(name, recipe_names())}")
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Loaded:
+    """Read a recipe and apply overrides of the form section.key=value.
+
+    Raises:
+        InputError: the recipe cannot be found, or is not YAML. What is wrong inside it comes back as problems.
+    """
+    path = find_recipe(name)
+    loaded = Loaded(Recipe())
+    config = OmegaConf.structured(Recipe)
+
+    written = _read_yaml(path)
+    for section, content in written.items():
+        if section not in _SECTIONS:
+            loaded.problems.append(f"{section} is not a section; {neighbours(str(section), _SECTIONS)}")
+        elif not isinstance(content, dict):
+            loaded.problems.append(f"{section} must be a mapping of keys to values, not {content!r}")
+        elif section in OPEN_SECTIONS:
+            config[section] = content
+        else:
+            for key, value in content.items():
+                _set(config, section, str(key), value, loaded.problems)
+
+    settings = [_split_override(text, loaded.problems) for text in overrides]
+    # Names first: what the recipe says about the old choice is dropped, what the command line says is meant for the new.
+    settings.sort(key=lambda setting: setting[1] != "name")
+    for section, key, value in settings:
+        if section in OPEN_SECTIONS and key == "name":
+            _change_name(config, section, value, loaded)
+        elif section:
+            _set(config, section, key, value, loaded.problems)
+
+    try:
+        recipe = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise InputError(f"{path}: {_first_line(error)}") from None
+    assert isinstance(recipe, Recipe)
+    recipe.run.name = recipe.run.name or path.stem
+    recipe.run.dir = recipe.run.dir or f"runs/{recipe.run.name}"
+    loaded.recipe = recipe
+    return loaded
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe so that load_recipe gives it back."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, default_flow_style=None, width=110))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold sections (run, data, model, ...), not a {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _split_override(text: str, problems: list[str]) -> tuple[str, str, Any]:
+    """Split "section.key=value"; the value is YAML, as OmegaConf reads it (1e-3 is a number)."""
+    name, equals, value = text.partition("=")
+    section, dot, key = name.partition(".")
+    if not (equals and dot and key):
+        problems.append(f"{text!r} is not of the form section.key=value")
+        return "", "", None
+    if section not in _SECTIONS:
+        problems.append(f"{section} is not a section; {neighbours(section, _SECTIONS)}")
+        return "", "", None
+    if _takes_text(section, key):
+        return section, key, value  # as it is: YAML would read a run named 007 as 7
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        problems.append(f"{name}: {value!r} cannot be read: {_first_line(error)}")
+        return "", "", None
+    assert isinstance(parsed, dict)
+    return section, key, parsed["value"]
+
+
+def _takes_text(section: str, key: str) -> bool:
+    if section in OPEN_SECTIONS:
+        return key == "name"
+    section_class: Any = _SECTIONS[section].type
+    return any(option.name == key and option.type is str for option in dataclasses.fields(section_class))
+
+
+def _change_name(config: DictConfig, section: str, name: str, loaded: Loaded) -> None:
+    previous = OmegaConf.to_container(config[section])
+    assert isinstance(previous, dict)
+    if previous.get("name") == name:
+        return
+    dropped = [f"{key}={value}" for key, value in previous.items() if key != "name"]
+    if dropped:
+        loaded.notes.append(
+            f"{section}.name={name} replaces {previous['name']}: its {', '.join(dropped)} no longer apply"
+        )
+    config[section] = {"name": name}
+
+
+def _set(config: DictConfig, section: str, key: str, value: Any, problems: list[str]) -> None:
+    if section in OPEN_SECTIONS:
+        config[section][key] = value
+        return
+    known = list(config[section])
+    if key not in known:
+        problems.append(f"{section}.{key} is not a key; {neighbours(key, known)}")
+        return
+    try:
+        OmegaConf.update(config, f"{section}.{key}", value)
+    except OmegaConfBaseException as error:
+        problems.append(f"{section}.{key}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]

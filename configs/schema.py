@@ -1,0 +1,139 @@
+"""The recipe: every key that a YAML file or a command line can set, with its meaning and unit.
+
+Sections whose choices have arguments of their own (model, loss, optimizer, schedule, and each entry of data.augment)
+are open mappings with a `name`; the other keys are the keyword arguments of the function that carries this name, and
+components.py checks them against its signature.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives and what makes it reproducible."""
+
+    dir: str = ""
+    """Folder of the run; empty means runs/<run.name>."""
+    name: str = ""
+    """Name of the run; empty means the recipe's name."""
+    seed: int = 0
+    """Seeds initial weights, sample order, augmentation and dropout. The number of ranks does not enter."""
+    resume: Literal["if_available", "must", "never"] = "if_available"
+    """What to do when run.dir holds a run: go on if there is one, insist on one, or insist on none."""
+
+
+@dataclass
+class DataConfig:
+    """Which samples, in which order, and how they are prepared."""
+
+    train: str = "data/cifar10/train"
+    """Folder of the training shards."""
+    test: str = "data/cifar10/test"
+    """Folder of the test shards."""
+    source: Optional[str] = None  # noqa: UP045 - OmegaConf reads the field on Python 3.10 too
+    """Where missing shards are made from: cifar10, digits, synthetic:N, a folder or an archive. Unused if they exist."""
+    mode: Literal["auto", "resident", "stream"] = "auto"
+    """resident: decoded once, kept in RAM or on the device; stream: read from the shards; auto: resident if it fits."""
+    workers: int = 2
+    """Reader threads per rank in stream mode; 0 reads in the training thread."""
+    augment: list[Any] = field(default_factory=list)
+    """Batch transforms, in order: names, or mappings of a name and its arguments."""
+    normalize: Any = "manifest"
+    """manifest (the training set's mean and std), none (0..1), or {mean: [...], std: [...]} on the 0..1 scale."""
+    resize: Optional[int] = None  # noqa: UP045
+    """Pixels: the shorter side is scaled to this, then the centre square is cut out. Null keeps the images' size."""
+    lanes: int = 1
+    """Places of the shuffled line that are read in turn; see datasets/order.py."""
+    window_shards: Union[int, str] = "auto"  # noqa: UP007
+    """Shards whose samples are shuffled together; all is an exact uniform shuffle; auto is all up to 4 GB of data."""
+    last_batch: Literal["short", "drop"] = "short"
+    """What becomes of an epoch's last global batch when it is not full: train on it as it is, or leave it out."""
+
+
+@dataclass
+class TrainConfig:
+    """How much, how precisely, on what."""
+
+    global_batch_size: Union[int, str] = 128  # noqa: UP007
+    """Samples per optimizer step over all ranks and micro-steps; full is the whole training set."""
+    duration: str = "10 epochs"
+    """Length of training, in epochs (fractions allowed) or steps."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the forward and backward pass; weights stay in fp32. auto measures a step of each and takes the fastest."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Layout of images and convolution weights; auto is measured together with the precision."""
+    max_micro_batch: int = 2048
+    """Samples: the largest batch per rank per backward. The number of micro-steps per step follows from it."""
+    clip_norm: Optional[float] = None  # noqa: UP045
+    """Largest 2-norm of the whole gradient; longer ones are scaled down to it."""
+    clip_value: Optional[float] = None  # noqa: UP045
+    """Largest absolute value of a gradient's element; others are cut to it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where there is one."""
+    world_size: Optional[int] = None  # noqa: UP045
+    """Number of ranks that must come up; null accepts any number."""
+    timeout_s: float = 1800
+    """Seconds that a rank waits for the others in a collective before it gives up."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on the test set."""
+
+    every: str = "1 epochs"
+    """Time between evaluations; there is always one at the end."""
+    batch_size: int = 500
+    """Samples per rank and forward pass. Does not change the result."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saved states."""
+
+    every: str = "1 epochs"
+    """Time between checkpoints; there is always one at the end."""
+    keep: int = 2
+    """Number of newest checkpoints that stay on disk."""
+
+
+@dataclass
+class LogConfig:
+    """What is written down."""
+
+    every: str = "50 steps"
+    """Time between train lines in metrics.jsonl. Ranks reduce their sums on these steps only."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases: disabled, offline (files in the run folder, to be synced later), or online."""
+    wandb_project: str = "shardstep"
+    """Project in Weights & Biases."""
+    wandb_entity: Optional[str] = None  # noqa: UP045
+    """Team or user in Weights & Biases; null is your default one."""
+    wandb_tags: list[str] = field(default_factory=list)
+    """Tags in Weights & Biases."""
+    sample_keys: bool = False
+    """Write what each rank consumes to samples-rankN.jsonl: epoch, step, position and key of every sample."""
+
+
+@dataclass
+class Recipe:
+    """One training run, complete."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    """name (a key of trainer/models/__init__.py's MODELS) and that model's options."""
+    loss: dict[str, Any] = field(default_factory=lambda: {"name": "cross_entropy"})
+    """name (a key of trainer/losses.py's LOSSES) and that loss's options."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """name (see trainer/optimizers.py), that optimizer's own arguments, and `groups`."""
+    schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
+    """name (a key of trainer/schedules.py's SCHEDULES), that schedule's options, and `warmup`."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+OPEN_SECTIONS = ("model", "loss", "optimizer", "schedule")
+"""The sections that hold a name and the options of what it names."""

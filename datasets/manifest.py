@@ -1,0 +1,197 @@
+"""What a folder of shards holds: manifest.json and index, written once, checked at every opening.
+
+manifest.json   classes, counts, image shape, mean and std, how it was made; name, size and SHA-256 of every file
+index           20 bytes a sample: shard, offset / 512, size, label, crc32 (five little-endian uint32)
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardstep.configs.errors import InputError
+from shardstep.datasets.tar import BLOCK
+
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index"
+FORMAT_VERSION = 1
+
+# Image data in a tar starts at a multiple of 512, so 32 bits reach 2 TiB into a shard.
+INDEX_DTYPE = np.dtype([("shard", "<u4"), ("block", "<u4"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: `bytes` and `sha256` of the file, and how many samples it holds."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of manifest.json.
+
+    Attributes:
+        classes: names; the index is the label.
+        samples: number of samples.
+        samples_per_class: in the order of `classes`.
+        image_mode: "RGB", or "L" when every image is greyscale.
+        image_shape: (channels, height, width), or None when sizes differ (then data.resize is needed).
+        encodings: file name extensions that occur, such as ["png"].
+        mean, std: per channel over all pixels, on the 0..1 scale.
+        made: how the shards were made.
+        shards: in the order that sample ids count through.
+        index_sha256: of the index file.
+        fingerprint: SHA-256 over all of the above; names this data set in caches, checkpoints and summaries.
+    """
+
+    classes: list[str]
+    samples: int
+    samples_per_class: list[int]
+    image_mode: str
+    image_shape: list[int] | None
+    encodings: list[str]
+    mean: list[float]
+    std: list[float]
+    made: dict[str, Any]
+    shards: list[Shard]
+    index_sha256: str
+    format_version: int = FORMAT_VERSION
+    fingerprint: str = field(default="")
+
+    @property
+    def channels(self) -> int:
+        return 3 if self.image_mode == "RGB" else 1
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards together."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def computed_fingerprint(self) -> str:
+        content = {key: value for key, value in asdict(self).items() if key != "fingerprint"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json with its fingerprint: the last file of a data set, so that a folder without it is not one."""
+    content = asdict(manifest) | {"fingerprint": manifest.computed_fingerprint()}
+    (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def parse_manifest(text: str, where: str) -> Manifest:
+    """Read the text of a manifest.json.
+
+    Raises:
+        InputError: it is not one, is damaged, or is of a later version.
+    """
+    try:
+        content = json.loads(text)
+        version = content.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise InputError(f"{where} has format version {version}; this version of shardstep reads {FORMAT_VERSION}")
+        content["shards"] = [Shard(**shard) for shard in content["shards"]]
+        manifest = Manifest(**content)
+        fingerprint = manifest.computed_fingerprint()
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{where} is damaged or not a manifest of shards: {error}") from None
+    if manifest.fingerprint != fingerprint:
+        raise InputError(
+            f"{where} is damaged: its content does not match its fingerprint. Make it anew with "
+            f"`shardstep shards index`, or write the shards again"
+        )
+    return manifest
+
+
+def parse_index(data: bytes, manifest: Manifest, where: str) -> np.ndarray:
+    """Read the bytes of an index; INDEX_DTYPE, shape (samples,).
+
+    Raises:
+        InputError: it is not the index that the manifest was written with.
+    """
+    if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
+        raise InputError(
+            f"{where} is damaged: its SHA-256 is not the one in {MANIFEST_NAME}. Make both anew with "
+            f"`shardstep shards index`, or write the shards again"
+        )
+    return np.frombuffer(data, dtype=INDEX_DTYPE)
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """A data set on a local disk, opened: manifest and index are whole, every shard is there in its full size."""
+
+    path: Path
+    manifest: Manifest
+    index: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64, shape (samples,)."""
+        return self.index["label"].astype(np.int64)
+
+    @property
+    def samples_per_shard(self) -> list[int]:
+        return [shard.samples for shard in self.manifest.shards]
+
+    def shard_path(self, shard: int) -> Path:
+        return self.path / self.manifest.shards[shard].name
+
+    def key(self, sample_id: int) -> str:
+        """The WebDataset key of a sample, from its header in the tar."""
+        entry = self.index[sample_id]
+        with self.shard_path(int(entry["shard"])).open("rb") as file:
+            file.seek((int(entry["block"]) - 1) * BLOCK)
+            name = file.read(100).partition(b"\0")[0].decode(errors="replace")
+        return split_name(name)[0]
+
+
+def open_shards(path: str | Path) -> ShardFolder:
+    """Open a folder of shards; sizes are checked now, contents (crc32) when samples are read.
+
+    Raises:
+        InputError: the folder is missing, empty, half written, or a file is missing or not of its size.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(
+            f"no shards in {folder}: there is no such folder. Write them with `shardstep shards write`, "
+            f"or let a recipe make them with data.source"
+        )
+    if not (folder / MANIFEST_NAME).is_file():
+        tars = len(list(folder.glob("*.tar")))
+        remedy = "index them with `shardstep shards index`" if tars else "write some with `shardstep shards write`"
+        raise InputError(f"no data set in {folder}: {tars} tar files and no {MANIFEST_NAME}; {remedy}")
+    manifest = parse_manifest((folder / MANIFEST_NAME).read_text(errors="replace"), str(folder / MANIFEST_NAME))
+    problems = [problem for shard in manifest.shards if (problem := size_problem(folder / shard.name, shard.bytes))]
+    if problems:
+        raise InputError.from_problems(f"{folder} does not match its manifest", problems)
+    if not (folder / INDEX_NAME).is_file():
+        raise InputError(f"{folder / INDEX_NAME} is missing. Make it anew with `shardstep shards index`")
+    index = parse_index((folder / INDEX_NAME).read_bytes(), manifest, str(folder / INDEX_NAME))
+    if manifest.samples == 0:
+        raise InputError(f"{folder} holds no samples")
+    return ShardFolder(folder, manifest, index)
+
+
+def size_problem(path: Path, expected: int) -> str | None:
+    """What is wrong with a shard's presence or size, if anything is."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    size = path.stat().st_size
+    if size == expected:
+        return None
+    return f"{path.name} is {'cut off' if size < expected else 'extended'}: {size:,} bytes, {expected:,} when written"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's key and extension, as WebDataset splits them: at the first dot of the last path component."""
+    folder, slash, base = name.rpartition("/")
+    key, _, extension = base.partition(".")
+    return folder + slash + key, extension.lower()

@@ -1,0 +1,122 @@
+"""The global order of samples, version 1: a pure function of (seed, epoch, shard counts, lanes, window).
+
+    shards, permuted      [ shard 4 | shard 0 | shard 3 | shard 1 | shard 2 ]      one line of N samples
+    lanes (L = 2)         [        lane 0         ][        lane 1          ]      cut at sample precision
+    blocks (W = 2)        [   block 0    | block 1 ][   block 0    | block 1 ]     W shards each, inside a lane
+    position p            lane p mod L, place p div L; the samples of a block are permuted
+
+With one lane and the window `all` this is an exact uniform permutation. With a window, reading touches L x W shards at
+a time. Any slice costs a cumulative sum over the shards and the permutations of the blocks that it touches, so a run
+can start anywhere. Global batch k of an epoch is positions [k B, (k + 1) B), whatever the number of ranks.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from shardstep.datasets.randomness import permutation
+
+ORDER_VERSION = 1
+_SHARDS, _SAMPLES = 0, 1  # the streams of random numbers: which shard comes where, which sample of a block comes where
+
+
+class EpochOrder:
+    """The order of one epoch. Sample ids count through the shards as the manifest lists them."""
+
+    def __init__(
+        self,
+        samples_per_shard: np.ndarray | list[int],
+        seed: int,
+        epoch: int,
+        lanes: int = 1,
+        window_shards: int | None = None,
+    ):
+        """
+        Args:
+            samples_per_shard: number of samples in each shard, in manifest order.
+            seed: the run's seed.
+            epoch: number of the epoch, from 0.
+            lanes: L, at least 1; more lanes than samples leave the rest empty.
+            window_shards: W, at least 1; None is all.
+        """
+        counts = np.asarray(samples_per_shard, dtype=np.int64)
+        self.num_samples = int(counts.sum())
+        self._key = (seed, epoch)
+        self._lanes = lanes
+        self._window_shards = window_shards or max(len(counts), 1)
+        self._shard_order = permutation(len(counts), self._key, (_SHARDS, 0, 0))
+        # Where each shard begins: in the manifest's order, and on the permuted line.
+        self._first_id = np.concatenate([[0], np.cumsum(counts)])
+        self._line = np.concatenate([[0], np.cumsum(counts[self._shard_order])])
+        # A batch touches one block per lane, the next batch mostly the same ones.
+        self._block = lru_cache(maxsize=lanes + 1)(self._permuted_block)
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Sample ids at the global positions [start, stop). int64, shape (stop - start,)."""
+        assert 0 <= start <= stop <= self.num_samples, (start, stop, self.num_samples)
+        ids = np.empty(stop - start, dtype=np.int64)
+        for lane in range(min(self._lanes, self.num_samples)):
+            first = start + (lane - start) % self._lanes  # the first position of this lane at or after start
+            if first < stop:
+                places = range(first // self._lanes, (stop - 1 - lane) // self._lanes + 1)
+                ids[first - start :: self._lanes] = self._lane_slice(lane, places.start, places.stop)
+        return ids
+
+    def blocks(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The (lane, block) pairs that the global positions [start, stop) fall into."""
+        found = []
+        for lane in range(min(self._lanes, self.num_samples)):
+            first = start + (lane - start) % self._lanes
+            if first < stop:
+                begin = self._lane_start(lane)
+                last = begin + (stop - 1 - lane) // self._lanes
+                found += [
+                    (lane, block)
+                    for block in range(
+                        self._block_at(lane, begin + first // self._lanes), self._block_at(lane, last) + 1
+                    )
+                ]
+        return found
+
+    def shards_of(self, lane: int, block: int) -> list[int]:
+        """Manifest indices of the shards that a block's samples lie in; empty past the lane's last block."""
+        begin, end = self._block_bounds(lane, block)
+        if begin >= end:
+            return []
+        first, last = self._shard_at(begin), self._shard_at(end - 1)
+        return [int(shard) for shard in self._shard_order[first : last + 1]]
+
+    def _lane_slice(self, lane: int, start: int, stop: int) -> np.ndarray:
+        begin = self._lane_start(lane)
+        parts, place = [], begin + start
+        while place < begin + stop:
+            block = self._block_at(lane, place)
+            block_begin, block_end = self._block_bounds(lane, block)
+            part_end = min(block_end, begin + stop)
+            parts.append(self._block(lane, block)[place - block_begin : part_end - block_begin])
+            place = part_end
+        return np.concatenate(parts)
+
+    def _permuted_block(self, lane: int, block: int) -> np.ndarray:
+        begin, end = self._block_bounds(lane, block)
+        line = np.arange(begin, end)
+        slots = np.searchsorted(self._line, line, side="right") - 1  # which shard of the line
+        ids = self._first_id[self._shard_order[slots]] + line - self._line[slots]
+        return ids[permutation(end - begin, self._key, (_SAMPLES, lane, block))]
+
+    def _lane_start(self, lane: int) -> int:
+        # The first N mod L lanes hold one sample more, so that position p = place x L + lane has no holes.
+        size, extra = divmod(self.num_samples, self._lanes)
+        return lane * size + min(lane, extra)
+
+    def _shard_at(self, place: int) -> int:
+        return int(np.searchsorted(self._line, place, side="right")) - 1
+
+    def _block_at(self, lane: int, place: int) -> int:
+        return (self._shard_at(place) - self._shard_at(self._lane_start(lane))) // self._window_shards
+
+    def _block_bounds(self, lane: int, block: int) -> tuple[int, int]:
+        begin, end = self._lane_start(lane), self._lane_start(lane + 1)
+        slot = self._shard_at(begin) + block * self._window_shards
+        bounds = self._line[np.minimum([slot, slot + self._window_shards], len(self._line) - 1)]
+        return max(begin, int(bounds[0])), min(end, int(bounds[1]))

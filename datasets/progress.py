@@ -1,0 +1,30 @@
+"""A progress bar for work that is counted: live on a terminal, two plain lines elsewhere. Goes to stderr."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show the progress of `total` units; the block calls what it is given with the number of units just done."""
+    console = Console(stderr=True, highlight=False)
+    start = time.perf_counter()
+    if not console.is_terminal:
+        console.print(f"{what}: {total:,} {unit} ...", soft_wrap=True)
+        yield lambda done: None
+        console.print(f"{what}: {total:,} {unit} in {time.perf_counter() - start:.1f} s", soft_wrap=True)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(task, done)

@@ -1,0 +1,112 @@
+"""Sample ids to pixels, straight from the shards: index, pread, check, decode. No state, so any thread can read any batch.
+
+A Reader is what batches are made with; resident.py has the other one. Both return the same bytes for the same ids.
+"""
+
+import os
+import zlib
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardstep.configs.errors import InputError
+from shardstep.datasets.images import decode, resize_and_crop
+from shardstep.datasets.manifest import ShardFolder
+from shardstep.datasets.tar import BLOCK
+
+
+class Reader(Protocol):
+    """Random access to the images of a data set."""
+
+    image_shape: tuple[int, int, int]
+    """(height, width, channels) of every image."""
+
+    def read(self, sample_ids: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pixels uint8 (batch, height, width, channels) and labels int64 (batch,)."""
+        ...
+
+    def will_need(self, shards: list[int]) -> None:
+        """Hint that these shards are about to be read."""
+        ...
+
+
+class StreamReader:
+    """Reads images from their shards, each checked against size and crc32 of the index."""
+
+    def __init__(self, shards: ShardFolder, resize: int | None = None):
+        """
+        Args:
+            shards: the data set.
+            resize: side of the square that images are scaled and cropped to; None keeps their size.
+
+        Raises:
+            InputError: the images differ in size and there is no `resize`.
+        """
+        self._shards = shards
+        self._resize = resize
+        self._labels = torch.from_numpy(shards.labels)
+        self._open = lru_cache(maxsize=None)(self._open_shard)
+        manifest = shards.manifest
+        if resize is not None:
+            self.image_shape = (resize, resize, manifest.channels)
+        elif manifest.image_shape is not None:
+            channels, height, width = manifest.image_shape
+            self.image_shape = (height, width, channels)
+        else:
+            raise InputError(f"the images in {shards.path} differ in size: give data.resize, such as data.resize=224")
+
+    def read(self, sample_ids: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pixels uint8 (batch, height, width, channels) and labels int64 (batch,) of some samples, in their order.
+
+        Raises:
+            InputError: a sample is damaged, or its image is not of the size in the manifest.
+        """
+        pixels = np.empty((len(sample_ids), *self.image_shape), dtype=np.uint8)
+        for row in np.argsort(sample_ids):  # in the order in which they lie on the disk
+            pixels[row] = self._decode(int(sample_ids[row]))
+        return torch.from_numpy(pixels), self._labels[torch.from_numpy(sample_ids)]
+
+    def read_bytes(self, sample_id: int) -> bytes:
+        """The image file of a sample, as it was written.
+
+        Raises:
+            InputError: it is not what was written.
+        """
+        shard, block, size, _, crc32 = self._shards.index[sample_id].item()
+        data = os.pread(self._open(shard), size, block * BLOCK)
+        if len(data) != size or zlib.crc32(data) != crc32:
+            raise InputError(
+                f"{self._name(sample_id)} is damaged: {size} bytes with crc32 {crc32:08x} were written, {len(data)} with "
+                f"{zlib.crc32(data):08x} were read. `shardstep shards verify {self._shards.path}` finds all damage"
+            )
+        return data
+
+    def will_need(self, shards: list[int]) -> None:
+        """Ask the kernel to read these shards ahead: without it, a cold disk serves one small read at a time."""
+        for shard in shards:
+            os.posix_fadvise(self._open(shard), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def _decode(self, sample_id: int) -> np.ndarray:
+        data = self.read_bytes(sample_id)
+        try:
+            pixels = decode(data, self._shards.manifest.image_mode)
+        except ValueError as error:
+            raise InputError(f"{self._name(sample_id)}: {error}") from None
+        if self._resize is not None:
+            pixels = resize_and_crop(pixels, self._resize)
+        if pixels.shape != self.image_shape:
+            raise InputError(
+                f"{self._name(sample_id)} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the manifest says "
+                f"{self.image_shape[1]}x{self.image_shape[0]}. Give data.resize to make them equal"
+            )
+        return pixels
+
+    def _open_shard(self, shard: int) -> int:
+        return os.open(self._shards.shard_path(shard), os.O_RDONLY)
+
+    def _name(self, sample_id: int) -> str:
+        shard = self._shards.manifest.shards[int(self._shards.index[sample_id]["shard"])]
+        return f"{self._shards.path / shard.name}: sample {self._shards.key(sample_id)}"

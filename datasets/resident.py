@@ -1,0 +1,99 @@
+"""A data set decoded once: one array of pixels per node, memory-mapped by its ranks, or copied to their device.
+
+The array lies in the cache folder under the data set's fingerprint; another data set, or another size, is another file.
+"""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardstep.configs.errors import InputError
+from shardstep.datasets.cache import cache_folder, node_lock
+from shardstep.datasets.manifest import ShardFolder
+from shardstep.datasets.progress import progress_bar
+from shardstep.datasets.reader import StreamReader
+
+_DECODE_TOGETHER = 500  # images per task of the pool
+
+
+class ResidentReader:
+    """Reads images from an array in memory, on any device."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor):
+        """`pixels`: uint8 (samples, height, width, channels); `labels`: int64 (samples,), on the same device."""
+        self._pixels = pixels
+        self._labels = labels
+        height, width, channels = pixels.shape[1:]
+        self.image_shape = (height, width, channels)
+
+    def read(self, sample_ids: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pixels uint8 (batch, height, width, channels) and labels int64 (batch,) of some samples, in their order."""
+        ids = torch.from_numpy(sample_ids).to(self._pixels.device, non_blocking=True)
+        return self._pixels.index_select(0, ids), self._labels.index_select(0, ids)
+
+    def will_need(self, shards: list[int]) -> None:
+        """Nothing to do: all is in memory."""
+
+
+def decoded_bytes(shards: ShardFolder, resize: int | None) -> int | None:
+    """Size of the decoded array, or None when the images have no common size."""
+    shape = (shards.manifest.channels, resize, resize) if resize else shards.manifest.image_shape
+    return None if shape is None else shards.manifest.samples * int(np.prod(shape))
+
+
+def load_resident(shards: ShardFolder, resize: int | None, device: torch.device) -> ResidentReader:
+    """Decode a data set, or map what an earlier run has decoded, and place it on the device.
+
+    Raises:
+        InputError: a sample is damaged, or the cache folder cannot be written.
+    """
+    stream = StreamReader(shards, resize)
+    shape = (shards.manifest.samples, *stream.image_shape)
+    path = cache_folder() / f"{shards.manifest.fingerprint}-{'x'.join(map(str, stream.image_shape))}.u8"
+    try:
+        with node_lock(path.with_suffix(".lock")):
+            if not _is_whole(path, shape):
+                _decode_all(stream, shape, path, str(shards.path))
+    except OSError as error:
+        raise InputError(
+            f"the decoded images cannot be kept in {path.parent} ({error}): point SHARDSTEP_CACHE at a "
+            f"folder with {np.prod(shape):,} free bytes, or use data.mode=stream"
+        ) from None
+    # Copy on write: the pages are shared, and torch is not handed memory that it must not write to.
+    pixels = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", shape=shape))
+    labels = torch.from_numpy(shards.labels)
+    return ResidentReader(pixels.to(device), labels.to(device))
+
+
+def _decode_all(stream: StreamReader, shape: tuple[int, ...], path: Path, name: str) -> None:
+    partial = path.with_suffix(".partial")  # under the lock, so a leftover is nobody's
+    pixels = np.memmap(partial, dtype=np.uint8, mode="w+", shape=shape)
+
+    def decode(start: int) -> int:
+        ids = np.arange(start, min(start + _DECODE_TOGETHER, shape[0]))
+        pixels[ids[0] : ids[-1] + 1] = stream.read(ids)[0].numpy()
+        return len(ids)
+
+    with progress_bar(f"decoding {name}", shape[0], "images") as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(decode, range(0, shape[0], _DECODE_TOGETHER)):
+            advance(done)
+    pixels.flush()
+    partial.with_suffix(".sha256").write_text(_digest(pixels))
+    partial.replace(path)
+
+
+def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether the array is what was decoded: a disk that filled up, or a hand that slipped, is not trained on."""
+    digest = path.with_suffix(".sha256")
+    if not (path.is_file() and digest.is_file() and path.stat().st_size == int(np.prod(shape))):
+        return False
+    return digest.read_text() == _digest(np.memmap(path, dtype=np.uint8, mode="r", shape=shape))
+
+
+def _digest(pixels: np.ndarray) -> str:
+    return hashlib.sha256(pixels.data).hexdigest()

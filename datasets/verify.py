@@ -1,0 +1,95 @@
+"""Every byte of a data set against its manifest: names each bad file, and the samples in it that are damaged."""
+
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from shardstep.configs.errors import InputError
+from shardstep.datasets.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    ShardFolder,
+    parse_index,
+    parse_manifest,
+    size_problem,
+    split_name,
+)
+from shardstep.datasets.scan import file_sha256
+from shardstep.datasets.tar import BLOCK, read_members
+
+
+def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None) -> list[str]:
+    """Compare a folder of shards with its manifest, byte by byte.
+
+    Args:
+        folder: the data set.
+        advance: called with the number of samples just checked.
+
+    Returns:
+        One line per problem; empty when all is as it was written.
+
+    Raises:
+        InputError: there is no readable manifest to compare with.
+    """
+    manifest_path = folder / MANIFEST_NAME
+    if not manifest_path.is_file():
+        raise InputError(f"no data set in {folder}: {MANIFEST_NAME} is missing")
+    manifest = parse_manifest(manifest_path.read_text(errors="replace"), str(manifest_path))
+
+    problems = []
+    shards = None
+    try:
+        index = parse_index((folder / INDEX_NAME).read_bytes(), manifest, INDEX_NAME)
+        shards = ShardFolder(folder, manifest, index)
+    except FileNotFoundError:
+        problems.append(f"{INDEX_NAME} is missing")
+    except InputError as error:
+        problems.append(str(error))
+
+    known = {shard.name for shard in manifest.shards}
+    problems += [
+        f"{path.name} is not in the manifest" for path in sorted(folder.glob("*.tar")) if path.name not in known
+    ]
+    by_hash = {shard.sha256: shard.name for shard in manifest.shards}
+    for number, shard in enumerate(manifest.shards):
+        path = folder / shard.name
+        wrong_size = size_problem(path, shard.bytes)
+        if wrong_size:
+            problems.append(wrong_size)
+        if path.is_file():
+            digest = file_sha256(path)
+            if digest in by_hash and by_hash[digest] != shard.name:
+                problems.append(f"{shard.name} holds the bytes of {by_hash[digest]}: they were swapped or copied")
+            elif digest != shard.sha256 and not wrong_size:
+                problems.append(f"{shard.name} is damaged: its SHA-256 is not the one in the manifest")
+            if digest != shard.sha256 and digest not in by_hash and shards is not None:
+                problems += [f"{shard.name}: {what}" for what in _damage_inside(shards, number)]
+        advance(shard.samples)
+    return problems
+
+
+def _damage_inside(shards: ShardFolder, shard: int) -> list[str]:
+    """Which samples of a damaged shard are affected; if none is, where the damage lies."""
+    path, damage = shards.shard_path(shard), []
+    with path.open("rb") as file:
+        for number, entry in enumerate(shards.index[shards.index["shard"] == shard]):
+            place = int(entry["block"]) * BLOCK
+            data = os.pread(file.fileno(), int(entry["size"]), place)
+            if zlib.crc32(data) != entry["crc32"] or len(data) != entry["size"]:
+                name = os.pread(file.fileno(), 100, place - BLOCK).partition(b"\0")[0].decode(errors="replace")
+                damage.append(
+                    f"the image of sample {split_name(name)[0] or '?'} (number {number} of the shard, "
+                    f"byte {place}) is damaged"
+                )
+    try:
+        for member in read_members(path):
+            key, extension = split_name(member.name)
+            if extension == "cls":
+                with path.open("rb") as file:
+                    label = os.pread(file.fileno(), member.size, member.offset)
+                if not label.strip().isdigit():
+                    damage.append(f"the label of sample {key} (byte {member.offset}) is damaged")
+    except (InputError, UnicodeDecodeError, ValueError) as error:
+        damage.append(f"its structure is damaged: {error}")
+    return damage or ["no image is affected: the damage lies in a label, a header or the padding"]

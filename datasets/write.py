@@ -1,0 +1,120 @@
+"""A source to a folder of shards: encoded by threads, shuffled, written under another name, then renamed.
+
+The same source and options give the same bytes. A crash leaves a hidden folder that no reader takes for a data set.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from shardstep.configs.errors import InputError
+from shardstep.datasets.cache import node_lock
+from shardstep.datasets.images import encode_png
+from shardstep.datasets.manifest import MANIFEST_NAME, Manifest
+from shardstep.datasets.progress import progress_bar
+from shardstep.datasets.randomness import permutation
+from shardstep.datasets.scan import index_shards
+from shardstep.datasets.sources import Source, open_source
+
+SAMPLES_PER_SHARD = 1000
+_ENCODE_TOGETHER = 64  # images per task of the pool
+
+
+def write_shards(
+    source: str, split: str, out: Path, samples_per_shard: int = SAMPLES_PER_SHARD, seed: int = 0
+) -> Manifest:
+    """Write one split of a source as WebDataset shards with a manifest and an index.
+
+    Args:
+        source: see datasets/sources.py.
+        split: "train" or "test".
+        out: folder to make; it must not hold anything yet.
+        samples_per_shard: samples per tar; the last one holds the rest.
+        seed: of the shuffle. Shards sorted by class would spoil every windowed order.
+
+    Raises:
+        InputError: the source cannot be read, or `out` is taken.
+    """
+    if samples_per_shard < 1:
+        raise InputError(f"{samples_per_shard} samples per shard: write at least 1")
+    with node_lock(out.parent / f".{out.name}.lock"):
+        return _write_locked(source, split, out, samples_per_shard, seed)
+
+
+def make_missing_shards(source: str, split: str, out: Path) -> bool:
+    """Write the shards unless another process of this node has, or is about to. True if this call wrote them."""
+    if (out / MANIFEST_NAME).is_file():
+        return False
+    with node_lock(out.parent / f".{out.name}.lock"):
+        if (out / MANIFEST_NAME).is_file():
+            return False
+        _write_locked(source, split, out, SAMPLES_PER_SHARD, seed=0)
+        return True
+
+
+def _write_locked(source: str, split: str, out: Path, samples_per_shard: int, seed: int) -> Manifest:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not empty; nothing was written. Remove it or choose another folder")
+    images = open_source(source, split)
+    count = len(images.labels)
+    partial = out.parent / f".{out.name}.partial"  # under the lock, so a leftover is nobody's
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with progress_bar(f"writing {out}", count, "images") as advance:
+            _write_tars(images, permutation(count, (seed, 0), (0, 0, 0)), partial, split, samples_per_shard, advance)
+        made = {"source": images.description, "split": split, "seed": seed, "samples_per_shard": samples_per_shard}
+        with progress_bar(f"checking {out}", count, "images") as advance:
+            manifest = index_shards(partial, made, images.classes, advance)
+        for file in partial.iterdir():
+            _fsync(file)
+        partial.replace(out)
+        _fsync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def _write_tars(
+    images: Source, order: np.ndarray, folder: Path, split: str, samples_per_shard: int, advance: Callable[[int], None]
+) -> None:
+    from webdataset import TarWriter
+
+    width = max(6, len(str(len(order) - 1)))
+    samples = zip(order, _encoded(images, order), strict=True)
+    for shard, start in enumerate(range(0, len(order), samples_per_shard)):
+        # mtime 0 and no names of users: the same input gives the same bytes
+        with TarWriter(str(folder / f"{split}-{shard:06d}.tar"), encoder=False, mtime=0) as tar:
+            for row, (number, data) in enumerate(islice(samples, samples_per_shard), start):
+                label = str(images.labels[number]).encode()
+                tar.write({"__key__": f"{row:0{width}d}", images.extension(number): data, "cls": label})
+                advance(1)
+
+
+def _encoded(images: Source, order: np.ndarray) -> Iterator[bytes]:
+    """The image files in order; pixels are encoded by threads, a bounded number of tasks ahead."""
+
+    def encode(numbers: np.ndarray) -> list[bytes]:
+        contents = [images.read(int(number)) for number in numbers]
+        return [encode_png(content) if isinstance(content, np.ndarray) else content for content in contents]
+
+    tasks = iter(np.split(order, range(_ENCODE_TOGETHER, len(order), _ENCODE_TOGETHER)))
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        pending = [pool.submit(encode, task) for task in islice(tasks, 2 * workers)]
+        while pending:
+            yield from pending.pop(0).result()
+            pending += [pool.submit(encode, task) for task in islice(tasks, 1)]
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""How to run: one module per command."""

@@ -1,0 +1,63 @@
+"""The command `shardstep`: a subcommand per module of this folder, each imported when it is called."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module, metadata
+
+from shardstep.configs.errors import InputError, TrainingFailed
+
+COMMANDS = {
+    "train": "train a model from a recipe",
+    "evaluate": "evaluate a run's final weights on a test set",
+    "shards": "write, verify, index and inspect data sets",
+    "bench": "measure the loader and the training step against plain PyTorch",
+}
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def main() -> int:
+    """Entry point of the console script."""
+    arguments = sys.argv[1:]
+    if arguments[:1] in (["--version"], ["-V"]):
+        print(f"shardstep {metadata.version('shardstep')}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: shardstep COMMAND ...\n\ncommands:")
+        for name, what in COMMANDS.items():
+            print(f"  {name:<10} {what}")
+        print("\n`shardstep COMMAND --help` says more.")
+        return 0 if arguments else BAD_INPUT
+    name, *rest = arguments
+    if name not in COMMANDS:
+        from shardstep.configs.components import neighbours
+
+        print(f"shardstep: no command {name!r}; {neighbours(name, COMMANDS)}", file=sys.stderr)
+        return BAD_INPUT
+    return run(import_module(f"shardstep.launch.{name}").main, rest)
+
+
+def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a command and turn what a person can mend into a message and an exit code; other errors keep their traceback."""
+    try:
+        return command(arguments)
+    except InputError as error:
+        _tell(f"error: {error}", error.everywhere)
+        return BAD_INPUT
+    except TrainingFailed as error:
+        _tell(f"failed: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _tell(message: str, everywhere: bool = True) -> None:
+    """Print to stderr; of a message that every rank has, rank 0 speaks for all."""
+    if os.environ.get("RANK", "0") == "0" or not everywhere:
+        print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,139 @@
+"""Write, check and inspect data sets of WebDataset shards.
+
+shardstep shards write --source SRC --split train --out DIR [--samples-per-shard N] [--seed S]
+shardstep shards verify DIR
+shardstep shards info DIR
+shardstep shards index DIR [--classes a,b,c]
+shardstep shards order DIR --seed S --epoch E [--start P --count N --lanes L --window-shards W]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from shardstep.launch.cli import run as run_command
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the subcommand says; returns the exit code."""
+    given = _parser().parse_args(arguments)
+    return {"write": _write, "verify": _verify, "info": _info, "index": _index, "order": _order}[given.command](given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from shardstep.datasets.write import SAMPLES_PER_SHARD
+
+    parser = argparse.ArgumentParser(prog="shardstep shards", description="Write, check and inspect data sets.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    write = commands.add_parser("write", help="make shards from a source of images")
+    write.add_argument(
+        "--source",
+        required=True,
+        help="cifar10, digits, synthetic:N, a folder of <class>/<file>, a .tar of one, or CIFAR-10's own archive",
+    )
+    write.add_argument("--split", choices=["train", "test"], default="train", help="(default: train)")
+    write.add_argument("--out", type=Path, required=True, help="folder to make")
+    write.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="(default: %(default)s)")
+    write.add_argument("--seed", type=int, default=0, help="of the shuffle (default: 0)")
+    for name, what in (("verify", "compare every byte with the manifest"), ("info", "print counts, classes and sizes")):
+        commands.add_parser(name, help=what).add_argument("dir", type=Path)
+    index = commands.add_parser("index", help="make manifest.json and index for tars that are there")
+    index.add_argument("dir", type=Path)
+    index.add_argument("--classes", help="names by label, separated by commas (default: the numbers)")
+    order = commands.add_parser("order", help="print position and key of samples in the global order")
+    order.add_argument("dir", type=Path)
+    order.add_argument("--seed", type=int, default=0, help="of the run (default: 0)")
+    order.add_argument("--epoch", type=int, default=0, help="from 0 (default: 0)")
+    order.add_argument("--start", type=int, default=0, help="first position (default: 0)")
+    order.add_argument("--count", type=int, help="positions (default: to the end of the epoch)")
+    order.add_argument("--lanes", type=int, default=1, help="(default: 1)")
+    order.add_argument("--window-shards", default="auto", help="a number, all, or auto (default: auto)")
+    return parser
+
+
+def _write(given: argparse.Namespace) -> int:
+    from shardstep.datasets.write import write_shards
+
+    manifest = write_shards(given.source, given.split, given.out, given.samples_per_shard, given.seed)
+    print(f"{given.out}: {manifest.samples:,} images in {len(manifest.shards)} shards, {manifest.bytes:,} bytes")
+    return 0
+
+
+def _verify(given: argparse.Namespace) -> int:
+    from shardstep.configs.errors import InputError
+    from shardstep.datasets.verify import verify_shards
+
+    problems = verify_shards(given.dir)
+    if problems:
+        raise InputError.from_problems(f"{given.dir} is not as it was written", problems)
+    print(f"{given.dir}: every byte is as it was written")
+    return 0
+
+
+def _info(given: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from shardstep.datasets.manifest import open_shards
+
+    manifest = open_shards(given.dir).manifest
+    size = "x".join(map(str, reversed(manifest.image_shape[1:]))) if manifest.image_shape else "of several sizes"
+    table = Table(show_header=False, box=None)
+    for name, value in (
+        ("samples", f"{manifest.samples:,} in {len(manifest.shards)} shards, {manifest.bytes:,} bytes"),
+        ("images", f"{size}, {manifest.image_mode}, {'/'.join(manifest.encodings)}"),
+        ("mean, std", f"{_numbers(manifest.mean)}, {_numbers(manifest.std)}"),
+        ("made", ", ".join(f"{key} {value}" for key, value in manifest.made.items())),
+        ("fingerprint", manifest.fingerprint),
+        ("classes", str(len(manifest.classes))),
+    ):
+        table.add_row(name, value)
+    for name, count in zip(manifest.classes, manifest.samples_per_class, strict=True):
+        table.add_row("", f"{name} {count:,}")
+    Console(highlight=False, soft_wrap=True).print(table)
+    return 0
+
+
+def _index(given: argparse.Namespace) -> int:
+    from shardstep.configs.errors import InputError
+    from shardstep.datasets.scan import index_shards
+
+    if not given.dir.is_dir():
+        raise InputError(f"{given.dir} is not a folder")
+    classes = given.classes.split(",") if given.classes else None
+    manifest = index_shards(given.dir, {"source": "tars written elsewhere"}, classes)
+    print(f"{given.dir}: {manifest.samples:,} images in {len(manifest.shards)} shards, {len(manifest.classes)} classes")
+    return 0
+
+
+def _order(given: argparse.Namespace) -> int:
+    from shardstep.configs.errors import InputError
+    from shardstep.configs.schema import DataConfig
+    from shardstep.datasets.manifest import open_shards
+    from shardstep.datasets.order import EpochOrder
+    from shardstep.trainer.data import window_shards
+
+    shards = open_shards(given.dir)
+    samples = shards.manifest.samples
+    stop = samples if given.count is None else given.start + given.count
+    if not 0 <= given.start <= stop <= samples:
+        raise InputError(f"positions {given.start} to {stop} do not lie in an epoch of {samples} samples")
+    if given.lanes < 1 or given.epoch < 0 or given.seed < 0:
+        raise InputError("--lanes must be at least 1, --epoch and --seed at least 0")
+    if given.window_shards.isdecimal() and int(given.window_shards) > 0:
+        given.window_shards = int(given.window_shards)
+    elif given.window_shards not in ("auto", "all"):
+        raise InputError(f"--window-shards {given.window_shards}: write a number from 1, all, or auto")
+    window = window_shards(DataConfig(window_shards=given.window_shards), shards.manifest)
+    order = EpochOrder(shards.samples_per_shard, given.seed, given.epoch, given.lanes, window)
+    for position, sample_id in enumerate(order.slice(given.start, stop).tolist(), given.start):
+        print(position, shards.key(sample_id))
+    return 0
+
+
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""Train a model from a recipe.
+
+shardstep train [RECIPE] [section.key=value ...]
+torchrun --nproc-per-node 2 launch/train.py [RECIPE] [section.key=value ...]
+accelerate launch --multi_gpu --num_processes 2 launch/train.py [RECIPE] [section.key=value ...]
+"""
+
+import argparse
+import sys
+
+from shardstep.configs.errors import InputError
+from shardstep.configs.load import load_recipe, recipe_names
+from shardstep.launch.cli import run as run_command
+
+
+def main(arguments: list[str]) -> int:
+    """Train; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="shardstep train",
+        description="Train a model from a recipe.",
+        epilog=f"recipes: {', '.join(recipe_names())}. The keys are documented in configs/schema.py.",
+    )
+    parser.add_argument(
+        "recipe", nargs="?", default="quickstart", help="a YAML file, or the name of a recipe (default: quickstart)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.duration='2 epochs'")
+    given = parser.parse_args(arguments)
+    if "=" in given.recipe:  # `shardstep train log.wandb=offline`: the default recipe, changed
+        given.overrides.insert(0, given.recipe)
+        given.recipe = "quickstart"
+
+    loaded = load_recipe(given.recipe, given.overrides)
+
+    # torch and all that needs it come after the first checks: a typo is answered at once
+    from shardstep.trainer import data, loop, runtime, setup
+    from shardstep.trainer.check import check_recipe
+    from shardstep.trainer.display import Display
+
+    display = Display(enabled=runtime.is_first_rank())
+    recipe = check_recipe(loaded)
+    for note in loaded.notes:
+        display.note(note)
+    data.make_missing_data(recipe.data)
+    world = runtime.start(recipe.train)
+    run = setup.build(world, recipe, display)
+
+    display.start(run.plan.total_steps, run.state.progress.step)
+    try:
+        evaluation = loop.train(run)
+    except BaseException as error:
+        display.stop()
+        _fail(run, error)
+        raise
+    display.stop()
+    if evaluation is None:
+        display.note(
+            f"nothing to do: {run.folder} holds a finished run of {run.state.progress.step} steps. For another "
+            f"one give run.dir or run.name, or run.resume=never to put this one aside"
+        )
+    elif world.is_main_process:
+        _finish(run, evaluation)
+    runtime.stop(run.accelerator)
+    return 0
+
+
+def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore[name-defined] # noqa: F821
+    """Write what a finished run leaves behind, and say how it went."""
+    from safetensors.torch import save_file
+
+    from shardstep.trainer import report
+    from shardstep.trainer.checkpoint import weights
+    from shardstep.trainer.summary import write_summary
+
+    folder, classes = run.folder, run.data.train.manifest.classes
+    run.metrics.close()
+    partial = folder / "model.safetensors.partial"
+    save_file(weights(run.state.module), partial)
+    partial.replace(folder / "model.safetensors")
+    written = write_summary(run, "finished", evaluation)
+    if run.tracker:
+        run.tracker.finish(written)
+
+    report.draw_curves(folder / "metrics.jsonl", folder / "curves.png")
+    report.draw_confusion(evaluation.confusion, classes, folder / "confusion.png")
+    pixels, labels, predictions, confidences = report.first_predictions(run)
+    report.draw_predictions(pixels, labels, predictions, confidences, classes, folder / "predictions.png")
+    per_class = evaluation.per_class_accuracy
+    known = [(accuracy, name) for accuracy, name in zip(per_class, classes, strict=True) if accuracy is not None]
+    run.display.note(
+        f"done: test accuracy {evaluation.accuracy:.2%}, top-5 {evaluation.top5:.2%}, loss "
+        f"{evaluation.loss:.4f} on {evaluation.samples:,} images after {run.state.wall_s:.0f} s"
+    )
+    if len(known) > 1:
+        run.display.note(f"best class: {max(known)[1]} {max(known)[0]:.1%}, worst: {min(known)[1]} {min(known)[0]:.1%}")
+    run.display.note(f"curves.png, confusion.png, predictions.png and model.safetensors are in {folder}")
+
+
+def _fail(run: "setup.Run", error: BaseException) -> None:  # type: ignore[name-defined] # noqa: F821
+    """Write down that the run failed. No collective here: the other ranks may never come."""
+    from shardstep.trainer.summary import write_summary
+
+    if isinstance(error, InputError):  # found by the rank that read the sample, and by no other
+        error.everywhere = False
+    if run.accelerator.is_main_process:
+        written = write_summary(run, "failed", None)
+        if run.tracker:
+            run.tracker.finish(written, failed=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,151 @@
+from pathlib import Path
+
+import pytest
+
+from shardstep.configs.errors import InputError
+from shardstep.configs.load import Loaded, load_recipe, recipe_names, save_recipe
+from shardstep.configs.schema import Recipe
+from shardstep.trainer.check import check_recipe
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> Loaded:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return load_recipe(str(path), overrides)
+
+
+MINIMAL = "model: {name: mlp}\noptimizer: {name: adam, lr: 0.01, betas: [0.8, 0.9]}\n"
+
+
+def problems_of(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        check_recipe(load(tmp_path, text, *overrides))
+    return str(caught.value)
+
+
+def test_name_and_folder_come_from_the_file(tmp_path: Path) -> None:
+    recipe = load(tmp_path, MINIMAL).recipe
+    assert (recipe.run.name, recipe.run.dir) == ("mine", "runs/mine")
+
+
+def test_overrides(tmp_path: Path) -> None:
+    overrides = [
+        "optimizer.lr=1e-3",
+        "data.augment=[flip, {name: translate, pixels: 2}]",
+        "train.global_batch_size=full",
+        "run.name=007",
+        "model.hidden=[8,8]",
+        "data.normalize={mean: [0.5], std: [0.25]}",
+    ]
+    recipe = check_recipe(load(tmp_path, MINIMAL, *overrides))
+    assert recipe.optimizer["lr"] == 0.001
+    assert recipe.data.augment == [{"name": "flip", "probability": 0.5}, {"name": "translate", "pixels": 2}]
+    assert recipe.train.global_batch_size == "full"
+    assert recipe.run.name == "007"
+    assert recipe.model["hidden"] == [8, 8]
+
+
+def test_a_new_name_drops_the_old_ones_options_and_says_so(tmp_path: Path) -> None:
+    loaded = load(tmp_path, MINIMAL, "optimizer.momentum=0.9", "optimizer.name=sgd")
+    recipe = check_recipe(loaded)
+    assert recipe.optimizer["lr"] == 0.001  # torch's default for SGD, not the 0.01 that was meant for Adam
+    assert recipe.optimizer["momentum"] == 0.9
+    assert loaded.notes == ["optimizer.name=sgd replaces adam: its lr=0.01, betas=[0.8, 0.9] no longer apply"]
+
+
+def test_the_same_name_keeps_the_options(tmp_path: Path) -> None:
+    recipe = check_recipe(load(tmp_path, MINIMAL, "optimizer.name=adam"))
+    assert recipe.optimizer["lr"] == 0.01
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    message = problems_of(
+        tmp_path,
+        MINIMAL + "train: {durration: 3 epochs}\nfoo: {a: 1}\n",
+        "optimizer.lrr=1",
+        "train.precision=fp17",
+        "data.workers=many",
+        "model.name=mlpp",
+        "nonsense",
+        "eval.every=2",
+    )
+    for expected in (
+        "train.durration is not a key; did you mean duration?",
+        "foo is not a section",
+        "optimizer.lrr is not an option of adam; did you mean lr",
+        "train.precision",
+        "data.workers",
+        "model.name=mlpp is unknown; did you mean mlp?",
+        "'nonsense' is not of the form section.key=value",
+        "eval.every: '2' is not a duration",
+    ):
+        assert expected in message, message
+    assert "8 problems" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.global_batch_size=0", "train.global_batch_size=0 must be a whole number from 1, or full"),
+        ("train.global_batch_size=half", "train.global_batch_size=half must be"),
+        ("data.window_shards=0", "data.window_shards=0 must be"),
+        ("data.lanes=0", "data.lanes=0 must be at least 1"),
+        ("train.clip_norm=0", "train.clip_norm=0.0 must be above 0"),
+        ("data.normalize=foo", "data.normalize=foo must be"),
+        ("data.normalize={mean: [1, 2], std: [1, 2]}", "mean and std must both have 1 or 3 numbers"),
+        ("data.normalize={mean: [0], std: [0]}", "every std must be above 0"),
+        ("data.augment=[flop]", "data.augment[0].name=flop is unknown; did you mean flip?"),
+        ("data.augment=[{name: translate, pixel: 3}]", "pixel is not an option of translate; did you mean pixels?"),
+        ("data.augment=[flip, alternating_flip]", "flip undoes"),
+        ("optimizer.name=lbfgs", "cannot work here"),
+        ("optimizer.betas=[0.9]", "optimizer.betas"),
+        ("optimizer.groups=[{lr: 1}]", "needs match"),
+        ("optimizer.groups=[{match: x, momentun: 1}]", "momentun is not an option of adam"),
+        ("schedule.name=step", "schedule.every is missing: step needs it"),
+        ("schedule.warmup=5", "schedule.warmup: '5' is not a duration"),
+        ("schedule.warmup_start=0.5", "no effect without schedule.warmup"),
+        ("loss.name=nll", "loss.label_smoothing is not an option of nll"),
+        ("model.hidden=abc", "model.hidden"),
+        ("log.every=0 steps", "must be longer than 0"),
+    ],
+)
+def test_bad_values(tmp_path: Path, override: str, expected: str) -> None:
+    extra = "loss.label_smoothing=0.1" if override == "loss.name=nll" else "run.seed=1"
+    assert expected in problems_of(tmp_path, MINIMAL, override, extra)
+
+
+def test_clip_norm_and_value_exclude_each_other(tmp_path: Path) -> None:
+    assert "exclude each other" in problems_of(tmp_path, MINIMAL, "train.clip_norm=1", "train.clip_value=1")
+
+
+def test_unknown_recipe_names_its_neighbours() -> None:
+    with pytest.raises(InputError, match="did you mean quickstart"):
+        load_recipe("quikstart")
+
+
+def test_not_yaml(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read as YAML"):
+        load(tmp_path, "model: {name: [")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid_and_survives_a_round_trip(tmp_path: Path, name: str) -> None:
+    recipe: Recipe = check_recipe(load_recipe(name))
+    save_recipe(recipe, tmp_path / "config.yaml")
+    again = check_recipe(load_recipe(str(tmp_path / "config.yaml")))
+    assert again == recipe
+
+
+def test_every_key_is_documented() -> None:
+    # A field's docstring is a string literal below it, which only the source still has.
+    import ast
+    import inspect
+
+    from shardstep.configs import schema
+
+    for node in ast.parse(inspect.getsource(schema)).body:
+        if isinstance(node, ast.ClassDef) and node.name != "Recipe":
+            body = node.body[1:]
+            for field, text in zip(body[::2], body[1::2], strict=True):
+                assert isinstance(field, ast.AnnAssign)
+                assert isinstance(text, ast.Expr)

@@ -1,0 +1,36 @@
+"""Fixtures: small data sets made once, and a cache folder of the tests' own."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shardstep.datasets.write import write_shards
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    os.environ["SHARDSTEP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["SHARDSTEP_CACHE"]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ (101 synthetic images in shards of 17) and test/ (53 in shards of 20). Read only."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards("synthetic:101", "train", folder / "train", samples_per_shard=17)
+    write_shards("synthetic:53", "test", folder / "test", samples_per_shard=20)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_source() -> Path:
+    """The folder that CIFAR10_SOURCE names; the test is skipped where there is none."""
+    source = os.environ.get("CIFAR10_SOURCE")
+    if not source:
+        pytest.skip("CIFAR10_SOURCE is not set: no real images here")
+    return Path(source)

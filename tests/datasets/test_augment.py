@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+
+from shardstep.datasets.augment import (
+    TRANSFORMS,
+    Normalize,
+    alternating_flip,
+    build_transforms,
+    color_jitter,
+    cutout,
+    flip,
+    translate,
+)
+from shardstep.datasets.randomness import Draws
+
+
+def images(count: int, height: int = 6, width: int = 5, channels: int = 3) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, height, width, channels), dtype=np.uint8))
+
+
+def draws(positions: torch.Tensor | None = None, count: int = 64, epoch: int = 0) -> Draws:
+    index = torch.arange(count) if positions is None else positions
+    return Draws(3, epoch, index, index + 1000)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_sample_is_transformed_the_same_in_any_batch(name: str) -> None:
+    whole = TRANSFORMS[name](images(64), draws())
+    for part in (slice(0, 1), slice(7, 20), slice(63, 64)):
+        alone = TRANSFORMS[name](images(64)[part], draws(torch.arange(64)[part]))
+        assert torch.equal(alone, whole[part])
+    assert whole.shape == (64, 6, 5, 3)
+    assert whole.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_an_empty_batch_stays_empty(name: str) -> None:
+    assert TRANSFORMS[name](images(0), draws(count=0)).shape == (0, 6, 5, 3)
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "alternating_flip"])
+def test_epochs_differ(name: str) -> None:
+    assert not torch.equal(TRANSFORMS[name](images(64), draws()), TRANSFORMS[name](images(64), draws(epoch=1)))
+
+
+def test_flip_mirrors_about_half() -> None:
+    originals, result = images(64), flip(images(64), draws())
+    mirrored = (result == originals.flip(2)).all(dim=(1, 2, 3))
+    kept = (result == originals).all(dim=(1, 2, 3))
+    assert (mirrored ^ kept).all()
+    assert 16 < mirrored.sum() < 48
+    assert torch.equal(flip(images(64), draws(), probability=1.0), originals.flip(2))
+
+
+def test_alternating_flip_shows_each_image_both_ways() -> None:
+    originals = images(64)
+    first, second, third = (alternating_flip(images(64), draws(epoch=epoch)) for epoch in range(3))
+    assert torch.equal(first, second.flip(2))
+    assert torch.equal(first, third)
+    assert 16 < (first == originals).all(dim=(1, 2, 3)).sum() < 48
+
+
+def test_alternating_flip_belongs_to_the_image_not_to_its_position() -> None:
+    ids = torch.arange(64)
+    here = alternating_flip(images(64), Draws(3, 0, torch.arange(64), ids))
+    there = alternating_flip(images(64), Draws(3, 0, torch.arange(64) + 500, ids))
+    assert torch.equal(here, there)
+
+
+def test_translate_against_numpy() -> None:
+    pad, originals, result = 3, images(64), translate(images(64), draws(), pixels=3)
+    shifts = draws().integers(7, columns=2)
+    for image, shifted, (down, right) in zip(originals.numpy(), result.numpy(), shifts.tolist(), strict=True):
+        padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
+        assert np.array_equal(shifted, padded[down : down + 6, right : right + 5])
+    assert len({tuple(shift) for shift in shifts.tolist()}) > 20
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_translate_by_nothing(channels: int) -> None:
+    assert torch.equal(translate(images(9, channels=channels), draws(count=9), pixels=0), images(9, channels=channels))
+
+
+def test_cutout_blackens_a_square() -> None:
+    white = torch.full((200, 8, 8, 3), 255, dtype=torch.uint8)
+    holes = (cutout(white, draws(count=200), size=4) == 0).all(dim=3)
+    areas = holes.sum(dim=(1, 2))
+    assert areas.max() == 16  # 4 x 4 inside
+    assert areas.min() == 4  # 2 x 2 in a corner: the centre is a pixel of the image
+    for hole in holes:
+        rows, columns = hole.any(dim=1).nonzero()[:, 0], hole.any(dim=0).nonzero()[:, 0]
+        assert hole.sum() == len(rows) * len(columns)
+        assert rows[-1] - rows[0] + 1 == len(rows)
+
+
+def test_color_jitter_by_hand() -> None:
+    # brightness x: each value times the factor; contrast and saturation off
+    factor = 1 + (2 * draws(count=4).uniform(columns=3)[:, 0] - 1) * 0.5
+    result = color_jitter(images(4), draws(count=4), brightness=0.5, contrast=0, saturation=0)
+    expected = (images(4).double() * factor.view(-1, 1, 1, 1)).round().clamp(0, 255)
+    assert (result.double() - expected).abs().max() <= 1  # float32 may round the other way
+
+
+def test_saturation_leaves_grey_alone() -> None:
+    grey = images(4, channels=1).expand(-1, -1, -1, 3).contiguous()
+    assert (
+        color_jitter(grey.clone(), draws(count=4), brightness=0, contrast=0, saturation=1).int() - grey
+    ).abs().max() <= 1
+
+
+def test_each_transform_of_a_list_draws_its_own_numbers() -> None:
+    twice = build_transforms([{"name": "flip", "probability": 0.5}] * 2)
+    result, shared = images(64), draws()
+    for transform in twice:
+        result = transform(result, shared)
+    flipped = (result != images(64)).any(dim=(1, 2, 3))
+    assert 16 < flipped.sum() < 48  # with shared numbers the second flip would undo the first for all
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000])
+def test_normalize(count: int) -> None:
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    normalize = Normalize(mean, std, (6, 5, 3), torch.device("cpu"))
+    result = normalize(images(count))
+    expected = ((images(count).double() / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
+    assert result.shape == (count, 3, 6, 5)
+    assert torch.allclose(result.double(), expected, atol=1e-6)
+    if count:
+        assert result.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,212 @@
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shardstep.configs.errors import InputError
+from shardstep.datasets.images import decode
+from shardstep.datasets.manifest import open_shards
+from shardstep.datasets.reader import StreamReader
+from shardstep.datasets.scan import index_shards
+from shardstep.datasets.sources import open_source
+from shardstep.datasets.write import make_missing_shards, write_shards
+from tests.datasets.test_sources import make_tree, png
+from tests.datasets.test_tar import write_tar
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_shards("synthetic:50", "train", tmp_path / name, samples_per_shard=20)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    write_shards("synthetic:50", "train", tmp_path / "c", samples_per_shard=20, seed=1)
+    assert files_of(tmp_path / "c") != files_of(tmp_path / "a")
+
+
+def test_shards_hold_the_source_shuffled(shards: Path) -> None:
+    opened = open_shards(shards / "train")
+    assert opened.samples_per_shard == [17, 17, 17, 17, 17, 16]
+    source = open_source("synthetic:101", "train")
+    reader = StreamReader(opened)
+    pixels, labels = reader.read(np.arange(101))
+    originals = np.stack([source.read(number) for number in range(101)])  # type: ignore[arg-type]
+    places = [int((originals == image).all(axis=(1, 2, 3)).nonzero()[0][0]) for image in pixels.numpy()]
+    assert sorted(places) == list(range(101))
+    assert places != list(range(101))
+    assert labels.tolist() == source.labels[places].tolist()
+    assert opened.manifest.samples_per_class == np.bincount(source.labels, minlength=10).tolist()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_any_webdataset_reader_can_read_them(shards: Path) -> None:
+    import gc
+
+    import webdataset
+
+    opened = open_shards(shards / "train")
+    urls = [str(opened.shard_path(shard)) for shard in range(6)]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{number:06d}" for number in range(101)]
+    assert [int(sample["cls"]) for sample in samples] == opened.labels.tolist()
+    assert opened.key(57) == "000057"
+    assert samples[57]["png"] == StreamReader(opened).read_bytes(57)
+    gc.collect()  # webdataset leaves its files to the collector, which warns: here, and not in another test
+
+
+def test_mean_and_std_are_those_of_the_pixels(shards: Path) -> None:
+    opened = open_shards(shards / "train")
+    pixels = StreamReader(opened).read(np.arange(101))[0].double() / 255
+    assert opened.manifest.mean == pytest.approx(pixels.mean(dim=(0, 1, 2)).tolist(), abs=1e-7)
+    assert opened.manifest.std == pytest.approx(pixels.std(dim=(0, 1, 2), correction=0).tolist(), abs=1e-7)
+
+
+def test_images_keep_their_encoding(tmp_path: Path) -> None:
+    make_tree(tmp_path / "tree")
+    Image.new("RGB", (4, 3), (200, 10, 10)).save(tmp_path / "tree" / "train" / "a_dog" / "5.jpg")
+    manifest = write_shards(str(tmp_path / "tree"), "train", tmp_path / "out")
+    assert manifest.encodings == ["jpg", "png"]
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
+        stored = {tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        assert (tmp_path / "tree" / "train" / "a_dog" / "5.jpg").read_bytes() in stored
+        assert {member.mtime for member in tar} == {0}
+
+
+def test_grey_images_stay_grey_unless_mixed(tmp_path: Path) -> None:
+    for name, modes in (("grey", ("L", "L")), ("mixed", ("L", "RGB"))):
+        for number, mode in enumerate(modes):
+            path = tmp_path / name / "c" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(100 + 100 * number, mode=mode))
+    grey = write_shards(str(tmp_path / "grey"), "train", tmp_path / "out-grey")
+    mixed = write_shards(str(tmp_path / "mixed"), "train", tmp_path / "out-mixed")
+    assert (grey.image_mode, grey.image_shape) == ("L", [1, 3, 4])
+    assert (mixed.image_mode, mixed.image_shape) == ("RGB", [3, 3, 4])
+    assert mixed.mean == pytest.approx([150 / 255] * 3, abs=1e-7)  # a grey pixel of 100 and a coloured one of 200
+
+
+def test_images_of_different_sizes_need_resize(tmp_path: Path) -> None:
+    for number, size in enumerate([(8, 6), (5, 9)]):
+        path = tmp_path / "tree" / "c" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(77, size=size))
+    assert write_shards(str(tmp_path / "tree"), "train", tmp_path / "out").image_shape is None
+    opened = open_shards(tmp_path / "out")
+    with pytest.raises(InputError, match="differ in size: give data.resize"):
+        StreamReader(opened)
+    pixels, _ = StreamReader(opened, resize=4).read(np.arange(2))
+    assert pixels.shape == (2, 4, 4, 3)
+    assert (pixels == 77).all()
+
+
+def test_a_taken_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(InputError, match="is not empty"):
+        write_shards("synthetic:5", "train", tmp_path / "out")
+    assert files_of(tmp_path / "out") == {"precious": b"x"}
+
+
+def test_an_undecodable_image_leaves_nothing_behind(tmp_path: Path) -> None:
+    make_tree(tmp_path / "tree")
+    (tmp_path / "tree" / "train" / "a_dog" / "3.png").write_bytes(b"\x89PNG nonsense")
+    with pytest.raises(InputError, match="not an image that can be decoded"):
+        write_shards(str(tmp_path / "tree"), "train", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "tree" / "c").mkdir(parents=True)
+    Image.fromarray(np.full((3, 4), 60_000, dtype=np.uint16)).save(tmp_path / "tree" / "c" / "0.png")
+    with pytest.raises(InputError, match="16 bits per channel"):
+        write_shards(str(tmp_path / "tree"), "train", tmp_path / "out")
+
+
+def test_missing_shards_are_made_once(tmp_path: Path) -> None:
+    assert make_missing_shards("synthetic:20", "train", tmp_path / "out")
+    before = (tmp_path / "out" / "train-000000.tar").stat().st_mtime_ns
+    assert not make_missing_shards("synthetic:20", "train", tmp_path / "out")
+    assert (tmp_path / "out" / "train-000000.tar").stat().st_mtime_ns == before
+
+
+def test_several_processes_make_missing_shards_together(tmp_path: Path) -> None:
+    from tests.distributed import run_ranks
+
+    made = run_ranks(3, make_missing_shards, "synthetic:20", "train", tmp_path / "out")
+    assert sorted(made) == [False, False, True]
+    assert open_shards(tmp_path / "out").manifest.samples == 20
+
+
+def test_a_killed_writer_leaves_no_data_set(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        from shardstep.datasets import write
+
+        write.index_shards = lambda *_: os.kill(os.getpid(), 9)  # type: ignore[assignment]
+        write.write_shards("synthetic:5", "train", tmp_path / "out")
+    os.waitpid(pid, 0)
+    with pytest.raises(InputError, match="no shards"):
+        open_shards(tmp_path / "out")
+    write_shards("synthetic:5", "train", tmp_path / "out")  # what was left does not stand in the way
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
+
+
+# --- tars that others wrote -------------------------------------------------------------------------------------------
+
+
+def foreign(folder: Path, **shards: dict[str, bytes]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, members in shards.items():
+        write_tar(folder / f"{name}.tar", members)
+    return folder
+
+
+def test_foreign_tars_can_be_indexed(tmp_path: Path) -> None:
+    folder = foreign(
+        tmp_path / "x",
+        b={"s/2.png": png(2), "s/2.cls": b"1\n", "s/2.json": b"{}"},
+        a={"s/1.cls": b"0", "s/1.png": png(1)},
+    )
+    manifest = index_shards(folder, {"source": "elsewhere"})
+    assert (manifest.classes, manifest.samples) == (["0", "1"], 2)
+    opened = open_shards(folder)
+    assert [opened.key(0), opened.key(1)] == ["s/1", "s/2"]
+    assert int(StreamReader(opened).read(np.array([1]))[0][0, 0, 0, 0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"1.png": png(1)}, "1.png has no label 1.cls"),
+        ({"1.cls": b"1"}, "1.cls has no image"),
+        ({"1.png": png(1), "1.cls": b"cat"}, "1.cls is not a label"),
+        ({"1.png": png(1), "1.cls": b"-1"}, "1.cls is not a label"),
+        ({"1.png": png(1), "1.cls": b"7"}, "label 7 is out of range: there are 2 classes"),
+        ({"1.png": b"junk", "1.cls": b"1"}, "1.png: not an image"),
+        ({"1.txt": b"junk"}, "no samples"),
+    ],
+)
+def test_foreign_tars_with_problems(tmp_path: Path, members: dict[str, bytes], expected: str) -> None:
+    with pytest.raises(InputError, match=expected.replace(".", r"\.")):
+        index_shards(foreign(tmp_path / "x", a=members), {}, classes=["a", "b"])
+
+
+def test_a_key_in_two_shards(tmp_path: Path) -> None:
+    sample = {"1.png": png(1), "1.cls": b"0"}
+    with pytest.raises(InputError, match=r"the key 1 is in a\.tar and in b\.tar"):
+        index_shards(foreign(tmp_path / "x", a=sample, b=sample), {})
+
+
+def test_transparency_is_dropped(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (4, 3), (10, 20, 30, 40)).save(buffer, "png")
+    folder = foreign(tmp_path / "x", a={"1.png": buffer.getvalue(), "1.cls": b"0"})
+    assert index_shards(folder, {}).image_mode == "RGB"
+    assert decode(buffer.getvalue(), "RGB")[0, 0].tolist() == [10, 20, 30]

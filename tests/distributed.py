@@ -1,0 +1,72 @@
+"""Run a function on N real gloo processes.
+
+The processes are forked from a server that has imported torch and started no threads, so that one costs a fraction of a
+second and none inherits a half-locked thread pool.
+"""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["accelerate", "matplotlib.pyplot", "cv2", "shardstep.trainer.setup", "shardstep.launch.train"]
+)
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 180) -> list[Any]:
+    """Call `function(*arguments)` on every rank of a new world; returns what each rank returned, by rank.
+
+    Raises:
+        AssertionError: a rank raised or did not end in time; the message has the first traceback.
+    """
+    port, results = _free_port(), _context.Queue()
+    processes = [
+        _context.Process(target=_run_rank, args=(rank, world_size, port, function, arguments, results))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    outcomes: dict[int, tuple[bool, Any]] = {}
+    try:
+        for _ in processes:
+            rank, succeeded, value = results.get(timeout=timeout_s)
+            assert succeeded, f"rank {rank} of {world_size} failed:\n{value}"
+            outcomes[rank] = value
+    finally:
+        for process in processes:
+            process.join(timeout=10 if len(outcomes) == world_size else 0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return [outcomes[rank] for rank in range(world_size)]
+
+
+def _run_rank(rank: int, world_size: int, port: int, function: Callable, arguments: tuple, results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    import torch.distributed as dist
+
+    try:
+        results.put((rank, True, function(*arguments)))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

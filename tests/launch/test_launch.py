@@ -1,0 +1,192 @@
+"""The commands as a person starts them: python, torchrun, accelerate launch, with 1 and 2 processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.runs import train_lines, write_recipe
+
+BIN = Path(sys.executable).parent
+TRAIN = str(ROOT / "launch" / "train.py")
+ACCELERATE = [
+    str(BIN / "accelerate"),
+    "launch",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+]
+
+
+def start(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=170, env=os.environ | environment)
+
+
+FORMS = {
+    "shardstep": [str(BIN / "shardstep"), "train"],
+    "python": [sys.executable, TRAIN],
+    "torchrun 1": [str(BIN / "torchrun"), "--nproc-per-node", "1", TRAIN],
+    "torchrun 2": [str(BIN / "torchrun"), "--nproc-per-node", "2", TRAIN],
+    "accelerate 1": [*ACCELERATE, "--num_processes", "1", "--cpu", TRAIN],
+    "accelerate 2": [*ACCELERATE, "--num_processes", "2", "--multi_gpu", TRAIN],
+}
+
+
+@pytest.fixture(scope="module")
+def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    folder = tmp_path_factory.mktemp("reference")
+    result = start(*FORMS["shardstep"], str(write_recipe(folder, shards)), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "done: test accuracy" in result.stdout
+    return [line["loss"] for line in train_lines(folder / "run")]
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "shardstep"])
+def test_every_way_to_start_trains_the_same(form: str, reference: list[float], shards: Path, tmp_path: Path) -> None:
+    result = start(*FORMS[form], str(write_recipe(tmp_path, shards)), "train.device=cpu", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    losses = [line["loss"] for line in train_lines(tmp_path / "run")]
+    assert losses == pytest.approx(reference, rel=1e-5)
+    ranks = 2 if form.endswith("2") else 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == ranks
+    assert result.stdout.count("done: test accuracy") == 1  # one rank speaks
+
+
+def test_accelerate_cpu_with_two_processes_is_caught(shards: Path, tmp_path: Path) -> None:
+    result = start(
+        *ACCELERATE, "--cpu", "--num_processes", "2", TRAIN, str(write_recipe(tmp_path, shards)), cwd=tmp_path
+    )
+    assert result.returncode != 0
+    assert "starts one process only" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_exits_with_2_and_one_message(shards: Path, tmp_path: Path) -> None:
+    result = start(*FORMS["python"], str(write_recipe(tmp_path, shards)), "optimizer.lrr=1", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "error: recipe recipe: optimizer.lrr is not an option of sgd; did you mean lr?\n"
+
+
+def test_evaluate_prints_one_object_last(shards: Path, tmp_path: Path, reference: list[float]) -> None:
+    recipe = write_recipe(tmp_path, shards)
+    assert start(*FORMS["python"], str(recipe), cwd=tmp_path).returncode == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    results = [
+        start(str(BIN / "shardstep"), "evaluate", str(tmp_path / "run"), cwd=tmp_path),
+        start(
+            str(BIN / "torchrun"),
+            "--nproc-per-node",
+            "2",
+            str(ROOT / "launch" / "evaluate.py"),
+            str(tmp_path / "run" / "checkpoints" / "step-00000008"),
+            "--data",
+            str(shards / "test"),
+            "--device",
+            "cpu",
+            cwd=tmp_path,
+        ),
+    ]
+    for world_size, result in enumerate(results, 1):
+        assert result.returncode == 0, result.stderr
+        found = json.loads(result.stdout.splitlines()[-1])
+        assert found == pytest.approx(summary["eval"] | {"samples": 53, "world_size": world_size}, rel=1e-6)
+    for path in (tmp_path, tmp_path / "nowhere"):
+        result = start(str(BIN / "shardstep"), "evaluate", str(path), cwd=tmp_path)
+        assert result.returncode == 2
+        assert "neither a run's folder nor a checkpoint" in result.stderr
+
+
+def test_shards_commands(tmp_path: Path) -> None:
+    def shards(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return start(sys.executable, str(ROOT / "launch" / "shards.py"), *arguments, cwd=tmp_path)
+
+    result = shards(
+        "write", "--source", "synthetic:25", "--split", "train", "--out", "set", "--samples-per-shard", "10"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "25 images in 3 shards" in result.stdout
+    assert shards("verify", "set").stdout == "set: every byte is as it was written\n"
+    assert "class3" in shards("info", "set").stdout
+    order = shards("order", "set", "--seed", "1", "--epoch", "2", "--start", "20", "--count", "5").stdout.splitlines()
+    assert [line.split()[0] for line in order] == ["20", "21", "22", "23", "24"]
+    whole = shards("order", "set", "--seed", "1", "--epoch", "2").stdout.splitlines()
+    assert whole[20:] == order
+    assert sorted(line.split()[1] for line in whole) == [f"{number:06d}" for number in range(25)]
+    result = shards("order", "set", "--start", "20", "--count", "6")
+    assert result.returncode == 2
+    assert "do not lie in an epoch of 25 samples" in result.stderr
+    (tmp_path / "set" / "train-000001.tar").unlink()
+    result = shards("verify", "set")
+    assert result.returncode == 2
+    assert result.stderr == "error: set is not as it was written: train-000001.tar is missing\n"
+    for name in ("manifest.json", "index"):
+        (tmp_path / "set" / name).unlink()
+    assert shards("index", "set").returncode == 0
+    assert "15 in 2 shards" in shards("info", "set").stdout
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    code = (
+        "import sys; from shardstep.launch import cli; sys.argv = ['shardstep', '--help']; cli.main();"
+        "print([name for name in ('torch', 'matplotlib', 'wandb', 'torchvision', 'accelerate') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_unknown_command_names_its_neighbours() -> None:
+    result = subprocess.run([BIN / "shardstep", "trian"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "did you mean train?" in result.stderr
+
+
+def test_training_imports_only_what_it_uses(shards: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from shardstep.launch.train import main; main(sys.argv[1:]);"
+        "print([name for name in ('wandb', 'torchmetrics', 'sklearn', 'tensorboard', 'webdataset') if name in sys.modules])"
+    )
+    result = start(sys.executable, "-c", code, str(write_recipe(tmp_path, shards)), cwd=tmp_path)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_missing_shards_are_made_before_training(tmp_path: Path) -> None:
+    result = start(*FORMS["torchrun 2"], "smoke", "data.source=synthetic:70", "train.duration=1 epochs", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "data" / "synthetic").iterdir() if path.is_dir()) == [
+        "test",
+        "train",
+    ]
+
+
+@pytest.mark.parametrize("name", ["article_cnn", "mlp", "quickstart"])
+def test_recipes_run_two_steps(name: str, shards: Path, tmp_path: Path) -> None:
+    result = start(
+        *FORMS["shardstep"],
+        name,
+        f"data.train={shards / 'train'}",
+        f"data.test={shards / 'test'}",
+        "train.duration=2 steps",
+        "train.global_batch_size=16",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "runs" / name / "summary.json").read_text())["step"] == 2
+
+
+def test_real_images(cifar10_source: Path, tmp_path: Path) -> None:
+    """CIFAR-10 from its source to shards, and a hundred steps of learning on it."""
+    result = start(*FORMS["shardstep"], "quickstart", "train.duration=100 steps", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "runs" / "quickstart" / "summary.json").read_text())
+    assert (summary["data"]["train_samples"], summary["data"]["test_samples"]) == (50_000, 10_000)
+    assert summary["eval"]["accuracy"] > 0.5  # guessing gives 0.1
+    manifest = json.loads((tmp_path / "data" / "cifar10" / "train" / "manifest.json").read_text())
+    assert manifest["mean"] == pytest.approx([0.4914, 0.4822, 0.4465], abs=5e-5)  # as published
+    assert manifest["std"] == pytest.approx([0.2470, 0.2435, 0.2616], abs=5e-5)

@@ -1,0 +1,97 @@
+"""The layout's guards: what is installed under which name, and who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+LAYERS = ["configs", "datasets", "trainer", "launch"]  # each may import from itself and from those before it
+
+
+def python_files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_go_down_only(layer: str) -> None:
+    forbidden = {f"shardstep.{name}" for name in LAYERS[LAYERS.index(layer) + 1 :]}
+    for path in python_files(layer):
+        above = {name for name in imported_modules(path) for top in forbidden if (name + ".").startswith(top + ".")}
+        assert not above, f"{path} imports {above}"
+
+
+def test_only_runtime_touches_the_world() -> None:
+    for layer in LAYERS:
+        for path in python_files(layer):
+            if path.name == "runtime.py":
+                continue
+            assert not {name for name in imported_modules(path) if name.startswith("torch.distributed")}, path
+            assert "Accelerator(" not in path.read_text(), path
+
+
+def test_datasets_has_no_init() -> None:
+    # With one, and the repository root on the path, `import datasets` would find this folder in place of the library.
+    assert not (ROOT / "datasets" / "__init__.py").exists()
+
+
+def test_accelerate_does_not_take_our_folder_for_the_datasets_library() -> None:
+    code = "from accelerate.utils import is_datasets_available; import accelerate; print(is_datasets_available())"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )
+    assert result.stdout.strip() == "False"
+
+
+def test_nothing_generic_is_importable_from_elsewhere(tmp_path: Path) -> None:
+    code = (
+        "import importlib.util as u, shardstep.trainer.loop, shardstep.datasets.order;"
+        "print([n for n in ('launch', 'trainer', 'configs', 'slurm') if u.find_spec(n)])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_scripts_are_not_named_after_installed_libraries(tmp_path: Path) -> None:
+    # A script's folder comes first on sys.path: a launch/yaml.py would be everybody's yaml.
+    names = [path.stem for path in python_files("launch") if path.stem != "__init__"]
+    code = f"import importlib.util as u; print([n for n in {names!r} if u.find_spec(n)])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_public_function_has_a_docstring() -> None:
+    for layer in LAYERS:
+        for path in python_files(layer):
+            tree = ast.parse(path.read_text())
+            assert ast.get_docstring(tree), f"{path} has no docstring"
+            for node in tree.body:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                    assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+
+
+def test_loop_is_short() -> None:
+    tree = ast.parse((ROOT / "trainer" / "loop.py").read_text())
+    lengths = {
+        node.name: (node.end_lineno or 0) - node.lineno + 1 for node in tree.body if isinstance(node, ast.FunctionDef)
+    }
+    assert sum(lengths.values()) < 80, lengths

@@ -1,0 +1,165 @@
+"""Each optimizer of the documents against its equation, in float64, over several steps."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from shardstep.configs.errors import InputError
+from shardstep.trainer.optimizers import CANNOT_WORK, COMMON_OPTIONS, OPTIMIZERS, build_optimizer
+
+START = [1.0, -2.0, 0.5]
+
+
+def gradient(w: list[float]) -> list[float]:
+    """Of the loss sum(w^4 / 4 + i w): steep enough that every term of an update matters."""
+    return [value**3 + place for place, value in enumerate(w)]
+
+
+def sgd(eta: float, mu: float = 0.0, nesterov: bool = False) -> Iterator[list[float]]:
+    w, v = list(START), [0.0] * 3
+    while True:
+        g = gradient(w)
+        v = [mu * a + b for a, b in zip(v, g, strict=True)]
+        step = [b + mu * a for a, b in zip(v, g, strict=True)] if nesterov else v
+        w = [a - eta * b for a, b in zip(w, step, strict=True)]
+        yield w
+
+
+def document_momentum(eta: float, mu: float) -> Iterator[list[float]]:
+    """The documents' form: the rate inside the velocity, which is added to the weights."""
+    w, v = list(START), [0.0] * 3
+    while True:
+        v = [mu * a - eta * b for a, b in zip(v, gradient(w), strict=True)]
+        w = [a + b for a, b in zip(w, v, strict=True)]
+        yield w
+
+
+def adagrad(eta: float, eps: float) -> Iterator[list[float]]:
+    w, s = list(START), [0.0] * 3
+    while True:
+        g = gradient(w)
+        s = [a + b * b for a, b in zip(s, g, strict=True)]
+        w = [a - eta * b / (math.sqrt(c) + eps) for a, b, c in zip(w, g, s, strict=True)]
+        yield w
+
+
+def adadelta(eta: float, rho: float, eps: float) -> Iterator[list[float]]:
+    w, s, u = list(START), [0.0] * 3, [0.0] * 3
+    while True:
+        g = gradient(w)
+        s = [rho * a + (1 - rho) * b * b for a, b in zip(s, g, strict=True)]
+        d = [math.sqrt(b + eps) / math.sqrt(a + eps) * c for a, b, c in zip(s, u, g, strict=True)]
+        u = [rho * a + (1 - rho) * b * b for a, b in zip(u, d, strict=True)]
+        w = [a - eta * b for a, b in zip(w, d, strict=True)]
+        yield w
+
+
+def rmsprop(eta: float, alpha: float, eps: float) -> Iterator[list[float]]:
+    w, s = list(START), [0.0] * 3
+    while True:
+        g = gradient(w)
+        s = [alpha * a + (1 - alpha) * b * b for a, b in zip(s, g, strict=True)]
+        w = [a - eta * b / (math.sqrt(c) + eps) for a, b, c in zip(w, g, s, strict=True)]
+        yield w
+
+
+def adam(eta: float, b1: float, b2: float, eps: float, decay: float = 0.0) -> Iterator[list[float]]:
+    w, m, s, t = list(START), [0.0] * 3, [0.0] * 3, 0
+    while True:
+        t, g = t + 1, gradient(w)
+        w = [a - eta * decay * a for a in w]
+        m = [b1 * a + (1 - b1) * b for a, b in zip(m, g, strict=True)]
+        s = [b2 * a + (1 - b2) * b * b for a, b in zip(s, g, strict=True)]
+        w = [a - eta * (b / (1 - b1**t)) / (math.sqrt(c / (1 - b2**t)) + eps) for a, b, c in zip(w, m, s, strict=True)]
+        yield w
+
+
+class Weights(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(START, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("section", "equation"),
+    [
+        ({"name": "sgd", "lr": 0.01}, lambda: sgd(0.01)),
+        ({"name": "sgd", "lr": 0.01, "momentum": 0.9}, lambda: sgd(0.01, 0.9)),
+        ({"name": "sgd", "lr": 0.01, "momentum": 0.9}, lambda: document_momentum(0.01, 0.9)),
+        ({"name": "sgd", "lr": 0.01, "momentum": 0.9, "nesterov": True}, lambda: sgd(0.01, 0.9, nesterov=True)),
+        ({"name": "adagrad", "lr": 0.1}, lambda: adagrad(0.1, 1e-10)),
+        ({"name": "adadelta"}, lambda: adadelta(1.0, 0.9, 1e-6)),
+        ({"name": "adadelta", "lr": 0.5, "rho": 0.8}, lambda: adadelta(0.5, 0.8, 1e-6)),
+        ({"name": "rmsprop", "lr": 0.01, "alpha": 0.9}, lambda: rmsprop(0.01, 0.9, 1e-8)),
+        ({"name": "adam", "lr": 0.05}, lambda: adam(0.05, 0.9, 0.999, 1e-8)),
+        ({"name": "adam", "lr": 0.05, "betas": [0.8, 0.9], "eps": 0.1}, lambda: adam(0.05, 0.8, 0.9, 0.1)),
+        (
+            {"name": "adamw", "lr": 0.05, "weight_decay": 0.2, "decay_biases_and_norms": True},
+            lambda: adam(0.05, 0.9, 0.999, 1e-8, decay=0.2),
+        ),
+    ],
+)
+def test_equation(section: dict, equation: Callable[[], Iterator[list[float]]]) -> None:
+    model = Weights()
+    optimizer = build_optimizer(COMMON_OPTIONS | section, model)
+    for _, expected in zip(range(12), equation(), strict=False):
+        optimizer.zero_grad()
+        (model.w**4 / 4 + model.w * torch.arange(3)).sum().backward()
+        optimizer.step()
+        assert model.w.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_every_optimizer_of_torch_is_known_or_refused() -> None:
+    names = {
+        name.lower()
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    } - {"optimizer"}
+    assert names == set(OPTIMIZERS) | set(CANNOT_WORK)
+
+
+def model() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+
+
+def test_weight_decay_spares_biases_and_norms() -> None:
+    section = COMMON_OPTIONS | {"name": "sgd", "lr": 0.1, "weight_decay": 0.5}
+    groups = build_optimizer(section, model()).param_groups
+    assert [(group["weight_decay"], sorted(p.ndim for p in group["params"])) for group in groups] == [
+        (0.5, [2, 2]),
+        (0.0, [1, 1, 1, 1]),
+    ]
+    everything = build_optimizer(section | {"decay_biases_and_norms": True}, model()).param_groups
+    assert [(group["weight_decay"], len(group["params"])) for group in everything] == [(0.5, 6)]
+
+
+def test_groups_by_name_and_dimension() -> None:
+    section = COMMON_OPTIONS | {
+        "name": "sgd",
+        "lr": 0.1,
+        "groups": [{"match": "2.*", "lr": 0.01, "momentum": 0.9}, {"ndim": 1, "lr": 0.2}],
+    }
+    groups = build_optimizer(section, model()).param_groups
+    found = [(group["lr"], group["initial_lr"], group["momentum"], len(group["params"])) for group in groups]
+    # the head's weight and bias; the other biases and the norm; the first weight
+    assert found == [(0.01, 0.01, 0.9, 2), (0.2, 0.2, 0, 3), (0.1, 0.1, 0, 1)]
+
+
+def test_a_group_without_parameters_is_an_error() -> None:
+    section = COMMON_OPTIONS | {"name": "sgd", "lr": 0.1, "groups": [{"match": "conv*", "lr": 0.01}]}
+    with pytest.raises(InputError, match=r"groups\[0\].*fits none of the model's parameters"):
+        build_optimizer(section, model())
+
+
+def test_contradicting_options_are_an_error() -> None:
+    with pytest.raises(InputError, match="Nesterov momentum requires"):
+        build_optimizer(COMMON_OPTIONS | {"name": "sgd", "lr": 0.1, "nesterov": True}, model())
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    frozen = model()
+    frozen[0].weight.requires_grad_(False)
+    optimizer = build_optimizer(COMMON_OPTIONS | {"name": "sgd", "lr": 0.1}, frozen)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 5

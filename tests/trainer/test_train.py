@@ -1,0 +1,404 @@
+"""What a run leaves behind, how it fails, and how it goes on."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.distributed import run_ranks
+from tests.runs import read_lines, train_lines, train_ranks, write_recipe
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs on one rank. Read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    train_ranks(1, write_recipe(folder, shards, log={"every": "2 steps"}))
+    return folder / "run"
+
+
+def test_a_run_leaves_its_files(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "model.safetensors",
+        "curves.png",
+        "confusion.png",
+        "predictions.png",
+    }
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
+    for name in ("curves.png", "confusion.png", "predictions.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics(finished: Path) -> None:
+    lines = read_lines(finished / "metrics.jsonl")
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("train", 2),
+        ("train", 4),
+        ("eval", 4),
+        ("train", 6),
+        ("train", 8),
+        ("eval", 8),
+    ]
+    assert [line["samples"] for line in lines] == [60, 101, 101, 161, 202, 202]  # 30 + 30, + 30 + 11, ...
+    assert [line["epoch"] for line in lines] == pytest.approx([60 / 101, 1, 1, 1 + 60 / 101, 2, 2], abs=1e-6)
+    for line in lines:
+        assert {"loss", "accuracy", "lr"} <= set(line)
+    assert {"samples_per_s", "data_wait_share"} <= set(lines[0])
+    assert len(lines[2]["per_class_accuracy"]) == 10
+
+
+def test_summary(finished: Path) -> None:
+    summary, last = json.loads((finished / "summary.json").read_text()), read_lines(finished / "metrics.jsonl")[-1]
+    assert summary["status"] == "finished"
+    assert (summary["step"], summary["samples"], summary["world_size"], summary["restarts"]) == (8, 202, 1, 0)
+    assert (summary["device"], summary["precision"]) == ("cpu", "fp32")
+    assert summary["eval"] == {key: last[key] for key in ("loss", "accuracy", "top5")}
+    assert summary["data"]["mode"] == "resident"
+    assert summary["data"]["source"] == "synthetic:101"
+    assert (summary["data"]["train_samples"], summary["data"]["test_samples"]) == (101, 53)
+    assert len(summary["data"]["fingerprint"]) == 64
+    assert summary["wall_s"] > 0
+
+
+def test_the_same_seed_gives_the_same_weights(finished: Path, shards: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    train_ranks(1, write_recipe(tmp_path, shards))
+    first, second = load_file(finished / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    train_ranks(1, write_recipe(tmp_path / "other", shards, run={"seed": 1, "dir": str(tmp_path / "other" / "run")}))
+    other = load_file(tmp_path / "other" / "run" / "model.safetensors")
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_gradient_is_that_of_the_global_mean(shards: Path, tmp_path: Path) -> None:
+    """One step of SGD with rate 1 moves the weights by the gradient: compare with plain torch on the same samples."""
+    from safetensors.torch import load_file
+
+    from shardstep.datasets.manifest import open_shards
+    from shardstep.datasets.order import EpochOrder
+    from shardstep.datasets.reader import StreamReader
+    from shardstep.trainer.models.mlp import mlp
+
+    opened = open_shards(shards / "train")
+    pixels, labels = StreamReader(opened).read(EpochOrder(opened.samples_per_shard, 0, 0).slice(0, 31))
+    images = ((pixels / 255 - torch.tensor(opened.manifest.mean)) / torch.tensor(opened.manifest.std)).permute(
+        0, 3, 1, 2
+    )
+    torch.manual_seed(0)
+    reference = mlp((3, 32, 32), 10, hidden=(16,))
+    torch.nn.functional.cross_entropy(reference(images), labels).backward()
+
+    for world_size in (1, 3):
+        folder = tmp_path / str(world_size)
+        train_ranks(
+            world_size,
+            write_recipe(
+                folder,
+                shards,
+                optimizer={"name": "sgd", "lr": 1.0},
+                train={"global_batch_size": 31, "max_micro_batch": 4, "duration": "1 steps"},
+            ),
+        )
+        trained = load_file(folder / "run" / "model.safetensors")
+        for name, parameter in reference.named_parameters():
+            assert parameter.grad is not None
+            assert torch.allclose(trained[name], parameter.detach() - parameter.grad, atol=1e-6), (world_size, name)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_fractional_epochs_and_steps(shards: Path, tmp_path: Path, world_size: int) -> None:
+    # 1.5 epochs of 101 samples = 151.5: steps of 30, 30, 30, 11 | 30, 30 -> 161 is the first boundary past it
+    train_ranks(
+        world_size,
+        write_recipe(tmp_path, shards),
+        "train.duration=1.5 epochs",
+        "eval.every=0.5 epochs",
+        "checkpoint.every=100 epochs",
+        "checkpoint.keep=1",
+    )
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert lines[-1]["samples"] == 161
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [2, 4, 6]  # at or past 0.5, 1 and 1.5 epochs
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_fp16_on_a_cpu_trains_with_a_scaler(shards: Path, tmp_path: Path) -> None:
+    for clip in ("train.clip_norm=1.0", "run.seed=0"):
+        folder = tmp_path / clip[:8]
+        train_ranks(2, write_recipe(folder, shards), "train.precision=fp16", "train.duration=6 epochs", clip)
+        lines = train_lines(folder / "run")
+        assert lines[-1]["loss"] < lines[0]["loss"]
+        assert json.loads((folder / "run" / "summary.json").read_text())["precision"] == "fp16"
+        state = torch.load(folder / "run" / "checkpoints" / "step-00000024" / "state.pt", weights_only=True)
+        assert state["scaler"]["scale"] > 0
+
+
+def test_bf16_computes_in_bf16(shards: Path, tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        train_ranks(1, write_recipe(tmp_path / precision, shards), f"train.precision={precision}")
+        losses[precision] = [line["loss"] for line in train_lines(tmp_path / precision / "run")]
+    assert losses["fp32"] != losses["bf16"]
+    assert losses["fp32"] == pytest.approx(losses["bf16"], rel=0.02)
+
+
+def failure_of(recipe: str, *overrides: str) -> tuple[int, str, str]:
+    """Runs in a rank: exit code, stdout and stderr of the command."""
+    import contextlib
+    import io
+
+    from shardstep.launch.cli import run
+    from shardstep.launch.train import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(main, [recipe, *overrides])
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_a_loss_that_leaves_the_numbers_is_a_failure_that_names_the_step(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards, optimizer={"name": "sgd", "lr": 1e20})
+    first, second = run_ranks(2, failure_of, str(recipe))
+    assert first[0] == second[0] == 1
+    assert "failed: the loss is" in first[2]
+    assert "rate 1e+20" in first[2]
+    assert "lower optimizer.lr" in first[2]
+    assert second[2] == ""
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("sections", "overrides", "expected"),
+    [
+        ({}, ["train.global_batch_size=1"], "train.global_batch_size=1 is below the number of ranks, 2"),
+        ({}, ["train.global_batch_size=102"], "train.global_batch_size=102 is more than the 101 training samples"),
+        ({}, ["train.world_size=3"], "train.world_size=3, but 2 ranks came up"),
+        ({}, ["data.train=/nowhere"], "no shards in /nowhere"),
+        ({}, ["loss.name=nll"], "takes log-probabilities"),
+        ({}, ["data.augment=[{name: translate, pixels: 40}]"], "needs images of at least 41 pixels"),
+        ({"model": {"name": "article_cnn"}}, ["data.resize=7"], "images of 7x7 pixels are too small, it needs 9x9"),
+        ({}, ["data.normalize={mean: [0.5], std: [0.2]}", "model.negative_slope=0.3"], "negative_slope belongs to"),
+        ({}, ["run.resume=must"], "run.resume=must, but there is no checkpoint"),
+        ({"optimizer": {"name": "muon", "lr": 0.1}}, [], "optimizer.name=muon"),
+    ],
+)
+def test_bad_input_is_one_message_from_rank_0(
+    shards: Path, tmp_path: Path, sections: dict, overrides: list[str], expected: str
+) -> None:
+    recipe = write_recipe(tmp_path, shards, **sections)
+    (code, _, message), (other_code, _, silence) = run_ranks(2, failure_of, str(recipe), *overrides)
+    assert (code, other_code) == (2, 2)
+    assert expected in message
+    assert "Traceback" not in message
+    assert "error" not in silence
+
+
+def test_test_set_of_another_task(shards: Path, tmp_path: Path) -> None:
+    from shardstep.datasets.write import write_shards
+
+    write_shards("digits", "test", tmp_path / "digits")
+    recipe = write_recipe(tmp_path, shards)
+    ((code, _, message),) = run_ranks(1, failure_of, str(recipe), f"data.test={tmp_path / 'digits'}")
+    assert code == 2
+    assert "have different classes" in message
+
+
+def test_a_damaged_sample_stops_training_and_is_named(shards: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from shardstep.datasets.manifest import open_shards
+
+    folder = Path(shutil.copytree(shards, tmp_path / "shards"))
+    entry = open_shards(folder / "train").index[40]
+    path = folder / "train" / "train-000002.tar"
+    data = bytearray(path.read_bytes())
+    data[int(entry["block"]) * 512 + 50] ^= 1
+    path.write_bytes(data)
+    for mode in ("stream", "resident"):
+        recipe = write_recipe(tmp_path / mode, folder)
+        ((code, _, message),) = run_ranks(1, without_cache, str(tmp_path / "cache"), str(recipe), f"data.mode={mode}")
+        assert code == 2
+        assert "train-000002.tar: sample 000040 is damaged" in message
+
+
+def without_cache(folder: str, *arguments: str) -> tuple[int, str, str]:
+    """Runs in a rank: like failure_of, where no earlier run has decoded the same data while it was whole."""
+    import os
+
+    os.environ["SHARDSTEP_CACHE"] = folder
+    return failure_of(*arguments)
+
+
+# --- second runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_left_alone(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards)
+    train_ranks(1, recipe)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    ((code, out, _),) = run_ranks(1, failure_of, str(recipe))
+    assert code == 0
+    assert "nothing to do" in out
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_never_puts_the_old_run_aside(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards)
+    train_ranks(1, recipe)
+    ((code, out, _),) = run_ranks(1, failure_of, str(recipe), "run.resume=never")
+    assert code == 0
+    assert f"is now in {tmp_path / 'run'}.old1" in out
+    assert (tmp_path / "run.old1" / "summary.json").is_file()
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_another_recipe_is_refused_and_named(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards)
+    train_ranks(1, recipe)
+    ((code, _, message),) = run_ranks(1, failure_of, str(recipe), "optimizer.lr=0.5", "run.seed=3")
+    assert code == 2
+    assert "optimizer.lr: 0.05 -> 0.5" in message
+    assert "run.seed: 0 -> 3" in message
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_goes_on_from_its_checkpoint(shards: Path, tmp_path: Path, world_size: int) -> None:
+    from safetensors.torch import load_file
+
+    sections = {
+        "model": {"name": "mlp", "hidden": [16], "dropout": 0.2},
+        "optimizer": {"name": "adam", "lr": 0.01},
+        "data": {"augment": ["flip"]},
+        "checkpoint": {"every": "3 steps", "keep": 1},
+    }
+    train_ranks(world_size, write_recipe(tmp_path / "whole", shards, **sections))
+    interrupted = write_recipe(tmp_path / "cut", shards, **sections)
+    run_ranks(world_size, train_until, str(interrupted), 5)
+    train_ranks(world_size, interrupted)
+
+    whole, resumed = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
+    assert [line["step"] for line in train_lines(resumed)] == list(range(1, 9))
+    assert [line["loss"] for line in train_lines(resumed)] == [line["loss"] for line in train_lines(whole)]
+    first, second = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert json.loads((resumed / "summary.json").read_text())["restarts"] == 1
+
+
+def train_until(recipe: str, last_step: int) -> None:
+    """Runs in a rank: trains and breaks off after a step, as a killed run does."""
+    from shardstep.launch.train import main
+    from shardstep.trainer import loop
+
+    class Killed(Exception):
+        pass
+
+    step_function = loop.train_step
+
+    def step(accelerator, state, *rest):  # type: ignore[no-untyped-def]
+        if state.progress.step == last_step:
+            raise Killed
+        return step_function(accelerator, state, *rest)
+
+    loop.train_step = step
+    with pytest.raises(Killed):
+        main([recipe])
+
+
+# --- the tracker ------------------------------------------------------------------------------------------------------
+
+
+def test_wandb_offline_holds_what_was_logged(shards: Path, tmp_path: Path) -> None:
+    train_ranks(2, write_recipe(tmp_path, shards, log={"wandb": "offline", "wandb_tags": ["a", "b"]}))
+    (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    history, config = read_wandb(path)
+    losses = [line["loss"] for line in train_lines(tmp_path / "run")]
+    assert [entry["train/loss"] for entry in history if "train/loss" in entry] == pytest.approx(losses)
+    assert len([entry for entry in history if "eval/accuracy" in entry]) == 2
+    assert config["optimizer"]["lr"] == 0.05
+
+
+def read_wandb(path: Path) -> tuple[list[dict], dict]:
+    """History and config of a wandb file: records of protobuf in the format of LevelDB's log, after 7 bytes of head."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts, history, config = path.read_bytes(), 7, [], [], {}
+    while position + 7 <= len(data):
+        if position % 32768 > 32768 - 7:  # what is left of a block is too short for a header
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            record = wandb_internal_pb2.Record.FromString(b"".join(parts))
+            parts.clear()
+            if record.history.item:
+                history.append(
+                    {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                )
+            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    return history, config
+
+
+def test_a_tracker_that_fails_does_not_hurt_the_run(shards: Path, tmp_path: Path) -> None:
+    ((code, _, message),) = run_ranks(
+        1, with_broken_wandb, str(write_recipe(tmp_path, shards, log={"wandb": "offline"}))
+    )
+    assert code == 0
+    assert message.count("wandb failed") == 1
+    assert len(train_lines(tmp_path / "run")) == 8
+
+
+def with_broken_wandb(recipe: str) -> tuple[int, str, str]:
+    """Runs in a rank: wandb dies at its third line."""
+    import wandb
+
+    original, calls = wandb.init, []
+
+    def init(**options):  # type: ignore[no-untyped-def]
+        run = original(**options)
+
+        def log(*_: object, **__: object) -> None:
+            calls.append(1)
+            if len(calls) > 2:
+                raise BrokenPipeError("the service is gone")
+
+        run.log = log
+        return run
+
+    wandb.init = init
+    return failure_of(recipe)
+
+
+# --- checkpoints run no code ------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        import os
+
+        return os.system, ("touch /tmp/shardstep-was-here",)
+
+
+def test_a_checkpoint_with_code_is_refused(shards: Path, tmp_path: Path) -> None:
+    marker = Path("/tmp/shardstep-was-here")
+    marker.unlink(missing_ok=True)
+    recipe = write_recipe(tmp_path, shards)
+    train_ranks(1, recipe, "train.duration=1 epochs")
+    torch.save({"optimizer": Evil()}, tmp_path / "run" / "checkpoints" / "step-00000004" / "state.pt")
+    content = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    content["train"]["duration"] = "2 epochs"
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(content))
+    ((code, _, message),) = run_ranks(1, failure_of, str(recipe))
+    assert code == 2
+    assert "cannot be resumed from" in message
+    assert not marker.exists()

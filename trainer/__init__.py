@@ -1,0 +1,1 @@
+"""Batches to trained weights. Start reading in loop.py."""

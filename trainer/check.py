@@ -1,0 +1,127 @@
+"""A loaded recipe to one that can be run: open sections resolved, values and combinations checked, all problems at once."""
+
+from typing import Any
+
+from shardstep.configs.components import convert, resolve
+from shardstep.configs.durations import Duration
+from shardstep.configs.errors import InputError
+from shardstep.configs.load import Loaded
+from shardstep.configs.schema import Recipe
+from shardstep.datasets.augment import TRANSFORMS
+from shardstep.trainer import losses, models, optimizers, schedules
+
+
+def check_recipe(loaded: Loaded) -> Recipe:
+    """Resolve every option of a recipe and check what can be checked without data and ranks.
+
+    Raises:
+        InputError: with all problems, those found while loading included.
+    """
+    recipe, problems = loaded.recipe, list(loaded.problems)
+    sections = (
+        ("model", models.MODELS, models.COMMON_OPTIONS),
+        ("loss", losses.LOSSES, None),
+        ("optimizer", optimizers.OPTIMIZERS, optimizers.COMMON_OPTIONS),
+        ("schedule", schedules.SCHEDULES, schedules.COMMON_OPTIONS),
+    )
+    extra = {"optimizer": optimizers.check_optimizer, "schedule": schedules.check_schedule}
+    for section, functions, common in sections:
+        given = getattr(recipe, section)
+        if section == "optimizer" and given.get("name") in optimizers.CANNOT_WORK:
+            problems.append(f"optimizer.name={given['name']} cannot work here: {optimizers.CANNOT_WORK[given['name']]}")
+            continue
+        resolved, found = resolve(section, given, functions, common)
+        if not found and section in extra:
+            found = extra[section](resolved)
+        setattr(recipe, section, resolved)
+        problems += found
+    if not isinstance(recipe.model.get("sync_batch_norm", False), bool):
+        problems.append("model.sync_batch_norm must be true or false")
+
+    recipe.data.augment, found = _resolve_augment(recipe.data.augment)
+    problems += found + _check_durations(recipe) + _check_numbers(recipe) + _check_normalize(recipe)
+    if problems:
+        raise InputError.from_problems(f"recipe {recipe.run.name}", problems)
+    return recipe
+
+
+def _resolve_augment(entries: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    resolved, problems = [], []
+    for place, entry in enumerate(entries):
+        given = {"name": entry} if isinstance(entry, str) else entry
+        where = f"data.augment[{place}]"
+        if not isinstance(given, dict):
+            problems.append(f"{where} must be a name, or a mapping of a name and its options, not {entry!r}")
+            continue
+        section, found = resolve(where, given, TRANSFORMS)
+        resolved.append(section)
+        problems += found
+    return resolved, problems
+
+
+def _check_durations(recipe: Recipe) -> list[str]:
+    problems = []
+    texts = {
+        "train.duration": recipe.train.duration,
+        "eval.every": recipe.eval.every,
+        "checkpoint.every": recipe.checkpoint.every,
+        "log.every": recipe.log.every,
+    }
+    for key, text in texts.items():
+        try:
+            Duration.parse(text)
+        except InputError as error:
+            problems.append(f"{key}: {error}")
+    return problems
+
+
+def _check_numbers(recipe: Recipe) -> list[str]:
+    problems = []
+    batch, window = recipe.train.global_batch_size, recipe.data.window_shards
+    if not (batch == "full" or (isinstance(batch, int) and batch >= 1)):
+        problems.append(f"train.global_batch_size={batch} must be a whole number from 1, or full")
+    if not (window in ("auto", "all") or (isinstance(window, int) and window >= 1)):
+        problems.append(f"data.window_shards={window} must be a whole number from 1, or auto, or all")
+    at_least = {
+        "data.workers": (recipe.data.workers, 0),
+        "data.lanes": (recipe.data.lanes, 1),
+        "data.resize": (recipe.data.resize, 1),
+        "train.max_micro_batch": (recipe.train.max_micro_batch, 1),
+        "train.world_size": (recipe.train.world_size, 1),
+        "eval.batch_size": (recipe.eval.batch_size, 1),
+        "checkpoint.keep": (recipe.checkpoint.keep, 1),
+        "run.seed": (recipe.run.seed, 0),
+    }
+    problems += [
+        f"{key}={value} must be at least {least}"
+        for key, (value, least) in at_least.items()
+        if value is not None and value < least
+    ]
+    for key, limit in (("clip_norm", recipe.train.clip_norm), ("clip_value", recipe.train.clip_value)):
+        if limit is not None and not limit > 0:
+            problems.append(f"train.{key}={limit} must be above 0; null turns it off")
+    if recipe.train.clip_norm is not None and recipe.train.clip_value is not None:
+        problems.append("train.clip_norm and train.clip_value exclude each other")
+    if recipe.train.timeout_s <= 0:
+        problems.append(f"train.timeout_s={recipe.train.timeout_s} must be above 0")
+    if batch == "full" and recipe.data.last_batch == "drop":
+        problems.append("data.last_batch=drop has no effect with train.global_batch_size=full: an epoch is one batch")
+    names = [entry.get("name") for entry in recipe.data.augment]
+    if "flip" in names and "alternating_flip" in names:
+        problems.append("data.augment: flip undoes what alternating_flip arranges; keep one of them")
+    return problems
+
+
+def _check_normalize(recipe: Recipe) -> list[str]:
+    normalize = recipe.data.normalize
+    if normalize in ("manifest", "none"):
+        return []
+    if not isinstance(normalize, dict) or set(normalize) != {"mean", "std"}:
+        return [f"data.normalize={normalize} must be manifest, none, or {{mean: [...], std: [...]}}"]
+    try:
+        numbers = {key: convert(normalize[key], list[float]) for key in ("mean", "std")}
+    except ValueError as error:
+        return [f"data.normalize: {error}"]
+    if len(numbers["mean"]) != len(numbers["std"]) or len(numbers["mean"]) not in (1, 3):
+        return ["data.normalize: mean and std must both have 1 or 3 numbers"]
+    return [] if min(numbers["std"]) > 0 else ["data.normalize: every std must be above 0"]

@@ -1,0 +1,123 @@
+"""What must survive a restart, to disk and back.
+
+A checkpoint is a folder checkpoints/step-NNNNNNNN with the weights as safetensors and the rest as a file that torch reads
+with weights_only. It is written under another name, synced, and renamed: it is whole, or it does not exist.
+"""
+
+import os
+import pickle
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shardstep.configs.durations import Progress
+from shardstep.configs.errors import InputError
+
+_WEIGHTS, _REST = "model.safetensors", "state.pt"
+
+
+@dataclass
+class TrainState:
+    """All that changes while a run goes on, and must survive its end.
+
+    Random numbers are not among it: augmentation is keyed by (seed, epoch, position), dropout by (seed, step, rank).
+
+    Attributes:
+        module: the model, bare.
+        model: the same as Accelerate wrapped it.
+        optimizer: as Accelerate wrapped it.
+        scaler: of fp16, else None.
+        progress: how far the run has come.
+        wall_s: seconds of training and evaluation, over all restarts.
+        restarts: how often the run was resumed.
+    """
+
+    module: nn.Module
+    model: nn.Module
+    optimizer: AcceleratedOptimizer
+    scaler: torch.amp.GradScaler | None = None
+    progress: Progress = Progress()
+    wall_s: float = 0.0
+    restarts: int = 0
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers as contiguous tensors on the host."""
+    return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+
+
+def save(state: TrainState, folder: Path, keep: int) -> Path:
+    """Write a checkpoint below `folder` and delete all but the newest `keep`. Called on rank 0 only."""
+    target = folder / f"step-{state.progress.step:08d}"
+    partial = folder / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(weights(state.module), partial / _WEIGHTS)
+    rest = {
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict() if state.scaler else {},
+        "progress": asdict(state.progress),
+        "wall_s": state.wall_s,
+        "restarts": state.restarts,
+    }
+    torch.save(rest, partial / _REST)
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    if target.exists():  # the end of a run that was resumed at its end
+        shutil.rmtree(target)
+    partial.replace(target)
+    _sync(folder)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints below a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def load(state: TrainState, path: Path) -> None:
+    """Restore a state from a checkpoint, in place.
+
+    Raises:
+        InputError: it does not fit the model or optimizer, or cannot be read.
+    """
+    try:
+        state.module.load_state_dict(load_file(path / _WEIGHTS))
+        rest = torch.load(path / _REST, weights_only=True, map_location="cpu")
+        state.optimizer.load_state_dict(rest["optimizer"])
+        if state.scaler is not None:
+            state.scaler.load_state_dict(rest["scaler"])
+    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} cannot be resumed from: {str(error).splitlines()[0]}") from None
+    state.progress = Progress(**rest["progress"])
+    state.wall_s = rest["wall_s"]
+    state.restarts = rest["restarts"] + 1
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load the weights of a safetensors file into a model.
+
+    Raises:
+        InputError: there is no such file, or it holds another model.
+    """
+    try:
+        module.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise InputError(f"no weights in {path.parent}: {path.name} is missing") from None
+    except Exception as error:  # safetensors has an exception class of its own for each kind of damage
+        raise InputError(f"{path} does not hold this model's weights: {str(error).splitlines()[0]}") from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""A model and a test set to exact figures: every sample counted once, whatever the number of ranks."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from shardstep.trainer.losses import Loss
+from shardstep.trainer.runtime import average_buffers, reduce_sums
+
+TestBatches = Callable[[], Iterable[tuple[Tensor, Tensor, np.ndarray]]]
+"""Makes a fresh pass over this rank's part of the test set: images, labels, sample ids."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures over a whole test set.
+
+    Attributes:
+        loss: mean, not smoothed.
+        accuracy: share of samples whose highest output is their label.
+        top5: share of samples whose label is among the five highest outputs.
+        samples: how many were counted.
+        confusion: int64 (classes, classes); row: label, column: prediction.
+    """
+
+    loss: float
+    accuracy: float
+    top5: float
+    samples: int
+    confusion: Tensor
+
+    @property
+    def per_class_accuracy(self) -> list[float | None]:
+        """Accuracy of each class; None for a class without samples."""
+        return [
+            int(self.confusion[label, label]) / total if total else None
+            for label, total in enumerate(self.confusion.sum(dim=1).tolist())
+        ]
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, module: nn.Module, batches: TestBatches, loss: Loss, num_samples: int, num_classes: int
+) -> Evaluation:
+    """Evaluate a model on all ranks together.
+
+    Args:
+        accelerator: the world.
+        module: the model without DDP's wrapper, whose forward pass would broadcast buffers.
+        batches: this rank's part of the test set.
+        loss: summed over a batch.
+        num_samples: size of the test set, to be counted exactly.
+        num_classes: outputs of the model.
+
+    Returns:
+        The same figures on every rank.
+    """
+    average_buffers(accelerator, module)
+    was_training = module.training
+    module.eval()
+    device = accelerator.device
+    # sums: loss, correct, among the top five, samples
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64, device=device)
+    for images, labels, _ in batches():
+        if len(labels) == 0:
+            continue
+        outputs = module(images).float()  # (B, K)
+        best = outputs.topk(min(5, num_classes), dim=1).indices
+        hits = best == labels.unsqueeze(1)
+        sums += torch.stack(
+            [loss(outputs, labels).double(), hits[:, 0].sum(), hits.sum(), labels.new_tensor(len(labels))]
+        )
+        confusion += torch.bincount(labels * num_classes + best[:, 0], minlength=num_classes**2)
+    module.train(was_training)
+
+    sums, confusion = reduce_sums(accelerator, [sums, confusion])
+    total_loss, correct, top5, count = sums.tolist()
+    assert count == num_samples, f"{count:.0f} of {num_samples} test samples were counted"
+    return Evaluation(
+        loss=total_loss / count,
+        accuracy=correct / count,
+        top5=top5 / count,
+        samples=int(count),
+        confusion=confusion.view(num_classes, num_classes).long().cpu(),
+    )

@@ -1,0 +1,124 @@
+"""A small fast network whose first layer whitens image patches, after the CIFAR-10 speed records.
+
+Page 2018 (How to Train Your ResNet) and Jordan 2024, arXiv 2404.00498: a frozen 2x2 convolution computed from training
+images decorrelates its inputs, so that the layers behind it can learn at high rates from the first step.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from shardstep.trainer.models.layers import Activation, OutputActivation, activation_layer, output_layer
+
+_PATCH = 2  # pixels: side of the patches that are whitened
+
+
+class WhiteningConv(nn.Conv2d):
+    """A frozen convolution whose filters are the scaled eigenvectors of the images' patches, and their negatives."""
+
+    def __init__(self, channels: int):
+        self.patch_size = channels * _PATCH**2
+        super().__init__(channels, 2 * self.patch_size, kernel_size=_PATCH)
+        self.weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def whiten(self, images: Tensor, epsilon: float = 5e-4) -> None:
+        """Compute the filters from normalised training images (N, C, H, W)."""
+        patches = nn.functional.unfold(images.float(), _PATCH).transpose(1, 2).reshape(-1, self.patch_size).double()
+        patches = patches - patches.mean(dim=0)
+        covariance = patches.T @ patches / len(patches)
+        variances, directions = torch.linalg.eigh(covariance)  # in columns, smallest first
+        # The sign of an eigenvector is arbitrary: fix it, so that every machine gets the same filters.
+        directions = directions * directions.gather(0, directions.abs().argmax(dim=0, keepdim=True)).sign()
+        filters = (directions / (variances + epsilon).sqrt()).T.flip(0).reshape(self.patch_size, -1, _PATCH, _PATCH)
+        self.weight.copy_(torch.cat([filters, -filters]))
+
+
+class Group(nn.Sequential):
+    """Convolution, 2x2 max-pooling, convolution, each with batch norm: halves the height and width."""
+
+    def __init__(self, inputs: int, outputs: int, activation: Activation, norm_momentum: float):
+        super().__init__(
+            _conv(inputs, outputs),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(outputs, momentum=norm_momentum),
+            activation_layer(activation),
+            _conv(outputs, outputs),
+            nn.BatchNorm2d(outputs, momentum=norm_momentum),
+            activation_layer(activation),
+        )
+
+
+class WhiteningCnn(nn.Module):
+    """(B, C, H, W) -> (B, num_classes)."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        widths: tuple[int, ...],
+        activation: Activation,
+        norm_momentum: float,
+        output_scale: float,
+        output_activation: OutputActivation,
+    ):
+        super().__init__()
+        self.whitening = WhiteningConv(channels)
+        self.activation = activation_layer(activation)
+        sizes = [self.whitening.out_channels, *widths]
+        self.groups = nn.Sequential(
+            *(
+                Group(inputs, outputs, activation, norm_momentum)
+                for inputs, outputs in zip(sizes[:-1], widths, strict=True)
+            )
+        )
+        self.head = nn.Linear(widths[-1], num_classes, bias=False)
+        self.output_scale = output_scale
+        self.output_activation = output_layer(output_activation)
+
+    def initialize(self, images: Tensor) -> None:
+        """Set what depends on the data, from normalised training images (N, C, H, W)."""
+        self.whitening.whiten(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.groups(self.activation(self.whitening(images)))  # (B, widths[-1], H // 8, W // 8)
+        return self.output_activation(self.head(features.amax(dim=(2, 3))) * self.output_scale)
+
+
+def whitening_cnn(
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    widths: tuple[int, ...] = (32, 64, 128),
+    activation: Activation = "gelu",
+    norm_momentum: float = 0.4,
+    output_scale: float = 0.125,
+    output_activation: OutputActivation = "none",
+) -> nn.Module:
+    """Frozen 2x2 whitening convolution, then one group of two 3x3 convolutions per width, each halving the image.
+
+    Args:
+        image_shape: (channels, height, width).
+        num_classes: number of outputs.
+        widths: channels of the groups.
+        activation: everywhere.
+        norm_momentum: weight of the newest batch in the running statistics of batch norm, in torch's sense.
+        output_scale: factor on the logits.
+        output_activation: none gives logits.
+
+    Raises:
+        ValueError: the images are too small.
+    """
+    channels, height, width = image_shape
+    smallest = 2 ** len(widths) + 1
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"images of {width}x{height} pixels are too small, it needs {smallest}x{smallest}: give "
+            f"data.resize={smallest} or more, or another model"
+        )
+    return WhiteningCnn(channels, num_classes, widths, activation, norm_momentum, output_scale, output_activation)
+
+
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    conv = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight.data[:inputs])  # the leading channels begin as an identity
+    return conv

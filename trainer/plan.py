@@ -1,0 +1,90 @@
+"""The arithmetic of a run: steps, epochs and batches from the recipe, the size of the data and the number of ranks."""
+
+import math
+from dataclasses import dataclass
+
+from shardstep.configs.durations import Duration, Progress
+from shardstep.configs.errors import InputError
+from shardstep.configs.schema import TrainConfig
+from shardstep.datasets.batches import micro_pieces
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a training set is cut into steps.
+
+    Attributes:
+        global_batch_size: samples per step over all ranks.
+        samples_per_epoch: samples that an epoch consumes: all, or fewer if the last batch is dropped.
+        world_size: number of ranks.
+        micro_steps: backward passes per rank and full step.
+        duration: of the run.
+    """
+
+    global_batch_size: int
+    samples_per_epoch: int
+    world_size: int
+    micro_steps: int
+    duration: Duration
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.samples_per_epoch / self.global_batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, when no batch size changes on the way."""
+        if self.duration.unit == "steps":
+            return int(self.duration.value)
+        epochs, rest = divmod(self.duration.value, 1)
+        return int(epochs) * self.steps_per_epoch + math.ceil(rest * self.samples_per_epoch / self.global_batch_size)
+
+    def advance(self, before: Progress, size: int) -> Progress:
+        """Where a run is after a step of `size` samples."""
+        position = before.position + size
+        at_end = position >= self.samples_per_epoch
+        return Progress(before.step + 1, before.epoch + at_end, 0 if at_end else position, before.samples + size)
+
+    def epochs(self, progress: Progress) -> float:
+        """Epochs done, as a number with a fraction."""
+        return progress.epoch + progress.position / self.samples_per_epoch
+
+    def is_over(self, progress: Progress) -> bool:
+        """Whether the run has reached its end."""
+        return self.duration.is_over(progress, self.samples_per_epoch)
+
+    def is_due(self, every: Duration, before: Progress, after: Progress) -> bool:
+        """Whether something that happens `every` so often falls on the step between two states."""
+        return every.is_due(before, after, self.samples_per_epoch)
+
+
+def make_plan(config: TrainConfig, num_samples: int, drop_last: bool, world_size: int) -> Plan:
+    """Work out the batches of a run.
+
+    Args:
+        config: the recipe's train section.
+        num_samples: of the training set.
+        drop_last: leave out an epoch's last global batch if it is not full.
+        world_size: number of ranks.
+
+    Raises:
+        InputError: the batch is smaller than the number of ranks, or larger than the training set.
+    """
+    size = num_samples if config.global_batch_size == "full" else int(config.global_batch_size)
+    if size < world_size:
+        raise InputError(
+            f"train.global_batch_size={size} is below the number of ranks, {world_size}: some would have no "
+            f"sample in any step. Raise it to {world_size} or more, or start at most {size} ranks"
+        )
+    if size > num_samples:
+        raise InputError(
+            f"train.global_batch_size={size} is more than the {num_samples} training samples; for whole-batch "
+            f"gradient descent write train.global_batch_size=full"
+        )
+    return Plan(
+        global_batch_size=size,
+        samples_per_epoch=num_samples - num_samples % size if drop_last else num_samples,
+        world_size=world_size,
+        micro_steps=len(micro_pieces(size, 0, world_size, config.max_micro_batch)),
+        duration=Duration.parse(config.duration),
+    )

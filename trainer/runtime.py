@@ -1,0 +1,245 @@
+"""The world: ranks, device, threads and precision. The only module that builds the Accelerator, reads the launcher's
+environment or imports torch.distributed.
+"""
+
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from shardstep.configs.errors import InputError
+from shardstep.configs.schema import TrainConfig
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks to the person, as far as can be told before the world is up."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def choose_device(wanted: str) -> str:
+    """The device type of train.device: "cpu" or "cuda".
+
+    Raises:
+        InputError: cuda is asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device=cuda, but torch finds no CUDA device here: use train.device=cpu or auto")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def start(config: TrainConfig) -> PartialState:
+    """Bring up the world that the launcher asked for, on the device of the recipe.
+
+    Raises:
+        InputError: the device is not there, or the world is not the one that was asked for.
+    """
+    device = choose_device(config.device)
+    check_launch(os.environ, config.world_size)
+    if device == "cuda":
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise InputError(
+                f"local rank {local_rank} has no GPU of its own: {gpus} are visible. Start at most as many "
+                f"ranks per node as there are GPUs"
+            )
+    threads = threads_per_rank(os.environ)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose a number of its own, and warn
+    # cpu=True is needed: without it, ranks on a machine without CUDA would each be a world of one
+    world = PartialState(cpu=device == "cpu", timeout=timedelta(seconds=config.timeout_s))
+    if device == "cpu":
+        keep_freed_memory()
+        torch.set_flush_denormal(True)  # denormal numbers slow a CPU down 5 to 50 times
+        torch.set_num_threads(threads)
+    check_world(world)
+    return world
+
+
+def build_accelerator(precision: str) -> Accelerator:
+    """Accelerate's view of the world that `start` brought up; precision is fp32, bf16 or fp16.
+
+    fp16 on a CPU is torch's own autocast and scaler: Accelerate would compute in fp32 without saying so.
+    """
+    cpu = PartialState().device.type == "cpu"
+    half = precision if precision != "fp32" and not (cpu and precision == "fp16") else "no"
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=half,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if cpu and precision == "fp16":
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+    return accelerator
+
+
+def wrap(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """Wrap a model in DDP (with several ranks) and autocast, and its optimizer in Accelerate's."""
+    if accelerator.device.type == "cpu" and accelerator.scaler is not None:
+        # fp16 on a CPU, done as Accelerate does it for the formats that it supports there
+        module.forward = torch.autocast("cpu", torch.float16)(module.forward)
+    model, prepared = accelerator.prepare(module, optimizer)
+    if isinstance(model, DistributedDataParallel):
+        # Buffers are averaged before evaluation; broadcasting them at every forward pass would cost a collective.
+        # The attribute, because the argument's name changes between torch versions.
+        model.broadcast_buffers = False
+    return model, prepared
+
+
+def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
+    """Compare the world that the environment describes with the one that was asked for.
+
+    Args:
+        environment: os.environ.
+        wanted: train.world_size, if the recipe has it.
+
+    Raises:
+        InputError: several worlds of one would come up, or one of another size than asked for.
+    """
+    if "RANK" not in environment:
+        if environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in environment:
+            raise InputError(
+                "`accelerate launch --cpu --num_processes N` starts one process only, whatever N is. For several CPU ranks "
+                "use `accelerate launch --multi_gpu --num_processes N launch/train.py ... train.device=cpu` or "
+                "`torchrun --nproc-per-node N launch/train.py ... train.device=cpu`"
+            )
+        tasks = int(environment.get("SLURM_NTASKS", "1"))
+        if tasks > 1:
+            raise InputError(
+                f"Slurm started {tasks} tasks (SLURM_NTASKS), but no launcher has told this one its rank: "
+                f"{tasks} separate runs would write to one folder. Start with torchrun or accelerate launch "
+                f"inside srun, one per node, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+            )
+    world_size = int(environment.get("WORLD_SIZE", "1")) if "RANK" in environment else 1
+    if wanted is not None and world_size != wanted:
+        raise InputError(
+            f"train.world_size={wanted}, but {world_size} {'rank' if world_size == 1 else 'ranks'} came up: "
+            f"start {wanted} (torchrun --nproc-per-node {wanted} ...), or change train.world_size"
+        )
+
+
+def check_world(world: PartialState) -> None:
+    """Compare the world that came up with the launcher's.
+
+    Raises:
+        InputError: they differ; every process would train on its own.
+    """
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if world.num_processes != expected:
+        raise InputError(
+            f"the launcher announced {expected} ranks (WORLD_SIZE), but {world.num_processes} came up: the "
+            f"backend could not join them. Check train.device and the launcher's options"
+        )
+
+
+def threads_per_rank(environment: Mapping[str, str]) -> int:
+    """Threads for the operations of one rank: the cores that this process may use, shared by the node's ranks."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's allocator keep what is freed, up to 2 GiB, in place of returning it to the system at once.
+
+    By default a big tensor is mapped when it is made and unmapped when it is freed, and the kernel clears its pages
+    again at every step: a third of a CPU training's time. Other C libraries are left as they are.
+    """
+    # <malloc.h>; thresholds are C ints, so 2 GiB - 1 is the bound on what stays at the top of the heap
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 << 20)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # Every rank's loss depends on the sum, so what reaches one rank's values is the sum over all ranks' gradients.
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks; gradients flow back through it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    return _AllReduceSum.apply(values)
+
+
+def broadcast_object(world: PartialState, value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if world.num_processes == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0, device=world.device)
+    return holder[0]
+
+
+def raise_together(world: PartialState, problem: InputError | None) -> None:
+    """Raise on every rank if any rank has a problem, so that none waits in a collective for one that is gone.
+
+    Raises:
+        InputError: with each different message once, and which ranks it came from if not all.
+    """
+    if world.num_processes == 1:
+        if problem:
+            raise problem
+        return
+    messages: list[str | None] = [None] * world.num_processes
+    dist.all_gather_object(messages, str(problem) if problem else None)
+    ranks_of: dict[str, list[int]] = {}
+    for rank, message in enumerate(messages):
+        if message is not None:
+            ranks_of.setdefault(message, []).append(rank)
+    if ranks_of:
+        raise InputError(
+            "\n".join(
+                message if len(ranks) == len(messages) else f"rank {', '.join(map(str, ranks))}: {message}"
+                for message, ranks in ranks_of.items()
+            )
+        )
+
+
+def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
+    """Replace each floating-point buffer, such as batch norm's running statistics, by its mean over the ranks."""
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    if accelerator.num_processes == 1 or not buffers:
+        return
+    flat = accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), reduction="mean")
+    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+def reduce_sums(accelerator: Accelerator, sums: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of some float64 tensors over all ranks, in one collective."""
+    if accelerator.num_processes == 1:
+        return list(sums)
+    flat = accelerator.reduce(torch.cat([values.flatten() for values in sums]), reduction="sum")
+    return [part.view_as(values) for part, values in zip(flat.split([v.numel() for v in sums]), sums, strict=True)]
+
+
+def stop(accelerator: Accelerator) -> None:
+    """Leave the world. Only after success: after an error the others may never come."""
+    accelerator.end_training()

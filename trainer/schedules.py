@@ -1,0 +1,150 @@
+"""Learning rates as pure functions of the run's progress: the factor on every base rate, for each optimizer step.
+
+Nothing is counted here, so that a resumed run, or one on another number of ranks, computes the same rates. Keyword
+arguments are the recipe's options; durations are texts such as "30 epochs".
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from shardstep.configs.durations import Duration, Progress
+from shardstep.configs.errors import InputError
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When a step is: what schedules are functions of.
+
+    Attributes:
+        progress: before the step.
+        samples_per_epoch: samples that an epoch consumes.
+        fraction: share of the run that has passed, without the warm-up; 0 at its end, 1 at the end of the run.
+    """
+
+    progress: Progress
+    samples_per_epoch: int
+    fraction: float
+
+    def elapsed(self, duration: str) -> float:
+        """How many of these durations have passed since the start of the run."""
+        return float(Duration.parse(duration).elapsed(self.progress, self.samples_per_epoch))
+
+
+def constant(clock: Clock) -> float:
+    """1."""
+    return 1.0
+
+
+def step(clock: Clock, *, every: str, gamma: float = 0.1) -> float:
+    """Times gamma after each `every`: gamma ** floor(t / every)."""
+    return gamma ** math.floor(clock.elapsed(every))
+
+
+def multistep(clock: Clock, *, milestones: list[str], gamma: float = 0.1) -> float:
+    """Times gamma at each of the milestones."""
+    return gamma ** sum(clock.elapsed(milestone) >= 1 for milestone in milestones)
+
+
+def exponential(clock: Clock, *, gamma: float, every: str = "1 epochs") -> float:
+    """Times gamma per `every`, continuously: gamma ** (t / every)."""
+    return gamma ** clock.elapsed(every)
+
+
+def cosine(clock: Clock, *, final: float = 0.0) -> float:
+    """Half a cosine from 1 to `final` over the run. Loshchilov and Hutter 2016, arXiv 1608.03983, equation 5."""
+    return final + (1 - final) * (1 + math.cos(math.pi * clock.fraction)) / 2
+
+
+def linear(clock: Clock, *, final: float = 0.0) -> float:
+    """A straight line from 1 to `final` over the run."""
+    return 1 + (final - 1) * clock.fraction
+
+
+def one_cycle(
+    clock: Clock,
+    *,
+    rise: float = 0.3,
+    start: float = 0.04,
+    final: float = 4e-6,
+    anneal: Literal["cosine", "linear"] = "cosine",
+) -> float:
+    """Up from `start` to 1 in the first part `rise` of the run, then down to `final`. Smith 2017, arXiv 1708.07120.
+
+    The defaults are those of torch.optim.lr_scheduler.OneCycleLR (1 / 25, and a ten-thousandth of that at the end).
+    """
+    rising = clock.fraction < rise
+    begin, end = (start, 1.0) if rising else (1.0, final)
+    part = clock.fraction / rise if rising else (clock.fraction - rise) / (1 - rise)
+    weight = part if anneal == "linear" else (1 - math.cos(math.pi * part)) / 2
+    return begin + (end - begin) * weight
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "constant": constant,
+    "step": step,
+    "multistep": multistep,
+    "exponential": exponential,
+    "cosine": cosine,
+    "linear": linear,
+    "one_cycle": one_cycle,
+}
+
+COMMON_OPTIONS: dict[str, Any] = {"warmup": None, "warmup_start": 0.0}
+"""Options of every schedule, with defaults. warmup: duration of a straight rise from warmup_start times the rate."""
+
+
+class LearningRate:
+    """The factor on the learning rates at each step of a run."""
+
+    def __init__(self, section: dict[str, Any], duration: Duration, samples_per_epoch: int, global_batch_size: int):
+        """
+        Args:
+            section: the recipe's schedule, checked.
+            duration: of the run.
+            samples_per_epoch: samples that an epoch consumes.
+            global_batch_size: samples per step.
+        """
+        self._function = SCHEDULES[section["name"]]
+        self._options = {key: section[key] for key in section if key not in ("name", *COMMON_OPTIONS)}
+        self._duration = duration
+        self._samples_per_epoch = samples_per_epoch
+        self._warmup_start = float(section["warmup_start"])
+        self._warmup = Duration.parse(section["warmup"]) if section["warmup"] else None
+        self._warmup_share = 0.0  # of the run
+        if self._warmup:
+            steps_per_epoch = math.ceil(samples_per_epoch / global_batch_size)
+            warmup, run = (
+                float(length.value) * (steps_per_epoch if length.unit == "epochs" else 1)
+                for length in (self._warmup, duration)
+            )
+            self._warmup_share = min(warmup / run, 1.0)
+
+    def factor(self, progress: Progress) -> float:
+        """The factor for the step that begins at `progress`."""
+        if self._warmup:
+            risen = self._warmup.elapsed(progress, self._samples_per_epoch)
+            if risen < 1:
+                return self._warmup_start + (1 - self._warmup_start) * float(risen)
+        passed = min(float(self._duration.elapsed(progress, self._samples_per_epoch)), 1.0)
+        rest = 1 - self._warmup_share
+        fraction = max(0.0, passed - self._warmup_share) / rest if rest else 1.0
+        return self._function(Clock(progress, self._samples_per_epoch, fraction), **self._options)
+
+
+def check_schedule(section: dict[str, Any]) -> list[str]:
+    """Problems of a schedule's values that its types do not show."""
+    texts = {key: section[key] for key in ("every", "warmup") if section.get(key) is not None}
+    texts |= {f"milestones[{place}]": text for place, text in enumerate(section.get("milestones") or [])}
+    problems = []
+    for key, text in texts.items():
+        try:
+            Duration.parse(str(text))
+        except InputError as error:
+            problems.append(f"schedule.{key}: {error}")
+    if section["name"] == "one_cycle" and not 0 < section["rise"] < 1:
+        problems.append(f"schedule.rise={section['rise']} must lie between 0 and 1")
+    if not section["warmup"] and section["warmup_start"] != COMMON_OPTIONS["warmup_start"]:
+        problems.append("schedule.warmup_start has no effect without schedule.warmup")
+    return problems
