@@ -8,6 +8,7 @@ model or transform needs nothing but its function.
 import dataclasses
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -28,7 +29,7 @@ def neighbours(word: str, known: Collection[str]) -> str:
 
 
 def options_of(function: Callable) -> dict[str, Any]:
-    """The options of a function and their defaults: its keyword-only parameters (of a class: all that have defaults)."""
+    """The options of a function and their defaults: its keyword-only parameters; of a class, all that have defaults."""
     wanted = inspect.Parameter.KEYWORD_ONLY
     return {
         name: parameter.default
@@ -38,7 +39,10 @@ def options_of(function: Callable) -> dict[str, Any]:
 
 
 def resolve(
-    section: str, given: Mapping[str, Any], functions: Mapping[str, Callable], common: Mapping[str, Any] | None = None
+    section: str,
+    given: Mapping[str, Any],
+    functions: Mapping[str, Callable],
+    common: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Check one open section and fill in the defaults.
 
@@ -46,7 +50,7 @@ def resolve(
         section: how the section is called in messages, such as "optimizer".
         given: `name` and options, as the recipe has them.
         functions: the functions that can be named.
-        common: further options and their defaults that go with any name; handed through unconverted.
+        common: further options that go with any name: their type and default.
 
     Returns:
         The section with all options, converted, and the problems found (empty when all is well).
@@ -55,23 +59,25 @@ def resolve(
     name = given.get("name")
     if name is None:
         return dict(given), [f"{section}.name is missing; known: {', '.join(sorted(functions))}"]
+    if not isinstance(name, str) or not all(isinstance(key, str) for key in given):
+        return dict(given), [f"{section} must map names to values, with one name of its own, not {dict(given)}"]
     if name not in functions:
         return dict(given), [f"{section}.name={name} is unknown; {neighbours(str(name), functions)}"]
 
     function, problems = functions[name], []
     defaults = options_of(function)
     resolved: dict[str, Any] = {"name": name}
-    for key, default in (defaults | dict(common)).items():
+    for key, default in (defaults | {key: value for key, (_, value) in common.items()}).items():
         if key not in given:
             if default is inspect.Parameter.empty:
                 problems.append(f"{section}.{key} is missing: {name} needs it")
             else:
                 resolved[key] = list(default) if isinstance(default, tuple) else default
-        elif key in common:
-            resolved[key] = given[key]
         else:
             try:
-                resolved[key] = convert(given[key], _hint(function, key))
+                hint = common[key][0] if key in common else hint_of(function, key)
+                resolved[key] = convert(given[key], hint)
+                check_limits(key, resolved[key])
             except ValueError as error:
                 problems.append(f"{section}.{key}: {error}")
     for key in given:
@@ -91,16 +97,52 @@ def convert(value: Any, hint: Any) -> Any:
     holder = dataclasses.make_dataclass("Option", [("value", hint)])
     try:
         result = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(holder), {"value": value}), resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         raise ValueError(str(error).split("\n")[0]) from None
     assert isinstance(result, dict)
     plain = result["value"]
+    if isinstance(plain, float) and not math.isfinite(plain):
+        raise ValueError(f"{plain} is not a number to compute with")
     return list(plain) if isinstance(plain, tuple) else plain
 
 
-def _hint(function: Callable, key: str) -> Any:
-    """The type of a parameter in terms that OmegaConf knows; torch's optimizers also admit tensors, which YAML cannot."""
-    target = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+LIMITS: dict[str, tuple[float, float]] = {
+    "lr": (0, math.inf),
+    "momentum": (0, 1),
+    "weight_decay": (0, math.inf),
+    "label_smoothing": (0, 1),
+    "dropout": (0, 1),
+    "probability": (0, 1),
+    "pixels": (0, math.inf),
+    "size": (1, math.inf),
+    "brightness": (0, 1),
+    "contrast": (0, 1),
+    "saturation": (0, 1),
+    "gamma": (0, math.inf),
+    "final": (0, math.inf),
+    "start": (0, math.inf),
+    "warmup_start": (0, math.inf),
+    "hidden": (1, math.inf),
+    "widths": (1, math.inf),
+}
+"""What the numbers of an option can be, wherever an option of this name occurs; for lists, each of their numbers."""
+
+
+def check_limits(key: str, value: Any) -> None:
+    """Check an option's numbers against LIMITS.
+
+    Raises:
+        ValueError: a number is outside; the message says what the limits are.
+    """
+    least, most = LIMITS.get(key, (-math.inf, math.inf))
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, (int, float)) and not least <= number <= most:
+            raise ValueError(f"{number} must be at least {least}" + (f" and at most {most}" if most < math.inf else ""))
+
+
+def hint_of(function: Callable, key: str) -> Any:
+    """The type of a parameter in terms that OmegaConf knows: without the tensors that torch's optimizers also admit."""
+    target = function.__init__ if inspect.isclass(function) else function
     try:
         return _without_tensors(typing.get_type_hints(target).get(key, Any))
     except NameError:  # an annotation that only type checkers can resolve

@@ -63,13 +63,16 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Loaded:
         elif not isinstance(content, dict):
             loaded.problems.append(f"{section} must be a mapping of keys to values, not {content!r}")
         elif section in OPEN_SECTIONS:
-            config[section] = content
+            if all(isinstance(key, str) for key in content):
+                config[section] = content
+            else:
+                loaded.problems.append(f"{section} must map names to values, not {content}")
         else:
             for key, value in content.items():
                 _set(config, section, str(key), value, loaded.problems)
 
     settings = [_split_override(text, loaded.problems) for text in overrides]
-    # Names first: what the recipe says about the old choice is dropped, what the command line says is meant for the new.
+    # Names first: what the recipe says about the old choice is dropped, what the command line says is for the new.
     settings.sort(key=lambda setting: setting[1] != "name")
     for section, key, value in settings:
         if section in OPEN_SECTIONS and key == "name":
@@ -132,21 +135,26 @@ def _takes_text(section: str, key: str) -> bool:
 
 
 def _change_name(config: DictConfig, section: str, name: str, loaded: Loaded) -> None:
-    previous = OmegaConf.to_container(config[section])
-    assert isinstance(previous, dict)
+    if "${" in name:
+        loaded.problems.append(f"{section}.name={name} is not a name")
+        return
+    previous = dict(OmegaConf.to_container(config[section]))  # type: ignore[arg-type] # a mapping, by the schema
     if previous.get("name") == name:
         return
     dropped = [f"{key}={value}" for key, value in previous.items() if key != "name"]
     if dropped:
         loaded.notes.append(
-            f"{section}.name={name} replaces {previous['name']}: its {', '.join(dropped)} no longer apply"
+            f"{section}.name={name} replaces {previous.get('name')}: its {', '.join(dropped)} no longer apply"
         )
     config[section] = {"name": name}
 
 
 def _set(config: DictConfig, section: str, key: str, value: Any, problems: list[str]) -> None:
     if section in OPEN_SECTIONS:
-        config[section][key] = value
+        try:
+            config[section][key] = value
+        except OmegaConfBaseException as error:
+            problems.append(f"{section}.{key}: {_first_line(error)}")
         return
     known = list(config[section])
     if key not in known:

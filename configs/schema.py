@@ -8,6 +8,9 @@ components.py checks them against its signature.
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+MemoryFormat = Literal["auto", "contiguous", "channels_last"]
+
 
 @dataclass
 class RunConfig:
@@ -32,7 +35,7 @@ class DataConfig:
     test: str = "data/cifar10/test"
     """Folder of the test shards."""
     source: Optional[str] = None  # noqa: UP045 - OmegaConf reads the field on Python 3.10 too
-    """Where missing shards are made from: cifar10, digits, synthetic:N, a folder or an archive. Unused if they exist."""
+    """Where missing shards are made from: cifar10, digits, synthetic:N, a folder, an archive. Unused if they exist."""
     mode: Literal["auto", "resident", "stream"] = "auto"
     """resident: decoded once, kept in RAM or on the device; stream: read from the shards; auto: resident if it fits."""
     workers: int = 2
@@ -59,9 +62,9 @@ class TrainConfig:
     """Samples per optimizer step over all ranks and micro-steps; full is the whole training set."""
     duration: str = "10 epochs"
     """Length of training, in epochs (fractions allowed) or steps."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Of the forward and backward pass; weights stay in fp32. auto measures a step of each and takes the fastest."""
-    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    memory_format: MemoryFormat = "auto"
     """Layout of images and convolution weights; auto is measured together with the precision."""
     max_micro_batch: int = 2048
     """Samples: the largest batch per rank per backward. The number of micro-steps per step follows from it."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardstep.datasets.randomness import Draws
+from shardstep.datasets.draws import Draws
 
 Transform = Callable[[Tensor, Draws], Tensor]
 

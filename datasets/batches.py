@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from shardstep.datasets.augment import Normalize, Transform
+from shardstep.datasets.draws import Draws
 from shardstep.datasets.order import EpochOrder
-from shardstep.datasets.randomness import Draws
 from shardstep.datasets.reader import Reader
 
 
@@ -57,7 +57,7 @@ class GlobalBatch:
 class OrderConfig:
     """What the global order depends on; the number of ranks is not among it."""
 
-    samples_per_shard: Sequence[int]
+    samples_per_shard: list[int]
     seed: int
     lanes: int
     window_shards: int | None

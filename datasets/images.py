@@ -39,15 +39,18 @@ def decode(data: bytes, mode: str) -> np.ndarray:
         "L": cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION,
         "UNCHANGED": cv2.IMREAD_UNCHANGED,
     }[mode]
-    pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flag) if data else None
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flag) if data else None
+    except cv2.error as error:  # an absurd size, say
+        raise ValueError(f"not an image that can be decoded ({error.err})") from None
     if pixels is None:
         raise ValueError("not an image that can be decoded")
     if pixels.dtype != np.uint8:
         raise ValueError(f"{8 * pixels.itemsize} bits per channel; only 8 are supported")
     if pixels.ndim == 2:
-        pixels = pixels[:, :, np.newaxis]
-    elif mode == "UNCHANGED":
-        pixels = decode(data, "RGB")  # in OpenCV's own order of channels, perhaps with transparency
+        return pixels[:, :, np.newaxis]
+    if mode == "UNCHANGED":  # comes in OpenCV's own order of channels, perhaps with transparency
+        return cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB)
     return pixels
 
 

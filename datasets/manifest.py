@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.tar import BLOCK
+from shardstep.datasets.tar import BLOCK, read_members
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index"
@@ -79,10 +79,13 @@ class Manifest:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json with its fingerprint: the last file of a data set, so that a folder without it is not one."""
+def write_manifest(folder: Path, manifest: Manifest, index: bytes) -> None:
+    """Write index and manifest.json, each by rename; the manifest last, so that a folder without it is no data set."""
     content = asdict(manifest) | {"fingerprint": manifest.computed_fingerprint()}
-    (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=1) + "\n")
+    for name, data in ((INDEX_NAME, index), (MANIFEST_NAME, json.dumps(content, indent=1).encode() + b"\n")):
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(data)
+        partial.replace(folder / name)
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
@@ -99,12 +102,12 @@ def parse_manifest(text: str, where: str) -> Manifest:
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
         manifest = Manifest(**content)
         fingerprint = manifest.computed_fingerprint()
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{where} is damaged or not a manifest of shards: {error}") from None
     if manifest.fingerprint != fingerprint:
         raise InputError(
-            f"{where} is damaged: its content does not match its fingerprint. Make it anew with "
-            f"`shardstep shards index`, or write the shards again"
+            f"{where} is damaged: its content does not match its fingerprint. Write the shards again, or, if you trust "
+            f"them, make it anew with `shardstep shards index --force`"
         )
     return manifest
 
@@ -117,10 +120,17 @@ def parse_index(data: bytes, manifest: Manifest, where: str) -> np.ndarray:
     """
     if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
         raise InputError(
-            f"{where} is damaged: its SHA-256 is not the one in {MANIFEST_NAME}. Make both anew with "
-            f"`shardstep shards index`, or write the shards again"
+            f"{where} is damaged: its SHA-256 is not the one in {MANIFEST_NAME}. Write the shards again, or, if you trust "
+            f"them, make both anew with `shardstep shards index --force`"
         )
-    return np.frombuffer(data, dtype=INDEX_DTYPE)
+    if len(data) != manifest.samples * INDEX_DTYPE.itemsize:
+        raise InputError(
+            f"{where} has {len(data)} bytes, not {INDEX_DTYPE.itemsize} for each of {manifest.samples} samples"
+        )
+    index = np.frombuffer(data, dtype=INDEX_DTYPE)
+    if len(index) and index["label"].max() >= len(manifest.classes):
+        raise InputError(f"{where}: label {index['label'].max()} is out of range: {len(manifest.classes)} classes")
+    return index
 
 
 @dataclass(frozen=True)
@@ -146,9 +156,14 @@ class ShardFolder:
     def key(self, sample_id: int) -> str:
         """The WebDataset key of a sample, from its header in the tar."""
         entry = self.index[sample_id]
+        place = int(entry["block"]) * BLOCK
         with self.shard_path(int(entry["shard"])).open("rb") as file:
-            file.seek((int(entry["block"]) - 1) * BLOCK)
-            name = file.read(100).partition(b"\0")[0].decode(errors="replace")
+            file.seek(place - BLOCK)
+            header = file.read(BLOCK)
+        name = header[:100].partition(b"\0")[0].decode(errors="replace")
+        if len(name) >= 99 or "?" in name or header[345:346] != b"\0":  # the rest may be in a header of its own
+            members = read_members(self.shard_path(int(entry["shard"])))
+            name = next((member.name for member in members if member.offset == place), name)
         return split_name(name)[0]
 
 
@@ -158,7 +173,7 @@ def open_shards(path: str | Path) -> ShardFolder:
     Raises:
         InputError: the folder is missing, empty, half written, or a file is missing or not of its size.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise InputError(
             f"no shards in {folder}: there is no such folder. Write them with `shardstep shards write`, "

@@ -17,7 +17,20 @@ import numpy as np
 from shardstep.datasets.randomness import permutation
 
 ORDER_VERSION = 1
+WINDOW_ALL_BYTES = 4 * 10**9  # data sets up to this size are shuffled as a whole
 _SHARDS, _SAMPLES = 0, 1  # the streams of random numbers: which shard comes where, which sample of a block comes where
+
+
+def window_of(setting: int | str, total_bytes: int, num_shards: int) -> int | None:
+    """data.window_shards ("auto", "all" or a number) as a number of shards; None is all.
+
+    The default depends on the data set alone: as many shards as hold 4 GB.
+    """
+    if isinstance(setting, int):
+        return setting
+    if setting == "all" or total_bytes <= WINDOW_ALL_BYTES:
+        return None
+    return max(1, WINDOW_ALL_BYTES * num_shards // total_bytes)
 
 
 class EpochOrder:

@@ -14,12 +14,12 @@ def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], N
     console = Console(stderr=True, highlight=False)
     start = time.perf_counter()
     if not console.is_terminal:
-        console.print(f"{what}: {total:,} {unit} ...", soft_wrap=True)
+        console.print(f"{what}: {total:,} {unit} ...", soft_wrap=True, markup=False)
         yield lambda done: None
-        console.print(f"{what}: {total:,} {unit} in {time.perf_counter() - start:.1f} s", soft_wrap=True)
+        console.print(f"{what}: {total:,} {unit} in {time.perf_counter() - start:.1f} s", soft_wrap=True, markup=False)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),

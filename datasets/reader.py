@@ -1,4 +1,4 @@
-"""Sample ids to pixels, straight from the shards: index, pread, check, decode. No state, so any thread can read any batch.
+"""Sample ids to pixels, straight from the shards: index, pread, check, decode. Any thread can read any batch.
 
 A Reader is what batches are made with; resident.py has the other one. Both return the same bytes for the same ids.
 """
@@ -6,6 +6,7 @@ A Reader is what batches are made with; resident.py has the other one. Both retu
 import os
 import zlib
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,8 @@ from shardstep.configs.errors import InputError
 from shardstep.datasets.images import decode, resize_and_crop
 from shardstep.datasets.manifest import ShardFolder
 from shardstep.datasets.tar import BLOCK
+
+_MOST_OPEN_SHARDS = 256  # a data set may have more shards than a process may have open files
 
 
 class Reader(Protocol):
@@ -33,6 +36,23 @@ class Reader(Protocol):
         ...
 
 
+class _OpenFile:
+    """A file descriptor that lives as long as somebody reads from it, in whatever thread."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
+
+    def read_ahead(self) -> None:
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
 class StreamReader:
     """Reads images from their shards, each checked against size and crc32 of the index."""
 
@@ -48,7 +68,7 @@ class StreamReader:
         self._shards = shards
         self._resize = resize
         self._labels = torch.from_numpy(shards.labels)
-        self._open = lru_cache(maxsize=None)(self._open_shard)
+        self._open = lru_cache(maxsize=_MOST_OPEN_SHARDS)(lambda shard: _OpenFile(shards.shard_path(shard)))
         manifest = shards.manifest
         if resize is not None:
             self.image_shape = (resize, resize, manifest.channels)
@@ -76,7 +96,7 @@ class StreamReader:
             InputError: it is not what was written.
         """
         shard, block, size, _, crc32 = self._shards.index[sample_id].item()
-        data = os.pread(self._open(shard), size, block * BLOCK)
+        data = self._open(shard).read(size, block * BLOCK)
         if len(data) != size or zlib.crc32(data) != crc32:
             raise InputError(
                 f"{self._name(sample_id)} is damaged: {size} bytes with crc32 {crc32:08x} were written, {len(data)} with "
@@ -87,7 +107,7 @@ class StreamReader:
     def will_need(self, shards: list[int]) -> None:
         """Ask the kernel to read these shards ahead: without it, a cold disk serves one small read at a time."""
         for shard in shards:
-            os.posix_fadvise(self._open(shard), 0, 0, os.POSIX_FADV_WILLNEED)
+            self._open(shard).read_ahead()
 
     def _decode(self, sample_id: int) -> np.ndarray:
         data = self.read_bytes(sample_id)
@@ -103,9 +123,6 @@ class StreamReader:
                 f"{self.image_shape[1]}x{self.image_shape[0]}. Give data.resize to make them equal"
             )
         return pixels
-
-    def _open_shard(self, shard: int) -> int:
-        return os.open(self._shards.shard_path(shard), os.O_RDONLY)
 
     def _name(self, sample_id: int) -> str:
         shard = self._shards.manifest.shards[int(self._shards.index[sample_id]["shard"])]

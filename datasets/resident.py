@@ -58,7 +58,10 @@ def load_resident(shards: ShardFolder, resize: int | None, device: torch.device)
     try:
         with node_lock(path.with_suffix(".lock")):
             if not _is_whole(path, shape):
-                _decode_all(stream, shape, path, str(shards.path))
+                try:
+                    _decode_all(stream, shape, path, str(shards.path))
+                finally:
+                    path.with_suffix(".partial").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
             f"the decoded images cannot be kept in {path.parent} ({error}): point SHARDSTEP_CACHE at a "
@@ -72,7 +75,9 @@ def load_resident(shards: ShardFolder, resize: int | None, device: torch.device)
 
 def _decode_all(stream: StreamReader, shape: tuple[int, ...], path: Path, name: str) -> None:
     partial = path.with_suffix(".partial")  # under the lock, so a leftover is nobody's
-    pixels = np.memmap(partial, dtype=np.uint8, mode="w+", shape=shape)
+    with partial.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))  # a full disk is an error now, not a signal later
+    pixels = np.memmap(partial, dtype=np.uint8, mode="r+", shape=shape)
 
     def decode(start: int) -> int:
         ids = np.arange(start, min(start + _DECODE_TOGETHER, shape[0]))

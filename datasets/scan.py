@@ -18,7 +18,7 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets.images import EXTENSIONS, decode
-from shardstep.datasets.manifest import INDEX_DTYPE, INDEX_NAME, Manifest, Shard, split_name, write_manifest
+from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, split_name, write_manifest
 from shardstep.datasets.tar import BLOCK, Member, read_members
 
 _COUNT_TOGETHER = 250  # images: fewer, larger array operations
@@ -59,13 +59,17 @@ def index_shards(
     if not paths:
         raise InputError(f"no .tar files in {folder}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        scans = list(pool.map(lambda numbered: _scan(*numbered, advance), enumerate(paths)))
+        scans = list(pool.map(lambda number: _scan(number, paths[number], advance), range(len(paths))))
     problems = [problem for scan in scans for problem in scan.problems] + _repeated_keys(scans)
     entries = np.concatenate([scan.entries for scan in scans])
     if not problems and len(entries) == 0:
         problems.append("no samples: looked for <key>.cls beside <key>." + "|".join(EXTENSIONS))
     if not problems and classes is not None and entries["label"].max() >= len(classes):
         problems.append(f"label {entries['label'].max()} is out of range: there are {len(classes)} classes")
+    if not problems and classes is None and entries["label"].max() >= len(entries):
+        problems.append(f"the largest label is {entries['label'].max()}, with {len(entries)} samples: name the classes")
+    if not problems and classes is not None and (len(set(classes)) < len(classes) or "" in classes):
+        problems.append("class names must be different from each other, and not empty")
     if problems:
         raise InputError.from_problems(f"{folder} cannot be indexed", _at_most(problems, 20))
 
@@ -93,8 +97,7 @@ def index_shards(
         shards=[scan.shard for scan in scans],
         index_sha256=hashlib.sha256(data).hexdigest(),
     )
-    (folder / INDEX_NAME).write_bytes(data)
-    write_manifest(folder, manifest)
+    write_manifest(folder, manifest, data)
     return manifest
 
 
@@ -158,7 +161,7 @@ def _pair(path: Path, scan: _ShardScan) -> tuple[dict[str, Member], dict[str, Me
 
 def _label(text: bytes) -> int | None:
     digits = text.strip()
-    return int(digits) if digits.isdigit() and int(digits) < 2**32 else None
+    return int(digits) if digits.isdigit() and len(digits) < 10 else None
 
 
 def _count(images: list[np.ndarray], scan: _ShardScan) -> None:

@@ -8,11 +8,15 @@ a .tar of one   the same layout inside
 CIFAR-10's own archives, python or binary, packed (.tar.gz) or unpacked
 """
 
+import gzip
+import io
 import os
 import pickle
 import tarfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.error import HTTPError
@@ -20,12 +24,15 @@ from urllib.error import HTTPError
 import numpy as np
 
 from shardstep.configs.errors import InputError
+from shardstep.datasets.cache import cache_folder, node_lock
 from shardstep.datasets.images import EXTENSIONS
 from shardstep.datasets.randomness import philox_words
 from shardstep.datasets.tar import read_members
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SPLITS = ("train", "test")
+_SPLIT_FOLDERS = ("train", "test", "val", "valid", "validation")
+_MOST_SYNTHETIC = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class Source:
         labels: one label per image.
         read: number of an image -> the bytes of its file, or its pixels as uint8 (height, width, channels).
         name: number of an image -> what to call it in messages.
+        has_splits: whether train and test are told apart; if not, every split holds all images.
+        ignored: files that are no images of a kind we keep: how many of each suffix.
     """
 
     description: str
@@ -45,6 +54,8 @@ class Source:
     labels: np.ndarray
     read: Callable[[int], bytes | np.ndarray]
     name: Callable[[int], str]
+    has_splits: bool = True
+    ignored: dict[str, int] = field(default_factory=dict)
 
     def extension(self, number: int) -> str:
         """The file name extension of an image; pixels become PNG."""
@@ -98,32 +109,53 @@ def _from_path(path: Path, split: str) -> Source:
 
 def _image_folder(path: Path, split: str) -> Source:
     root = path / split if (path / split).is_dir() else path
-    files = sorted(file for file in root.rglob("*") if file.is_file() and _is_image(file.name))
-    parts = [file.relative_to(root).parts for file in files]
-    classes, labels = _classes_of(parts, root)
+    if root is path:
+        _refuse_other_splits({folder.name for folder in path.iterdir() if folder.is_dir()}, split, path)
+    found = [Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names]
+    files = sorted(file for file in found if _is_image(file.name))
+    classes, labels = _classes_of([file.relative_to(root).parts for file in files], root)
     return Source(
         "image folder",
         classes,
         labels,
         lambda number: files[number].read_bytes(),
         lambda number: str(files[number].relative_to(path)),
+        has_splits=root is not path,
+        ignored=_count_ignored(file.name for file in found),
     )
 
 
 def _image_tar(path: Path, split: str) -> Source:
-    members = [member for member in read_members(path) if _is_image(member.name)]
-    members.sort(key=lambda member: member.name)
+    everything = sorted(read_members(path), key=lambda member: member.name)
+    members = [member for member in everything if _is_image(member.name)]
     parts = [tuple(part for part in PurePosixPath(member.name).parts if part != ".") for member in members]
-    if any(part[0] == split and len(part) > 2 for part in parts):
+    has_splits = any(part[0] == split and len(part) > 2 for part in parts)
+    if has_splits:
         members = [member for member, part in zip(members, parts, strict=True) if part[0] == split]
         parts = [part[1:] for part in parts if part[0] == split]
+    else:
+        _refuse_other_splits({part[0] for part in parts if len(part) > 2}, split, path)
     classes, labels = _classes_of(parts, path)
 
     def read(number: int) -> bytes:
         with path.open("rb", buffering=0) as file:
             return os.pread(file.fileno(), members[number].size, members[number].offset)
 
-    return Source("tar of an image folder", classes, labels, read, lambda number: members[number].name)
+    ignored = _count_ignored(member.name for member in everything)
+    return Source(
+        "tar of an image folder", classes, labels, read, lambda number: members[number].name, has_splits, ignored
+    )
+
+
+def _refuse_other_splits(folders: set[str], split: str, where: Path) -> None:
+    """Without its own folder, a split must not take the others' for classes."""
+    others = sorted(folders & set(_SPLIT_FOLDERS))
+    if others:
+        raise InputError(f"{where} has no {split}/, only {', '.join(others)}: name the folder itself as the source")
+
+
+def _count_ignored(names: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(PurePosixPath(name).suffix or "no suffix" for name in names if not _is_image(name)))
 
 
 def _classes_of(parts: list[tuple[str, ...]], where: Path) -> tuple[list[str], np.ndarray]:
@@ -162,18 +194,23 @@ def download_cifar10(tries: int = 3) -> Path:
         InputError: it cannot be had after `tries` attempts; the message names the other ways.
     """
     from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity, download_url
-
-    from shardstep.datasets.cache import cache_folder
 
     folder = cache_folder() / "downloads"
     archive = folder / CIFAR10.filename
+    with node_lock(folder / ".lock"):
+        return _download_locked(archive, tries)
+
+
+def _download_locked(archive: Path, tries: int) -> Path:
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity, download_url
+
     if check_integrity(str(archive), CIFAR10.tgz_md5):
         return archive
     problem: Exception | None = None
     for _ in range(tries):
         try:
-            download_url(CIFAR10.url, str(folder), CIFAR10.filename, CIFAR10.tgz_md5)
+            download_url(CIFAR10.url, str(archive.parent), CIFAR10.filename, CIFAR10.tgz_md5)
             return archive
         except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
             problem = error
@@ -200,10 +237,12 @@ def _holds_cifar_batches(path: Path) -> bool:
 
 def _cifar_archive(path: Path, split: str) -> Source:
     try:
-        with tarfile.open(path) as archive:  # read in memory, nothing is unpacked to disk
+        # Read in memory, so that nothing is unpacked to disk, and to its end, where gzip's checksum is.
+        content = gzip.decompress(path.read_bytes()) if path.name.endswith("gz") else path.read_bytes()
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             batches = _cifar_members(archive.getmembers(), split)
             contents = {Path(member.name).name: _member_bytes(archive, member) for member in batches}
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path} cannot be read as an archive: {error}") from None
     if not contents:
         raise InputError(f"{path} does not hold CIFAR-10's {split} batches")
@@ -213,7 +252,7 @@ def _cifar_archive(path: Path, split: str) -> Source:
 def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = archive.extractfile(member)
     if file is None:
-        raise InputError(f"{archive.name}: {member.name} is not a file")
+        raise InputError(f"{member.name} in the archive is not a file")
     return file.read()
 
 
@@ -245,8 +284,6 @@ def _read_binary(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_python(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    import io
-
     try:
         batch = _InertUnpickler(io.BytesIO(content), encoding="latin1").load()
         data = np.frombuffer(batch["data"].buffer(), dtype=np.uint8).reshape(-1, 3072)
@@ -331,6 +368,8 @@ def _synthetic(source: str, split: str) -> Source:
     if not count_text.isdecimal() or int(count_text) == 0:
         raise InputError(f"{source!r}: write synthetic:N with a number of images, such as synthetic:1000")
     count, size, num_classes = int(count_text), 32, 10
+    if count > _MOST_SYNTHETIC:
+        raise InputError(f"{source!r}: at most {_MOST_SYNTHETIC:,} images can be made")
     key = (20260101, SPLITS.index(split) if split in SPLITS else len(SPLITS))
     labels = (philox_words(count, key, (1, 0, 0)) % np.uint64(num_classes)).astype(np.int64)
 

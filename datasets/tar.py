@@ -1,7 +1,7 @@
-"""A strict reader of tar headers: a path in, the place of every member out, and an error for anything that is not whole.
+"""A strict reader of tar headers: a path in, the place of every member out, an error for anything that is not whole.
 
 Python's tarfile ends quietly at a damaged header or a cut, and a shard with half its samples looks complete. Here every
-header's checksum must hold, every member must lie inside the file, and the archive must end with a block of zeros.
+header's checksum must hold, every member must lie inside the file, and nothing but zeros may follow the last one.
 Formats: ustar, GNU long names, and pax headers for path and size (POSIX.1-2001, "pax Interchange Format").
 """
 
@@ -13,7 +13,7 @@ from typing import BinaryIO
 from shardstep.configs.errors import InputError
 
 BLOCK = 512
-REGULAR, REGULAR_OLD, LONG_NAME, PAX, PAX_GLOBAL = b"0", b"\0", b"L", b"x", b"g"
+REGULAR, REGULAR_OLD, HARD_LINK, LONG_NAME, PAX, PAX_GLOBAL = b"0", b"\0", b"1", b"L", b"x", b"g"
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,15 @@ def read_members(path: Path) -> Iterator[Member]:
 
 
 def _read_members(file: BinaryIO, total: int, path: str) -> Iterator[Member]:
-    position, long_name, pax = 0, None, {}
+    position, long_name = 0, None
+    pax: dict[str, str] = {}
     while True:
         file.seek(position)
         header = file.read(BLOCK)
         if len(header) < BLOCK:
             raise InputError(f"{path} is cut off at byte {total}: a tar ends with blocks of zeros")
         if not any(header):
+            _check_end(file, path)
             return
         if not _checksum_holds(header):
             raise InputError(f"{path} is damaged, or not a plain tar: the header at byte {position} fails its checksum")
@@ -54,12 +56,15 @@ def _read_members(file: BinaryIO, total: int, path: str) -> Iterator[Member]:
         if data + size > total:
             raise InputError(f"{path} is cut off: the member at byte {position} needs {data + size - total} bytes more")
         if kind == LONG_NAME:
-            long_name = file.read(size).rstrip(b"\0").decode()
+            long_name = _text(file.read(size).rstrip(b"\0"), path, position)
         elif kind == PAX:
             pax = _pax_records(file.read(size), path, position)
         else:
+            name = pax.get("path") or long_name or _name(header, path, position)
+            if kind == HARD_LINK:
+                raise InputError(f"{path}: {name} is a hard link; pack the files themselves (tar --hard-dereference)")
             if kind in (REGULAR, REGULAR_OLD):
-                yield Member(pax.get("path") or long_name or _name(header), data, size)
+                yield Member(name, data, size)
             if kind != PAX_GLOBAL:
                 long_name, pax = None, {}
         position = data + padded
@@ -76,15 +81,32 @@ def _checksum_holds(header: bytes) -> bool:
 def _number(field: bytes, path: str, position: int) -> int:
     if field[0] & 0x80:  # base 256, for sizes of 8 GiB and more
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    digits = field.partition(b"\0")[0].strip() or b"0"
+    if not all(48 <= digit < 56 for digit in digits):
+        raise InputError(f"{path} is damaged: the header at byte {position} has no valid size")
+    return int(digits, 8)
+
+
+def _name(header: bytes, path: str, position: int) -> str:
+    name = _text(header[:100].partition(b"\0")[0], path, position)
+    prefix = _text(header[345:500].partition(b"\0")[0], path, position) if header[257:263] == b"ustar\0" else ""
+    return f"{prefix}/{name}" if prefix else name
+
+
+def _text(data: bytes, path: str, position: int) -> str:
     try:
-        return int(field.partition(b"\0")[0].strip() or b"0", 8)
-    except ValueError:
-        raise InputError(f"{path} is damaged: the header at byte {position} has no valid size") from None
+        return data.decode()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: the name {data!r} in the header at byte {position} is not UTF-8") from None
 
 
-def _name(header: bytes) -> str:
-    name, prefix = (header[part].partition(b"\0")[0].decode() for part in (slice(0, 100), slice(345, 500)))
-    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
+def _check_end(file: BinaryIO, path: str) -> None:
+    """After the first block of zeros there must be nothing else: a header that was lost would hide what follows it."""
+    place = file.tell()
+    while chunk := file.read(1 << 20):
+        if any(chunk):
+            raise InputError(f"{path} is damaged: there is data after a block of zeros, from byte {place} on")
+        place += len(chunk)
 
 
 def _pax_records(data: bytes, path: str, position: int) -> dict[str, str]:
@@ -95,7 +117,8 @@ def _pax_records(data: bytes, path: str, position: int) -> dict[str, str]:
             key, _, value = data[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
             records[key.decode()] = value.decode()
             data = data[max(length, 1) :]
-        int(records.get("size", 0))
+        if not records.get("size", "0").isdecimal():
+            raise ValueError
     except (ValueError, IndexError):
         raise InputError(f"{path} is damaged: the pax header at byte {position} cannot be read") from None
     return records

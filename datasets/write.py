@@ -4,7 +4,9 @@ The same source and options give the same bytes. A crash leaves a hidden folder 
 """
 
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -14,7 +16,7 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets.cache import node_lock
-from shardstep.datasets.images import encode_png
+from shardstep.datasets.images import EXTENSIONS, encode_png
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.randomness import permutation
@@ -42,27 +44,41 @@ def write_shards(
     """
     if samples_per_shard < 1:
         raise InputError(f"{samples_per_shard} samples per shard: write at least 1")
+    out = out.expanduser().resolve()
     with node_lock(out.parent / f".{out.name}.lock"):
-        return _write_locked(source, split, out, samples_per_shard, seed)
+        return _write_locked(open_source(source, split), split, out, samples_per_shard, seed)
 
 
 def make_missing_shards(source: str, split: str, out: Path) -> bool:
-    """Write the shards unless another process of this node has, or is about to. True if this call wrote them."""
+    """Write the shards unless another process of this node has, or is about to. True if this call wrote them.
+
+    Raises:
+        InputError: the source cannot be read, does not tell its splits apart, or `out` is taken.
+    """
     if (out / MANIFEST_NAME).is_file():
         return False
+    out = out.expanduser().resolve()
     with node_lock(out.parent / f".{out.name}.lock"):
         if (out / MANIFEST_NAME).is_file():
             return False
-        _write_locked(source, split, out, SAMPLES_PER_SHARD, seed=0)
+        images = open_source(source, split)
+        if not images.has_splits:
+            raise InputError(
+                f"data.source={source} has no train/ and test/ folders: both sets would hold the same images. "
+                f"Write each with `shardstep shards write --source ...` from a folder of its own"
+            )
+        _write_locked(images, split, out, SAMPLES_PER_SHARD, seed=0)
         return True
 
 
-def _write_locked(source: str, split: str, out: Path, samples_per_shard: int, seed: int) -> Manifest:
+def _write_locked(images: Source, split: str, out: Path, samples_per_shard: int, seed: int) -> Manifest:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; nothing was written. Remove it or choose another folder")
-    images = open_source(source, split)
     count = len(images.labels)
-    partial = out.parent / f".{out.name}.partial"  # under the lock, so a leftover is nobody's
+    for suffix, files in images.ignored.items():
+        print(f"left out: {files:,} files with {suffix}; kept are {', '.join(EXTENSIONS)}", file=sys.stderr)
+    # Under this node's lock, so a leftover of this name is nobody's.
+    partial = out.parent / f".{out.name}.{platform.node()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

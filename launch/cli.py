@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run a command and turn what a person can mend into a message and an exit code; other errors keep their traceback."""
+    """Run a command; what a person can mend becomes a message and an exit code, other errors keep their traceback."""
     try:
         return command(arguments)
     except InputError as error:
@@ -48,6 +48,9 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     except TrainingFailed as error:
         _tell(f"failed: {error}")
         return FAILED
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        _tell(f"error: {error.filename or ''}: {error.strerror}")
+        return BAD_INPUT
     except KeyboardInterrupt:
         _tell("interrupted")
         return INTERRUPTED

@@ -23,29 +23,35 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--data", help="test shards; by default those of the run")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     given = parser.parse_args(arguments)
-    weights, config = find_weights(given.run)
+    weights, folder = find_weights(given.run)
 
+    from shardstep.datasets.manifest import parse_manifest
     from shardstep.trainer import data, runtime, setup
     from shardstep.trainer.check import check_recipe
     from shardstep.trainer.checkpoint import load_weights
     from shardstep.trainer.evaluate import evaluate
+    from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME
     from shardstep.trainer.losses import evaluation_loss
+    from shardstep.trainer.models import build_model
+    from shardstep.trainer.precision import MEMORY_FORMATS
 
-    recipe = check_recipe(load_recipe(str(config)))
+    recipe = check_recipe(load_recipe(str(folder / CONFIG_NAME)))
     recipe.train.device, recipe.train.world_size = given.device, None
     recipe.data.test = given.data or recipe.data.test
+    train = parse_manifest((folder / MANIFEST_NAME).read_text(), str(folder / MANIFEST_NAME))
     world = runtime.start(recipe.train)
-    loaded = setup.together(world, lambda: data.load_for_evaluation(recipe, world.device))
-    module = setup.together(world, lambda: setup.initial_model(recipe, loaded, world.device))
+    test, reader, normalize = setup.together(world, lambda: data.load_for_evaluation(recipe.data, train, world.device))
+    height, width, channels = reader.image_shape
+    module = setup.together(world, lambda: build_model(recipe.model, (channels, height, width), len(train.classes)))
     setup.together(world, lambda: load_weights(module, weights))
-    accelerator, state = setup.prepare(recipe, module)
+    memory_format = MEMORY_FORMATS[recipe.train.memory_format]
+    accelerator = runtime.build_accelerator(recipe.train.precision)
+    model = runtime.wrap_for_evaluation(accelerator, module.to(memory_format=memory_format))
+    batches = setup.make_test_batches(
+        recipe, accelerator, reader, test.manifest.samples, normalize, recipe.data.workers
+    )
     result = evaluate(
-        accelerator,
-        state.module,
-        setup.make_test_batches(recipe, accelerator, loaded),
-        evaluation_loss(recipe.loss),
-        loaded.test.manifest.samples,
-        loaded.num_classes,
+        accelerator, model, batches, evaluation_loss(recipe.loss), test.manifest.samples, len(train.classes)
     )
     if accelerator.is_main_process:
         print(
@@ -64,23 +70,22 @@ def main(arguments: list[str]) -> int:
 
 
 def find_weights(path: Path) -> tuple[Path, Path]:
-    """The weights and the recipe of a run's folder or of one of its checkpoints.
+    """The weights of a run's folder or of one of its checkpoints, and the run's folder.
 
     Raises:
         InputError: there are none.
     """
-    weights = path / "model.safetensors"
-    config = next(
-        (folder / "config.yaml" for folder in (path, path.parent.parent) if (folder / "config.yaml").is_file()), None
-    )
-    if config is None:
+    resolved = path.resolve()
+    folder = next((place for place in (resolved, resolved.parent.parent) if (place / "config.yaml").is_file()), None)
+    if folder is None:
         raise InputError(f"{path} is neither a run's folder nor a checkpoint of one: no config.yaml")
+    weights = resolved / "model.safetensors"
     if not weights.is_file():
         raise InputError(
             f"{path} has no model.safetensors yet: the run has not finished. Its checkpoints are in "
-            f"{config.parent / 'checkpoints'}"
+            f"{folder / 'checkpoints'}"
         )
-    return weights, config
+    return weights, folder
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 shardstep shards write --source SRC --split train --out DIR [--samples-per-shard N] [--seed S]
 shardstep shards verify DIR
 shardstep shards info DIR
-shardstep shards index DIR [--classes a,b,c]
+shardstep shards index DIR [--classes a,b,c] [--force]
 shardstep shards order DIR --seed S --epoch E [--start P --count N --lanes L --window-shards W]
 """
 
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     index = commands.add_parser("index", help="make manifest.json and index for tars that are there")
     index.add_argument("dir", type=Path)
     index.add_argument("--classes", help="names by label, separated by commas (default: the numbers)")
+    index.add_argument("--force", action="store_true", help="replace a manifest that is there")
     order = commands.add_parser("order", help="print position and key of samples in the global order")
     order.add_argument("dir", type=Path)
     order.add_argument("--seed", type=int, default=0, help="of the run (default: 0)")
@@ -71,35 +72,33 @@ def _verify(given: argparse.Namespace) -> int:
 
 
 def _info(given: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from shardstep.datasets.manifest import open_shards
 
     manifest = open_shards(given.dir).manifest
     size = "x".join(map(str, reversed(manifest.image_shape[1:]))) if manifest.image_shape else "of several sizes"
-    table = Table(show_header=False, box=None)
-    for name, value in (
-        ("samples", f"{manifest.samples:,} in {len(manifest.shards)} shards, {manifest.bytes:,} bytes"),
-        ("images", f"{size}, {manifest.image_mode}, {'/'.join(manifest.encodings)}"),
-        ("mean, std", f"{_numbers(manifest.mean)}, {_numbers(manifest.std)}"),
-        ("made", ", ".join(f"{key} {value}" for key, value in manifest.made.items())),
-        ("fingerprint", manifest.fingerprint),
-        ("classes", str(len(manifest.classes))),
-    ):
-        table.add_row(name, value)
+    print(f"samples      {manifest.samples:,} in {len(manifest.shards)} shards, {manifest.bytes:,} bytes")
+    print(f"images       {size}, {manifest.image_mode}, {'/'.join(manifest.encodings)}")
+    print(f"mean         {_numbers(manifest.mean)}")
+    print(f"std          {_numbers(manifest.std)}")
+    print(f"made         {', '.join(f'{key} {value}' for key, value in manifest.made.items())}")
+    print(f"fingerprint  {manifest.fingerprint}")
+    print(f"classes      {len(manifest.classes)}")
     for name, count in zip(manifest.classes, manifest.samples_per_class, strict=True):
-        table.add_row("", f"{name} {count:,}")
-    Console(highlight=False, soft_wrap=True).print(table)
+        print(f"  {count:>10,}  {name}")
     return 0
 
 
 def _index(given: argparse.Namespace) -> int:
     from shardstep.configs.errors import InputError
+    from shardstep.datasets.manifest import MANIFEST_NAME
     from shardstep.datasets.scan import index_shards
 
     if not given.dir.is_dir():
         raise InputError(f"{given.dir} is not a folder")
+    if (given.dir / MANIFEST_NAME).exists() and not given.force:
+        raise InputError(
+            f"{given.dir} has a {MANIFEST_NAME}, against which its shards can be verified; --force replaces it"
+        )
     classes = given.classes.split(",") if given.classes else None
     manifest = index_shards(given.dir, {"source": "tars written elsewhere"}, classes)
     print(f"{given.dir}: {manifest.samples:,} images in {len(manifest.shards)} shards, {len(manifest.classes)} classes")
@@ -108,10 +107,8 @@ def _index(given: argparse.Namespace) -> int:
 
 def _order(given: argparse.Namespace) -> int:
     from shardstep.configs.errors import InputError
-    from shardstep.configs.schema import DataConfig
     from shardstep.datasets.manifest import open_shards
-    from shardstep.datasets.order import EpochOrder
-    from shardstep.trainer.data import window_shards
+    from shardstep.datasets.order import EpochOrder, window_of
 
     shards = open_shards(given.dir)
     samples = shards.manifest.samples
@@ -124,7 +121,7 @@ def _order(given: argparse.Namespace) -> int:
         given.window_shards = int(given.window_shards)
     elif given.window_shards not in ("auto", "all"):
         raise InputError(f"--window-shards {given.window_shards}: write a number from 1, all, or auto")
-    window = window_shards(DataConfig(window_shards=given.window_shards), shards.manifest)
+    window = window_of(given.window_shards, shards.manifest.bytes, len(shards.manifest.shards))
     order = EpochOrder(shards.samples_per_shard, given.seed, given.epoch, given.lanes, window)
     for position, sample_id in enumerate(order.slice(given.start, stop).tolist(), given.start):
         print(position, shards.key(sample_id))

@@ -7,6 +7,7 @@ accelerate launch --multi_gpu --num_processes 2 launch/train.py [RECIPE] [sectio
 
 import argparse
 import sys
+from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe, recipe_names
@@ -25,14 +26,16 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.duration='2 epochs'")
     given = parser.parse_args(arguments)
-    if "=" in given.recipe:  # `shardstep train log.wandb=offline`: the default recipe, changed
+    if (
+        "=" in given.recipe and not Path(given.recipe).is_file()
+    ):  # `shardstep train log.wandb=offline`: the default recipe, changed
         given.overrides.insert(0, given.recipe)
         given.recipe = "quickstart"
 
     loaded = load_recipe(given.recipe, given.overrides)
 
     # torch and all that needs it come after the first checks: a typo is answered at once
-    from shardstep.trainer import data, loop, runtime, setup
+    from shardstep.trainer import data, folder, loop, runtime, setup
     from shardstep.trainer.check import check_recipe
     from shardstep.trainer.display import Display
 
@@ -40,6 +43,7 @@ def main(arguments: list[str]) -> int:
     recipe = check_recipe(loaded)
     for note in loaded.notes:
         display.note(note)
+    folder.settle_from(recipe)
     data.make_missing_data(recipe.data)
     world = runtime.start(recipe.train)
     run = setup.build(world, recipe, display)
@@ -52,13 +56,18 @@ def main(arguments: list[str]) -> int:
         _fail(run, error)
         raise
     display.stop()
-    if evaluation is None:
+    if (
+        evaluation is None
+        and runtime.broadcast_object(world, folder.read_summary(run.folder).get("status")) == "finished"
+    ):
         display.note(
-            f"nothing to do: {run.folder} holds a finished run of {run.state.progress.step} steps. For another "
-            f"one give run.dir or run.name, or run.resume=never to put this one aside"
+            f"nothing to do: {run.folder} holds a finished run of {run.state.progress.step} steps. For another one give "
+            f"run.dir or run.name, or run.resume=never to put this one aside"
         )
-    elif world.is_main_process:
-        _finish(run, evaluation)
+    else:
+        evaluation = evaluation or run.evaluate()  # it ended between its last checkpoint and its summary
+        if world.is_main_process:
+            _finish(run, evaluation)
     runtime.stop(run.accelerator)
     return 0
 
@@ -76,14 +85,14 @@ def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore
     partial = folder / "model.safetensors.partial"
     save_file(weights(run.state.module), partial)
     partial.replace(folder / "model.safetensors")
-    written = write_summary(run, "finished", evaluation)
-    if run.tracker:
-        run.tracker.finish(written)
-
     report.draw_curves(folder / "metrics.jsonl", folder / "curves.png")
     report.draw_confusion(evaluation.confusion, classes, folder / "confusion.png")
     pixels, labels, predictions, confidences = report.first_predictions(run)
     report.draw_predictions(pixels, labels, predictions, confidences, classes, folder / "predictions.png")
+    written = write_summary(run, "finished", evaluation)  # last: it says that all the rest is there
+    if run.tracker:
+        run.tracker.finish(written)
+
     per_class = evaluation.per_class_accuracy
     known = [(accuracy, name) for accuracy, name in zip(per_class, classes, strict=True) if accuracy is not None]
     run.display.note(

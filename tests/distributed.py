@@ -6,14 +6,17 @@ second and none inherits a half-locked thread pool.
 
 import multiprocessing
 import os
+import queue
 import socket
+import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["accelerate", "matplotlib.pyplot", "cv2", "shardstep.trainer.setup", "shardstep.launch.train"]
+    ["accelerate", "torch._dynamo", "matplotlib.pyplot", "cv2", "shardstep.trainer.setup", "shardstep.launch.train"]
 )
 
 
@@ -30,10 +33,19 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     ]
     for process in processes:
         process.start()
-    outcomes: dict[int, tuple[bool, Any]] = {}
+    outcomes: dict[int, Any] = {}
     try:
-        for _ in processes:
-            rank, succeeded, value = results.get(timeout=timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while len(outcomes) < world_size:
+            try:
+                rank, succeeded, value = results.get(timeout=1)
+            except queue.Empty:
+                codes = [process.exitcode for process in processes]
+                assert not any(codes), f"ranks of {world_size} died without a word, exit codes {codes}"
+                assert time.monotonic() < deadline, (
+                    f"only ranks {sorted(outcomes)} of {world_size} ended in {timeout_s} s"
+                )
+                continue
             assert succeeded, f"rank {rank} of {world_size} failed:\n{value}"
             outcomes[rank] = value
     finally:
@@ -57,6 +69,9 @@ def _run_rank(rank: int, world_size: int, port: int, function: Callable, argumen
     )
     import torch.distributed as dist
 
+    warnings.simplefilter("error")  # pytest's own filter does not reach here
+    # wandb's own use of pydantic is not ours to mend
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="wandb|pydantic")
     try:
         results.put((rank, True, function(*arguments)))
     except BaseException:

@@ -6,8 +6,6 @@ from typing import Any
 
 from tests.distributed import run_ranks
 
-FAST = ["train.device=cpu", "train.precision=fp32", "train.memory_format=contiguous", "log.every=1 steps"]
-
 
 def write_recipe(folder: Path, shards: Path, **sections: dict[str, Any]) -> Path:
     """A small recipe on a test's shards: an mlp with SGD unless `sections` say otherwise."""

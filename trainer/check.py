@@ -1,5 +1,6 @@
-"""A loaded recipe to one that can be run: open sections resolved, values and combinations checked, all problems at once."""
+"""A loaded recipe to one that can be run: options resolved, values and combinations checked, all problems at once."""
 
+import math
 from typing import Any
 
 from shardstep.configs.components import convert, resolve
@@ -35,8 +36,6 @@ def check_recipe(loaded: Loaded) -> Recipe:
             found = extra[section](resolved)
         setattr(recipe, section, resolved)
         problems += found
-    if not isinstance(recipe.model.get("sync_batch_norm", False), bool):
-        problems.append("model.sync_batch_norm must be true or false")
 
     recipe.data.augment, found = _resolve_augment(recipe.data.augment)
     problems += found + _check_durations(recipe) + _check_numbers(recipe) + _check_normalize(recipe)
@@ -102,8 +101,13 @@ def _check_numbers(recipe: Recipe) -> list[str]:
             problems.append(f"train.{key}={limit} must be above 0; null turns it off")
     if recipe.train.clip_norm is not None and recipe.train.clip_value is not None:
         problems.append("train.clip_norm and train.clip_value exclude each other")
-    if recipe.train.timeout_s <= 0:
-        problems.append(f"train.timeout_s={recipe.train.timeout_s} must be above 0")
+    for key, place in (("train", recipe.data.train), ("test", recipe.data.test)):
+        if "://" in place:
+            problems.append(f"data.{key}={place}: shards must lie in a folder, an address is not read yet")
+    if recipe.run.seed >= 2**63:
+        problems.append(f"run.seed={recipe.run.seed} must be below 2**63")
+    if not 0 < recipe.train.timeout_s < 10**7:
+        problems.append(f"train.timeout_s={recipe.train.timeout_s} must be above 0, and a number of seconds")
     if batch == "full" and recipe.data.last_batch == "drop":
         problems.append("data.last_batch=drop has no effect with train.global_batch_size=full: an epoch is one batch")
     names = [entry.get("name") for entry in recipe.data.augment]
@@ -124,4 +128,6 @@ def _check_normalize(recipe: Recipe) -> list[str]:
         return [f"data.normalize: {error}"]
     if len(numbers["mean"]) != len(numbers["std"]) or len(numbers["mean"]) not in (1, 3):
         return ["data.normalize: mean and std must both have 1 or 3 numbers"]
-    return [] if min(numbers["std"]) > 0 else ["data.normalize: every std must be above 0"]
+    if not all(math.isfinite(value) for values in numbers.values() for value in values) or min(numbers["std"]) <= 0:
+        return ["data.normalize: every mean must be a number, every std one above 0"]
+    return []

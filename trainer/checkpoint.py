@@ -1,17 +1,18 @@
 """What must survive a restart, to disk and back.
 
-A checkpoint is a folder checkpoints/step-NNNNNNNN with the weights as safetensors and the rest as a file that torch reads
-with weights_only. It is written under another name, synced, and renamed: it is whole, or it does not exist.
+A checkpoint is a folder checkpoints/step-NNNNNNNN with the weights as safetensors and the rest as a file that torch
+reads with weights_only. It is written under another name, synced, and renamed: it is whole, or it does not exist.
 """
 
 import os
 import pickle
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ class TrainState:
         optimizer: as Accelerate wrapped it.
         scaler: of fp16, else None.
         progress: how far the run has come.
+        fingerprint: of the training set that `progress` counts in.
         wall_s: seconds of training and evaluation, over all restarts.
         restarts: how often the run was resumed.
     """
@@ -41,7 +43,8 @@ class TrainState:
     model: nn.Module
     optimizer: AcceleratedOptimizer
     scaler: torch.amp.GradScaler | None = None
-    progress: Progress = Progress()
+    progress: Progress = field(default_factory=Progress)
+    fingerprint: str = ""
     wall_s: float = 0.0
     restarts: int = 0
 
@@ -62,6 +65,7 @@ def save(state: TrainState, folder: Path, keep: int) -> Path:
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict() if state.scaler else {},
         "progress": asdict(state.progress),
+        "fingerprint": state.fingerprint,
         "wall_s": state.wall_s,
         "restarts": state.restarts,
     }
@@ -89,16 +93,32 @@ def load(state: TrainState, path: Path) -> None:
         InputError: it does not fit the model or optimizer, or cannot be read.
     """
     try:
-        state.module.load_state_dict(load_file(path / _WEIGHTS))
         rest = torch.load(path / _REST, weights_only=True, map_location="cpu")
+        fingerprint, progress = rest["fingerprint"], Progress(**rest["progress"])
+        wall_s, restarts = float(rest["wall_s"]), int(rest["restarts"])
         state.optimizer.load_state_dict(rest["optimizer"])
         if state.scaler is not None:
             state.scaler.load_state_dict(rest["scaler"])
-    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} cannot be resumed from: {str(error).splitlines()[0]}") from None
-    state.progress = Progress(**rest["progress"])
-    state.wall_s = rest["wall_s"]
-    state.restarts = rest["restarts"] + 1
+        state.module.load_state_dict(load_file(path / _WEIGHTS))
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
+        raise InputError(
+            f"{path} cannot be resumed from: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from None
+    if fingerprint != state.fingerprint:
+        raise InputError(
+            f"{path} was trained on another data set (fingerprint {fingerprint[:12]}) than data.train now names "
+            f"({state.fingerprint[:12]}): give another run.dir"
+        )
+    state.progress, state.wall_s, state.restarts = progress, wall_s, restarts + 1
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -111,7 +131,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
         module.load_state_dict(load_file(path))
     except FileNotFoundError:
         raise InputError(f"no weights in {path.parent}: {path.name} is missing") from None
-    except Exception as error:  # safetensors has an exception class of its own for each kind of damage
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path} does not hold this model's weights: {str(error).splitlines()[0]}") from None
 
 

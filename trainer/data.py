@@ -13,8 +13,8 @@ from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, op
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
 from shardstep.datasets.write import make_missing_shards
+from shardstep.trainer import runtime
 
-WINDOW_ALL_BYTES = 4 * 10**9  # data sets up to this size are shuffled as a whole
 RESIDENT_SHARE = 0.25  # of the memory of the host, or of the GPU, that decoded images may take
 
 
@@ -49,7 +49,11 @@ def make_missing_data(config: DataConfig) -> None:
         return
     for split, folder in (("train", config.train), ("test", config.test)):
         if not (Path(folder) / MANIFEST_NAME).is_file():
-            make_missing_shards(config.source, split, Path(folder))
+            try:
+                make_missing_shards(config.source, split, Path(folder))
+            except InputError as error:  # perhaps of this node alone: its first rank tells
+                error.everywhere = not runtime.is_first_rank_of_node()
+                raise
 
 
 def open_both(config: DataConfig) -> tuple[ShardFolder, ShardFolder]:
@@ -59,19 +63,25 @@ def open_both(config: DataConfig) -> tuple[ShardFolder, ShardFolder]:
         InputError: one cannot be opened, or their classes or kinds of image differ.
     """
     train, test = open_shards(config.train), open_shards(config.test)
-    ours, theirs = train.manifest, test.manifest
-    if ours.classes != theirs.classes:
-        raise InputError(
-            f"{config.train} and {config.test} have different classes: {_short(ours)} and {_short(theirs)}"
-        )
-    if ours.image_mode != theirs.image_mode:
-        raise InputError(f"{config.train} has {ours.image_mode} images and {config.test} has {theirs.image_mode} ones")
-    if config.resize is None and ours.image_shape != theirs.image_shape:
-        raise InputError(
-            f"{config.train} and {config.test} have images of different sizes: {ours.image_shape} and "
-            f"{theirs.image_shape}; give data.resize to make them equal"
-        )
+    check_same_task(train.manifest, test.manifest, config.train, config.test, config.resize)
     return train, test
+
+
+def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: str, resize: int | None) -> None:
+    """Check that two sets have the same classes and kind of image.
+
+    Raises:
+        InputError: they do not.
+    """
+    if one.classes != other.classes:
+        raise InputError(f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}")
+    if one.image_mode != other.image_mode:
+        raise InputError(f"{one_name} has {one.image_mode} images and {other_name} has {other.image_mode} ones")
+    if resize is None and one.image_shape != other.image_shape:
+        raise InputError(
+            f"{one_name} and {other_name} have images of different sizes: {one.image_shape} and {other.image_shape}; "
+            f"give data.resize to make them equal"
+        )
 
 
 def choose_mode(config: DataConfig, train: ShardFolder, test: ShardFolder, device: torch.device) -> str:
@@ -89,15 +99,6 @@ def choose_mode(config: DataConfig, train: ShardFolder, test: ShardFolder, devic
     return "resident" if sum(size or 0 for size in sizes) <= RESIDENT_SHARE * memory else "stream"
 
 
-def window_shards(config: DataConfig, manifest: Manifest) -> int | None:
-    """data.window_shards as a number; None is all. The default depends on the manifest alone."""
-    if isinstance(config.window_shards, int):
-        return config.window_shards
-    if config.window_shards == "all" or manifest.bytes <= WINDOW_ALL_BYTES:
-        return None
-    return max(1, WINDOW_ALL_BYTES * len(manifest.shards) // manifest.bytes)
-
-
 def load(recipe: Recipe, train: ShardFolder, test: ShardFolder, device: torch.device) -> Data:
     """Make the readers and the normalisation.
 
@@ -110,7 +111,7 @@ def load(recipe: Recipe, train: ShardFolder, test: ShardFolder, device: torch.de
         test_reader: Reader = load_resident(test, config.resize, device)
     else:
         train_reader, test_reader = StreamReader(train, config.resize), StreamReader(test, config.resize)
-    height, width, channels = train_reader.image_shape
+    height, width, _ = train_reader.image_shape
     for entry in config.augment:
         if min(height, width) < smallest_side(entry):
             raise InputError(
@@ -120,16 +121,18 @@ def load(recipe: Recipe, train: ShardFolder, test: ShardFolder, device: torch.de
     return Data(train, test, train_reader, test_reader, make_normalize(config, train.manifest, train_reader, device))
 
 
-def load_for_evaluation(recipe: Recipe, device: torch.device) -> Data:
-    """A run's data with its test set as the recipe names it now, streamed: each image is needed once.
+def load_for_evaluation(
+    config: DataConfig, train: Manifest, device: torch.device
+) -> tuple[ShardFolder, Reader, Normalize]:
+    """A test set with the normalisation of the run's training set; streamed, because each image is needed once.
 
     Raises:
-        InputError: a set cannot be opened, or the test set has other classes than the training set.
+        InputError: the test set cannot be opened, or is of another task than the training set.
     """
-    train, test = open_both(recipe.data)
-    train_reader, test_reader = StreamReader(train, recipe.data.resize), StreamReader(test, recipe.data.resize)
-    normalize = make_normalize(recipe.data, train.manifest, train_reader, device)
-    return Data(train, test, train_reader, test_reader, normalize)
+    test = open_shards(config.test)
+    check_same_task(train, test.manifest, "the run's training set", config.test, config.resize)
+    reader = StreamReader(test, config.resize)
+    return test, reader, make_normalize(config, train, reader, device)
 
 
 def make_normalize(config: DataConfig, manifest: Manifest, reader: Reader, device: torch.device) -> Normalize:

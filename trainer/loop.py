@@ -42,7 +42,9 @@ def train(run: Run) -> Evaluation | None:
         over = plan.is_over(after)
         lr, epoch = run.base_lr * rate_factor, plan.epochs(after)
 
-        metrics.add(sums, batch.size, run.batches.wait_s - waited_s)  # stays on the device
+        metrics.add(
+            sums, batch.size, run.batches.wait_s - waited_s, state.optimizer.step_was_skipped
+        )  # stays on the device
         run.display.advance(after.step)
         if over or plan.is_due(run.every.log, before, after):
             metrics.write_train(after, epoch, sums, batch.size, lr)  # all ranks reduce, rank 0 writes
@@ -52,6 +54,7 @@ def train(run: Run) -> Evaluation | None:
             metrics.write_evaluation(after, epoch, evaluation, lr, state.wall_s)
             metrics.restart_clock()
         if over or plan.is_due(run.every.checkpoint, before, after):
+            metrics.check_finite(after)  # all ranks reduce
             state.wall_s = clock.seconds()
             runtime.average_buffers(run.accelerator, state.module)  # all ranks
             if run.accelerator.is_main_process:

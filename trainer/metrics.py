@@ -16,6 +16,8 @@ from shardstep.configs.errors import TrainingFailed
 from shardstep.trainer.evaluate import Evaluation
 from shardstep.trainer.runtime import reduce_sums
 
+_REMEDY = "Try a lower optimizer.lr, a schedule.warmup, train.clip_norm=1.0, or train.precision=fp32"
+
 
 class Metrics:
     """The record of a run. All ranks call it; rank 0 writes."""
@@ -33,12 +35,21 @@ class Metrics:
         self._since_evaluation = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         self._samples_since_evaluation = 0
         self._window_samples, self._window_s, self._window_wait_s = 0, 0.0, 0.0
+        self._skipped_steps = 0
         self._mark = time.perf_counter()
         self.last_train: dict[str, Any] = {}
         self.last_epoch: dict[str, Any] = {}
 
-    def add(self, sums: Tensor, size: int, wait_s: float) -> None:
-        """Count one step: this rank's sums of loss and correct predictions, the global batch, seconds without data."""
+    def add(self, sums: Tensor, size: int, wait_s: float, skipped: bool) -> None:
+        """Count one step.
+
+        Args:
+            sums: this rank's loss and correct predictions.
+            size: of the global batch.
+            wait_s: seconds without data.
+            skipped: whether fp16's scaler left out the update, because the gradient overflowed.
+        """
+        self._skipped_steps += skipped
         self._since_evaluation += sums
         self._samples_since_evaluation += size
         now = time.perf_counter()
@@ -46,6 +57,16 @@ class Metrics:
         self._window_samples += size
         self._window_wait_s += wait_s
         self._mark = now
+
+    def check_finite(self, progress: Progress) -> None:
+        """Make sure that no step since the last evaluation has left the numbers, before a state is saved. All reduce.
+
+        Raises:
+            TrainingFailed: one has.
+        """
+        (total,) = reduce_sums(self._accelerator, [self._since_evaluation])
+        if not math.isfinite(total[0].item()):
+            raise TrainingFailed(f"the loss of a step up to step {progress.step} was NaN or infinite. {_REMEDY}")
 
     def restart_clock(self) -> None:
         """Leave out of the training rate what has happened since the last step."""
@@ -73,11 +94,12 @@ class Metrics:
             "data_wait_share": round(self._window_wait_s / self._window_s, 4),
         }
         self._window_samples, self._window_s, self._window_wait_s = 0, 0.0, 0.0
+        if self._skipped_steps:
+            line["skipped_steps"] = self._skipped_steps  # by fp16's scaler, since this process started
         if not math.isfinite(loss):
             self._record(line)
             raise TrainingFailed(
-                f"the loss is {loss} at step {progress.step} (epoch {epoch:.2f}, rate {lr:g}). Try a lower optimizer.lr, "
-                f"a schedule.warmup, train.clip_norm=1.0, or train.precision=fp32; a checkpoint from before is kept"
+                f"the loss is {loss} at step {progress.step} (epoch {epoch:.2f}, rate {lr:g}). {_REMEDY}"
             )
         self.last_train = line
         self._write(line)
@@ -112,10 +134,7 @@ class Metrics:
         }
         if not math.isfinite(evaluation.loss):
             self._record(line)
-            raise TrainingFailed(
-                f"the test loss is {evaluation.loss} at step {progress.step} (rate {lr:g}). Try a lower "
-                f"optimizer.lr, a schedule.warmup, train.clip_norm=1.0, or train.precision=fp32"
-            )
+            raise TrainingFailed(f"the test loss is {evaluation.loss} at step {progress.step} (rate {lr:g}). {_REMEDY}")
         self._write(line)
 
     def close(self) -> None:

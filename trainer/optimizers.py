@@ -1,7 +1,7 @@
 """Optimizers by name, and which parameter gets which options.
 
-The documents' optimizers have a function each, whose docstring gives the equation and where torch differs from it; every
-other one of torch.optim goes by its name in lower case, with its own arguments. In the equations g is the gradient of
+The documents' optimizers have a function each, whose docstring gives the equation and where torch differs from it;
+every other one of torch.optim goes by its name in lower case, with its own arguments. In the equations g is the gradient of
 the loss with respect to the parameter w, eta the learning rate, and operations on vectors are per element.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardstep.configs.components import neighbours, options_of
+from shardstep.configs.components import check_limits, convert, hint_of, neighbours, options_of
 from shardstep.configs.errors import InputError
 
 Parameters = Iterable[dict[str, Any]] | Iterable[nn.Parameter]
@@ -153,8 +153,11 @@ def _every_optimizer() -> dict[str, Callable[..., Optimizer]]:
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = _every_optimizer()
 
-COMMON_OPTIONS: dict[str, Any] = {"decay_biases_and_norms": False, "groups": []}
-"""Options of every optimizer, with defaults.
+COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "decay_biases_and_norms": (bool, False),
+    "groups": (list[Any], []),
+}
+"""Options of every optimizer: type and default.
 
 decay_biases_and_norms: whether weight_decay also applies to parameters of fewer than two dimensions.
 groups: list of {match: pattern of parameter names, or ndim: dimensions, and options such as lr}; the first that fits.
@@ -180,22 +183,26 @@ def build_optimizer(section: dict[str, Any], model: nn.Module) -> Optimizer:
 
 
 def check_optimizer(section: dict[str, Any]) -> list[str]:
-    """Problems of optimizer.groups and decay_biases_and_norms, which any optimizer can have."""
-    problems = []
-    if not isinstance(section["decay_biases_and_norms"], bool):
-        problems.append("optimizer.decay_biases_and_norms must be true or false")
-    known = options_of(OPTIMIZERS[section["name"]])
-    groups = section["groups"]
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        return [*problems, "optimizer.groups must be a list of mappings, such as [{match: '*.bias', lr: 0.01}]"]
-    for place, group in enumerate(groups):
-        if not {"match", "ndim"} & set(group):
-            problems.append(f"optimizer.groups[{place}] needs match (a pattern of parameter names) or ndim")
-        problems += [
-            f"optimizer.groups[{place}].{key} is not an option of {section['name']}; {neighbours(key, known)}"
-            for key in group
-            if key not in ("match", "ndim", *known)
-        ]
+    """Check optimizer.groups, and convert their options in place; returns the problems."""
+    function, problems = OPTIMIZERS[section["name"]], []
+    known = options_of(function)
+    for place, group in enumerate(section["groups"]):
+        where = f"optimizer.groups[{place}]"
+        if not isinstance(group, dict) or not {"match", "ndim"} & set(group):
+            problems.append(f"{where} must be a mapping with match (a pattern of parameter names) or ndim, not {group}")
+            continue
+        for key, value in group.items():
+            if key not in ("match", "ndim", *known):
+                problems.append(f"{where}.{key} is not an option of {section['name']}; {neighbours(str(key), known)}")
+                continue
+            try:
+                group[key] = convert(value, {"match": str, "ndim": int}.get(key) or hint_of(function, key))
+                check_limits(key, group[key])
+            except ValueError as error:
+                problems.append(f"{where}.{key}: {error}")
+    decays = [section.get("weight_decay"), *(group.get("weight_decay") for group in section["groups"] if not problems)]
+    if section["decay_biases_and_norms"] and not any(decays):
+        problems.append("optimizer.decay_biases_and_norms=true has no effect without optimizer.weight_decay")
     return problems
 
 

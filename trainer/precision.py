@@ -1,4 +1,4 @@
-"""Which number format and memory layout to compute in: as asked for, or whichever a measured step shows to be fastest."""
+"""Which number format and memory layout to compute in: as asked for, or whichever a measured step shows to be best."""
 
 import copy
 import time
@@ -8,19 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.schema import MemoryFormat, Precision
 from shardstep.trainer.losses import Loss
+from shardstep.trainer.models.sync_batch_norm import undo_sync_batch_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_PROBE_SAMPLES = 64  # enough work to tell the formats apart, little enough to take a fraction of a second
+PROBE_SAMPLES = 64  # enough work to tell the formats apart, little enough to take a fraction of a second
 
 
 @dataclass(frozen=True)
 class Compute:
     """A number format (fp32, bf16 or fp16) and a memory layout (contiguous or channels_last)."""
 
-    precision: str
-    memory_format: str
+    precision: Precision
+    memory_format: MemoryFormat
 
 
 def check_precision(precision: str, device: torch.device) -> str | None:
@@ -40,46 +42,44 @@ def check_precision(precision: str, device: torch.device) -> str | None:
     return None
 
 
-def choose_compute(
-    precision: str, memory_format: str, model: nn.Module, loss: Loss, batch: tuple[Tensor, Tensor]
-) -> tuple[Compute, dict[Compute, float]]:
-    """Settle what the recipe leaves to `auto`.
+def candidates(
+    precision: Precision, memory_format: MemoryFormat, module: nn.Module, device: torch.device
+) -> list[Compute]:
+    """What can be chosen from, the best guess first; one of it is a settled choice.
 
     Args:
         precision, memory_format: of the recipe.
-        model: on its device; it is left as it is.
-        loss: of training.
-        batch: images and labels on the device, at the size of a micro-batch.
-
-    Returns:
-        The choice, and the seconds per step that it rests on (empty when there was nothing to choose).
+        module: the model.
+        device: where it will be.
     """
-    device = batch[0].device
-    has_images = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    formats = [memory_format] if memory_format != "auto" else ["channels_last", "contiguous"]
-    if memory_format == "auto" and not has_images:
-        formats = ["contiguous"]
-    if precision != "auto":
-        precisions = [precision]
-    elif device.type == "cuda":
-        # Half precision always wins on a GPU that has it, and channels_last goes with it: nothing to measure.
-        precisions = ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
-        formats = formats[:1]
-    else:
+    formats: list[MemoryFormat] = [memory_format]
+    if memory_format == "auto":
+        has_convolutions = any(isinstance(layer, nn.Conv2d) for layer in module.modules())
+        formats = ["channels_last", "contiguous"] if has_convolutions else ["contiguous"]
+    precisions: list[Precision] = [precision]
+    if device.type == "cuda":
+        # Half precision wins on a GPU that has it, and channels_last with it: nothing to measure.
+        if precision == "auto":
+            precisions = ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
+        return [Compute(precisions[0], formats[0])]
+    if precision == "auto":
         precisions = ["bf16", "fp32"]
-    candidates = [Compute(p, f) for p in precisions for f in formats]
-    if len(candidates) == 1:
-        return candidates[0], {}
-    seconds = {compute: _seconds_per_step(compute, model, loss, batch) for compute in candidates}
-    return min(candidates, key=seconds.__getitem__), seconds
+    return [Compute(p, f) for p in precisions for f in formats]
 
 
-def _seconds_per_step(compute: Compute, model: nn.Module, loss: Loss, batch: tuple[Tensor, Tensor]) -> float:
-    """The faster of two forward and backward passes, after one that is not counted."""
+def measure(
+    choices: list[Compute], module: nn.Module, loss: Loss, images: Tensor, labels: Tensor
+) -> dict[Compute, float]:
+    """Seconds per forward and backward pass of each choice, on this rank alone; the model is left as it is."""
+    return {compute: _seconds_per_step(compute, module, loss, images, labels) for compute in choices}
+
+
+def _seconds_per_step(compute: Compute, module: nn.Module, loss: Loss, images: Tensor, labels: Tensor) -> float:
+    """The faster of two passes, after one that is not counted."""
     layout = MEMORY_FORMATS[compute.memory_format]
-    probe = copy.deepcopy(model).to(memory_format=layout).train()
-    images, labels = batch[0][:_PROBE_SAMPLES].contiguous(memory_format=layout), batch[1][:_PROBE_SAMPLES]
-    times = []
+    probe = copy.deepcopy(module).to(memory_format=layout).train()
+    undo_sync_batch_norm(probe)  # the other ranks do not take part
+    images, times = images.contiguous(memory_format=layout), []
     with torch.random.fork_rng():  # dropout must not move the run's random numbers
         for _ in range(3):
             began = time.perf_counter()

@@ -2,16 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shardstep.trainer.setup import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 GRID_ROWS, GRID_COLUMNS = 4, 8
 _MOST_NAMED_CLASSES = 30  # more class names than this do not fit along an axis
@@ -67,14 +64,18 @@ def draw_predictions(
 ) -> None:
     """Draw test images (N, H, W, C) uint8 with prediction and confidence; wrong ones are red and name the label too."""
     plt = _pyplot()
-    figure, axes = plt.subplots(GRID_ROWS, GRID_COLUMNS, figsize=(13, 7.6))
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.94, hspace=0.3, wspace=0.05)
-    for place, axis in enumerate(axes.flat):
-        axis.axis("off")
-        if place < len(labels):
-            _draw_prediction(
-                axis, pixels[place].numpy(), classes[labels[place]], classes[predictions[place]], confidences[place]
-            )
+    figure, axis = plt.subplots(figsize=(13, 8), layout="constrained")
+    axis.set(xlim=(0, GRID_COLUMNS), ylim=(GRID_ROWS, 0), aspect="equal")
+    axis.axis("off")
+    for place, image in enumerate(pixels.numpy()):
+        row, column = divmod(place, GRID_COLUMNS)
+        prediction, label = classes[predictions[place]], classes[labels[place]]
+        color, mistake = ("black", "") if prediction == label else ("crimson", f"\nnot {label}")
+        shown = image.squeeze(-1) if image.shape[2] == 1 else image
+        extent = (column + 0.15, column + 0.85, row + 0.95, row + 0.25)  # left, right, bottom, top
+        axis.imshow(shown, cmap="gray", vmin=0, vmax=255, extent=extent)
+        caption = f"{prediction} {confidences[place]:.0%}{mistake}"
+        axis.text(column + 0.5, row + 0.22, caption, ha="center", va="bottom", fontsize=9, color=color)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 
@@ -88,13 +89,6 @@ def first_predictions(run: Run) -> tuple[Tensor, list[int], list[int], list[floa
     outputs = module(run.data.normalize(pixels.to(run.accelerator.device)))
     confidence, prediction = outputs.float().softmax(dim=1).max(dim=1)
     return pixels.cpu(), labels.tolist(), prediction.tolist(), confidence.tolist()
-
-
-def _draw_prediction(axis: "Axes", pixels: np.ndarray, label: str, prediction: str, confidence: float) -> None:
-    axis.imshow(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
-    right = label == prediction
-    text = f"{prediction} {confidence:.0%}" if right else f"{prediction} {confidence:.0%}\nnot {label}"
-    axis.set_title(text, fontsize=9, color="black" if right else "crimson")
 
 
 def _pyplot() -> Any:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -20,10 +20,17 @@ from torch.optim import Optimizer
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import TrainConfig
 
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
 
 def is_first_rank() -> bool:
     """Whether this process is the one that speaks to the person, as far as can be told before the world is up."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_rank_of_node() -> bool:
+    """Whether this process is the first of its node."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def choose_device(wanted: str) -> str:
@@ -48,11 +55,10 @@ def start(config: TrainConfig) -> PartialState:
     device = choose_device(config.device)
     check_launch(os.environ, config.world_size)
     if device == "cuda":
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local_rank >= gpus:
+        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if ranks > gpus:
             raise InputError(
-                f"local rank {local_rank} has no GPU of its own: {gpus} are visible. Start at most as many "
-                f"ranks per node as there are GPUs"
+                f"{ranks} ranks were started on a node with {gpus} visible GPUs: start at most {gpus} there"
             )
     threads = threads_per_rank(os.environ)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose a number of its own, and warn
@@ -76,9 +82,15 @@ def build_accelerator(precision: str) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=half,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever the environment says
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    if accelerator.distributed_type not in _SUPPORTED:
+        raise InputError(
+            f"Accelerate was set up for {accelerator.distributed_type.value}, but training is by plain DDP: "
+            f"choose it in `accelerate config`, or give the launcher all its options"
+        )
     if cpu and precision == "fp16":
         accelerator.scaler = torch.amp.GradScaler("cpu")
     return accelerator
@@ -95,6 +107,13 @@ def wrap(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> t
         # The attribute, because the argument's name changes between torch versions.
         model.broadcast_buffers = False
     return model, prepared
+
+
+def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """Put a model on its device, with autocast around its forward pass."""
+    if accelerator.device.type == "cpu" and accelerator.scaler is not None:
+        module.forward = torch.autocast("cpu", torch.float16)(module.forward)
+    return accelerator.prepare_model(module, evaluation_mode=True)
 
 
 def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
@@ -117,11 +136,17 @@ def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
         tasks = int(environment.get("SLURM_NTASKS", "1"))
         if tasks > 1:
             raise InputError(
-                f"Slurm started {tasks} tasks (SLURM_NTASKS), but no launcher has told this one its rank: "
-                f"{tasks} separate runs would write to one folder. Start with torchrun or accelerate launch "
-                f"inside srun, one per node, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+                f"Slurm was asked for {tasks} tasks (SLURM_NTASKS), but no launcher has told this one its rank: {tasks} "
+                f"separate runs would write to one folder. Start torchrun or accelerate launch with srun, one per node, "
+                f"or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
             )
     world_size = int(environment.get("WORLD_SIZE", "1")) if "RANK" in environment else 1
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if world_size < tasks:
+        raise InputError(
+            f"srun started {tasks} tasks, but the launcher in this one brings up a world of {world_size}: {tasks} separate "
+            f"runs would write to one folder. Give torchrun --nnodes and --rdzv-endpoint, or start one task"
+        )
     if wanted is not None and world_size != wanted:
         raise InputError(
             f"train.world_size={wanted}, but {world_size} {'rank' if world_size == 1 else 'ranks'} came up: "

@@ -91,8 +91,8 @@ SCHEDULES: dict[str, Callable[..., float]] = {
     "one_cycle": one_cycle,
 }
 
-COMMON_OPTIONS: dict[str, Any] = {"warmup": None, "warmup_start": 0.0}
-"""Options of every schedule, with defaults. warmup: duration of a straight rise from warmup_start times the rate."""
+COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"warmup": (str | None, None), "warmup_start": (float, 0.0)}
+"""Options of every schedule: type and default. warmup: duration of a straight rise from warmup_start times the rate."""
 
 
 class LearningRate:
@@ -110,7 +110,7 @@ class LearningRate:
         self._options = {key: section[key] for key in section if key not in ("name", *COMMON_OPTIONS)}
         self._duration = duration
         self._samples_per_epoch = samples_per_epoch
-        self._warmup_start = float(section["warmup_start"])
+        self._warmup_start = section["warmup_start"]
         self._warmup = Duration.parse(section["warmup"]) if section["warmup"] else None
         self._warmup_share = 0.0  # of the run
         if self._warmup:
@@ -145,6 +145,6 @@ def check_schedule(section: dict[str, Any]) -> list[str]:
             problems.append(f"schedule.{key}: {error}")
     if section["name"] == "one_cycle" and not 0 < section["rise"] < 1:
         problems.append(f"schedule.rise={section['rise']} must lie between 0 and 1")
-    if not section["warmup"] and section["warmup_start"] != COMMON_OPTIONS["warmup_start"]:
+    if not section["warmup"] and section["warmup_start"] != 0:
         problems.append("schedule.warmup_start has no effect without schedule.warmup")
     return problems

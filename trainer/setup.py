@@ -1,6 +1,6 @@
 """A checked recipe and a world to a Run: everything that the loop uses, built in one place."""
 
-import itertools
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,29 +14,39 @@ from torch import nn
 
 from shardstep.configs.durations import Duration
 from shardstep.configs.errors import InputError
-from shardstep.configs.load import load_recipe, save_recipe
-from shardstep.configs.schema import OPEN_SECTIONS, Recipe
-from shardstep.datasets.augment import build_transforms
+from shardstep.configs.load import save_recipe
+from shardstep.configs.schema import Recipe
+from shardstep.datasets import manifest
+from shardstep.datasets.augment import Normalize, build_transforms
 from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
+from shardstep.datasets.order import window_of
+from shardstep.datasets.reader import Reader
 from shardstep.trainer import checkpoint, data, runtime
-from shardstep.trainer.check import check_recipe
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.clip import Clip
 from shardstep.trainer.data import Data
 from shardstep.trainer.display import Display
 from shardstep.trainer.evaluate import Evaluation, TestBatches, evaluate
+from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, begin, find_resume
 from shardstep.trainer.losses import Loss, check_outputs, evaluation_loss, training_loss
 from shardstep.trainer.metrics import Metrics, cut_lines
 from shardstep.trainer.models import build_model
+from shardstep.trainer.models.sync_batch_norm import SyncBatchNorm2d
 from shardstep.trainer.optimizers import build_optimizer
 from shardstep.trainer.plan import Plan, make_plan
-from shardstep.trainer.precision import MEMORY_FORMATS, Compute, check_precision, choose_compute
+from shardstep.trainer.precision import (
+    MEMORY_FORMATS,
+    PROBE_SAMPLES,
+    Compute,
+    candidates,
+    check_precision,
+    measure,
+)
 from shardstep.trainer.sample_log import SampleLog
 from shardstep.trainer.schedules import LearningRate
 from shardstep.trainer.tracking import WandbTracker
 
 T = TypeVar("T")
-SETTLED = (("data", "mode"), ("train", "precision"), ("train", "memory_format"))
 _INITIALIZE_SAMPLES = 5000  # training images that data-dependent initialisation looks at
 
 
@@ -83,7 +93,15 @@ class Run:
 
     @property
     def test_batches(self) -> TestBatches:
-        return make_test_batches(self.recipe, self.accelerator, self.data)
+        data = self.data
+        return make_test_batches(
+            self.recipe,
+            self.accelerator,
+            data.test_reader,
+            data.test.manifest.samples,
+            data.normalize,
+            _reader_threads(self.recipe),
+        )
 
     @property
     def seed(self) -> int:
@@ -107,7 +125,8 @@ def build(world: PartialState, recipe: Recipe, display: Display) -> Run:
         InputError: the data, the model and the number of ranks do not fit together, or the run's folder is taken.
     """
     folder = Path(recipe.run.dir)
-    resume_from = together(world, lambda: _claim_folder(world, recipe, folder, display))
+    resume_from = together(world, lambda: find_resume(recipe) if world.is_main_process else None)
+    resume_from = runtime.broadcast_object(world, resume_from)
     train, test = together(world, lambda: data.open_both(recipe.data))
     plan = together(
         world,
@@ -120,13 +139,11 @@ def build(world: PartialState, recipe: Recipe, display: Display) -> Run:
     seconds = _settle_compute(world, recipe, module, loaded, plan, display)
 
     accelerator, state = together(world, lambda: prepare(recipe, module))
+    state.fingerprint = train.manifest.fingerprint
     if resume_from:
         together(world, lambda: checkpoint.load(state, resume_from))
-    if accelerator.is_main_process:
-        save_recipe(recipe, folder / "config.yaml")
-        for lines in folder.glob("*.jsonl"):
-            cut_lines(lines, state.progress.step)
-    accelerator.wait_for_everyone()
+        display.note(f"resuming from {resume_from}")
+    _claim_folder(accelerator, resume_from is None, recipe, loaded, state, display)
 
     listeners: list[Callable[[dict[str, Any]], None]] = [lambda line: display.line(line, plan.total_steps)]
     tracker = None
@@ -178,14 +195,14 @@ def initial_model(recipe: Recipe, loaded: Data, device: torch.device) -> nn.Modu
     """
     torch.manual_seed(recipe.run.seed)
     module = build_model(recipe.model, loaded.image_shape, loaded.num_classes).to(device)
-    images = loaded.normalize(loaded.train_reader.read(np.arange(2))[0].to(device))
+    first = np.arange(min(_INITIALIZE_SAMPLES, loaded.train.manifest.samples))
+    images = loaded.normalize(loaded.train_reader.read(first[:2])[0].to(device))
     with torch.no_grad():
         module.eval()
         check_outputs(recipe.loss, module(images).float())
         module.train()
     initialize = getattr(module, "initialize", None)
     if initialize:  # depends on the data, and on nothing that differs between ranks
-        first = np.arange(min(_INITIALIZE_SAMPLES, loaded.train.manifest.samples))
         initialize(loaded.normalize(loaded.train_reader.read(first)[0].to(device)))
     return module
 
@@ -203,29 +220,36 @@ def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]
     return accelerator, TrainState(module, model, prepared, accelerator.scaler)
 
 
-def make_test_batches(recipe: Recipe, accelerator: Accelerator, loaded: Data) -> TestBatches:
-    """A function that makes a pass over this rank's part of the test set."""
+def make_test_batches(
+    recipe: Recipe, accelerator: Accelerator, reader: Reader, num_samples: int, normalize: Normalize, workers: int
+) -> TestBatches:
+    """A function that makes a pass over this rank's part of a test set."""
     return lambda: test_batches(
-        loaded.test_reader,
-        loaded.test.manifest.samples,
+        reader,
+        num_samples,
         batch_size=recipe.eval.batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        normalize=loaded.normalize,
+        normalize=normalize,
         memory_format=MEMORY_FORMATS[recipe.train.memory_format],
         device=accelerator.device,
-        workers=recipe.data.workers if recipe.data.mode == "stream" else 0,
+        workers=workers,
     )
 
 
+def _reader_threads(recipe: Recipe) -> int:
+    return recipe.data.workers if recipe.data.mode == "stream" else 0
+
+
 def _train_batches(recipe: Recipe, accelerator: Accelerator, loaded: Data, plan: Plan) -> TrainBatches:
+    train = loaded.train.manifest
     return TrainBatches(
         loaded.train_reader,
         OrderConfig(
             loaded.train.samples_per_shard,
             recipe.run.seed,
             recipe.data.lanes,
-            data.window_shards(recipe.data, loaded.train.manifest),
+            window_of(recipe.data.window_shards, train.bytes, len(train.shards)),
         ),
         global_batch_size=plan.global_batch_size,
         samples_per_epoch=plan.samples_per_epoch,
@@ -236,7 +260,7 @@ def _train_batches(recipe: Recipe, accelerator: Accelerator, loaded: Data, plan:
         normalize=loaded.normalize,
         memory_format=MEMORY_FORMATS[recipe.train.memory_format],
         device=accelerator.device,
-        workers=recipe.data.workers if recipe.data.mode == "stream" else 0,
+        workers=_reader_threads(recipe),
     )
 
 
@@ -244,95 +268,65 @@ def _settle_compute(
     world: PartialState, recipe: Recipe, module: nn.Module, loaded: Data, plan: Plan, display: Display
 ) -> dict[Compute, float]:
     """Choose precision and memory format on rank 0 for all, into the recipe; returns the measured seconds per step."""
-    chosen, seconds = None, {}
-    if world.is_main_process:
-        size = min(
-            plan.global_batch_size // plan.world_size, recipe.train.max_micro_batch, loaded.train.manifest.samples
-        )
-        images, labels = loaded.train_reader.read(np.arange(size))
-        chosen, seconds = choose_compute(
-            recipe.train.precision,
-            recipe.train.memory_format,
-            module,
-            training_loss(recipe.loss),
-            (loaded.normalize(images.to(world.device)), labels.to(world.device)),
-        )
-    chosen = runtime.broadcast_object(world, chosen)
+    choices = candidates(recipe.train.precision, recipe.train.memory_format, module, world.device)
+    size = min(max(plan.global_batch_size // plan.world_size, 1), recipe.train.max_micro_batch, PROBE_SAMPLES)
+    seconds: dict[Compute, float] = {}
+    if len(choices) > 1:
+        images, labels = together(world, lambda: loaded.train_reader.read(np.arange(size)))
+        if world.is_main_process:
+            batch = loaded.normalize(images.to(world.device)), labels.to(world.device)
+            seconds = measure(choices, module, training_loss(recipe.loss), *batch)
+    best = min(choices, key=lambda choice: seconds.get(choice, 0))
+    chosen: Compute = runtime.broadcast_object(world, best)
     warning = together(world, lambda: check_precision(chosen.precision, world.device))
     if warning:
         display.warn(warning)
-    recipe.train.precision, recipe.train.memory_format = chosen.precision, chosen.memory_format
+    recipe.train.precision = chosen.precision
+    recipe.train.memory_format = chosen.memory_format
     return seconds
 
 
-def _claim_folder(world: PartialState, recipe: Recipe, folder: Path, display: Display) -> Path | None:
-    """Make the run's folder, or find the checkpoint in it to resume from. Rank 0 looks, all get the answer."""
-    answer: Path | str | None = None
-    if world.is_main_process:
+def _claim_folder(
+    accelerator: Accelerator, run_is_new: bool, recipe: Recipe, loaded: Data, state: TrainState, display: Display
+) -> None:
+    """Write what begins a run, or cut what a resumed one will do again. Rank 0 writes, all wait."""
+    folder, problem = Path(recipe.run.dir), None
+    if accelerator.is_main_process:
         try:
-            answer = _find_resume(recipe, folder, display)
-            folder.mkdir(parents=True, exist_ok=True)
+            aside = begin(folder) if run_is_new else None
+            if aside:
+                display.note(f"the run that was in {folder} is now in {aside}")
+            save_recipe(recipe, folder / CONFIG_NAME)
+            shutil.copyfile(loaded.train.path / manifest.MANIFEST_NAME, folder / MANIFEST_NAME)
+            for lines in folder.glob("*.jsonl"):
+                cut_lines(lines, state.progress.step)
         except OSError as error:
-            answer = f"run.dir={folder} cannot be used: {error}"
-        except InputError as error:
-            answer = str(error)
-    answer = runtime.broadcast_object(world, answer)
-    if isinstance(answer, str):
-        raise InputError(answer)
-    return answer
+            problem = InputError(f"run.dir={folder} cannot be used: {error}")
+    runtime.raise_together(accelerator, problem)
 
 
-def _find_resume(recipe: Recipe, folder: Path, display: Display) -> Path | None:
-    config_path, found = folder / "config.yaml", checkpoint.list_checkpoints(folder / "checkpoints")
-    if recipe.run.resume == "must" and not found:
-        raise InputError(f"run.resume=must, but there is no checkpoint in {folder / 'checkpoints'}")
-    if folder.exists() and (recipe.run.resume == "never" or not found) and any(folder.iterdir()):
-        # What is there is kept: a new run never overwrites an old one.
-        aside = next(path for number in itertools.count(1) if not (path := Path(f"{folder}.old{number}")).exists())
-        folder.rename(aside)
-        display.note(f"the run that was in {folder} is now in {aside}")
-        return None
-    if not found:
-        return None
-    saved = check_recipe(load_recipe(str(config_path)))
-    differences = _differences(saved, recipe)
-    if differences:
-        raise InputError.from_problems(
-            f"{folder} holds a run with another recipe, which this one cannot continue (give another run.dir, or "
-            f"run.resume=never to begin again; the old run is then kept beside it)",
-            differences,
+def _batch_norm_notes(module: nn.Module, plan: Plan) -> list[str]:
+    """What a person should know about batch statistics, which depend on how a global batch is cut."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    if not layers:
+        return []
+    found = []
+    if plan.world_size > 1 and not any(isinstance(layer, SyncBatchNorm2d) for layer in layers):
+        found.append("batch norm normalises over each rank's own samples; model.sync_batch_norm=true: over all ranks'")
+    if plan.micro_steps > 1:
+        found.append(
+            f"batch norm normalises over each of the {plan.micro_steps} micro-steps, not over the global batch"
         )
-    for section, key in SETTLED:  # choices of `auto` are made once
-        setattr(getattr(recipe, section), key, getattr(getattr(saved, section), key))
-    display.note(f"resuming from {found[-1]}")
-    return found[-1]
-
-
-def _differences(saved: Recipe, given: Recipe) -> list[str]:
-    """Keys that change the mathematics of a run and differ, as "key: was -> is"."""
-    compared = {
-        "run": ["seed"],
-        "data": ["augment", "normalize", "resize", "lanes", "window_shards", "last_batch"],
-        "train": ["global_batch_size", "precision", "memory_format", "clip_norm", "clip_value", "duration"],
-    }
-    pairs = [
-        (f"{section}.{key}", getattr(getattr(saved, section), key), getattr(getattr(given, section), key))
-        for section, keys in compared.items()
-        for key in keys
-    ]
-    for section in OPEN_SECTIONS:
-        before, after = getattr(saved, section), getattr(given, section)
-        pairs += [(f"{section}.{key}", before.get(key), after.get(key)) for key in {**before, **after}]
-    return [f"{key}: {was} -> {now}" for key, was, now in pairs if was != now and now != "auto"]
+    return found
 
 
 def _describe(run: Run, seconds: dict[Compute, float]) -> None:
     """Say once what will happen, with the formulas behind derived numbers."""
     recipe, plan, note = run.recipe, run.plan, run.display.note
-    manifest, device = run.data.train.manifest, run.accelerator.device
+    train, device = run.data.train.manifest, run.accelerator.device
     ranks, threads = plan.world_size, torch.get_num_threads()
     height, width, channels = run.data.train_reader.image_shape
-    window = data.window_shards(recipe.data, manifest) or "all"
+    window = window_of(recipe.data.window_shards, train.bytes, len(train.shards)) or "all"
     parameters = list(run.state.module.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     processor = (
@@ -353,7 +347,7 @@ def _describe(run: Run, seconds: dict[Compute, float]) -> None:
     note(f"shardstep {metadata.version('shardstep')} on torch {torch.__version__}: {recipe.run.name}, in {run.folder}")
     note(f"  world      {ranks} rank{'s' * (ranks > 1)}, {processor}")
     note(
-        f"  data       {manifest.samples:,} + {run.data.test.manifest.samples:,} images {width}x{height}x{channels}, "
+        f"  data       {train.samples:,} + {run.data.test.manifest.samples:,} images {width}x{height}x{channels}, "
         f"{run.data.num_classes} classes, {recipe.data.mode}; order: lanes {recipe.data.lanes}, window {window}"
     )
     note(f"  model      {recipe.model['name']}, {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained")
@@ -366,3 +360,5 @@ def _describe(run: Run, seconds: dict[Compute, float]) -> None:
         f"{'s' * (plan.micro_steps > 1)} of at most {min(largest, recipe.train.max_micro_batch)}"
     )
     note(f"  duration   {steps}")
+    for text in _batch_norm_notes(run.state.module, plan):
+        note(f"  note       {text}")

@@ -1,7 +1,6 @@
 """summary.json: how a run ended, in one small file."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from shardstep.trainer.evaluate import Evaluation
@@ -39,9 +38,3 @@ def write_summary(run: Run, status: str, evaluation: Evaluation | None) -> dict[
     partial.write_text(json.dumps(summary, indent=1) + "\n")
     partial.replace(run.folder / "summary.json")
     return summary
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary of a run, or None if it has none."""
-    path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else None

@@ -93,13 +93,13 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         ("train.clip_norm=0", "train.clip_norm=0.0 must be above 0"),
         ("data.normalize=foo", "data.normalize=foo must be"),
         ("data.normalize={mean: [1, 2], std: [1, 2]}", "mean and std must both have 1 or 3 numbers"),
-        ("data.normalize={mean: [0], std: [0]}", "every std must be above 0"),
+        ("data.normalize={mean: [0], std: [0]}", "every std one above 0"),
         ("data.augment=[flop]", "data.augment[0].name=flop is unknown; did you mean flip?"),
         ("data.augment=[{name: translate, pixel: 3}]", "pixel is not an option of translate; did you mean pixels?"),
         ("data.augment=[flip, alternating_flip]", "flip undoes"),
         ("optimizer.name=lbfgs", "cannot work here"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
-        ("optimizer.groups=[{lr: 1}]", "needs match"),
+        ("optimizer.groups=[{lr: 1}]", "must be a mapping with match"),
         ("optimizer.groups=[{match: x, momentun: 1}]", "momentun is not an option of adam"),
         ("schedule.name=step", "schedule.every is missing: step needs it"),
         ("schedule.warmup=5", "schedule.warmup: '5' is not a duration"),
@@ -112,6 +112,58 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 def test_bad_values(tmp_path: Path, override: str, expected: str) -> None:
     extra = "loss.label_smoothing=0.1" if override == "loss.name=nll" else "run.seed=1"
     assert expected in problems_of(tmp_path, MINIMAL, override, extra)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.lr=.nan",
+        "optimizer.lr=-1",
+        "optimizer.groups=[{match: '*', lr: abc}]",
+        "optimizer.groups=[{match: [1], lr: 1}]",
+        "optimizer.groups=[3]",
+        "optimizer.decay_biases_and_norms=true",
+        "schedule.warmup_start=abc",
+        "loss.label_smoothing=2",
+        "model.hidden=[-1]",
+        "model.hidden={a: 1}",
+        "model.name=${bad",
+        "model.sync_batch_norm=abc",
+        "data.augment=[{name: {a: 1}}]",
+        "data.augment=[{name: flip, 3: 4}]",
+        "data.augment=[{name: translate, pixels: -3}]",
+        "data.augment=[{name: flip, probability: .nan}]",
+        "data.normalize={mean: [.nan], std: [.inf]}",
+        "train.timeout_s=.inf",
+        "run.seed=10000000000000000000000",
+        "data.train=s3://bucket/x",
+        "train.duration=.nan",
+        "optimizer.betas={a: 1}",
+    ],
+)
+def test_hostile_values_are_problems_and_no_tracebacks(tmp_path: Path, override: str) -> None:
+    assert override.split("=")[0].split(".")[0] in problems_of(tmp_path, MINIMAL, override)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "3",
+        "[1]",
+        "model: 3",
+        "model: {1: 2, name: mlp}",
+        "model: {name: [mlp]}",
+        "optimizer: {name: {a: 1}}",
+        "data:",
+        "run: []",
+        "model: {hidden: [8]}",
+        "train: {1: 2}",
+        "model: {name: mlp}\noptimizer: {name: adam, lr: ${nowhere}}",
+    ],
+)
+def test_hostile_recipes_are_problems_and_no_tracebacks(tmp_path: Path, text: str) -> None:
+    problems_of(tmp_path, text, "optimizer.name=sgd") if "model" in text else problems_of(tmp_path, text)
 
 
 def test_clip_norm_and_value_exclude_each_other(tmp_path: Path) -> None:

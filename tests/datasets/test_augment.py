@@ -12,7 +12,7 @@ from shardstep.datasets.augment import (
     flip,
     translate,
 )
-from shardstep.datasets.randomness import Draws
+from shardstep.datasets.draws import Draws
 
 
 def images(count: int, height: int = 6, width: int = 5, channels: int = 3) -> torch.Tensor:

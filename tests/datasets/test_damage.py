@@ -58,6 +58,52 @@ def test_a_flipped_label_is_named(folder: Path) -> None:
     assert any("label of sample 000003" in problem for problem in verify_shards(folder))
 
 
+def test_a_label_that_became_another_is_named(folder: Path) -> None:
+    path = folder / "train-000000.tar"
+    data = path.read_bytes()
+    flip(path, data.index(b"000003.cls") + 512)
+    assert any("label of sample 000003" in problem for problem in verify_shards(folder))
+
+
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    """A process may have 64 files open here, and the data set has 80 shards."""
+    import subprocess
+    import sys
+
+    from shardstep.datasets.write import write_shards
+
+    write_shards("synthetic:80", "train", tmp_path / "many", samples_per_shard=1)
+    code = (
+        "import resource, sys, numpy as np; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64));"
+        "from shardstep.datasets import reader; reader._MOST_OPEN_SHARDS = 16;"
+        "from shardstep.datasets.manifest import open_shards;"
+        "print(len(reader.StreamReader(open_shards(sys.argv[1])).read(np.arange(80))[1]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "many")], capture_output=True, text=True)
+    assert result.stdout == "80\n", result.stderr
+
+
+def test_an_index_of_another_length(folder: Path) -> None:
+    import hashlib
+
+    from shardstep.datasets.manifest import parse_manifest
+
+    data = (folder / "index").read_bytes()[:-20]
+    (folder / "index").write_bytes(data)
+    content = json.loads((folder / "manifest.json").read_text())
+    content["index_sha256"] = hashlib.sha256(data).hexdigest()
+    del content["fingerprint"]
+    shards = [dict(shard) for shard in content["shards"]]
+    from shardstep.datasets.manifest import Manifest, Shard
+
+    manifest = Manifest(**(content | {"shards": [Shard(**shard) for shard in shards]}))
+    content["fingerprint"] = manifest.computed_fingerprint()
+    (folder / "manifest.json").write_text(json.dumps(content))
+    assert parse_manifest((folder / "manifest.json").read_text(), "x").samples == 101
+    with pytest.raises(InputError, match="2000 bytes, not 20 for each of 101"):
+        open_shards(folder)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -133,7 +179,7 @@ def test_a_shard_that_shrinks_while_it_is_read(folder: Path) -> None:
     reader = StreamReader(open_shards(folder))
     cut(folder / "train-000005.tar")
     (folder / "train-000005.tar").write_bytes((folder / "train-000005.tar").read_bytes()[:600])
-    with pytest.raises(InputError, match=r"train-000005\.tar: sample"):
+    with pytest.raises(InputError, match=r"train-000005\.tar"):
         reader.read(np.arange(85, 101))
 
 

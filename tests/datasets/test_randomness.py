@@ -1,7 +1,8 @@
 import numpy as np
 import torch
 
-from shardstep.datasets.randomness import Draws, derived_seed, philox_words
+from shardstep.datasets.draws import Draws
+from shardstep.datasets.randomness import derived_seed, mix, philox_words
 
 
 def draws(positions: list[int], seed: int = 1, epoch: int = 2) -> Draws:
@@ -22,9 +23,7 @@ def test_draws_are_splitmix64_of_the_position() -> None:
     first, second = draws([0, 1]).uniform()[:, 0].tolist()
     # the start word is hidden in the class; two neighbouring positions are one golden-ratio step apart
     golden = 0x9E3779B97F4A7C15
-    from shardstep.datasets.randomness import _mix_host
-
-    start = _mix_host(_mix_host(_mix_host(1) ^ 2) ^ 0)
+    start = mix(mix(mix(1) ^ 2) ^ 0)
     assert first == (splitmix64(start) >> 11) * 2.0**-53
     assert second == (splitmix64(start + golden) >> 11) * 2.0**-53
 

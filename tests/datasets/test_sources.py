@@ -80,6 +80,30 @@ def test_empty_folder(tmp_path: Path) -> None:
         open_source(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_missing_split_does_not_become_a_class(tmp_path: Path, packed: bool) -> None:
+    make_tree(tmp_path / "tree")
+    (tmp_path / "tree" / "test").rename(tmp_path / "tree" / "val")
+    path = tmp_path / "tree"
+    if packed:
+        path = tmp_path / "set.tar"
+        with tarfile.open(path, "w") as tar:
+            tar.add(tmp_path / "tree", "")
+    with pytest.raises(InputError, match="has no test/, only train, val"):
+        open_source(str(path), "test")
+
+
+def test_other_files_are_counted_and_linked_folders_followed(tmp_path: Path) -> None:
+    make_tree(tmp_path / "tree")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "7.png").write_bytes(png(7))
+    (tmp_path / "tree" / "train" / "c_linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "tree" / "train" / "a_dog" / "x.bmp").write_bytes(b"BM")
+    source = open_source(str(tmp_path / "tree"), "train")
+    assert source.classes == ["a_dog", "b_cat", "c_linked"]
+    assert source.ignored == {".txt": 1, ".bmp": 1}
+
+
 def test_synthetic_is_a_function_of_split_and_number() -> None:
     first, again = open_source("synthetic:50", "train"), open_source("synthetic:50", "train")
     assert np.array_equal(pixels_of(first, 49), pixels_of(again, 49))
@@ -179,6 +203,16 @@ def test_damaged_batches(tmp_path: Path, content: bytes) -> None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match="is not a batch of CIFAR-10"):
         open_source(str(tmp_path), "train")
+
+
+def test_a_flipped_byte_of_a_packed_archive_is_found(tmp_path: Path) -> None:
+    contents = {name + ".bin": binary_batch() for name in batches()}
+    path = write_archive(tmp_path / "cifar-10-binary.tar.gz", contents, "b")
+    whole = path.read_bytes()
+    for place in range(20, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(InputError):
+            open_source(str(path), "train")
 
 
 def test_labels_out_of_range(tmp_path: Path) -> None:

@@ -189,6 +189,7 @@ def test_foreign_tars_can_be_indexed(tmp_path: Path) -> None:
         ({"1.png": png(1), "1.cls": b"cat"}, "1.cls is not a label"),
         ({"1.png": png(1), "1.cls": b"-1"}, "1.cls is not a label"),
         ({"1.png": png(1), "1.cls": b"7"}, "label 7 is out of range: there are 2 classes"),
+        ({"1.png": png(1), "1.cls": b"9" * 5000}, "1.cls is not a label"),
         ({"1.png": b"junk", "1.cls": b"1"}, "1.png: not an image"),
         ({"1.txt": b"junk"}, "no samples"),
     ],
@@ -210,3 +211,28 @@ def test_transparency_is_dropped(tmp_path: Path) -> None:
     folder = foreign(tmp_path / "x", a={"1.png": buffer.getvalue(), "1.cls": b"0"})
     assert index_shards(folder, {}).image_mode == "RGB"
     assert decode(buffer.getvalue(), "RGB")[0, 0].tolist() == [10, 20, 30]
+
+
+def test_a_huge_label_without_class_names(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the largest label is 3000000, with 1 samples: name the classes"):
+        index_shards(foreign(tmp_path / "x", a={"1.png": png(1), "1.cls": b"3000000"}), {})
+
+
+def test_long_keys_are_whole(tmp_path: Path) -> None:
+    import tarfile as tarfiles
+
+    names = [f"{'x' * 90}/{'y' * 40}{number}" for number in range(2)]
+    members = {f"{name}.{kind}": png(1) if kind == "png" else b"0" for name in names for kind in ("png", "cls")}
+    for tar_format in (tarfiles.PAX_FORMAT, tarfiles.GNU_FORMAT, tarfiles.USTAR_FORMAT):
+        folder = tmp_path / str(tar_format)
+        folder.mkdir()
+        write_tar(folder / "a.tar", members, tar_format)
+        index_shards(folder, {})
+        opened = open_shards(folder)
+        assert [opened.key(0), opened.key(1)] == names
+
+
+def test_a_source_without_splits_is_not_used_for_both(tmp_path: Path) -> None:
+    make_tree(tmp_path / "tree")
+    with pytest.raises(InputError, match="both sets would hold the same images"):
+        make_missing_shards(str(tmp_path / "tree" / "train"), "test", tmp_path / "out")

@@ -27,9 +27,9 @@ def test_shapes(name: str, image_shape: tuple[int, int, int], batch: int) -> Non
 
 @pytest.mark.parametrize("name", MODELS)
 def test_overfits_a_tiny_set(name: str) -> None:
-    images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(16, 3, 17, 17, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(16) % 4
-    model = build(name, (3, 16, 16), 4, **({"dropout": 0.0} if name != "whitening_cnn" else {}))
+    model = build(name, (3, 17, 17), 4, **({"dropout": 0.0} if name != "whitening_cnn" else {}))
     if hasattr(model, "initialize"):
         model.initialize(images)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.003)
@@ -83,7 +83,7 @@ def test_leaky_relu_slope() -> None:
 def test_whitening_decorrelates() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(200, 3, 12, 12, generator=generator).cumsum(3)  # strongly correlated neighbours
-    model = build("whitening_cnn", (3, 16, 16))
+    model = build("whitening_cnn", (3, 17, 17))
     model.initialize(images)
     layer = model.whitening
     outputs = (

@@ -9,6 +9,7 @@ import torch
 from shardstep.configs.errors import InputError
 from shardstep.trainer.optimizers import CANNOT_WORK, COMMON_OPTIONS, OPTIMIZERS, build_optimizer
 
+DEFAULTS = {key: default for key, (_, default) in COMMON_OPTIONS.items()}
 START = [1.0, -2.0, 0.5]
 
 
@@ -103,7 +104,7 @@ class Weights(torch.nn.Module):
 )
 def test_equation(section: dict, equation: Callable[[], Iterator[list[float]]]) -> None:
     model = Weights()
-    optimizer = build_optimizer(COMMON_OPTIONS | section, model)
+    optimizer = build_optimizer(DEFAULTS | section, model)
     for _, expected in zip(range(12), equation(), strict=False):
         optimizer.zero_grad()
         (model.w**4 / 4 + model.w * torch.arange(3)).sum().backward()
@@ -125,7 +126,7 @@ def model() -> torch.nn.Module:
 
 
 def test_weight_decay_spares_biases_and_norms() -> None:
-    section = COMMON_OPTIONS | {"name": "sgd", "lr": 0.1, "weight_decay": 0.5}
+    section = DEFAULTS | {"name": "sgd", "lr": 0.1, "weight_decay": 0.5}
     groups = build_optimizer(section, model()).param_groups
     assert [(group["weight_decay"], sorted(p.ndim for p in group["params"])) for group in groups] == [
         (0.5, [2, 2]),
@@ -136,7 +137,7 @@ def test_weight_decay_spares_biases_and_norms() -> None:
 
 
 def test_groups_by_name_and_dimension() -> None:
-    section = COMMON_OPTIONS | {
+    section = DEFAULTS | {
         "name": "sgd",
         "lr": 0.1,
         "groups": [{"match": "2.*", "lr": 0.01, "momentum": 0.9}, {"ndim": 1, "lr": 0.2}],
@@ -148,18 +149,18 @@ def test_groups_by_name_and_dimension() -> None:
 
 
 def test_a_group_without_parameters_is_an_error() -> None:
-    section = COMMON_OPTIONS | {"name": "sgd", "lr": 0.1, "groups": [{"match": "conv*", "lr": 0.01}]}
+    section = DEFAULTS | {"name": "sgd", "lr": 0.1, "groups": [{"match": "conv*", "lr": 0.01}]}
     with pytest.raises(InputError, match=r"groups\[0\].*fits none of the model's parameters"):
         build_optimizer(section, model())
 
 
 def test_contradicting_options_are_an_error() -> None:
     with pytest.raises(InputError, match="Nesterov momentum requires"):
-        build_optimizer(COMMON_OPTIONS | {"name": "sgd", "lr": 0.1, "nesterov": True}, model())
+        build_optimizer(DEFAULTS | {"name": "sgd", "lr": 0.1, "nesterov": True}, model())
 
 
 def test_frozen_parameters_are_left_out() -> None:
     frozen = model()
     frozen[0].weight.requires_grad_(False)
-    optimizer = build_optimizer(COMMON_OPTIONS | {"name": "sgd", "lr": 0.1}, frozen)
+    optimizer = build_optimizer(DEFAULTS | {"name": "sgd", "lr": 0.1}, frozen)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 5

@@ -8,6 +8,7 @@ import torch
 from shardstep.configs.durations import Duration, Progress
 from shardstep.trainer.schedules import COMMON_OPTIONS, SCHEDULES, LearningRate
 
+DEFAULTS = {key: default for key, (_, default) in COMMON_OPTIONS.items()}
 N, B = 100, 10  # samples per epoch and per step: 10 steps an epoch
 
 
@@ -17,7 +18,7 @@ def at(step: int) -> Progress:
 
 
 def factors(section: dict, duration: str = "4 epochs", steps: int = 40) -> list[float]:
-    rate = LearningRate(COMMON_OPTIONS | section, Duration.parse(duration), N, B)
+    rate = LearningRate(DEFAULTS | section, Duration.parse(duration), N, B)
     return [rate.factor(at(step)) for step in range(steps)]
 
 
@@ -81,7 +82,7 @@ def test_warm_up_comes_on_top_and_the_rest_begins_after_it() -> None:
 
 def test_epochs_are_counted_in_samples() -> None:
     # with batches of 30, an epoch of 100 has steps of 30, 30, 30 and 10: the last one begins at 0.9 of the epoch
-    rate = LearningRate(COMMON_OPTIONS | {"name": "linear"}, Duration.parse("1 epochs"), 100, 30)
+    rate = LearningRate(DEFAULTS | {"name": "linear"}, Duration.parse("1 epochs"), 100, 30)
     found = [rate.factor(Progress(step, 0, 30 * step, 30 * step)) for step in range(4)]
     assert found == pytest.approx([1.0, 0.7, 0.4, 0.1])
 

@@ -24,6 +24,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.yaml",
+        "train_manifest.json",
         "metrics.jsonl",
         "summary.json",
         "checkpoints",
@@ -140,6 +141,21 @@ def test_fp16_on_a_cpu_trains_with_a_scaler(shards: Path, tmp_path: Path) -> Non
         assert json.loads((folder / "run" / "summary.json").read_text())["precision"] == "fp16"
         state = torch.load(folder / "run" / "checkpoints" / "step-00000024" / "state.pt", weights_only=True)
         assert state["scaler"]["scale"] > 0
+
+
+def test_fp16_on_a_cpu_is_warned_of(shards: Path, tmp_path: Path) -> None:
+    ((code, _, message),) = run_ranks(1, failure_of, str(write_recipe(tmp_path, shards)), "train.precision=fp16")
+    assert code == 0
+    assert "warning: train.precision=fp16 on a CPU" in message
+
+
+def test_no_checkpoint_is_saved_after_the_loss_left_the_numbers(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards, optimizer={"name": "sgd", "lr": 1e20})
+    overrides = ["log.every=100 steps", "eval.every=100 steps", "checkpoint.every=2 steps", "train.duration=10 epochs"]
+    ((code, _, message),) = run_ranks(1, failure_of, str(recipe), *overrides)
+    assert code == 1
+    assert "was NaN or infinite" in message
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_bf16_computes_in_bf16(shards: Path, tmp_path: Path) -> None:
@@ -311,6 +327,59 @@ def train_until(recipe: str, last_step: int) -> None:
     loop.train_step = step
     with pytest.raises(Killed):
         main([recipe])
+
+
+def test_a_run_that_ended_before_its_summary_is_finished(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards)
+    train_ranks(2, recipe)
+    before = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for name in ("summary.json", "model.safetensors", "curves.png"):
+        (tmp_path / "run" / name).unlink()
+    train_ranks(2, recipe)
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (after["status"], after["eval"]) == ("finished", before["eval"])
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_a_folder_with_other_files_is_left_alone(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("precious")
+    recipe = write_recipe(tmp_path, shards)
+    ((code, _, message),) = run_ranks(1, failure_of, str(recipe), f"run.dir={tmp_path / 'home'}")
+    assert code == 2
+    assert "holds other files than a run's" in message
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
+
+
+def test_a_bad_recipe_does_not_put_the_old_run_aside(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards)
+    train_ranks(1, recipe)
+    ((code, _, _),) = run_ranks(1, failure_of, str(recipe), "run.resume=never", "data.train=/nowhere")
+    assert code == 2
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_another_data_set_is_not_continued_on(shards: Path, tmp_path: Path) -> None:
+    from shardstep.datasets.write import write_shards
+
+    recipe = write_recipe(tmp_path, shards)
+    train_ranks(1, recipe)
+    write_shards("synthetic:101", "train", tmp_path / "other", samples_per_shard=10)
+    ((code, _, message),) = run_ranks(1, failure_of, str(recipe), f"data.train={tmp_path / 'other'}")
+    assert code == 2
+    assert "was trained on another data set" in message
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+def test_a_damaged_checkpoint_is_one_message(shards: Path, tmp_path: Path, name: str) -> None:
+    recipe = write_recipe(tmp_path, shards)
+    train_ranks(1, recipe, "checkpoint.keep=1")
+    path = tmp_path / "run" / "checkpoints" / "step-00000008" / name
+    for content in (b"", path.read_bytes()[:200]):
+        path.write_bytes(content)
+        ((code, _, message),) = run_ranks(1, failure_of, str(recipe))
+        assert code == 2
+        assert "cannot be resumed from" in message
 
 
 # --- the tracker ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from shardstep.configs.errors import InputError
-from shardstep.trainer.runtime import check_launch, threads_per_rank
+from shardstep.trainer.runtime import check_launch, check_world, threads_per_rank
 from tests.distributed import run_ranks
 from tests.runs import read_lines, train_lines, train_ranks, write_recipe
 
@@ -98,6 +98,22 @@ def test_synchronised_batch_norm_gives_the_same_curve(shards: Path, tmp_path: Pa
     for world in WORLDS[1:]:
         assert largest_difference(found[1]["sync"], found[world]["sync"]) < 1e-3, world
     assert largest_difference(found[1]["alone"], found[3]["alone"]) > 1e-3  # so that the test can fail
+
+
+def test_ranks_agree_on_what_is_measured_on_one(shards: Path, tmp_path: Path) -> None:
+    """The probe runs on rank 0 alone: batch norm over all ranks must not wait for the others there."""
+    model = CNN | {"sync_batch_norm": True}
+    recipe = write_recipe(tmp_path, shards, model=model, train={"precision": "auto", "memory_format": "auto"})
+    train_ranks(2, recipe, "train.global_batch_size=13")  # the last batch of 10 has shares of 5, those of 13 of 6 and 7
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["train"]["memory_format"] in ("channels_last", "contiguous")
+
+
+def test_empty_shares_with_batch_norm(shards: Path, tmp_path: Path) -> None:
+    # 101 samples in batches of 33: the last one has 2 samples for 4 ranks
+    recipe = write_recipe(tmp_path, shards, model=CNN | {"sync_batch_norm": True}, train={"global_batch_size": 33})
+    train_ranks(4, recipe)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
 
 
 def norm_gradients() -> list[list[float]]:
@@ -208,10 +224,23 @@ def test_accelerate_cpu_launch_is_caught() -> None:
 
 
 def test_slurm_tasks_without_a_rank_are_caught() -> None:
-    with pytest.raises(InputError, match="Slurm started 4 tasks"):
+    with pytest.raises(InputError, match="Slurm was asked for 4 tasks"):
         check_launch({"SLURM_NTASKS": "4"}, None)
     check_launch({"SLURM_NTASKS": "1"}, None)
-    check_launch({"SLURM_NTASKS": "2", "RANK": "0", "WORLD_SIZE": "8"}, None)  # an agent per node
+    check_launch(
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "RANK": "0", "WORLD_SIZE": "8"}, None
+    )  # an agent per node
+    with pytest.raises(InputError, match="srun started 4 tasks"):
+        check_launch({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "RANK": "0", "WORLD_SIZE": "1"}, None)
+
+
+def test_a_world_that_did_not_come_up_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="announced 2 ranks .WORLD_SIZE., but 1 came up"):
+        check_world(SimpleNamespace(num_processes=1))  # type: ignore[arg-type]
+    check_world(SimpleNamespace(num_processes=2))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "whitening_cnn": whitening_cnn,
 }
 
-COMMON_OPTIONS: dict[str, Any] = {"sync_batch_norm": False}
-"""Options of every model, with defaults. sync_batch_norm: batch statistics over all ranks, not over each alone."""
+COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"sync_batch_norm": (bool, False)}
+"""Options of every model: type and default. sync_batch_norm: batch statistics over all ranks, not over each alone."""
 
 
 def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:

@@ -41,7 +41,12 @@ def activation_layer(name: Activation, negative_slope: float | None = None) -> n
 
 def output_layer(name: OutputActivation) -> nn.Module:
     """What follows the last linear layer: nothing (logits), a ReLU, or log-probabilities for loss.name=nll."""
-    return {"none": nn.Identity, "relu": nn.ReLU, "log_softmax": partial(nn.LogSoftmax, dim=1)}[name]()
+    layers: dict[str, Callable[[], nn.Module]] = {
+        "none": nn.Identity,
+        "relu": nn.ReLU,
+        "log_softmax": partial(nn.LogSoftmax, dim=1),
+    }
+    return layers[name]()
 
 
 class GlobalPool(nn.Module):

@@ -39,3 +39,10 @@ def convert_batch_norm(model: nn.Module) -> int:
     for module in found:
         module.__class__ = SyncBatchNorm2d
     return len(found)
+
+
+def undo_sync_batch_norm(model: nn.Module) -> None:
+    """Turn every SyncBatchNorm2d of a model back into torch's BatchNorm2d."""
+    for module in model.modules():
+        if type(module) is SyncBatchNorm2d:
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment] # the class it was converted from

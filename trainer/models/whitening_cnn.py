@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from shardstep.trainer.models.layers import Activation, OutputActivation, activation_layer, output_layer
 
 _PATCH = 2  # pixels: side of the patches that are whitened
+_IMAGES_AT_ONCE = 100  # unfolding makes four numbers of each
 
 
 class WhiteningConv(nn.Conv2d):
@@ -23,9 +24,15 @@ class WhiteningConv(nn.Conv2d):
     @torch.no_grad()
     def whiten(self, images: Tensor, epsilon: float = 5e-4) -> None:
         """Compute the filters from normalised training images (N, C, H, W)."""
-        patches = nn.functional.unfold(images.float(), _PATCH).transpose(1, 2).reshape(-1, self.patch_size).double()
-        patches = patches - patches.mean(dim=0)
-        covariance = patches.T @ patches / len(patches)
+        size, count = self.patch_size, 0
+        total, products = images.new_zeros(size, dtype=torch.float64), images.new_zeros(size, size, dtype=torch.float64)
+        for part in images.split(_IMAGES_AT_ONCE):  # (n, C, H, W) -> (n places, patch)
+            patches = nn.functional.unfold(part.float(), _PATCH).transpose(1, 2).reshape(-1, size).double()
+            total += patches.sum(dim=0)
+            products += patches.T @ patches
+            count += len(patches)
+        mean = total / count
+        covariance = products / count - mean.outer(mean)
         variances, directions = torch.linalg.eigh(covariance)  # in columns, smallest first
         # The sign of an eigenvector is arbitrary: fix it, so that every machine gets the same filters.
         directions = directions * directions.gather(0, directions.abs().argmax(dim=0, keepdim=True)).sign()
@@ -109,7 +116,9 @@ def whitening_cnn(
         ValueError: the images are too small.
     """
     channels, height, width = image_shape
-    smallest = 2 ** len(widths) + 1
+    if not widths:
+        raise ValueError("widths must name at least one group")
+    smallest = 2 ** (len(widths) + 1) + 1  # 2x2 places at the end: batch norm needs more than one value per channel
     if min(height, width) < smallest:
         raise ValueError(
             f"images of {width}x{height} pixels are too small, it needs {smallest}x{smallest}: give "
