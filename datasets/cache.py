@@ -1,4 +1,4 @@
-"""The node's cache folder, and the lock that lets one process make what all others on the node then use."""
+"""The node's cache folder, the lock under which one process makes what all on the node use, and safe arrival on disk."""
 
 import contextlib
 import fcntl
@@ -22,3 +22,12 @@ def node_lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's entries, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

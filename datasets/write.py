@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.cache import node_lock
+from shardstep.datasets.cache import node_lock, sync_to_disk
 from shardstep.datasets.images import EXTENSIONS, encode_png
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest
 from shardstep.datasets.progress import progress_bar
@@ -88,9 +88,9 @@ def _write_locked(images: Source, split: str, out: Path, samples_per_shard: int,
         with progress_bar(f"checking {out}", count, "images") as advance:
             manifest = index_shards(partial, made, images.classes, advance)
         for file in partial.iterdir():
-            _fsync(file)
+            sync_to_disk(file)
         partial.replace(out)
-        _fsync(out.parent)
+        sync_to_disk(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
@@ -126,11 +126,3 @@ def _encoded(images: Source, order: np.ndarray) -> Iterator[bytes]:
         while pending:
             yield from pending.pop(0).result()
             pending += [pool.submit(encode, task) for task in islice(tasks, 1)]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

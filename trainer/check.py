@@ -28,8 +28,9 @@ def check_recipe(loaded: Loaded) -> Recipe:
     extra = {"optimizer": optimizers.check_optimizer, "schedule": schedules.check_schedule}
     for section, functions, common in sections:
         given = getattr(recipe, section)
-        if section == "optimizer" and given.get("name") in optimizers.CANNOT_WORK:
-            problems.append(f"optimizer.name={given['name']} cannot work here: {optimizers.CANNOT_WORK[given['name']]}")
+        refused = optimizers.CANNOT_WORK.get(str(given.get("name"))) if section == "optimizer" else None
+        if refused:
+            problems.append(f"optimizer.name={given['name']} cannot work here: {refused}")
             continue
         resolved, found = resolve(section, given, functions, common)
         if not found and section in extra:

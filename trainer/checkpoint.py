@@ -4,7 +4,6 @@ A checkpoint is a folder checkpoints/step-NNNNNNNN with the weights as safetenso
 reads with weights_only. It is written under another name, synced, and renamed: it is whole, or it does not exist.
 """
 
-import os
 import pickle
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from shardstep.configs.durations import Progress
 from shardstep.configs.errors import InputError
+from shardstep.datasets.cache import sync_to_disk
 
 _WEIGHTS, _REST = "model.safetensors", "state.pt"
 
@@ -71,11 +71,11 @@ def save(state: TrainState, folder: Path, keep: int) -> Path:
     }
     torch.save(rest, partial / _REST)
     for path in (*partial.iterdir(), partial):
-        _sync(path)
+        sync_to_disk(path)
     if target.exists():  # the end of a run that was resumed at its end
         shutil.rmtree(target)
     partial.replace(target)
-    _sync(folder)
+    sync_to_disk(folder)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -133,11 +133,3 @@ def load_weights(module: nn.Module, path: Path) -> None:
         raise InputError(f"no weights in {path.parent}: {path.name} is missing") from None
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path} does not hold this model's weights: {str(error).splitlines()[0]}") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

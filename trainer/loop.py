@@ -33,7 +33,7 @@ def train(run: Run) -> Evaluation | None:
     metrics.restart_clock()
 
     for batch in run.batches.from_position(state.progress.epoch, state.progress.position):
-        before, waited_s = state.progress, run.batches.wait_s
+        before, waited_before_s = state.progress, run.batches.wait_s
         rate_factor = run.learning_rate.factor(before)
         if run.sample_log:
             batch = run.sample_log.watch(batch, before.step + 1)  # each rank writes its own file
@@ -42,9 +42,8 @@ def train(run: Run) -> Evaluation | None:
         over = plan.is_over(after)
         lr, epoch = run.base_lr * rate_factor, plan.epochs(after)
 
-        metrics.add(
-            sums, batch.size, run.batches.wait_s - waited_s, state.optimizer.step_was_skipped
-        )  # stays on the device
+        waited_s = run.batches.wait_s - waited_before_s
+        metrics.add(sums, batch.size, waited_s, state.optimizer.step_was_skipped)  # stays on the device
         run.display.advance(after.step)
         if over or plan.is_due(run.every.log, before, after):
             metrics.write_train(after, epoch, sums, batch.size, lr)  # all ranks reduce, rank 0 writes

@@ -132,7 +132,7 @@ class Metrics:
             "per_class_accuracy": evaluation.per_class_accuracy,
             "wall_s": round(wall_s, 3),
         }
-        if not math.isfinite(evaluation.loss):
+        if not (math.isfinite(evaluation.loss) and math.isfinite(train_loss)):
             self._record(line)
             raise TrainingFailed(f"the test loss is {evaluation.loss} at step {progress.step} (rate {lr:g}). {_REMEDY}")
         self._write(line)

@@ -209,7 +209,7 @@ def test_a_flipped_byte_of_a_packed_archive_is_found(tmp_path: Path) -> None:
     contents = {name + ".bin": binary_batch() for name in batches()}
     path = write_archive(tmp_path / "cifar-10-binary.tar.gz", contents, "b")
     whole = path.read_bytes()
-    for place in range(20, len(whole), len(whole) // 40):
+    for place in range(100, len(whole), len(whole) // 40):  # before that, gzip keeps a name and a time
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(InputError):
             open_source(str(path), "train")

@@ -1,7 +1,6 @@
 """The commands as a person starts them: python, torchrun, accelerate launch, with 1 and 2 processes."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +24,8 @@ ACCELERATE = [
 ]
 
 
-def start(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=170, env=os.environ | environment)
+def start(*command: str, cwd: Path, timeout_s: float = 170) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s)
 
 
 FORMS = {

@@ -1,0 +1,71 @@
+"""The documents are true: links lead somewhere, and the README's commands run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.datasets.test_sources import png
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+README = (ROOT / "README.md").read_text()
+
+
+def readme_commands() -> list[str]:
+    """The commands of the README's bash blocks, without comments, continued lines joined."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)).replace("\\\n", " ")
+    lines = (line.partition("  #")[0].partition(" #")[0].strip() for line in blocks.splitlines())
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert (ROOT / target).exists(), target
+    for path in re.findall(r"`((?:configs|datasets|trainer|launch|tests|slurm)/[\w/.]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for document in DOCUMENTS:
+        for target in re.findall(r"`?make (\w+)", (ROOT / document).read_text()):
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_every_recipe_is_in_the_table() -> None:
+    rows = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
+    assert rows == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+
+
+def test_every_recipe_head_has_its_command_and_a_result() -> None:
+    for path in (ROOT / "configs").glob("*.yaml"):
+        head = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+        assert "shardstep train" in head, path
+        assert re.search(r"torch 2\.\d+", head), f"{path}: no measured result with its versions"
+
+
+def test_commands_run(tmp_path: Path) -> None:
+    """Every command but make's, on a small set: quickstart becomes smoke, for one step."""
+    for split in ("train", "test"):
+        for number in range(40):
+            path = tmp_path / "path" / "to" / "images" / split / ("cat", "dog")[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(number * 6, size=(40, 36)))
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    commands = [command for command in readme_commands() if not command.startswith("make")]
+    assert len(commands) >= 9
+    prepare = "shardstep shards write --source path/to/images --split test --out data/mine/test"
+    for command in [prepare, *commands]:
+        words = shlex.split(command.replace("quickstart", "smoke"))
+        if "train" in words[1:2] or any(word.endswith("train.py") for word in words):
+            words += ["run.resume=never", "train.duration=1 steps"]
+        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
