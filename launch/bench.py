@@ -45,8 +45,10 @@ def _loader(given: argparse.Namespace, folder: Path) -> None:
     from shardstep.datasets.reader import Reader, StreamReader
     from shardstep.datasets.resident import ResidentReader
     from shardstep.datasets.write import write_shards
+    from shardstep.trainer import runtime
 
     torch.set_num_threads(1)
+    runtime.keep_freed_memory()  # as training does
     if given.images is None:
         given.images = folder / "train"
         write_shards("synthetic:5000", "train", given.images)

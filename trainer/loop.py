@@ -82,7 +82,7 @@ def train_step(
         This rank's sums over its share: loss and correct predictions; float64, shape (2,), on the device.
     """
     # Dropout is a function of (seed, step, rank): a resumed run needs no generator's state.
-    torch.manual_seed(derived_seed(seed, state.progress.step, accelerator.process_index))
+    runtime.seed_generator(accelerator.device, derived_seed(seed, state.progress.step, accelerator.process_index))
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate_factor
 

@@ -191,6 +191,14 @@ def keep_freed_memory() -> None:
     mallopt(top_pad, 64 << 20)
 
 
+def seed_generator(device: torch.device, seed: int) -> None:
+    """Seed the random numbers of one device; torch.manual_seed would also record a stack for every GPU there might be."""
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
