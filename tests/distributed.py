@@ -66,6 +66,7 @@ def _run_rank(rank: int, world_size: int, port: int, function: Callable, argumen
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",  # Accelerate warns where it is unset
     )
     import torch.distributed as dist
 

@@ -35,7 +35,7 @@ def draw_curves(metrics_path: Path, picture: Path) -> None:
 def draw_confusion(confusion: Tensor, classes: list[str], picture: Path) -> None:
     """Draw a confusion matrix (classes, classes): rows are labels, in per cent of each label's samples."""
     plt = _pyplot()
-    share = 100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    share = (100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     named = len(classes) <= _MOST_NAMED_CLASSES
     size = max(5.0, 0.55 * len(classes)) if named else 9.0
     figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
