@@ -22,7 +22,8 @@ SIMPLE_TYPES = (bool, int, float, str)
 
 def neighbours(word: str, known: Collection[str]) -> str:
     """The hint for an unknown word: the closest known ones, or all of them when none is close."""
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    close = [name for name in known if name.endswith("/" + word)]
+    close = close or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"known: {', '.join(sorted(known))}" if known else "there are none"
@@ -112,6 +113,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     "weight_decay": (0, math.inf),
     "label_smoothing": (0, 1),
     "dropout": (0, 1),
+    "feature_dropout": (0, 1),
+    "auxiliary_weight": (0, math.inf),
+    "layers": (1, math.inf),
+    "head": (1, math.inf),
     "probability": (0, 1),
     "pixels": (0, math.inf),
     "size": (1, math.inf),

@@ -147,3 +147,8 @@ class Normalize:
             target.copy_(source)  # a conversion of its own: addcmul on two types would make a copy first
             torch.addcmul(self._shift, target, self._scale, out=target)
         return values.permute(0, 3, 1, 2)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) back to uint8 pixels (B, H, W, C), cut at 0 and 255."""
+        values = (images.permute(0, 2, 3, 1).flatten(1) - self._shift) / self._scale
+        return values.round().clamp(0, 255).to(torch.uint8).view(images.permute(0, 2, 3, 1).shape)

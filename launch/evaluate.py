@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.checkpoint import load_weights
     from shardstep.trainer.evaluate import evaluate
     from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME
-    from shardstep.trainer.losses import evaluation_loss
+    from shardstep.trainer.losses import build_objective
     from shardstep.trainer.models import build_model
     from shardstep.trainer.precision import MEMORY_FORMATS
 
@@ -50,9 +50,8 @@ def main(arguments: list[str]) -> int:
     batches = setup.make_test_batches(
         recipe, accelerator, reader, test.manifest.samples, normalize, recipe.data.workers
     )
-    result = evaluate(
-        accelerator, model, batches, evaluation_loss(recipe.loss), test.manifest.samples, len(train.classes)
-    )
+    objective = build_objective(recipe.loss, recipe.model)
+    result = evaluate(accelerator, model, batches, objective, test.manifest.samples, len(train.classes))
     if accelerator.is_main_process:
         print(
             json.dumps(

@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> int:
     # torch and all that needs it come after the first checks: a typo is answered at once
     from shardstep.trainer import data, folder, loop, runtime, setup
     from shardstep.trainer.check import check_recipe
+    from shardstep.trainer.description import describe
     from shardstep.trainer.display import Display
 
     display = Display(enabled=runtime.is_first_rank())
@@ -47,6 +48,8 @@ def main(arguments: list[str]) -> int:
     data.make_missing_data(recipe.data)
     world = runtime.start(recipe.train)
     run = setup.build(world, recipe, display)
+    for text in describe(run):
+        display.note(text)
 
     display.start(run.plan.total_steps, run.state.progress.step)
     try:
@@ -86,22 +89,26 @@ def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore
     save_file(weights(run.state.module), partial)
     partial.replace(folder / "model.safetensors")
     report.draw_curves(folder / "metrics.jsonl", folder / "curves.png")
-    report.draw_confusion(evaluation.confusion, classes, folder / "confusion.png")
-    pixels, labels, predictions, confidences = report.first_predictions(run)
-    report.draw_predictions(pixels, labels, predictions, confidences, classes, folder / "predictions.png")
+    if evaluation.confusion is None:
+        report.draw_reconstructions(*report.first_reconstructions(run), folder / "reconstructions.png")
+        pictures = "curves.png, reconstructions.png"
+    else:
+        report.draw_confusion(evaluation.confusion, classes, folder / "confusion.png")
+        report.draw_predictions(*report.first_predictions(run), classes, folder / "predictions.png")
+        pictures = "curves.png, confusion.png, predictions.png"
     written = write_summary(run, "finished", evaluation)  # last: it says that all the rest is there
     if run.tracker:
         run.tracker.finish(written)
 
-    per_class = evaluation.per_class_accuracy
-    known = [(accuracy, name) for accuracy, name in zip(per_class, classes, strict=True) if accuracy is not None]
+    shares = "" if evaluation.accuracy is None else f"accuracy {evaluation.accuracy:.2%}, top-5 {evaluation.top5:.2%}, "
     run.display.note(
-        f"done: test accuracy {evaluation.accuracy:.2%}, top-5 {evaluation.top5:.2%}, loss "
-        f"{evaluation.loss:.4f} on {evaluation.samples:,} images after {run.state.wall_s:.0f} s"
+        f"done: test {shares}loss {evaluation.loss:.4f} on {evaluation.samples:,} images after {run.state.wall_s:.0f} s"
     )
+    per_class = zip(evaluation.per_class_accuracy or [], classes, strict=False)
+    known = [(accuracy, name) for accuracy, name in per_class if accuracy is not None]
     if len(known) > 1:
         run.display.note(f"best class: {max(known)[1]} {max(known)[0]:.1%}, worst: {min(known)[1]} {min(known)[0]:.1%}")
-    run.display.note(f"curves.png, confusion.png, predictions.png and model.safetensors are in {folder}")
+    run.display.note(f"{pictures} and model.safetensors are in {folder}")
 
 
 def _fail(run: "setup.Run", error: BaseException) -> None:  # type: ignore[name-defined] # noqa: F821

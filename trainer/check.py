@@ -20,7 +20,7 @@ def check_recipe(loaded: Loaded) -> Recipe:
     """
     recipe, problems = loaded.recipe, list(loaded.problems)
     sections = (
-        ("model", models.MODELS, models.COMMON_OPTIONS),
+        ("model", models.models_for(str(recipe.model.get("name"))), models.COMMON_OPTIONS),
         ("loss", losses.LOSSES, None),
         ("optimizer", optimizers.OPTIMIZERS, optimizers.COMMON_OPTIONS),
         ("schedule", schedules.SCHEDULES, schedules.COMMON_OPTIONS),

@@ -52,10 +52,11 @@ class Display:
         if not self._enabled:
             return
         if line["kind"] == "eval":
+            known = line["accuracy"] is not None
+            accuracy = f"accuracy {line['accuracy']:.2%}  (train {_percent(line['train_accuracy'])})  " if known else ""
             self.note(
                 f"epoch {line['epoch']:<6.4g} step {line['step']}/{total_steps}  test loss {line['loss']:.4f}  "
-                f"accuracy {line['accuracy']:.2%}  (train {_percent(line['train_accuracy'])})  "
-                f"{line['wall_s']:.0f} s"
+                f"{accuracy}{line['wall_s']:.0f} s"
             )
             return
         text = (

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from shardstep.trainer.losses import Loss
+from shardstep.trainer.losses import Objective
 from shardstep.trainer.runtime import average_buffers, reduce_sums
 
 TestBatches = Callable[[], Iterable[tuple[Tensor, Tensor, np.ndarray]]]
@@ -21,21 +21,23 @@ class Evaluation:
 
     Attributes:
         loss: mean, not smoothed.
-        accuracy: share of samples whose highest output is their label.
-        top5: share of samples whose label is among the five highest outputs.
         samples: how many were counted.
+        accuracy: share of samples whose highest output is their label; None for reconstruction, like all that follows.
+        top5: share of samples whose label is among the five highest outputs.
         confusion: int64 (classes, classes); row: label, column: prediction.
     """
 
     loss: float
-    accuracy: float
-    top5: float
     samples: int
-    confusion: Tensor
+    accuracy: float | None = None
+    top5: float | None = None
+    confusion: Tensor | None = None
 
     @property
-    def per_class_accuracy(self) -> list[float | None]:
+    def per_class_accuracy(self) -> list[float | None] | None:
         """Accuracy of each class; None for a class without samples."""
+        if self.confusion is None:
+            return None
         return [
             int(self.confusion[label, label]) / total if total else None
             for label, total in enumerate(self.confusion.sum(dim=1).tolist())
@@ -44,7 +46,12 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, module: nn.Module, batches: TestBatches, loss: Loss, num_samples: int, num_classes: int
+    accelerator: Accelerator,
+    module: nn.Module,
+    batches: TestBatches,
+    objective: Objective,
+    num_samples: int,
+    num_classes: int,
 ) -> Evaluation:
     """Evaluate a model on all ranks together.
 
@@ -52,7 +59,7 @@ def evaluate(
         accelerator: the world.
         module: the model without DDP's wrapper, whose forward pass would broadcast buffers.
         batches: this rank's part of the test set.
-        loss: summed over a batch.
+        objective: what to count.
         num_samples: size of the test set, to be counted exactly.
         num_classes: outputs of the model.
 
@@ -70,10 +77,19 @@ def evaluate(
         if len(labels) == 0:
             continue
         outputs = module(images).float()  # (B, K)
+        if objective.reconstructs:
+            sums[0] += objective.evaluation_loss(outputs, images)
+            sums[3] += len(labels)
+            continue
         best = outputs.topk(min(5, num_classes), dim=1).indices
         hits = best == labels.unsqueeze(1)
         sums += torch.stack(
-            [loss(outputs, labels).double(), hits[:, 0].sum(), hits.sum(), labels.new_tensor(len(labels))]
+            [
+                objective.evaluation_loss(outputs, labels).double(),
+                hits[:, 0].sum(),
+                hits.sum(),
+                labels.new_tensor(len(labels)),
+            ]
         )
         confusion += torch.bincount(labels * num_classes + best[:, 0], minlength=num_classes**2)
     module.train(was_training)
@@ -81,10 +97,12 @@ def evaluate(
     sums, confusion = reduce_sums(accelerator, [sums, confusion])
     total_loss, correct, top5, count = sums.tolist()
     assert count == num_samples, f"{count:.0f} of {num_samples} test samples were counted"
+    if objective.reconstructs:
+        return Evaluation(total_loss / count, int(count))
     return Evaluation(
         loss=total_loss / count,
+        samples=int(count),
         accuracy=correct / count,
         top5=top5 / count,
-        samples=int(count),
         confusion=confusion.view(num_classes, num_classes).long().cpu(),
     )

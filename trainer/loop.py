@@ -15,7 +15,7 @@ from shardstep.trainer import checkpoint, runtime
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.clip import Clip
 from shardstep.trainer.evaluate import Evaluation
-from shardstep.trainer.losses import Loss
+from shardstep.trainer.losses import Objective
 from shardstep.trainer.metrics import Stopwatch
 from shardstep.trainer.setup import Run
 
@@ -37,7 +37,7 @@ def train(run: Run) -> Evaluation | None:
         rate_factor = run.learning_rate.factor(before)
         if run.sample_log:
             batch = run.sample_log.watch(batch, before.step + 1)  # each rank writes its own file
-        sums = train_step(run.accelerator, state, batch, run.loss, rate_factor, run.clip, run.seed)
+        sums = train_step(run.accelerator, state, batch, run.objective, rate_factor, run.clip, run.seed)
         state.progress = after = plan.advance(before, batch.size)
         over = plan.is_over(after)
         lr, epoch = run.base_lr * rate_factor, plan.epochs(after)
@@ -68,7 +68,7 @@ def train_step(
     accelerator: Accelerator,
     state: TrainState,
     batch: GlobalBatch,
-    loss: Loss,
+    objective: Objective,
     rate_factor: float,
     clip: Clip,
     seed: int,
@@ -91,11 +91,11 @@ def train_step(
         synchronised = micro_step == batch.num_micro_steps
         with nullcontext() if synchronised else accelerator.no_sync(state.model):
             outputs = state.model(micro.images)  # (b, C, H, W) -> (b, K)
-            micro_loss = loss(outputs, micro.labels)  # a sum, not a mean
+            micro_loss = objective.loss(outputs, micro.images, micro.labels)  # a sum, not a mean
             accelerator.backward(micro_loss * (accelerator.num_processes / batch.size))
         with torch.no_grad():
             sums[0] += micro_loss
-            sums[1] += (outputs.argmax(dim=1) == micro.labels).sum()
+            sums[1] += objective.correct(outputs, micro.labels)
     clip(accelerator, state)
     state.optimizer.step()
     state.optimizer.zero_grad()

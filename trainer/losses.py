@@ -1,10 +1,11 @@
-"""Losses by name: (outputs, labels) -> the sum over the batch. Keyword arguments are the recipe's options.
+"""Losses by name: (outputs, targets) -> the sum over the batch. Keyword arguments are the recipe's options.
 
 Sums, not means: the trainer divides by the number of samples in the global batch, so that shares of any size, empty
 ones too, add up to the exact global mean.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.nn import functional
 
 from shardstep.configs.errors import InputError
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Outputs = Tensor | tuple[Tensor, ...]
+"""What a model returns: its outputs, in training perhaps with those of auxiliary heads behind them."""
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -31,28 +33,110 @@ def nll(outputs: Tensor, labels: Tensor) -> Tensor:
     return functional.nll_loss(outputs.float(), labels, reduction="sum")
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"cross_entropy": cross_entropy, "nll": nll}
+def perceptron(outputs: Tensor, labels: Tensor) -> Tensor:
+    """How far the best wrong output of (B, K) lies above the label's, summed; 0 where the label's is the highest.
+
+    For two classes with y = -1 or 1 and f = outputs[1] - outputs[0] this is Rosenblatt's max(0, -y f) (1958, Psychological
+    Review 65); for more it is its extension by Crammer and Singer 2001, JMLR 2, without a margin. A tie counts as an error:
+    its gradient is that of the rule "if y f <= 0".
+    """
+    scores = outputs.float()
+    own = scores.gather(1, labels.unsqueeze(1)).squeeze(1)  # (B,)
+    others = scores.scatter(1, labels.unsqueeze(1), -torch.inf)
+    deficit = others.amax(dim=1) - own
+    return deficit[deficit >= 0].sum()
 
 
-def training_loss(section: dict[str, Any]) -> Loss:
-    """The loss that a checked recipe section names, with its options."""
-    return partial(LOSSES[section["name"]], **{key: section[key] for key in section if key != "name"})
+def mse(outputs: Tensor, images: Tensor) -> Tensor:
+    """Squared error of reconstructed images (B, C, H, W): the mean over an image's values, summed over the batch."""
+    return (outputs.float() - images).square().sum() / images.shape[1:].numel()
 
 
-def evaluation_loss(section: dict[str, Any]) -> Loss:
-    """The same loss without what only serves training, such as label smoothing."""
-    return LOSSES[section["name"]]
+def l1(outputs: Tensor, images: Tensor) -> Tensor:
+    """Absolute error of reconstructed images (B, C, H, W): the mean over an image's values, summed over the batch."""
+    return (outputs.float() - images).abs().sum() / images.shape[1:].numel()
 
 
-def check_outputs(section: dict[str, Any], outputs: Tensor) -> None:
+CLASSIFICATION: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "nll": nll,
+    "perceptron": perceptron,
+}
+RECONSTRUCTION: dict[str, Callable[..., Tensor]] = {"mse": mse, "l1": l1}
+LOSSES = CLASSIFICATION | RECONSTRUCTION
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a model is trained for and judged by.
+
+    Attributes:
+        training_loss: summed over a batch.
+        evaluation_loss: the same without what only serves training, such as label smoothing.
+        reconstructs: whether the images themselves are the targets, so that nothing is correct or wrong.
+        auxiliary_weight: of the losses of auxiliary heads.
+    """
+
+    training_loss: Callable[[Tensor, Tensor], Tensor]
+    evaluation_loss: Callable[[Tensor, Tensor], Tensor]
+    reconstructs: bool
+    auxiliary_weight: float = 0.0
+
+    def loss(self, outputs: Outputs, images: Tensor, labels: Tensor) -> Tensor:
+        """The training loss of a batch, summed, with that of auxiliary heads."""
+        main, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+        targets = images if self.reconstructs else labels
+        total = self.training_loss(main, targets)
+        for head in auxiliary:
+            total = total + self.auxiliary_weight * self.training_loss(head, targets)
+        return total
+
+    def correct(self, outputs: Outputs, labels: Tensor) -> Tensor | int:
+        """How many samples of a batch have their label as the highest output."""
+        if self.reconstructs:
+            return 0
+        main = outputs[0] if isinstance(outputs, tuple) else outputs
+        return (main.argmax(dim=1) == labels).sum()
+
+
+def build_objective(loss: dict[str, Any], model: dict[str, Any]) -> Objective:
+    """The objective that checked recipe sections describe.
+
+    Args:
+        loss: `name` and options.
+        model: of its options, `auxiliary_weight`.
+    """
+    function = LOSSES[loss["name"]]
+    return Objective(
+        training_loss=partial(function, **{key: value for key, value in loss.items() if key != "name"}),
+        evaluation_loss=function,
+        reconstructs=loss["name"] in RECONSTRUCTION,
+        auxiliary_weight=model.get("auxiliary_weight", 0.0),
+    )
+
+
+def check_outputs(loss: dict[str, Any], outputs: Tensor, images: Tensor) -> None:
     """Check that a model's outputs are what the loss takes.
 
     Raises:
-        InputError: the loss is nll, and the outputs are not log-probabilities: it would fall without bound.
+        InputError: the loss compares images and the model classifies, or the other way round; or the loss is nll, and the
+            outputs are not log-probabilities: it would fall without bound.
     """
-    total = outputs.double().exp().sum(dim=1)
-    if section["name"] == "nll" and not torch.allclose(total, torch.ones_like(total), atol=1e-2):
+    name = loss["name"]
+    if name in RECONSTRUCTION and outputs.shape != images.shape:
         raise InputError(
-            "loss.name=nll takes log-probabilities: give model.output_activation=log_softmax, or "
-            "loss.name=cross_entropy, which takes logits"
+            f"loss.name={name} compares images with images, but the model turns them into {tuple(outputs.shape[1:])}: "
+            f"use a model that reconstructs (autoencoder), or one of {', '.join(CLASSIFICATION)}"
         )
+    if name in CLASSIFICATION and outputs.ndim != 2:
+        raise InputError(
+            f"loss.name={name} needs one number per class, but the model's outputs are images: use one of "
+            f"{', '.join(RECONSTRUCTION)}, or another model"
+        )
+    if name == "nll":
+        total = outputs.double().exp().sum(dim=1)
+        if not torch.allclose(total, torch.ones_like(total), atol=1e-2):
+            raise InputError(
+                "loss.name=nll takes log-probabilities: give model.output_activation=log_softmax, or "
+                "loss.name=cross_entropy, which takes logits"
+            )

@@ -22,14 +22,22 @@ _REMEDY = "Try a lower optimizer.lr, a schedule.warmup, train.clip_norm=1.0, or 
 class Metrics:
     """The record of a run. All ranks call it; rank 0 writes."""
 
-    def __init__(self, accelerator: Accelerator, path: Path, listeners: list[Callable[[dict[str, Any]], None]]):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        path: Path,
+        listeners: list[Callable[[dict[str, Any]], None]],
+        has_accuracy: bool = True,
+    ):
         """
         Args:
             accelerator: the world.
             path: metrics.jsonl.
             listeners: called on rank 0 with every line.
+            has_accuracy: whether predictions can be correct; a reconstruction cannot.
         """
         self._accelerator = accelerator
+        self._has_accuracy = has_accuracy
         self._file: TextIO | None = path.open("a") if accelerator.is_main_process else None
         self._listeners = listeners
         self._since_evaluation = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
@@ -88,7 +96,7 @@ class Metrics:
             "epoch": round(epoch, 6),
             "samples": progress.samples,
             "loss": loss,
-            "accuracy": accuracy,
+            "accuracy": accuracy if self._has_accuracy else None,
             "lr": lr,
             "samples_per_s": round(self._window_samples / self._window_s, 1),
             "data_wait_share": round(self._window_wait_s / self._window_s, 4),
@@ -115,7 +123,10 @@ class Metrics:
         (total,) = reduce_sums(self._accelerator, [self._since_evaluation])
         train_loss, train_accuracy = (total / max(self._samples_since_evaluation, 1)).tolist()
         if self._samples_since_evaluation:
-            self.last_epoch = {"epoch_loss": train_loss, "epoch_accuracy": train_accuracy}
+            self.last_epoch = {
+                "epoch_loss": train_loss,
+                "epoch_accuracy": train_accuracy if self._has_accuracy else None,
+            }
         self._since_evaluation.zero_()
         self._samples_since_evaluation = 0
         line = {

@@ -2,7 +2,9 @@
 
 The documents' optimizers have a function each, whose docstring gives the equation and where torch differs from it;
 every other one of torch.optim goes by its name in lower case, with its own arguments. In the equations g is the gradient of
-the loss with respect to the parameter w, eta the learning rate, and operations on vectors are per element.
+the loss with respect to the parameter w, eta the learning rate, and operations on vectors are per element. Defaults are
+torch's, and stand in the signature. `fused`: torch's kernel that updates all parameters in one pass; None uses it where it
+exists, and where no scaler has to look at the gradients first.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardstep.configs.components import check_limits, convert, hint_of, neighbours, options_of
+from shardstep.configs.components import check_limits, convert, hint_of, neighbours, options_of, resolve
 from shardstep.configs.errors import InputError
 
 Parameters = Iterable[dict[str, Any]] | Iterable[nn.Parameter]
@@ -27,6 +29,7 @@ def sgd(
     dampening: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
+    fused: bool | None = None,
 ) -> Optimizer:
     """Stochastic gradient descent; with a global batch of 1, of some, or `full`: the documents' three kinds.
 
@@ -37,7 +40,13 @@ def sgd(
     along g + mu v. Memory: one number per parameter with momentum, none without.
     """
     return torch.optim.SGD(
-        parameters, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov
+        parameters,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        fused=fused,
     )
 
 
@@ -49,6 +58,7 @@ def adagrad(
     weight_decay: float = 0.0,
     initial_accumulator_value: float = 0.0,
     eps: float = 1e-10,
+    fused: bool | None = None,
 ) -> Optimizer:
     """Rates that shrink with the sum of squared gradients. Duchi et al. 2011, JMLR 12.
 
@@ -63,6 +73,7 @@ def adagrad(
         weight_decay=weight_decay,
         initial_accumulator_value=initial_accumulator_value,
         eps=eps,
+        fused=fused,
     )
 
 
@@ -108,6 +119,7 @@ def adam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     amsgrad: bool = False,
+    fused: bool | None = None,
 ) -> Optimizer:
     """Running means of the gradient and its square, corrected for their start at 0. Kingma and Ba 2014, arXiv 1412.6980.
 
@@ -116,7 +128,9 @@ def adam(
     As in the documents. weight_decay adds to the gradient, not to the step: see adamw. Memory: two numbers per
     parameter, three with amsgrad.
     """
-    return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+    return torch.optim.Adam(
+        parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, fused=fused
+    )
 
 
 def adamw(
@@ -127,18 +141,27 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     amsgrad: bool = False,
+    fused: bool | None = None,
 ) -> Optimizer:
     """Adam whose weight decay bypasses the running means: w <- w - eta weight_decay w, then Adam's step.
 
     Loshchilov and Hutter 2017, arXiv 1711.05101. Memory: two numbers per parameter, three with amsgrad.
     """
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, fused=fused
+    )
 
 
 CANNOT_WORK = {
     "lbfgs": "it evaluates the loss several times per step, which the loop does not do",
     "sparseadam": "it needs sparse gradients, which no model here has",
 }
+
+_REMEDIES = {
+    "muon": "give it those of two dimensions beside another optimizer, as in optimizer.name=adamw "
+    "optimizer.groups='[{ndim: 2, name: muon, lr: 0.02}]'",
+}
+_FUSED_ON_CPU_ONLY = ("adagrad",)
 
 
 def _every_optimizer() -> dict[str, Callable[..., Optimizer]]:
@@ -160,23 +183,55 @@ COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {
 """Options of every optimizer: type and default.
 
 decay_biases_and_norms: whether weight_decay also applies to parameters of fewer than two dimensions.
-groups: list of {match: pattern of parameter names, or ndim: dimensions, and options such as lr}; the first that fits.
+groups: list of {match: pattern of parameter names, or ndim: dimensions, and options such as lr}; the first that fits counts.
+    With a `name`, the group has an optimizer of its own, which begins with its own defaults.
 """
 
+_SELECTORS = {"match": str, "ndim": int}
 
-def build_optimizer(section: dict[str, Any], model: nn.Module) -> Optimizer:
-    """Build the optimizer that a checked recipe section names, over the trainable parameters of a model.
+
+class Several(Optimizer):
+    """Several optimizers that step together, each on its own parameters; `param_groups` are those of all of them."""
+
+    def __init__(self, optimizers: list[Optimizer]):
+        self._optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], defaults={})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # no closure, as everywhere here
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if len(state_dict["optimizers"]) != len(self._optimizers):
+            raise ValueError(f"a state of {len(state_dict['optimizers'])} optimizers for {len(self._optimizers)}")
+        for optimizer, state in zip(self._optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+
+def build_optimizer(section: dict[str, Any], model: nn.Module, has_scaler: bool = False) -> Optimizer:
+    """Build what a checked recipe section names, over the trainable parameters of a model.
 
     Each parameter group keeps its base rate as `initial_lr`; schedules multiply it.
+
+    Args:
+        section: `name`, its options, and those of COMMON_OPTIONS.
+        model: on its device.
+        has_scaler: whether fp16's scaler looks at the gradients before a step.
 
     Raises:
         InputError: the options contradict each other, or a group matches no parameter.
     """
-    options = {key: section[key] for key in section if key not in ("name", *COMMON_OPTIONS)}
-    try:
-        optimizer = OPTIMIZERS[section["name"]](_parameter_groups(section, options, model), **options)
-    except ValueError as error:
-        raise InputError(f"optimizer.name={section['name']}: {error}") from None
+    own = {key: value for key, value in section.items() if key not in COMMON_OPTIONS}
+    chosen = _parameter_groups(section, model)
+    main = [group for entry, groups in chosen if "name" not in entry for group in groups]
+    parts = [(own, main)] if main else []
+    parts += [(entry, groups) for entry, groups in chosen if "name" in entry]
+    optimizers = [_build_one(options, groups, has_scaler) for options, groups in parts]
+    optimizer = optimizers[0] if len(optimizers) == 1 else Several(optimizers)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -184,30 +239,60 @@ def build_optimizer(section: dict[str, Any], model: nn.Module) -> Optimizer:
 
 def check_optimizer(section: dict[str, Any]) -> list[str]:
     """Check optimizer.groups, and convert their options in place; returns the problems."""
-    function, problems = OPTIMIZERS[section["name"]], []
-    known = options_of(function)
+    problems = []
     for place, group in enumerate(section["groups"]):
         where = f"optimizer.groups[{place}]"
-        if not isinstance(group, dict) or not {"match", "ndim"} & set(group):
+        if not isinstance(group, dict) or not set(_SELECTORS) & set(group):
             problems.append(f"{where} must be a mapping with match (a pattern of parameter names) or ndim, not {group}")
-            continue
-        for key, value in group.items():
-            if key not in ("match", "ndim", *known):
-                problems.append(f"{where}.{key} is not an option of {section['name']}; {neighbours(str(key), known)}")
-                continue
-            try:
-                group[key] = convert(value, {"match": str, "ndim": int}.get(key) or hint_of(function, key))
-                check_limits(key, group[key])
-            except ValueError as error:
-                problems.append(f"{where}.{key}: {error}")
+        else:
+            section["groups"][place], found = _check_group(where, group, section["name"])
+            problems += found
     decays = [section.get("weight_decay"), *(group.get("weight_decay") for group in section["groups"] if not problems)]
     if section["decay_biases_and_norms"] and not any(decays):
         problems.append("optimizer.decay_biases_and_norms=true has no effect without optimizer.weight_decay")
     return problems
 
 
-def _parameter_groups(section: dict[str, Any], options: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]:
-    """Groups by the first matching entry of `groups`, split once more where weight decay must not reach."""
+def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str, Any], list[str]]:
+    """An entry of optimizer.groups with its options converted, and the problems."""
+    if group.get("name") in CANNOT_WORK:
+        return group, [f"{where}.name={group['name']} cannot work here: {CANNOT_WORK[group['name']]}"]
+    if "name" in group:
+        return resolve(
+            where, group, OPTIMIZERS, {key: (hint, None) for key, hint in _SELECTORS.items() if key in group}
+        )
+    function, problems = OPTIMIZERS[main], []
+    known, converted = options_of(function), {}
+    for key, value in group.items():
+        if key not in (*_SELECTORS, *known):
+            problems.append(f"{where}.{key} is not an option of {main}; {neighbours(str(key), [*known, 'name'])}")
+            continue
+        try:
+            converted[key] = convert(value, _SELECTORS.get(key) or hint_of(function, key))
+            check_limits(key, converted[key])
+        except ValueError as error:
+            problems.append(f"{where}.{key}: {error}")
+    return converted, problems
+
+
+def _build_one(options: dict[str, Any], groups: list[dict[str, Any]], has_scaler: bool) -> Optimizer:
+    name = options["name"]
+    arguments = {key: value for key, value in options.items() if key not in ("name", *_SELECTORS)}
+    device = groups[0]["params"][0].device.type
+    if "fused" in arguments and arguments["fused"] is None and not arguments.get("foreach"):
+        arguments["fused"] = not has_scaler and (device == "cpu" or name not in _FUSED_ON_CPU_ONLY)
+    try:
+        return OPTIMIZERS[name](groups, **arguments)
+    except (ValueError, RuntimeError) as error:
+        cure = f"; {_REMEDIES[name]}" if name in _REMEDIES else ""
+        raise InputError(f"optimizer.name={name}: {error}{cure}") from None
+
+
+def _parameter_groups(section: dict[str, Any], model: nn.Module) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Each entry of `groups`, and one for the rest, with the torch groups of its parameters.
+
+    A parameter goes to the first entry that fits. Where weight decay must not reach, an entry is split once more.
+    """
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not parameters:
         raise InputError("the model has no trainable parameters")
@@ -216,23 +301,24 @@ def _parameter_groups(section: dict[str, Any], options: dict[str, Any], model: n
     exempt: list[list[nn.Parameter]] = [[] for _ in entries]
     for name, parameter in parameters.items():
         place = next(place for place, entry in enumerate(entries) if _fits(entry, name, parameter))
-        decay = entries[place].get("weight_decay", options.get("weight_decay", 0))
+        entry = entries[place]
+        decay = entry.get("weight_decay", 0 if "name" in entry else section.get("weight_decay", 0))
         spared = decay and parameter.ndim < 2 and not section["decay_biases_and_norms"]
         (exempt if spared else members)[place].append(parameter)
 
-    groups = []
+    chosen = []
     for place, entry in enumerate(entries):
-        own = {key: value for key, value in entry.items() if key not in ("match", "ndim")}
         if place < len(section["groups"]) and not members[place] and not exempt[place]:
             raise InputError(
                 f"optimizer.groups[{place}] ({entry}) fits none of the model's parameters that is left; "
                 f"they are {', '.join(parameters)}"
             )
-        if members[place]:
-            groups.append({"params": members[place], **own})
+        own = {} if "name" in entry else {key: value for key, value in entry.items() if key not in _SELECTORS}
+        groups = [{"params": members[place], **own}] if members[place] else []
         if exempt[place]:
             groups.append({"params": exempt[place], **own, "weight_decay": 0.0})
-    return groups
+        chosen.append((entry, groups))
+    return chosen
 
 
 def _fits(entry: dict[str, Any], name: str, parameter: nn.Parameter) -> bool:

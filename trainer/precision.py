@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import MemoryFormat, Precision
-from shardstep.trainer.losses import Loss
-from shardstep.trainer.models.sync_batch_norm import undo_sync_batch_norm
+from shardstep.trainer.losses import Objective
+from shardstep.trainer.models.batch_norm import convert_batch_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -68,23 +68,25 @@ def candidates(
 
 
 def measure(
-    choices: list[Compute], module: nn.Module, loss: Loss, images: Tensor, labels: Tensor
+    choices: list[Compute], module: nn.Module, objective: Objective, images: Tensor, labels: Tensor
 ) -> dict[Compute, float]:
     """Seconds per forward and backward pass of each choice, on this rank alone; the model is left as it is."""
-    return {compute: _seconds_per_step(compute, module, loss, images, labels) for compute in choices}
+    return {compute: _seconds_per_step(compute, module, objective, images, labels) for compute in choices}
 
 
-def _seconds_per_step(compute: Compute, module: nn.Module, loss: Loss, images: Tensor, labels: Tensor) -> float:
+def _seconds_per_step(
+    compute: Compute, module: nn.Module, objective: Objective, images: Tensor, labels: Tensor
+) -> float:
     """The faster of two passes, after one that is not counted."""
     layout = MEMORY_FORMATS[compute.memory_format]
     probe = copy.deepcopy(module).to(memory_format=layout).train()
-    undo_sync_batch_norm(probe)  # the other ranks do not take part
+    convert_batch_norm(probe, synchronised=False)  # the other ranks do not take part
     images, times = images.contiguous(memory_format=layout), []
     with torch.random.fork_rng():  # dropout must not move the run's random numbers
         for _ in range(3):
             began = time.perf_counter()
             with torch.autocast(images.device.type, DTYPES[compute.precision], enabled=compute.precision != "fp32"):
                 outputs = probe(images)
-            loss(outputs, labels).backward()
+            objective.loss(outputs, images, labels).backward()
             times.append(time.perf_counter() - began)
     return min(times[1:])

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves, confusion matrix, and test images with predictions. Rank 0, after the last evaluation."""
+"""Pictures of a run: curves, confusion matrix, test images with predictions or reconstructions. Rank 0, at the end."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,9 @@ def draw_curves(metrics_path: Path, picture: Path) -> None:
     """Draw loss and accuracy against epochs from a metrics.jsonl."""
     plt = _pyplot()
     lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+    has_accuracy = any(line["accuracy"] is not None for line in lines)
+    figure, axes = plt.subplots(1, 1 + has_accuracy, figsize=(5.5 * (1 + has_accuracy), 4), layout="constrained")
+    for axis, name in zip(np.atleast_1d(axes), ("loss", "accuracy"), strict=False):
         for kind, label, style in (("train", "training batch", {"alpha": 0.6}), ("eval", "test set", {"marker": "o"})):
             chosen = [line for line in lines if line["kind"] == kind and line[name] is not None]
             axis.plot(
@@ -63,32 +64,55 @@ def draw_predictions(
     picture: Path,
 ) -> None:
     """Draw test images (N, H, W, C) uint8 with prediction and confidence; wrong ones are red and name the label too."""
+    captions = []
+    for prediction, label, confidence in zip(predictions, labels, confidences, strict=True):
+        mistake = "" if prediction == label else f"\nnot {classes[label]}"
+        captions.append((f"{classes[prediction]} {confidence:.0%}{mistake}", "crimson" if mistake else "black"))
+    _draw_grid(pixels, captions, picture)
+
+
+def draw_reconstructions(originals: Tensor, reconstructions: Tensor, picture: Path) -> None:
+    """Draw images (N, H, W, C) uint8, each with its reconstruction to the right of it."""
+    pairs = torch.stack([originals, reconstructions], dim=1).flatten(0, 1)  # (2 N, H, W, C), in turn
+    _draw_grid(pairs, [("original", "black"), ("reconstructed", "black")] * len(originals), picture)
+
+
+def _draw_grid(pixels: Tensor, captions: list[tuple[str, str]], picture: Path) -> None:
+    """Draw images (N, H, W, C) uint8, each below its caption and color."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(13, 8), layout="constrained")
     axis.set(xlim=(0, GRID_COLUMNS), ylim=(GRID_ROWS, 0), aspect="equal")
     axis.axis("off")
-    for place, image in enumerate(pixels.numpy()):
+    for place, (image, (caption, color)) in enumerate(zip(pixels.numpy(), captions, strict=True)):
         row, column = divmod(place, GRID_COLUMNS)
-        prediction, label = classes[predictions[place]], classes[labels[place]]
-        color, mistake = ("black", "") if prediction == label else ("crimson", f"\nnot {label}")
         shown = image.squeeze(-1) if image.shape[2] == 1 else image
         extent = (column + 0.15, column + 0.85, row + 0.95, row + 0.25)  # left, right, bottom, top
         axis.imshow(shown, cmap="gray", vmin=0, vmax=255, extent=extent)
-        caption = f"{prediction} {confidences[place]:.0%}{mistake}"
         axis.text(column + 0.5, row + 0.22, caption, ha="center", va="bottom", fontsize=9, color=color)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 
 
-@torch.no_grad()
 def first_predictions(run: Run) -> tuple[Tensor, list[int], list[int], list[float]]:
     """The first test images of a run with labels, predictions and their probabilities, computed on this rank alone."""
     count = min(GRID_ROWS * GRID_COLUMNS, run.data.test.manifest.samples)
     pixels, labels = run.data.test_reader.read(np.arange(count))
-    module = run.state.module.eval()
-    outputs = module(run.data.normalize(pixels.to(run.accelerator.device)))
-    confidence, prediction = outputs.float().softmax(dim=1).max(dim=1)
+    outputs = _outputs(run, pixels)
+    confidence, prediction = outputs.softmax(dim=1).max(dim=1)
     return pixels.cpu(), labels.tolist(), prediction.tolist(), confidence.tolist()
+
+
+def first_reconstructions(run: Run) -> tuple[Tensor, Tensor]:
+    """The first test images of a run and what the model makes of them: uint8 (N, H, W, C), computed on this rank alone."""
+    count = min(GRID_ROWS * GRID_COLUMNS // 2, run.data.test.manifest.samples)
+    pixels, _ = run.data.test_reader.read(np.arange(count))
+    return pixels.cpu(), run.data.normalize.undo(_outputs(run, pixels)).cpu()
+
+
+@torch.no_grad()
+def _outputs(run: Run, pixels: Tensor) -> Tensor:
+    images = run.data.normalize(pixels.to(run.accelerator.device))
+    return run.state.module.eval()(images).float()
 
 
 def _pyplot() -> Any:

@@ -98,9 +98,7 @@ def build_accelerator(precision: str) -> Accelerator:
 
 def wrap(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
     """Wrap a model in DDP (with several ranks) and autocast, and its optimizer in Accelerate's."""
-    if accelerator.device.type == "cpu" and accelerator.scaler is not None:
-        # fp16 on a CPU, done as Accelerate does it for the formats that it supports there
-        module.forward = torch.autocast("cpu", torch.float16)(module.forward)
+    _autocast_fp16_on_cpu(accelerator, module)
     model, prepared = accelerator.prepare(module, optimizer)
     if isinstance(model, DistributedDataParallel):
         # Buffers are averaged before evaluation; broadcasting them at every forward pass would cost a collective.
@@ -111,9 +109,14 @@ def wrap(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> t
 
 def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """Put a model on its device, with autocast around its forward pass."""
+    _autocast_fp16_on_cpu(accelerator, module)
+    return accelerator.prepare_model(module, evaluation_mode=True)
+
+
+def _autocast_fp16_on_cpu(accelerator: Accelerator, module: nn.Module) -> None:
+    """What Accelerate does for the formats that it supports on a CPU."""
     if accelerator.device.type == "cpu" and accelerator.scaler is not None:
         module.forward = torch.autocast("cpu", torch.float16)(module.forward)
-    return accelerator.prepare_model(module, evaluation_mode=True)
 
 
 def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:

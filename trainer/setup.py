@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,10 +27,9 @@ from shardstep.trainer.data import Data
 from shardstep.trainer.display import Display
 from shardstep.trainer.evaluate import Evaluation, TestBatches, evaluate
 from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, begin, find_resume
-from shardstep.trainer.losses import Loss, check_outputs, evaluation_loss, training_loss
+from shardstep.trainer.losses import Objective, build_objective, check_outputs
 from shardstep.trainer.metrics import Metrics, cut_lines
 from shardstep.trainer.models import build_model
-from shardstep.trainer.models.sync_batch_norm import SyncBatchNorm2d
 from shardstep.trainer.optimizers import build_optimizer
 from shardstep.trainer.plan import Plan, make_plan
 from shardstep.trainer.precision import (
@@ -61,7 +59,7 @@ class Every:
 
 @dataclass
 class Run:
-    """One training run, ready to go."""
+    """One training run, ready to go; `probed_s`: measured seconds per step of each precision and layout there was."""
 
     recipe: Recipe
     folder: Path
@@ -70,7 +68,8 @@ class Run:
     plan: Plan
     data: Data
     batches: TrainBatches
-    loss: Loss
+    test_batches: TestBatches
+    objective: Objective
     learning_rate: LearningRate
     base_lr: float
     clip: Clip
@@ -79,6 +78,7 @@ class Run:
     display: Display
     tracker: WandbTracker | None
     sample_log: SampleLog | None
+    probed_s: dict[Compute, float]
 
     def evaluate(self) -> Evaluation:
         """Evaluate the model as it is now on the test set; all ranks together."""
@@ -86,21 +86,9 @@ class Run:
             self.accelerator,
             self.state.module,
             self.test_batches,
-            evaluation_loss(self.recipe.loss),
+            self.objective,
             self.data.test.manifest.samples,
             self.data.num_classes,
-        )
-
-    @property
-    def test_batches(self) -> TestBatches:
-        data = self.data
-        return make_test_batches(
-            self.recipe,
-            self.accelerator,
-            data.test_reader,
-            data.test.manifest.samples,
-            data.normalize,
-            _reader_threads(self.recipe),
         )
 
     @property
@@ -135,8 +123,9 @@ def build(world: PartialState, recipe: Recipe, display: Display) -> Run:
     recipe.train.device = world.device.type
     recipe.data.mode = runtime.broadcast_object(world, data.choose_mode(recipe.data, train, test, world.device))
     loaded = together(world, lambda: data.load(recipe, train, test, world.device))
-    module = together(world, lambda: initial_model(recipe, loaded, world.device))
-    seconds = _settle_compute(world, recipe, module, loaded, plan, display)
+    module = together(world, lambda: initial_model(recipe, loaded, world.device, display, resume_from is not None))
+    objective = build_objective(recipe.loss, recipe.model)
+    probed_s = _settle_compute(world, recipe, module, objective, loaded, plan, display)
 
     accelerator, state = together(world, lambda: prepare(recipe, module))
     state.fingerprint = train.manifest.fingerprint
@@ -150,7 +139,7 @@ def build(world: PartialState, recipe: Recipe, display: Display) -> Run:
     if recipe.log.wandb != "disabled" and accelerator.is_main_process:
         tracker = WandbTracker(recipe, folder, display.warn)
         listeners.append(tracker.log)
-    run = Run(
+    return Run(
         recipe=recipe,
         folder=folder,
         accelerator=accelerator,
@@ -158,18 +147,20 @@ def build(world: PartialState, recipe: Recipe, display: Display) -> Run:
         plan=plan,
         data=loaded,
         batches=_train_batches(recipe, accelerator, loaded, plan),
-        loss=training_loss(recipe.loss),
+        test_batches=make_test_batches(
+            recipe, accelerator, loaded.test_reader, test.manifest.samples, loaded.normalize, _reader_threads(recipe)
+        ),
+        objective=objective,
         learning_rate=LearningRate(recipe.schedule, plan.duration, plan.samples_per_epoch, plan.global_batch_size),
         base_lr=float(recipe.optimizer["lr"]),
         clip=Clip(recipe.train.clip_norm, recipe.train.clip_value),
         every=Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every))),
-        metrics=Metrics(accelerator, folder / "metrics.jsonl", listeners),
+        metrics=Metrics(accelerator, folder / "metrics.jsonl", listeners, has_accuracy=not objective.reconstructs),
         display=display,
         tracker=tracker,
         sample_log=SampleLog(folder, accelerator.process_index, train) if recipe.log.sample_keys else None,
+        probed_s=probed_s,
     )
-    _describe(run, seconds)
-    return run
 
 
 def together(world: PartialState, action: Callable[[], T]) -> T:
@@ -187,19 +178,29 @@ def together(world: PartialState, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value] # None only where `action` returns it, or something was raised
 
 
-def initial_model(recipe: Recipe, loaded: Data, device: torch.device) -> nn.Module:
+def initial_model(
+    recipe: Recipe, loaded: Data, device: torch.device, display: Display, resumed: bool = False
+) -> nn.Module:
     """The model with its first weights, the same on every rank, on the device.
+
+    Weights from elsewhere are left where they are if the run is resumed, and has its own.
 
     Raises:
         InputError: the model does not fit the images or the loss.
     """
     torch.manual_seed(recipe.run.seed)
-    module = build_model(recipe.model, loaded.image_shape, loaded.num_classes).to(device)
+    module = build_model(recipe.model, loaded.image_shape, loaded.num_classes)
+    if recipe.model.get("pretrained") and not resumed:
+        from shardstep.trainer.models.torchvision_models import load_pretrained
+
+        fresh = load_pretrained(recipe.model["name"], module, recipe.model["pretrained"])
+        display.note(f"pretrained weights are loaded; {', '.join(fresh) or 'nothing'} begins anew")
+    module = module.to(device)
     first = np.arange(min(_INITIALIZE_SAMPLES, loaded.train.manifest.samples))
     images = loaded.normalize(loaded.train_reader.read(first[:2])[0].to(device))
     with torch.no_grad():
         module.eval()
-        check_outputs(recipe.loss, module(images).float())
+        check_outputs(recipe.loss, module(images).float(), images)
         module.train()
     initialize = getattr(module, "initialize", None)
     if initialize:  # depends on the data, and on nothing that differs between ranks
@@ -215,7 +216,7 @@ def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]
     """
     accelerator = runtime.build_accelerator(recipe.train.precision)
     module = module.to(memory_format=MEMORY_FORMATS[recipe.train.memory_format])
-    optimizer = build_optimizer(recipe.optimizer, module)
+    optimizer = build_optimizer(recipe.optimizer, module, has_scaler=accelerator.scaler is not None)
     model, prepared = runtime.wrap(accelerator, module, optimizer)
     return accelerator, TrainState(module, model, prepared, accelerator.scaler)
 
@@ -265,17 +266,23 @@ def _train_batches(recipe: Recipe, accelerator: Accelerator, loaded: Data, plan:
 
 
 def _settle_compute(
-    world: PartialState, recipe: Recipe, module: nn.Module, loaded: Data, plan: Plan, display: Display
+    world: PartialState,
+    recipe: Recipe,
+    module: nn.Module,
+    objective: Objective,
+    loaded: Data,
+    plan: Plan,
+    display: Display,
 ) -> dict[Compute, float]:
     """Choose precision and memory format on rank 0 for all, into the recipe; returns the measured seconds per step."""
     choices = candidates(recipe.train.precision, recipe.train.memory_format, module, world.device)
     size = min(max(plan.global_batch_size // plan.world_size, 1), recipe.train.max_micro_batch, PROBE_SAMPLES)
     seconds: dict[Compute, float] = {}
     if len(choices) > 1:
-        images, labels = together(world, lambda: loaded.train_reader.read(np.arange(size)))
-        if world.is_main_process:
-            batch = loaded.normalize(images.to(world.device)), labels.to(world.device)
-            seconds = measure(choices, module, training_loss(recipe.loss), *batch)
+        read = together(world, lambda: loaded.train_reader.read(np.arange(size)) if world.is_main_process else None)
+        if read:
+            images, labels = (part.to(world.device) for part in read)
+            seconds = measure(choices, module, objective, loaded.normalize(images), labels)
     best = min(choices, key=lambda choice: seconds.get(choice, 0))
     chosen: Compute = runtime.broadcast_object(world, best)
     warning = together(world, lambda: check_precision(chosen.precision, world.device))
@@ -303,62 +310,3 @@ def _claim_folder(
         except OSError as error:
             problem = InputError(f"run.dir={folder} cannot be used: {error}")
     runtime.raise_together(accelerator, problem)
-
-
-def _batch_norm_notes(module: nn.Module, plan: Plan) -> list[str]:
-    """What a person should know about batch statistics, which depend on how a global batch is cut."""
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
-    if not layers:
-        return []
-    found = []
-    if plan.world_size > 1 and not any(isinstance(layer, SyncBatchNorm2d) for layer in layers):
-        found.append("batch norm normalises over each rank's own samples; model.sync_batch_norm=true: over all ranks'")
-    if plan.micro_steps > 1:
-        found.append(
-            f"batch norm normalises over each of the {plan.micro_steps} micro-steps, not over the global batch"
-        )
-    return found
-
-
-def _describe(run: Run, seconds: dict[Compute, float]) -> None:
-    """Say once what will happen, with the formulas behind derived numbers."""
-    recipe, plan, note = run.recipe, run.plan, run.display.note
-    train, device = run.data.train.manifest, run.accelerator.device
-    ranks, threads = plan.world_size, torch.get_num_threads()
-    height, width, channels = run.data.train_reader.image_shape
-    window = window_of(recipe.data.window_shards, train.bytes, len(train.shards)) or "all"
-    parameters = list(run.state.module.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    processor = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {threads} thread{'s' * (threads > 1)} a rank"
-    )
-    largest = -(-plan.global_batch_size // ranks)
-    measured = ", ".join(
-        f"{compute.precision} {compute.memory_format} {1000 * value:.0f} ms" for compute, value in seconds.items()
-    )
-    steps = (
-        f"{plan.total_steps} steps"
-        if plan.duration.unit == "steps"
-        else f"{plan.duration} = {plan.total_steps} steps of ceil({plan.samples_per_epoch:,} / {plan.global_batch_size}) = "
-        f"{plan.steps_per_epoch} per epoch"
-    )
-    note(f"shardstep {metadata.version('shardstep')} on torch {torch.__version__}: {recipe.run.name}, in {run.folder}")
-    note(f"  world      {ranks} rank{'s' * (ranks > 1)}, {processor}")
-    note(
-        f"  data       {train.samples:,} + {run.data.test.manifest.samples:,} images {width}x{height}x{channels}, "
-        f"{run.data.num_classes} classes, {recipe.data.mode}; order: lanes {recipe.data.lanes}, window {window}"
-    )
-    note(f"  model      {recipe.model['name']}, {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained")
-    note(f"  optimizer  {recipe.optimizer['name']}, rate {run.base_lr:g}, {recipe.schedule['name']}")
-    note(
-        f"  precision  {recipe.train.precision}, {recipe.train.memory_format}{f' (measured: {measured})' if measured else ''}"
-    )
-    note(
-        f"  batch      {plan.global_batch_size} = {ranks} rank{'s' * (ranks > 1)} x {plan.micro_steps} micro-step"
-        f"{'s' * (plan.micro_steps > 1)} of at most {min(largest, recipe.train.max_micro_batch)}"
-    )
-    note(f"  duration   {steps}")
-    for text in _batch_norm_notes(run.state.module, plan):
-        note(f"  note       {text}")

@@ -1,18 +1,20 @@
 import pytest
 import torch
 
-from shardstep.configs.components import resolve
+from shardstep.configs.components import options_of, resolve
 from shardstep.configs.errors import InputError
-from shardstep.trainer.losses import check_outputs, cross_entropy, nll
-from shardstep.trainer.models import COMMON_OPTIONS, MODELS, build_model
-from shardstep.trainer.models.layers import GlobalPool, activation_layer
+from shardstep.trainer.losses import Objective, check_outputs, cross_entropy, l1, mse, nll, perceptron
+from shardstep.trainer.models import COMMON_OPTIONS, MODELS, build_model, models_for
+
+CLASSIFIERS = [name for name in MODELS if name != "autoencoder"]
+NO_LABELS = torch.zeros(0, dtype=torch.long)
 
 
 def build(
     name: str, image_shape: tuple[int, int, int] = (3, 32, 32), num_classes: int = 10, **options: object
 ) -> torch.nn.Module:
     torch.manual_seed(0)
-    section, problems = resolve("model", {"name": name, **options}, MODELS, COMMON_OPTIONS)
+    section, problems = resolve("model", {"name": name, **options}, models_for(name), COMMON_OPTIONS)
     assert not problems
     return build_model(section, image_shape, num_classes)
 
@@ -22,14 +24,16 @@ def build(
 @pytest.mark.parametrize("batch", [0, 1, 5])
 def test_shapes(name: str, image_shape: tuple[int, int, int], batch: int) -> None:
     model = build(name, image_shape, num_classes=7).eval()
-    assert model(torch.zeros(batch, *image_shape)).shape == (batch, 7)
+    expected = image_shape if name == "autoencoder" else (7,)
+    assert model(torch.zeros(batch, *image_shape)).shape == (batch, *expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_overfits_a_tiny_set(name: str) -> None:
     images = torch.randn(16, 3, 17, 17, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(16) % 4
-    model = build(name, (3, 17, 17), 4, **({"dropout": 0.0} if name != "whitening_cnn" else {}))
+    without_dropout = {key: 0.0 for key in ("dropout", "feature_dropout") if key in options_of(MODELS[name])}
+    model = build(name, (3, 17, 17), 4, **without_dropout)
     if hasattr(model, "initialize"):
         model.initialize(images)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.003)
@@ -45,8 +49,10 @@ def test_overfits_a_tiny_set(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_an_empty_batch_passes_forward_and_backward(name: str) -> None:
     model = build(name)
-    outputs = model(torch.zeros(0, 3, 32, 32))
-    cross_entropy(outputs, torch.zeros(0, dtype=torch.long)).backward()
+    images = torch.zeros(0, 3, 32, 32)
+    loss = mse(model(images), images) if name == "autoencoder" else cross_entropy(model(images), NO_LABELS)
+    loss.backward()
+    assert loss == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
@@ -68,16 +74,6 @@ def test_options_without_effect_are_named() -> None:
         build("mlp", negative_slope=0.2)
     with pytest.raises(InputError, match="sync_batch_norm=true has no effect: mlp has no batch norm"):
         build("mlp", sync_batch_norm=True)
-
-
-def test_pooling_by_hand() -> None:
-    features = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]])
-    assert [GlobalPool(kind)(features).item() for kind in ("avg", "max", "min")] == [3.0, 6.0, 1.0]  # type: ignore[arg-type]
-
-
-def test_leaky_relu_slope() -> None:
-    assert activation_layer("leaky_relu", 0.2)(torch.tensor([-1.0])).item() == pytest.approx(-0.2)
-    assert activation_layer("leaky_relu")(torch.tensor([-1.0])).item() == pytest.approx(-0.01)
 
 
 def test_whitening_decorrelates() -> None:
@@ -112,8 +108,76 @@ def test_label_smoothing_by_hand() -> None:
     assert found.item() == pytest.approx(expected.item())
 
 
-def test_nll_refuses_logits() -> None:
-    check_outputs({"name": "nll"}, torch.randn(3, 4).log_softmax(1))
-    check_outputs({"name": "cross_entropy"}, torch.randn(3, 4))
+def test_outputs_that_a_loss_does_not_take() -> None:
+    images, logits = torch.randn(3, 1, 4, 4), torch.randn(3, 4)
+    check_outputs({"name": "nll"}, logits.log_softmax(1), images)
+    check_outputs({"name": "cross_entropy"}, logits, images)
+    check_outputs({"name": "mse"}, torch.zeros_like(images), images)
     with pytest.raises(InputError, match="takes log-probabilities"):
-        check_outputs({"name": "nll"}, torch.randn(3, 4))
+        check_outputs({"name": "nll"}, logits, images)
+    with pytest.raises(InputError, match="compares images with images, but the model turns them into"):
+        check_outputs({"name": "l1"}, logits, images)
+    with pytest.raises(InputError, match="needs one number per class"):
+        check_outputs({"name": "cross_entropy"}, images, images)
+
+
+def test_perceptron_loss_is_the_documents_for_two_classes() -> None:
+    # f = outputs[1] - outputs[0]: 2, -3, -1, 0.5; labels 1, 1, 0, 0 are y = 1, 1, -1, -1
+    outputs = torch.tensor([[0.0, 2.0], [3.0, 0.0], [1.0, 0.0], [0.0, 0.5]])
+    # max(0, -y f): 0, 3, 0, 0.5
+    assert perceptron(outputs, torch.tensor([1, 1, 0, 0])).item() == 3.5
+
+
+def test_perceptron_loss_corrects_the_best_wrong_class_and_ties() -> None:
+    outputs = torch.tensor([[1.0, 3.0, 2.0], [5.0, 1.0, 1.0], [0.0, 0.0, -1.0]], requires_grad=True)
+    loss = perceptron(outputs, torch.tensor([0, 0, 1]))
+    loss.backward()
+    assert loss.item() == 2.0  # 3 - 1, right, a tie
+    assert outputs.grad is not None
+    assert outputs.grad.tolist() == [[-1, 1, 0], [0, 0, 0], [1, -1, 0]]
+
+
+def test_reconstruction_losses_by_hand() -> None:
+    images = torch.zeros(2, 1, 1, 2)
+    outputs = torch.tensor([[[[1.0, 3.0]]], [[[0.0, -2.0]]]])
+    assert mse(outputs, images).item() == (1 + 9) / 2 + (0 + 4) / 2
+    assert l1(outputs, images).item() == (1 + 3) / 2 + (0 + 2) / 2
+
+
+def test_auxiliary_heads_are_weighted_into_the_loss() -> None:
+    objective = Objective(cross_entropy, cross_entropy, reconstructs=False, auxiliary_weight=0.25)
+    main, head, labels = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 2])
+    expected = cross_entropy(main, labels) + 0.25 * cross_entropy(head, labels)
+    assert objective.loss((main, head), torch.zeros(3, 1, 2, 2), labels).item() == pytest.approx(expected.item())
+    assert objective.correct((main, head), labels) == (main.argmax(1) == labels).sum()
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_recurrent_reads_rows_in_turn(cell: str) -> None:
+    model = build("recurrent", (2, 5, 3), cell=cell).eval()
+    image = torch.randn(1, 2, 5, 3)
+    rows = torch.stack([image[0, :, row, :].T.flatten() for row in range(5)])  # (H, W C), channels last
+    state = model.cell(rows.unsqueeze(0))[0][0, -1]
+    assert torch.allclose(model(image)[0], model.head(state), atol=1e-6)
+
+
+def test_convnet_is_the_documents() -> None:
+    # 1*16*9 + 16, 16*32*9 + 32, 8x8 -> 6 -> 4 -> pooled 2: 32*2*2*64 + 64, 64*10 + 10
+    assert sum(p.numel() for p in build("convnet", (1, 8, 8)).parameters()) == 160 + 4_640 + 8_256 + 650
+    layers = [type(layer).__name__ for layer in build("convnet", (1, 8, 8))]
+    assert layers == ["Conv2d", "ReLU", "Conv2d", "ReLU", "Pool", "Dropout2d", "Flatten", "Linear", "ReLU", "Dropout",
+                      "Linear", "LogSoftmax"]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "leaky_relu"])
+@pytest.mark.parametrize("name", ["article_cnn", "autoencoder", "convnet", "mlp", "recurrent"])
+def test_activation_is_an_option_of_the_documents_models(name: str, activation: str) -> None:
+    kind = {"sigmoid": "Sigmoid", "tanh": "Tanh", "relu": "ReLU", "leaky_relu": "LeakyReLU"}[activation]
+    found = {type(layer).__name__ for layer in build(name, activation=activation).modules()}
+    assert found & {"Sigmoid", "Tanh", "ReLU", "LeakyReLU"} == {kind}
+
+
+@pytest.mark.parametrize("pooling", ["max", "min", "avg"])
+@pytest.mark.parametrize("name", ["article_cnn", "convnet"])
+def test_pooling_is_an_option(name: str, pooling: str) -> None:
+    assert any(layer.extra_repr() == pooling for layer in build(name, pooling=pooling).modules())

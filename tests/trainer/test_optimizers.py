@@ -1,13 +1,16 @@
 """Each optimizer of the documents against its equation, in float64, over several steps."""
 
+import io
 import math
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from shardstep.configs.components import resolve
 from shardstep.configs.errors import InputError
-from shardstep.trainer.optimizers import CANNOT_WORK, COMMON_OPTIONS, OPTIMIZERS, build_optimizer
+from shardstep.trainer.optimizers import CANNOT_WORK, COMMON_OPTIONS, OPTIMIZERS, build_optimizer, check_optimizer
 
 DEFAULTS = {key: default for key, (_, default) in COMMON_OPTIONS.items()}
 START = [1.0, -2.0, 0.5]
@@ -164,3 +167,112 @@ def test_frozen_parameters_are_left_out() -> None:
     frozen[0].weight.requires_grad_(False)
     optimizer = build_optimizer(DEFAULTS | {"name": "sgd", "lr": 0.1}, frozen)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 5
+
+
+# --- every optimizer of torch.optim ----------------------------------------------------------------------------------
+
+
+def matrices() -> torch.nn.Module:
+    torch.manual_seed(3)
+    return torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.Tanh(), torch.nn.Linear(6, 2, bias=False))
+
+
+def steps(net: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int, first: int = 0) -> list[float]:
+    losses = []
+    for number in range(first, first + count):
+        inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(number))
+        loss = (net(inputs) - inputs[:, :2].sin()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+BESIDE_MUON = {"name": "adamw", "groups": [{"match": "0.*", "name": "muon", "lr": 0.02}, {"match": "2.*", "lr": 0.01}]}
+
+
+@pytest.mark.parametrize("given", [*({"name": name} for name in OPTIMIZERS), BESIDE_MUON], ids=lambda g: str(g["name"]))
+def test_runs_and_resumes_through_its_state(given: dict) -> None:
+    """Weights and state, through what a checkpoint stores, lead to the same losses as going on."""
+    section, problems = resolve("optimizer", given, OPTIMIZERS, COMMON_OPTIONS)
+    assert not problems + check_optimizer(section)
+    net = matrices()
+    optimizer = build_optimizer(section, net)
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    steps(net, optimizer, 3)
+    assert all(not torch.equal(value, before[name]) for name, value in net.named_parameters())
+
+    buffer = io.BytesIO()
+    torch.save([net.state_dict(), optimizer.state_dict()], buffer)
+    buffer.seek(0)
+    weights, state = torch.load(buffer, weights_only=True)
+    again = matrices()
+    again.load_state_dict(weights)
+    resumed = build_optimizer(section, again)
+    resumed.load_state_dict(state)
+    assert [group["initial_lr"] for group in resumed.param_groups] == [g["initial_lr"] for g in optimizer.param_groups]
+    assert steps(again, resumed, 4, first=3) == steps(net, optimizer, 4, first=3)
+
+
+def test_several_optimizers_do_what_each_does_alone() -> None:
+    section, _ = resolve("optimizer", BESIDE_MUON, OPTIMIZERS, COMMON_OPTIONS)
+    assert not check_optimizer(section)
+    net, twin = matrices(), matrices()
+    together = build_optimizer(section, net)
+    muon = torch.optim.Muon([twin[0].weight], lr=0.02)
+    adamw = torch.optim.AdamW([twin[2].weight], lr=0.01)
+    for number in range(4):
+        for group in together.param_groups:
+            group["lr"] = group["initial_lr"] / (number + 1)  # as the loop sets the rate
+        for group, rate in ((muon.param_groups[0], 0.02), (adamw.param_groups[0], 0.01)):
+            group["lr"] = rate / (number + 1)
+        steps(net, together, 1, first=number)
+        inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(number))
+        twin.zero_grad()
+        (twin(inputs) - inputs[:, :2].sin()).square().mean().backward()
+        muon.step()
+        adamw.step()
+    assert torch.equal(net[0].weight, twin[0].weight)
+    assert torch.allclose(net[2].weight, twin[2].weight, atol=1e-7)  # ours is fused
+
+
+def test_a_group_with_a_name_has_its_own_defaults_and_decay() -> None:
+    given = {"name": "sgd", "lr": 0.1, "weight_decay": 0.5, "groups": [{"match": "2.*", "name": "adam"}]}
+    section, _ = resolve("optimizer", given, OPTIMIZERS, COMMON_OPTIONS)
+    assert not check_optimizer(section)
+    groups = build_optimizer(section, model()).param_groups
+    assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [
+        (0.1, 0.5, 1),
+        (0.1, 0.0, 3),
+        (1e-3, 0, 2),
+    ]
+
+
+def test_muon_alone_says_how_it_can_be_used() -> None:
+    section, _ = resolve("optimizer", {"name": "muon"}, OPTIMIZERS, COMMON_OPTIONS)
+    with pytest.raises(InputError, match=r"only supports 2D parameters.*optimizer.groups='\[{ndim: 2, name: muon"):
+        build_optimizer(section, model())
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"ndim": 2, "name": "muno"}, r"groups\[0\].name=muno is unknown; did you mean muon"),
+        ({"ndim": 2, "name": "lbfgs"}, r"groups\[0\].name=lbfgs cannot work here: it evaluates"),
+        ({"ndim": 2, "name": "muon", "betas": [0.9, 0.9]}, r"groups\[0\].betas is not an option of muon"),
+        ({"ndim": 2, "rate": 0.1}, r"groups\[0\].rate is not an option of sgd"),
+        ({"lr": 0.1}, r"groups\[0\] must be a mapping with match"),
+    ],
+)
+def test_problems_of_groups(group: dict, message: str) -> None:
+    section, _ = resolve("optimizer", {"name": "sgd", "groups": [group]}, OPTIMIZERS, COMMON_OPTIONS)
+    (problem,) = check_optimizer(section)
+    assert re.search(message, problem)
+
+
+def test_fused_where_it_exists_and_no_scaler_looks_first() -> None:
+    section, _ = resolve("optimizer", {"name": "adam"}, OPTIMIZERS, COMMON_OPTIONS)
+    assert build_optimizer(section, model()).param_groups[0]["fused"] is True
+    assert build_optimizer(section, model(), has_scaler=True).param_groups[0]["fused"] is False
+    assert build_optimizer(section | {"fused": False}, model()).param_groups[0]["fused"] is False

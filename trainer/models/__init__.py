@@ -7,18 +7,37 @@ from torch import nn
 
 from shardstep.configs.errors import InputError
 from shardstep.trainer.models.article_cnn import article_cnn
+from shardstep.trainer.models.autoencoder import autoencoder
+from shardstep.trainer.models.batch_norm import convert_batch_norm
+from shardstep.trainer.models.convnet import convnet
 from shardstep.trainer.models.mlp import mlp
-from shardstep.trainer.models.sync_batch_norm import convert_batch_norm
+from shardstep.trainer.models.perceptron import perceptron
+from shardstep.trainer.models.recurrent import recurrent
 from shardstep.trainer.models.whitening_cnn import whitening_cnn
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "article_cnn": article_cnn,
+    "autoencoder": autoencoder,
+    "convnet": convnet,
     "mlp": mlp,
+    "perceptron": perceptron,
+    "recurrent": recurrent,
     "whitening_cnn": whitening_cnn,
 }
+"""The models of our own; beside them there is every classifier of torchvision, as torchvision/<its name>."""
 
 COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"sync_batch_norm": (bool, False)}
 """Options of every model: type and default. sync_batch_norm: batch statistics over all ranks, not over each alone."""
+
+
+def models_for(name: str) -> dict[str, Callable[..., nn.Module]]:
+    """The models among which a name is looked up. torchvision takes a second to import: only if the name may be its."""
+    if name in MODELS:
+        return MODELS
+    from shardstep.trainer.models.torchvision_models import PREFIX, torchvision_models
+
+    found = torchvision_models()
+    return MODELS | (found if name.startswith(PREFIX) or PREFIX + name in found else {})
 
 
 def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -34,11 +53,10 @@ def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_
     """
     options = {key: value for key, value in section.items() if key not in ("name", *COMMON_OPTIONS)}
     try:
-        model = MODELS[section["name"]](image_shape, num_classes, **options)
+        model = models_for(section["name"])[section["name"]](image_shape, num_classes, **options)
     except ValueError as error:
         raise InputError(f"model.name={section['name']}: {error}") from None
-    if section["sync_batch_norm"]:
-        converted = convert_batch_norm(model)
-        if not converted:
-            raise InputError(f"model.sync_batch_norm=true has no effect: {section['name']} has no batch norm")
+    converted = convert_batch_norm(model, section["sync_batch_norm"])
+    if section["sync_batch_norm"] and not converted:
+        raise InputError(f"model.sync_batch_norm=true has no effect: {section['name']} has no batch norm")
     return model

@@ -8,6 +8,7 @@ from shardstep.trainer.models.layers import (
     OutputActivation,
     Pooling,
     activation_layer,
+    check_size,
     output_layer,
 )
 
@@ -37,13 +38,8 @@ def article_cnn(
     Raises:
         ValueError: the images are too small.
     """
-    channels, height, width = image_shape
-    smallest = 2 * len(_CHANNELS) + 1
-    if min(height, width) < smallest:
-        raise ValueError(
-            f"images of {width}x{height} pixels are too small, it needs {smallest}x{smallest}: give "
-            f"data.resize={smallest} or more, or another model"
-        )
+    check_size(image_shape, 2 * len(_CHANNELS) + 1)
+    channels = image_shape[0]
     layers: list[nn.Module] = []
     for outputs in _CHANNELS:
         layers += [nn.Conv2d(channels, outputs, kernel_size=3), activation_layer(activation, negative_slope)]

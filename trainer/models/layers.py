@@ -1,4 +1,4 @@
-"""Layers that models choose by name: activations and global pooling."""
+"""Layers that models choose by name: activations, pooling, and what follows the last linear layer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,8 @@ def activation_layer(name: Activation, negative_slope: float | None = None) -> n
     """An activation by name.
 
     Args:
-        name: which one.
+        name: sigmoid 1 / (1 + e^-x); tanh; relu max(0, x); leaky_relu x above 0 and `negative_slope` x below; elu x above 0
+            and e^x - 1 below; gelu x Phi(x) with the normal distribution's Phi; silu x / (1 + e^-x).
         negative_slope: of leaky_relu, 0.01 if None.
 
     Raises:
@@ -49,6 +50,25 @@ def output_layer(name: OutputActivation) -> nn.Module:
     return layers[name]()
 
 
+class Pool(nn.Module):
+    """Pool windows of `size` pixels a side: (B, C, H, W) -> (B, C, H // stride, W // stride) without padding.
+
+    The options are those of nn.MaxPool2d. Padding never wins a maximum or minimum; it counts as 0 in an average.
+    """
+
+    def __init__(self, kind: Pooling, size: int, stride: int | None = None, padding: int = 0, ceil_mode: bool = False):
+        super().__init__()
+        self._kind = kind
+        layer = nn.AvgPool2d if kind == "avg" else nn.MaxPool2d
+        self._pool = layer(size, stride, padding, ceil_mode=ceil_mode)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return -self._pool(-features) if self._kind == "min" else self._pool(features)
+
+    def extra_repr(self) -> str:
+        return self._kind
+
+
 class GlobalPool(nn.Module):
     """Pool each channel to one number: (B, C, H, W) -> (B, C)."""
 
@@ -63,3 +83,17 @@ class GlobalPool(nn.Module):
 
     def extra_repr(self) -> str:
         return self._kind
+
+
+def check_size(image_shape: tuple[int, int, int], smallest: int) -> None:
+    """Check that images (channels, height, width) have at least `smallest` pixels a side.
+
+    Raises:
+        ValueError: they do not; the message says which size the model needs.
+    """
+    _, height, width = image_shape
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"images of {width}x{height} pixels are too small, it needs {smallest}x{smallest}: give "
+            f"data.resize={smallest} or more, or another model"
+        )

@@ -7,7 +7,7 @@ images decorrelates its inputs, so that the layers behind it can learn at high r
 import torch
 from torch import Tensor, nn
 
-from shardstep.trainer.models.layers import Activation, OutputActivation, activation_layer, output_layer
+from shardstep.trainer.models.layers import Activation, OutputActivation, activation_layer, check_size, output_layer
 
 _PATCH = 2  # pixels: side of the patches that are whitened
 _IMAGES_AT_ONCE = 100  # unfolding makes four numbers of each
@@ -115,16 +115,10 @@ def whitening_cnn(
     Raises:
         ValueError: the images are too small.
     """
-    channels, height, width = image_shape
     if not widths:
         raise ValueError("widths must name at least one group")
-    smallest = 2 ** (len(widths) + 1) + 1  # 2x2 places at the end: batch norm needs more than one value per channel
-    if min(height, width) < smallest:
-        raise ValueError(
-            f"images of {width}x{height} pixels are too small, it needs {smallest}x{smallest}: give "
-            f"data.resize={smallest} or more, or another model"
-        )
-    return WhiteningCnn(channels, num_classes, widths, activation, norm_momentum, output_scale, output_activation)
+    check_size(image_shape, 2 ** (len(widths) + 1) + 1)  # 2x2 places at the end: batch norm wants more than one value
+    return WhiteningCnn(image_shape[0], num_classes, widths, activation, norm_momentum, output_scale, output_activation)
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:

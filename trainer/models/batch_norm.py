@@ -1,4 +1,4 @@
-"""Batch norm over the batches of all ranks, on any backend: torch's own refuses CPU tensors."""
+"""Batch norm that meets what many ranks bring: single values, empty shares, statistics over all ranks."""
 
 import torch
 from torch import Tensor, nn
@@ -6,8 +6,26 @@ from torch import Tensor, nn
 from shardstep.trainer.runtime import all_reduce_sum
 
 
+class RankBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d over a rank's own samples, which takes a single value per channel as well.
+
+    One value has no variance, and torch refuses it: a rank whose share of a short batch is one image would stop at a 1x1
+    feature map. Such a value is normalised by the running statistics and does not enter them.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and images.numel() == self.num_features and self.running_mean is not None:
+            return nn.functional.batch_norm(
+                images, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        return super().forward(images)
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose training statistics are those of the global batch. A rank's own part may be empty."""
+    """nn.BatchNorm2d whose training statistics are those of the global batch, on any backend; torch's refuses the CPU.
+
+    A rank's own part may be empty.
+    """
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
@@ -33,16 +51,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), weight)  # unbiased, as torch does
 
 
-def convert_batch_norm(model: nn.Module) -> int:
-    """Turn every BatchNorm2d of a model into a SyncBatchNorm2d with the same parameters; returns how many."""
-    found = [module for module in model.modules() if type(module) is nn.BatchNorm2d]
+def convert_batch_norm(model: nn.Module, synchronised: bool) -> int:
+    """Turn every BatchNorm2d of a model into one of ours with the same parameters; returns how many there are."""
+    found = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in found:
-        module.__class__ = SyncBatchNorm2d
+        module.__class__ = SyncBatchNorm2d if synchronised else RankBatchNorm2d
     return len(found)
-
-
-def undo_sync_batch_norm(model: nn.Module) -> None:
-    """Turn every SyncBatchNorm2d of a model back into torch's BatchNorm2d."""
-    for module in model.modules():
-        if type(module) is SyncBatchNorm2d:
-            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment] # the class it was converted from

@@ -1,0 +1,80 @@
+"""What a run is about to do, in a few lines with the formulas behind derived numbers."""
+
+from importlib import metadata
+
+import torch
+from torch import nn
+
+from shardstep.datasets.order import window_of
+from shardstep.trainer.models.batch_norm import SyncBatchNorm2d
+from shardstep.trainer.plan import Plan
+from shardstep.trainer.setup import Run
+
+
+def describe(run: Run) -> list[str]:
+    """The lines to print before the first step of a run."""
+    recipe, plan = run.recipe, run.plan
+    train, device = run.data.train.manifest, run.accelerator.device
+    height, width, channels = run.data.train_reader.image_shape
+    window = window_of(recipe.data.window_shards, train.bytes, len(train.shards)) or "all"
+    parameters = list(run.state.module.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    ranks = _count(plan.world_size, "rank")
+    processor = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {_count(torch.get_num_threads(), 'thread')} a rank"
+    )
+    largest_micro_batch = min(-(-plan.global_batch_size // plan.world_size), recipe.train.max_micro_batch)
+    measured = ", ".join(
+        f"{compute.precision} {compute.memory_format} {1000 * value:.0f} ms" for compute, value in run.probed_s.items()
+    )
+    per_epoch = (
+        f" of ceil({plan.samples_per_epoch:,} / {plan.global_batch_size}) = {plan.steps_per_epoch} per epoch"
+        if plan.duration.unit == "epochs"
+        else ""
+    )
+    facts = [
+        ("world", f"{ranks}, {processor}"),
+        (
+            "data",
+            f"{train.samples:,} + {run.data.test.manifest.samples:,} images {width}x{height}x{channels}, "
+            f"{run.data.num_classes} classes, {recipe.data.mode}; order: lanes {recipe.data.lanes}, window {window}",
+        ),
+        ("model", f"{recipe.model['name']}, {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained"),
+        ("optimizer", f"{recipe.optimizer['name']}, rate {run.base_lr:g}, {recipe.schedule['name']}"),
+        (
+            "precision",
+            f"{recipe.train.precision}, {recipe.train.memory_format}{f' (measured: {measured})' if measured else ''}",
+        ),
+        (
+            "batch",
+            f"{plan.global_batch_size} = {ranks} x {_count(plan.micro_steps, 'micro-step')} "
+            f"of at most {largest_micro_batch}",
+        ),
+        ("duration", f"{plan.duration}{f' = {plan.total_steps} steps' if per_epoch else ''}{per_epoch}"),
+        *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
+    ]
+    headline = (
+        f"shardstep {metadata.version('shardstep')} on torch {torch.__version__}: {recipe.run.name}, in {run.folder}"
+    )
+    return [headline, *(f"  {name:<10} {text}" for name, text in facts)]
+
+
+def _batch_norm_notes(module: nn.Module, plan: Plan) -> list[str]:
+    """What a person should know about batch statistics, which depend on how a global batch is cut."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    if not layers:
+        return []
+    found = []
+    if plan.world_size > 1 and not any(isinstance(layer, SyncBatchNorm2d) for layer in layers):
+        found.append("batch norm normalises over each rank's own samples; model.sync_batch_norm=true: over all ranks'")
+    if plan.micro_steps > 1:
+        found.append(
+            f"batch norm normalises over each of the {plan.micro_steps} micro-steps, not over the global batch"
+        )
+    return found
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number > 1)}"

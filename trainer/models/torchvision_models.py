@@ -1,0 +1,294 @@
+"""Every classifier of torchvision by name, fitted to the data set: its image size, channels and classes."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from shardstep.configs.errors import InputError
+from shardstep.datasets.cache import cache_folder, node_lock
+from shardstep.trainer.models.layers import Activation, Pool, Pooling, activation_layer
+
+PREFIX = "torchvision/"
+SMALL = 64  # pixels a side: below, a first layer made for 224 pixels throws too much away
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU)
+_WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+_SIDES = (16, 24, 32, 48, 64, 75, 80, 96, 112, 128, 160, 192, 224, 256, 299, 384, 512)  # tried for the error message
+
+Stem = Literal["auto", "imagenet", "cifar"]
+
+
+def torchvision_models() -> dict[str, Callable[..., nn.Module]]:
+    """Builders of all of torchvision's classifiers, as `torchvision/<name>`."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    return {PREFIX + name: _with_heads(name) if name in _WITH_AUXILIARY_HEADS else _plain(name) for name in names}
+
+
+def _plain(name: str) -> Callable[..., nn.Module]:
+    def build(
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        pretrained: bool | str = False,
+        stem: Stem = "auto",
+        activation: Activation | None = None,
+        negative_slope: float | None = None,
+        pooling: Pooling | None = None,
+        dropout: float | None = None,
+    ) -> nn.Module:
+        """(B, C, H, W) -> (B, num_classes).
+
+        Args:
+            image_shape: (channels, height, width).
+            num_classes: number of outputs.
+            pretrained: true: torchvision's weights, downloaded; or a file of weights (.pth, .safetensors). A head for
+                another number of classes begins anew.
+            stem: cifar: the first convolution is 3x3 and does not step, and no pooling follows it; imagenet: as torchvision
+                has it; auto: cifar for images of up to 64 pixels, unless pretrained.
+            activation: in place of the model's own; `negative_slope` goes with leaky_relu.
+            pooling: in place of the model's max-pooling.
+            dropout: share that each of the model's dropout layers drops in training; null keeps its own.
+
+        Raises:
+            ValueError: an option has nothing to work on, or the images are too small.
+        """
+        net = _fitted(name, image_shape, num_classes, bool(pretrained), stem)
+        _replace(name, net, activation, negative_slope, pooling, dropout)
+        return net
+
+    return build
+
+
+def _with_heads(name: str) -> Callable[..., nn.Module]:
+    def build(
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        pretrained: bool | str = False,
+        stem: Stem = "auto",
+        pooling: Pooling | None = None,
+        dropout: float | None = None,
+        auxiliary_weight: float = 0.3,
+    ) -> nn.Module:
+        """As the other ones; in training (B, num_classes) of the main head and of each auxiliary one.
+
+        auxiliary_weight: of the auxiliary heads' losses (Szegedy et al. 2014, arXiv 1409.4842, section 5: 0.3). With 0 there
+            are no such heads, and smaller images fit.
+        """
+        net = _fitted(name, image_shape, num_classes, bool(pretrained), stem, with_heads=auxiliary_weight > 0)
+        _replace(name, net, None, None, pooling, dropout)
+        return net
+
+    return build
+
+
+def load_pretrained(name: str, net: nn.Module, pretrained: bool | str) -> list[str]:
+    """Load weights into a model of ours; returns the names of the tensors that begin anew, those of the head.
+
+    Args:
+        name: of the model, `torchvision/...`.
+        net: as its builder made it.
+        pretrained: True for torchvision's weights, or the path of a file.
+
+    Raises:
+        InputError: they cannot be had, or belong to another model.
+    """
+    found = _downloaded(name) if pretrained is True else _from_file(Path(str(pretrained)))
+    own, fresh, problems = net.state_dict(), [], []
+    for key, tensor in own.items():
+        given = found.get(key)
+        if given is None:
+            if not key.endswith("num_batches_tracked"):
+                problems.append(f"{key} is missing")
+            continue
+        if given.ndim == tensor.ndim == 4 and given.shape[1] == 3 and tensor.shape[1] == 1:
+            given = given.sum(dim=1, keepdim=True)  # grey is the same value in three channels
+        if given.shape == tensor.shape:
+            own[key] = given
+        elif given.shape[1:] == tensor.shape[1:]:  # another number of outputs
+            fresh.append(key)
+        else:
+            problems.append(f"{key} has the shape {tuple(given.shape)} in place of {tuple(tensor.shape)}")
+    if len(fresh) > 2 + 4 * (name.removeprefix(PREFIX) in _WITH_AUXILIARY_HEADS):  # weight and bias of each head
+        problems.append(f"{', '.join(fresh)} have other shapes")
+    if problems:
+        raise InputError(
+            f"model.pretrained={pretrained} holds other weights than {name} needs: {'; '.join(problems[:3])}"
+            + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+        )
+    net.load_state_dict(own)
+    return fresh
+
+
+def _fitted(
+    name: str,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    pretrained: bool,
+    stem: Stem,
+    with_heads: bool = False,
+) -> nn.Module:
+    """A model with its first weights for these images."""
+    _, height, width = image_shape
+    small = stem == "cifar" or (stem == "auto" and max(height, width) <= SMALL and not pretrained)
+    try:
+        net = _build(name, image_shape, num_classes, pretrained, with_heads)
+        changed = _use_small_stem(net) if small else False
+        reason = _refusal(net, image_shape)
+    except ValueError as error:  # torchvision's own: a transformer whose patches do not fit
+        net, changed, reason = nn.Identity(), True, _first_sentence(error)
+    if reason is not None:
+        best = next((side for side in _SIDES if _takes(name, side, small, with_heads)), None)
+        cure = f"give data.resize={best}" if best else "use another model"
+        raise ValueError(f"images of {width}x{height} pixels do not fit ({reason}): {cure}")
+    if stem == "cifar" and not changed:
+        raise ValueError("stem=cifar has no effect: its first layer does not step over pixels, or cuts patches")
+    return net
+
+
+def _build(
+    name: str, image_shape: tuple[int, int, int], num_classes: int, pretrained: bool, with_heads: bool
+) -> nn.Module:
+    channels, height, width = image_shape
+    options: dict[str, object] = {}
+    if name in _WITH_AUXILIARY_HEADS:
+        # The weights were trained with another normalisation than torchvision's others, which the model then undoes.
+        options = {"aux_logits": with_heads, "init_weights": True, "transform_input": pretrained}
+    elif name.startswith("vit_"):
+        patch = int(name.rsplit("_", 1)[1])
+        if height != width or height % patch:
+            raise ValueError(f"it needs squares of a multiple of {patch} pixels a side")
+        options = {"image_size": height}
+    elif name.startswith("maxvit"):
+        options = {"input_size": (height, width)}
+    net = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    if channels != 3:
+        if pretrained and name in _WITH_AUXILIARY_HEADS:
+            raise ValueError("its pretrained weights need images of 3 channels")
+        first, conv = _convolutions(net)[0]
+        net.set_submodule(first, _like(conv, channels, conv.kernel_size, conv.stride, conv.padding))
+    return net
+
+
+def _use_small_stem(net: nn.Module) -> bool:
+    """Keep the resolution of small images; returns whether there was something to change."""
+    (first, conv), *rest = _convolutions(net)
+    if max(conv.stride) == 1 or conv.stride == conv.kernel_size:
+        return False
+    net.set_submodule(first, _like(conv, conv.in_channels, (3, 3), (1, 1), (1, 1)))
+    names = [name for name, _ in net.named_modules()]
+    until = names.index(rest[0][0])
+    for name in names[names.index(first) : until]:
+        if isinstance(net.get_submodule(name), nn.MaxPool2d):
+            net.set_submodule(name, nn.Identity())
+    return True
+
+
+def _replace(
+    name: str,
+    net: nn.Module,
+    activation: Activation | None,
+    negative_slope: float | None,
+    pooling: Pooling | None,
+    dropout: float | None,
+) -> None:
+    modules = list(net.named_modules())
+    activations = [place for place, module in modules if isinstance(module, _ACTIVATIONS)]
+    pools = [(place, module) for place, module in modules if isinstance(module, nn.MaxPool2d)]
+    dropouts = [module for _, module in modules if isinstance(module, nn.Dropout)]
+    for option, value, found in (
+        ("activation", activation, activations),
+        ("pooling", pooling, pools),
+        ("dropout", dropout, dropouts),
+    ):
+        if value is not None and not found:
+            raise ValueError(f"{option}={value} has no effect: {name} has no layer of its own for it")
+    if negative_slope is not None and activation is None:
+        raise ValueError("negative_slope belongs to activation=leaky_relu and has no effect without it")
+    if activation is not None:
+        for place in activations:
+            net.set_submodule(place, activation_layer(activation, negative_slope))
+    if pooling is not None:
+        for place, pool in pools:
+            size, stride, padding = (_side(value) for value in (pool.kernel_size, pool.stride, pool.padding))
+            net.set_submodule(place, Pool(pooling, size, stride, padding, pool.ceil_mode))
+    if dropout is not None:
+        for module in dropouts:
+            module.p = dropout
+
+
+def _refusal(net: nn.Module, image_shape: tuple[int, int, int]) -> str | None:
+    """Why a model does not take images of this shape in training; None if it does. Shapes are computed, no values."""
+    tensors = {key: tensor.to("meta") for key, tensor in [*net.named_parameters(), *net.named_buffers()]}
+    try:
+        with torch.device("meta"), torch.no_grad():
+            torch.func.functional_call(net.train(), tensors, (torch.zeros(2, *image_shape),))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        return _first_sentence(error)
+    return None
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip().split(". ")[0]
+
+
+def _takes(name: str, side: int, small: bool, with_heads: bool) -> bool:
+    shape = (3, side, side)
+    try:
+        with torch.device("meta"):  # without memory and first weights
+            net = _build(name, shape, 10, pretrained=False, with_heads=with_heads)
+    except NotImplementedError:  # regnets want real ones
+        net = _build(name, shape, 10, pretrained=False, with_heads=with_heads)
+    except ValueError:
+        return False
+    if small and side <= SMALL:
+        _use_small_stem(net)
+    return _refusal(net, shape) is None
+
+
+def _convolutions(net: nn.Module) -> list[tuple[str, nn.Conv2d]]:
+    return [(name, module) for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
+
+
+def _side(size: int | tuple[int, ...]) -> int:
+    return size if isinstance(size, int) else size[0]
+
+
+def _like(conv: nn.Conv2d, channels: int, size: Any, stride: Any, padding: Any) -> nn.Conv2d:
+    """A fresh convolution in place of another. He et al. 2015, arXiv 1502.01852, equation 14 over the outputs."""
+    made = nn.Conv2d(channels, conv.out_channels, size, stride, padding, bias=conv.bias is not None)
+    nn.init.kaiming_normal_(made.weight, mode="fan_out", nonlinearity="relu")
+    return made
+
+
+def _downloaded(name: str) -> dict[str, Tensor]:
+    bare = name.removeprefix(PREFIX)
+    weights = torchvision.models.get_model_weights(bare).DEFAULT
+    try:
+        with node_lock(cache_folder() / "weights"):  # one download per node; torch keeps the file
+            weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            return torchvision.models.get_model(bare, weights=weights, progress=False).state_dict()  # in today's names
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"model.pretrained=true: the weights of {name} cannot be downloaded from {weights.url} ({error}). Download them "
+            f"where there is a network and give model.pretrained=PATH, or train from new weights with model.pretrained=false"
+        ) from None
+
+
+def _from_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"model.pretrained={path}: there is no such file; true downloads torchvision's weights")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a foreign file leads it to
+        raise InputError(f"model.pretrained={path} cannot be read as weights: {str(error).splitlines()[0]}") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise InputError(f"model.pretrained={path} does not hold a mapping of names to tensors (a state_dict)")
+    return found
