@@ -6,13 +6,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.datasets.test_sources import png
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+FROM_THE_DOCUMENTS = "docs/from-the-documents.md"
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", FROM_THE_DOCUMENTS]
 README = (ROOT / "README.md").read_text()
 
 
@@ -27,9 +29,29 @@ def readme_commands() -> list[str]:
 def test_links_lead_somewhere(document: str) -> None:
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-        assert (ROOT / target).exists(), target
+        assert (ROOT / document).parent.joinpath(target).exists(), target
     for path in re.findall(r"`((?:configs|datasets|trainer|launch|tests|slurm)/[\w/.]*)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_everything_that_can_be_named_is_on_the_documents_page() -> None:
+    from shardstep.trainer import losses, optimizers
+    from shardstep.trainer.models import MODELS, layers
+
+    text = (ROOT / FROM_THE_DOCUMENTS).read_text()
+    ours = {name for name, function in optimizers.OPTIMIZERS.items() if function.__module__ == optimizers.__name__}
+    names = {
+        *MODELS,
+        *losses.LOSSES,
+        *ours,
+        *get_args(layers.Activation),
+        *get_args(layers.Pooling),
+        *"rnn",
+        "lstm",
+        "gru",
+    }
+    missing = {name for name in names - {"adamw"} if not re.search(rf"`(?:[\w.]+=)?{name}`", text)}
+    assert not missing
 
 
 def test_make_targets_exist() -> None:
