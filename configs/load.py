@@ -91,9 +91,14 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Loaded:
     return loaded
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as YAML that load_recipe reads."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, default_flow_style=None, width=110)
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe so that load_recipe gives it back."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, default_flow_style=None, width=110))
+    path.write_text(recipe_text(recipe))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

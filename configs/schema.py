@@ -24,6 +24,10 @@ class RunConfig:
     """Seeds initial weights, sample order, augmentation and dropout. The number of ranks does not enter."""
     resume: Literal["if_available", "must", "never"] = "if_available"
     """What to do when run.dir holds a run: go on if there is one, insist on one, or insist on none."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Keys, such as optimizer.lr, in which the recipe may differ from that of the run it goes on with."""
+    hang_timeout: Optional[float] = 600  # noqa: UP045
+    """Seconds without a movement of some rank after which the run is ended, with the stacks of all; null waits for ever."""
 
 
 @dataclass
@@ -76,6 +80,10 @@ class TrainConfig:
     """auto is cuda where there is one."""
     world_size: Optional[int] = None  # noqa: UP045
     """Number of ranks that must come up; null accepts any number."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """When a loss is NaN or infinite: end the run, or leave out that step; skip looks at every step, stop at log steps."""
+    max_skipped_steps: int = 10
+    """With on_nan=skip: the run ends at one more."""
     timeout_s: float = 1800
     """Seconds that a rank waits for the others in a collective before it gives up."""
 
@@ -97,7 +105,7 @@ class CheckpointConfig:
     every: str = "1 epochs"
     """Time between checkpoints; there is always one at the end."""
     keep: int = 2
-    """Number of newest checkpoints that stay on disk."""
+    """Number of newest checkpoints that stay on disk, beside the one with the best evaluation."""
 
 
 @dataclass

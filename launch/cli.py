@@ -14,7 +14,7 @@ COMMANDS = {
     "shards": "write, verify, index and inspect data sets",
     "bench": "measure the loader and the training step against plain PyTorch",
 }
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 85, 130
 
 
 def main() -> int:

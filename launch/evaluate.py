@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> int:
     )
     objective = build_objective(recipe.loss, recipe.model)
     result = evaluate(accelerator, model, batches, objective, test.manifest.samples, len(train.classes))
+    assert result is not None  # nothing asks it to stop
     if accelerator.is_main_process:
         print(
             json.dumps(

@@ -12,6 +12,7 @@ from pathlib import Path
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe, recipe_names
 from shardstep.launch.cli import run as run_command
+from shardstep.trainer.preempt import StopRequest
 
 
 def main(arguments: list[str]) -> int:
@@ -33,6 +34,8 @@ def main(arguments: list[str]) -> int:
         given.recipe = "quickstart"
 
     loaded = load_recipe(given.recipe, given.overrides)
+    request = StopRequest()
+    request.install()  # a signal that comes while torch is imported is not lost
 
     # torch and all that needs it come after the first checks: a typo is answered at once
     from shardstep.trainer import data, folder, loop, runtime, setup
@@ -40,6 +43,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.description import describe
     from shardstep.trainer.display import Display
 
+    under_agent = runtime.has_agent()
     display = Display(enabled=runtime.is_first_rank())
     recipe = check_recipe(loaded)
     for note in loaded.notes:
@@ -47,47 +51,80 @@ def main(arguments: list[str]) -> int:
     folder.settle_from(recipe)
     data.make_missing_data(recipe.data)
     world = runtime.start(recipe.train)
-    run = setup.build(world, recipe, display)
+    run = setup.build(world, recipe, display, request)
     for text in describe(run):
         display.note(text)
 
+    request.note_interrupts()
     display.start(run.plan.total_steps, run.state.progress.step)
     try:
-        evaluation = loop.train(run)
+        run.requests.check()
+        outcome = loop.train(run)
+        display.stop()
+        is_safe = run.saver.wait()  # rank 0 writes
+        if outcome.stopped:
+            return _stop(run, is_safe, under_agent)
+        evaluation = outcome.evaluation
+        if (
+            evaluation is None
+            and runtime.broadcast_object(world, folder.read_summary(run.folder).get("status")) == "finished"
+        ):
+            display.note(
+                f"nothing to do: {run.folder} holds a finished run of {run.state.progress.step} steps. For another one "
+                f"give run.dir or run.name, or run.resume=never to put this one aside"
+            )
+        else:
+            evaluation = evaluation or run.evaluate()  # it ended between its last checkpoint and its summary
+            if evaluation is None:
+                return _stop(run, is_safe, under_agent)
+            run.watchdog.stop()
+            if world.is_main_process:
+                _finish(run, evaluation)
     except BaseException as error:
         display.stop()
         _fail(run, error)
         raise
-    display.stop()
-    if (
-        evaluation is None
-        and runtime.broadcast_object(world, folder.read_summary(run.folder).get("status")) == "finished"
-    ):
-        display.note(
-            f"nothing to do: {run.folder} holds a finished run of {run.state.progress.step} steps. For another one give "
-            f"run.dir or run.name, or run.resume=never to put this one aside"
-        )
-    else:
-        evaluation = evaluation or run.evaluate()  # it ended between its last checkpoint and its summary
-        if world.is_main_process:
-            _finish(run, evaluation)
+    finally:
+        run.watchdog.stop()
     runtime.stop(run.accelerator)
     return 0
 
 
+def _stop(run: "setup.Run", is_safe: bool, under_agent: bool) -> int:  # type: ignore[name-defined] # noqa: F821
+    """End a run that was asked to: the state is saved, then the summary says so, then wandb hears of it."""
+    from shardstep.launch.cli import FAILED, STOPPED
+    from shardstep.trainer import runtime
+    from shardstep.trainer.summary import write_summary
+
+    step, reason = run.state.progress.step, run.requests.reason
+    if run.accelerator.is_main_process:
+        run.metrics.close()
+        run.requests.obeyed()
+        written = write_summary(run, "preempted" if is_safe else "failed", None)
+        run.display.note(
+            f"stopped by {reason}: step {step} is saved, the same command goes on from it"
+            if is_safe
+            else f"stopped by {reason}, but step {step} could not be saved: the same command goes on from the one before"
+        )
+        if run.tracker:
+            run.tracker.finish(written, failed=not is_safe)
+    # No rank leaves before the state is safe: its exit would end the others under srun.
+    is_safe = runtime.broadcast_object(run.accelerator.state, is_safe)
+    runtime.stop(run.accelerator)
+    if not is_safe:
+        return FAILED
+    return 0 if under_agent else STOPPED
+
+
 def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore[name-defined] # noqa: F821
     """Write what a finished run leaves behind, and say how it went."""
-    from safetensors.torch import save_file
-
     from shardstep.trainer import report
-    from shardstep.trainer.checkpoint import weights
+    from shardstep.trainer.checkpoint import write_weights
     from shardstep.trainer.summary import write_summary
 
     folder, classes = run.folder, run.data.train.manifest.classes
     run.metrics.close()
-    partial = folder / "model.safetensors.partial"
-    save_file(weights(run.state.module), partial)
-    partial.replace(folder / "model.safetensors")
+    write_weights(run.state.module, folder / "model.safetensors")
     report.draw_curves(folder / "metrics.jsonl", folder / "curves.png")
     if evaluation.confusion is None:
         report.draw_reconstructions(*report.first_reconstructions(run), folder / "reconstructions.png")

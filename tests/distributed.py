@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
     ["accelerate", "torch._dynamo", "matplotlib.pyplot", "cv2", "shardstep.trainer.setup", "shardstep.launch.train"]
 )
 
@@ -26,9 +26,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     Raises:
         AssertionError: a rank raised or did not end in time; the message has the first traceback.
     """
-    port, results = _free_port(), _context.Queue()
+    port, results = free_port(), context.Queue()
     processes = [
-        _context.Process(target=_run_rank, args=(rank, world_size, port, function, arguments, results))
+        context.Process(target=_run_rank, args=(rank, world_size, port, function, arguments, results))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -57,7 +57,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     return [outcomes[rank] for rank in range(world_size)]
 
 
-def _run_rank(rank: int, world_size: int, port: int, function: Callable, arguments: tuple, results: Any) -> None:
+def join_world(rank: int, world_size: int, port: int) -> None:
+    """Make this process look like one that a launcher started."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -68,11 +69,15 @@ def _run_rank(rank: int, world_size: int, port: int, function: Callable, argumen
         GLOO_SOCKET_IFNAME="lo",
         OMP_NUM_THREADS="1",  # Accelerate warns where it is unset
     )
-    import torch.distributed as dist
-
     warnings.simplefilter("error")  # pytest's own filter does not reach here
     # wandb's own use of pydantic is not ours to mend
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="wandb|pydantic")
+
+
+def _run_rank(rank: int, world_size: int, port: int, function: Callable, arguments: tuple, results: Any) -> None:
+    import torch.distributed as dist
+
+    join_world(rank, world_size, port)
     try:
         results.put((rank, True, function(*arguments)))
     except BaseException:
@@ -82,7 +87,8 @@ def _run_rank(rank: int, world_size: int, port: int, function: Callable, argumen
             dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nothing listens on now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -90,6 +90,7 @@ def _check_numbers(recipe: Recipe) -> list[str]:
         "train.world_size": (recipe.train.world_size, 1),
         "eval.batch_size": (recipe.eval.batch_size, 1),
         "checkpoint.keep": (recipe.checkpoint.keep, 1),
+        "train.max_skipped_steps": (recipe.train.max_skipped_steps, 0),
         "run.seed": (recipe.run.seed, 0),
     }
     problems += [
@@ -105,6 +106,8 @@ def _check_numbers(recipe: Recipe) -> list[str]:
     for key, place in (("train", recipe.data.train), ("test", recipe.data.test)):
         if "://" in place:
             problems.append(f"data.{key}={place}: shards must lie in a folder, an address is not read yet")
+    if recipe.run.hang_timeout is not None and not recipe.run.hang_timeout > 0:
+        problems.append(f"run.hang_timeout={recipe.run.hang_timeout} must be above 0; null turns it off")
     if recipe.run.seed >= 2**63:
         problems.append(f"run.seed={recipe.run.seed} must be below 2**63")
     if not 0 < recipe.train.timeout_s < 10**7:

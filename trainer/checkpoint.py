@@ -1,25 +1,40 @@
 """What must survive a restart, to disk and back.
 
-A checkpoint is a folder checkpoints/step-NNNNNNNN with the weights as safetensors and the rest as a file that torch
-reads with weights_only. It is written under another name, synced, and renamed: it is whole, or it does not exist.
+A checkpoint is a folder checkpoints/step-NNNNNNNN: weights as safetensors, the optimizer's state as a file that torch reads
+with weights_only, the rest as JSON and YAML, and a manifest with the size and sha256 of each. It is written under another
+name, synced, renamed and read back: it is whole, or it does not exist. No pickle in it is ever executed.
 """
 
+import hashlib
+import io
+import json
 import pickle
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shardstep.configs.durations import Progress
 from shardstep.configs.errors import InputError
 from shardstep.datasets.cache import sync_to_disk
+from shardstep.datasets.scan import file_sha256
 
-_WEIGHTS, _REST = "model.safetensors", "state.pt"
+FORMAT = 1
+WEIGHTS, OPTIMIZER, STATE, RECIPE, BUFFERS = (
+    "model.safetensors",
+    "optimizer.pt",
+    "state.json",
+    "recipe.yaml",
+    "rank_buffers.safetensors",
+)
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -33,10 +48,17 @@ class TrainState:
         model: the same as Accelerate wrapped it.
         optimizer: as Accelerate wrapped it.
         scaler: of fp16, else None.
-        progress: how far the run has come.
+        progress: how far the run has come: the position in the data, in steps and samples.
         fingerprint: of the training set that `progress` counts in.
+        lr: learning rate of the last step.
         wall_s: seconds of training and evaluation, over all restarts.
-        restarts: how often the run was resumed.
+        starts: of every process of the run so far: the step it began at, its number of ranks, and when.
+        best: step and figures of the best evaluation, None before the first.
+        evaluation_due: whether a stop came before the evaluation that belongs to `progress`.
+        skipped_steps: steps that were left out because their loss was no number.
+        sums: per rank, loss and correct predictions since the last evaluation.
+        samples_in_sums: how many samples these are of, over all ranks.
+        wandb_id: of the run in Weights & Biases.
     """
 
     module: nn.Module
@@ -45,80 +67,246 @@ class TrainState:
     scaler: torch.amp.GradScaler | None = None
     progress: Progress = field(default_factory=Progress)
     fingerprint: str = ""
+    lr: float = 0.0
     wall_s: float = 0.0
-    restarts: int = 0
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    evaluation_due: bool = False
+    skipped_steps: int = 0
+    sums: list[list[float]] = field(default_factory=list)
+    samples_in_sums: int = 0
+    wandb_id: str | None = None
 
 
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters and buffers as contiguous tensors on the host."""
-    return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+_FACTS = (
+    "fingerprint",
+    "lr",
+    "wall_s",
+    "starts",
+    "best",
+    "evaluation_due",
+    "skipped_steps",
+    "sums",
+    "samples_in_sums",
+    "wandb_id",
+)
 
 
-def save(state: TrainState, folder: Path, keep: int) -> Path:
-    """Write a checkpoint below `folder` and delete all but the newest `keep`. Called on rank 0 only."""
-    target = folder / f"step-{state.progress.step:08d}"
+@dataclass(frozen=True)
+class Snapshot:
+    """A TrainState at one step, copied to the host: the run can go on while this is written."""
+
+    step: int
+    world_size: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    facts: dict[str, Any]
+    recipe: str
+    rank_buffers: Tensor | None
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def take_snapshot(state: TrainState, recipe: str, world_size: int, rank_buffers: Tensor | None) -> Snapshot:
+    """Copy a state to the host.
+
+    Args:
+        state: between two steps.
+        recipe: the resolved recipe as YAML.
+        world_size: number of ranks.
+        rank_buffers: (world_size, n), each rank's floating-point buffers, where they differ; the weights get their mean.
+    """
+    kept = weights(state.module)
+    if rank_buffers is not None:
+        kept |= split_buffers(state.module, rank_buffers.mean(dim=0))
+    facts = {name: getattr(state, name) for name in _FACTS}
+    facts["progress"] = asdict(state.progress)
+    facts["scaler"] = state.scaler.state_dict() if state.scaler else None
+    return Snapshot(
+        step=state.progress.step,
+        world_size=world_size,
+        weights=kept,
+        optimizer=_to_host(state.optimizer.state_dict()),
+        facts=json.loads(json.dumps(facts)),  # a copy, too
+        recipe=recipe,
+        rank_buffers=rank_buffers,
+    )
+
+
+def write(snapshot: Snapshot, folder: Path) -> Path:
+    """Write a checkpoint below `folder` and read it back. One that is there under its name, and whole, is left.
+
+    Raises:
+        OSError: it could not be written, or is not what was written. What was there before is still there.
+    """
+    target = folder / step_name(snapshot.step)
+    if target.is_dir() and not problems_of(target):
+        return target
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(weights(state.module), partial / _WEIGHTS)
-    rest = {
-        "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict() if state.scaler else {},
-        "progress": asdict(state.progress),
-        "fingerprint": state.fingerprint,
-        "wall_s": state.wall_s,
-        "restarts": state.restarts,
-    }
-    torch.save(rest, partial / _REST)
+    entries = {}
+    for name, content in _files(snapshot):
+        (partial / name).write_bytes(content)
+        entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest = {"format": FORMAT, "step": snapshot.step, "world_size": snapshot.world_size, "files": entries}
+    (partial / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1) + "\n")
     for path in (*partial.iterdir(), partial):
         sync_to_disk(path)
-    if target.exists():  # the end of a run that was resumed at its end
+    if target.exists():  # damaged, and passed over when this run was resumed
         shutil.rmtree(target)
     partial.replace(target)
     sync_to_disk(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    problems = problems_of(target)
+    if problems:
+        raise OSError(f"{target} is not what was written: {problems[0]}")
     return target
 
 
+def prune(folder: Path, keep: int, best_step: int | None) -> None:
+    """Delete all checkpoints but the newest `keep` and the best."""
+    for path in list_checkpoints(folder)[:-keep]:
+        if step_of(path) != best_step:
+            # Under another name first: a folder that is deleted halfway must not look like a checkpoint.
+            doomed = path.replace(path.with_name(f".{path.name}.deleted"))
+            shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run left half written or half deleted."""
+    for path in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.deleted")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's parameters and buffers as contiguous tensors on the host."""
+    return {
+        name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        for name, value in module.state_dict().items()
+    }
+
+
+def write_weights(module: nn.Module, path: Path) -> None:
+    """Write a model's weights as safetensors, by rename."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(safetensors.torch.save(weights(module)))
+    sync_to_disk(partial)
+    partial.replace(path)
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def step_name(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints below a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """The checkpoints below a folder, whole or not, oldest first."""
+    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=step_of)
 
 
-def load(state: TrainState, path: Path) -> None:
-    """Restore a state from a checkpoint, in place.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
 
     Raises:
-        InputError: it does not fit the model or optimizer, or cannot be read.
+        ValueError: it is missing, damaged, or of another step or a later format.
     """
     try:
-        rest = torch.load(path / _REST, weights_only=True, map_location="cpu")
-        fingerprint, progress = rest["fingerprint"], Progress(**rest["progress"])
-        wall_s, restarts = float(rest["wall_s"]), int(rest["restarts"])
-        state.optimizer.load_state_dict(rest["optimizer"])
-        if state.scaler is not None:
-            state.scaler.load_state_dict(rest["scaler"])
-        state.module.load_state_dict(load_file(path / _WEIGHTS))
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        pickle.UnpicklingError,
-        SafetensorError,
-    ) as error:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        claimed = manifest.pop("sha256")
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read: {str(error) or type(error).__name__}") from None
+    if claimed != _digest(manifest):
+        raise ValueError(f"{MANIFEST} is damaged: its own sha256 is another")
+    if manifest["format"] > FORMAT:
+        raise ValueError(f"it has format {manifest['format']}, this version of shardstep reads up to {FORMAT}")
+    if step_name(manifest["step"]) != path.name:
+        raise ValueError(f"{MANIFEST} is that of step {manifest['step']}")
+    return manifest | {"files": files}
+
+
+def problems_of(path: Path) -> list[str]:
+    """What is wrong with a checkpoint: every byte is read. Empty if it is whole."""
+    try:
+        manifest = read_manifest(path)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    for name, (size, digest) in manifest["files"].items():
+        try:
+            found = (path / name).stat().st_size
+            if found != size:
+                problems.append(f"{name} has {found:,} bytes in place of {size:,}")
+                continue
+            if file_sha256(path / name) != digest:
+                problems.append(f"{name} is damaged: its sha256 is another")
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror}")
+    return problems
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with the newer ones."""
+    passed_over: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        problems = problems_of(path)
+        if not problems:
+            return path, passed_over
+        passed_over.append(f"{path}: {'; '.join(problems)}")
+    return None, passed_over
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load(state: TrainState, path: Path, rank: int, world_size: int) -> None:
+    """Restore a state from a whole checkpoint, in place.
+
+    Raises:
+        InputError: it does not fit the model, the optimizer or the data set.
+    """
+    try:
+        facts = json.loads((path / STATE).read_bytes())
+        progress, scaler = Progress(**facts.pop("progress")), facts.pop("scaler")
+        values = {name: facts[name] for name in _FACTS}
+        optimizer = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
+        state.optimizer.load_state_dict(optimizer)
+        if state.scaler is not None and scaler:
+            state.scaler.load_state_dict(scaler)
+        state.module.load_state_dict(safetensors.torch.load_file(path / WEIGHTS))
+        if (path / BUFFERS).is_file():
+            every = safetensors.torch.load_file(path / BUFFERS)["buffers"]
+            if len(every) == world_size:  # on another world the mean has to do, which the weights hold
+                state.module.load_state_dict(split_buffers(state.module, every[rank]), strict=False)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise _unfit(path, error) from None
+    except SafetensorError as error:
+        raise _unfit(path, error) from None
+    if values["fingerprint"] != state.fingerprint:
         raise InputError(
-            f"{path} cannot be resumed from: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from None
-    if fingerprint != state.fingerprint:
-        raise InputError(
-            f"{path} was trained on another data set (fingerprint {fingerprint[:12]}) than data.train now names "
-            f"({state.fingerprint[:12]}): give another run.dir"
+            f"{path} was trained on another data set (fingerprint {values['fingerprint'][:12]}) than data.train now "
+            f"names ({state.fingerprint[:12]}): give another run.dir"
         )
-    state.progress, state.wall_s, state.restarts = progress, wall_s, restarts + 1
+    if len(values["sums"]) != world_size:  # rank 0 carries what all have counted
+        total = [sum(parts) for parts in zip(*values["sums"], strict=True)] or [0.0, 0.0]
+        values["sums"] = [total, *([0.0, 0.0] for _ in range(world_size - 1))]
+    state.progress = progress
+    for name, value in values.items():
+        setattr(state, name, value)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -128,8 +316,56 @@ def load_weights(module: nn.Module, path: Path) -> None:
         InputError: there is no such file, or it holds another model.
     """
     try:
-        module.load_state_dict(load_file(path))
+        module.load_state_dict(safetensors.torch.load_file(path))
     except FileNotFoundError:
         raise InputError(f"no weights in {path.parent}: {path.name} is missing") from None
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path} does not hold this model's weights: {str(error).splitlines()[0]}") from None
+
+
+def flatten_buffers(module: nn.Module) -> Tensor:
+    """The floating-point buffers of a model, such as batch norm's running statistics, as one vector."""
+    found = [value.flatten() for _, value in _float_buffers(module)]
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+def split_buffers(module: nn.Module, flat: Tensor) -> dict[str, Tensor]:
+    """The inverse of flatten_buffers, by name."""
+    buffers = list(_float_buffers(module))
+    parts = flat.split([value.numel() for _, value in buffers])
+    return {name: part.view_as(value).clone() for (name, value), part in zip(buffers, parts, strict=True)}
+
+
+def _float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    kept = module.state_dict().keys()
+    return ((name, value) for name, value in module.named_buffers() if value.is_floating_point() and name in kept)
+
+
+def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
+    yield WEIGHTS, safetensors.torch.save(snapshot.weights)
+    stream = io.BytesIO()
+    torch.save(snapshot.optimizer, stream)
+    yield OPTIMIZER, stream.getvalue()
+    yield STATE, (json.dumps(snapshot.facts, indent=1) + "\n").encode()
+    yield RECIPE, snapshot.recipe.encode()
+    if snapshot.rank_buffers is not None:
+        yield BUFFERS, safetensors.torch.save({"buffers": snapshot.rank_buffers})
+
+
+def _to_host(value: Any) -> Any:
+    """A copy of nested containers with all tensors on the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_host(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_host(part) for part in value)
+    return value
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _unfit(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} cannot be resumed from: {(str(error) or type(error).__name__).splitlines()[0]}")

@@ -29,6 +29,10 @@ class Display:
         if self._enabled:
             (self._bar.console if self._bar else self._errors).print(f"warning: {text}", markup=False, soft_wrap=True)
 
+    def tell(self, text: str) -> None:
+        """Print to stderr, on any rank: what this rank alone knows."""
+        self._errors.print(text, markup=False, soft_wrap=True)
+
     def start(self, total_steps: int, done_steps: int) -> None:
         """Open the bar, if there is a terminal."""
         if self._enabled and self._console.is_terminal:

@@ -52,7 +52,8 @@ def evaluate(
     objective: Objective,
     num_samples: int,
     num_classes: int,
-) -> Evaluation:
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Evaluate a model on all ranks together.
 
     Args:
@@ -62,9 +63,10 @@ def evaluate(
         objective: what to count.
         num_samples: size of the test set, to be counted exactly.
         num_classes: outputs of the model.
+        stop_requested: asked after each batch, on every rank equally often; all get the same answer.
 
     Returns:
-        The same figures on every rank.
+        The same figures on every rank; None if a stop was requested.
     """
     average_buffers(accelerator, module)
     was_training = module.training
@@ -74,6 +76,9 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64, device=device)
     for images, labels, _ in batches():
+        if stop_requested():
+            module.train(was_training)
+            return None
         if len(labels) == 0:
             continue
         outputs = module(images).float()  # (B, K)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.trainer.check import check_recipe
-from shardstep.trainer.checkpoint import list_checkpoints
+from shardstep.trainer.checkpoint import RECIPE, STATE, list_checkpoints, newest_whole
 
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "train_manifest.json"  # classes, mean and std of the training set: what an evaluation needs of it
@@ -19,14 +20,23 @@ _SETTLED = (("data", "mode"), ("train", "precision"), ("train", "memory_format")
 _MATHEMATICS = {
     "run": ["seed"],
     "data": ["augment", "normalize", "resize", "lanes", "window_shards", "last_batch"],
-    "train": ["global_batch_size", "precision", "memory_format", "clip_norm", "clip_value", "duration"],
+    "train": ["global_batch_size", "precision", "memory_format", "clip_norm", "clip_value", "duration", "on_nan"],
 }
+_ORDER = ("run.seed", "data.lanes", "data.window_shards")  # what decides where in an epoch a sample comes
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a run goes on: a whole checkpoint, or None to begin; and what is wrong with newer ones."""
+
+    path: Path | None = None
+    passed_over: tuple[str, ...] = ()
 
 
 def settle_from(recipe: Recipe) -> None:
     """Take from the run that this one continues, if it does, what the recipe leaves to `auto`: it is chosen once."""
     folder = Path(recipe.run.dir)
-    if recipe.run.resume == "never" or not (folder / CONFIG_NAME).is_file() or not _checkpoints(folder):
+    if recipe.run.resume == "never" or not _is_run(folder) or not list_checkpoints(folder / "checkpoints"):
         return
     saved = load_recipe(str(folder / CONFIG_NAME)).recipe
     for section, key in _SETTLED:
@@ -34,31 +44,61 @@ def settle_from(recipe: Recipe) -> None:
             setattr(getattr(recipe, section), key, getattr(getattr(saved, section), key))
 
 
-def find_resume(recipe: Recipe) -> Path | None:
-    """The checkpoint to go on from, or None to begin. Changes nothing.
+def find_resume(recipe: Recipe) -> Resume:
+    """The newest whole checkpoint to go on from. Changes nothing; reads every byte of it.
 
     Raises:
-        InputError: run.resume=must and there is none; the folder holds something that is no run, or a run with another
-            recipe.
+        InputError: run.resume=must and there is none; there are some, but all are damaged; the folder holds something that
+            is no run, or a run with another recipe.
     """
     folder = Path(recipe.run.dir)
-    found = _checkpoints(folder)
-    if recipe.run.resume == "must" and not found:
-        raise InputError(f"run.resume=must, but there is no checkpoint in {folder / 'checkpoints'}")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run.dir={folder} is a file")
     if _is_taken(folder) and not _is_run(folder):
         raise InputError(f"run.dir={folder} holds other files than a run's: choose another folder")
-    if recipe.run.resume == "never" or not found:
-        return None
-    differences = _differences(check_recipe(load_recipe(str(folder / CONFIG_NAME))), recipe)
-    if differences:
+    if recipe.run.resume == "never":
+        return Resume()
+    path, passed_over = newest_whole(folder / "checkpoints")
+    if path is None and passed_over:
         raise InputError.from_problems(
-            f"{folder} holds a run with another recipe, which this one cannot continue (give another run.dir, or "
-            f"run.resume=never to begin again; the old run is then kept beside it)",
-            differences,
+            f"no checkpoint of {folder} is whole; run.resume=never begins again, and keeps the old run beside the new one",
+            passed_over,
         )
-    return found[-1]
+    if path is None:
+        if recipe.run.resume == "must":
+            raise InputError(f"run.resume=must, but there is no checkpoint in {folder / 'checkpoints'}")
+        return Resume()
+    _check_same_run(folder, path, recipe)
+    return Resume(path, tuple(passed_over))
+
+
+def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
+    saved = check_recipe(load_recipe(str(path / RECIPE)))
+    differences = _differences(saved, recipe)
+    unknown = [key for key in recipe.run.allow_changes if key not in differences]
+    refused = {key: change for key, change in differences.items() if key not in recipe.run.allow_changes}
+    if refused:
+        raise InputError.from_problems(
+            f"{folder} holds a run with another recipe. To go on with the new values give "
+            f"run.allow_changes=[{','.join([*recipe.run.allow_changes, *refused])}]; otherwise give another run.dir, or "
+            f"run.resume=never to begin again (the old run is then kept beside it)",
+            [f"{key}: {was} -> {now}" for key, (was, now) in refused.items()],
+        )
+    position = json.loads((path / STATE).read_bytes())["progress"]["position"]
+    moved = [key for key in _ORDER if key in differences]
+    if moved and position:
+        raise InputError(
+            f"{', '.join(moved)} cannot change in the middle of an epoch (position {position}): samples would be seen "
+            f"twice, or not at all"
+        )
+    wrong = [key for key in unknown if not _is_compared(key)]
+    if wrong:
+        raise InputError(f"run.allow_changes: {', '.join(wrong)} is not a key that has to stay the same")
+
+
+def _is_compared(key: str) -> bool:
+    section, _, name = key.partition(".")
+    return section in OPEN_SECTIONS or name in _MATHEMATICS.get(section, [])
 
 
 def begin(folder: Path) -> Path | None:
@@ -77,10 +117,6 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return list_checkpoints(folder / "checkpoints")
-
-
 def _is_taken(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
@@ -89,17 +125,17 @@ def _is_run(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file()
 
 
-def _differences(saved: Recipe, given: Recipe) -> list[str]:
-    """Keys that change the mathematics of a run and differ, as "key: was -> is"."""
-    pairs = [
-        (f"{section}.{key}", getattr(getattr(saved, section), key), getattr(getattr(given, section), key))
+def _differences(saved: Recipe, given: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys that change the mathematics of a run and differ: what they were, and what they are."""
+    pairs = {
+        f"{section}.{key}": (getattr(getattr(saved, section), key), getattr(getattr(given, section), key))
         for section, keys in _MATHEMATICS.items()
         for key in keys
-    ]
+    }
     for section in OPEN_SECTIONS:
         before, after = getattr(saved, section), getattr(given, section)
-        pairs += [(f"{section}.{key}", before.get(key), after.get(key)) for key in {**before, **after}]
-    return [f"{key}: {was} -> {now}" for key, was, now in pairs if not _same(key, was, now)]
+        pairs |= {f"{section}.{key}": (before.get(key), after.get(key)) for key in {**before, **after}}
+    return {key: (was, now) for key, (was, now) in pairs.items() if not _same(key, was, now)}
 
 
 def _same(key: str, was: Any, now: Any) -> bool:

@@ -4,6 +4,7 @@ Everything that the loop uses is built in setup.py and comes in as a Run; everyt
 """
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -11,57 +12,66 @@ from torch import Tensor
 
 from shardstep.datasets.batches import GlobalBatch
 from shardstep.datasets.randomness import derived_seed
-from shardstep.trainer import checkpoint, runtime
+from shardstep.trainer import runtime
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.clip import Clip
 from shardstep.trainer.evaluate import Evaluation
 from shardstep.trainer.losses import Objective
 from shardstep.trainer.metrics import Stopwatch
+from shardstep.trainer.occasional import evaluate_now, save
 from shardstep.trainer.setup import Run
+from shardstep.trainer.skip import BadSteps
 
 
-def train(run: Run) -> Evaluation | None:
-    """Train until the recipe's duration is over; returns the last evaluation, or None if it was over before.
+@dataclass(frozen=True)
+class Outcome:
+    """How training came to an end: at its own (stopped=False) or on request, and its last evaluation, if there was one."""
+
+    stopped: bool
+    evaluation: Evaluation | None
+
+
+def train(run: Run) -> Outcome:
+    """Train until the recipe's duration is over, or all ranks have agreed to stop.
 
     Raises:
         TrainingFailed: the loss became NaN or infinite.
     """
-    state, plan, metrics = run.state, run.plan, run.metrics
-    if plan.is_over(state.progress):
-        return None
+    state, plan, metrics, requests = run.state, run.plan, run.metrics, run.requests
     clock = Stopwatch(already_s=state.wall_s)
-    metrics.restart_clock()
+    evaluation = evaluate_now(run, clock) if state.evaluation_due else None  # a stop came in its place
+    over = plan.is_over(state.progress)
+    if over or requests.stop:
+        return Outcome(stopped=not over or state.evaluation_due, evaluation=evaluation)
 
+    metrics.restart_clock()
     for batch in run.batches.from_position(state.progress.epoch, state.progress.position):
         before, waited_before_s = state.progress, run.batches.wait_s
         rate_factor = run.learning_rate.factor(before)
         if run.sample_log:
             batch = run.sample_log.watch(batch, before.step + 1)  # each rank writes its own file
-        sums = train_step(run.accelerator, state, batch, run.objective, rate_factor, run.clip, run.seed)
+        sums = train_step(run.accelerator, state, batch, run.objective, rate_factor, run.clip, run.bad_steps, run.seed)
         state.progress = after = plan.advance(before, batch.size)
+        state.lr = run.base_lr * rate_factor
         over = plan.is_over(after)
-        lr, epoch = run.base_lr * rate_factor, plan.epochs(after)
 
         waited_s = run.batches.wait_s - waited_before_s
         metrics.add(sums, batch.size, waited_s, state.optimizer.step_was_skipped)  # stays on the device
+        run.watchdog.beat(after.step, "training")
         run.display.advance(after.step)
         if over or plan.is_due(run.every.log, before, after):
-            metrics.write_train(after, epoch, sums, batch.size, lr)  # all ranks reduce, rank 0 writes
+            metrics.write_train(state, plan.epochs(after), sums, batch.size)  # all ranks reduce, rank 0 writes
+        requests.check()  # all ranks, about twice a second
+        improved = False
         if over or plan.is_due(run.every.evaluation, before, after):
-            evaluation = run.evaluate()  # all ranks
-            state.wall_s = clock.seconds()
-            metrics.write_evaluation(after, epoch, evaluation, lr, state.wall_s)
-            metrics.restart_clock()
-        if over or plan.is_due(run.every.checkpoint, before, after):
-            metrics.check_finite(after)  # all ranks reduce
-            state.wall_s = clock.seconds()
-            runtime.average_buffers(run.accelerator, state.module)  # all ranks
-            if run.accelerator.is_main_process:
-                checkpoint.save(state, run.checkpoints, run.keep_checkpoints)  # rank 0 only
-            metrics.restart_clock()
-        if over:
+            evaluation = evaluate_now(run, clock)  # all ranks; nothing if they are to stop
+            improved = state.best is not None and state.best["step"] == after.step
+        due = improved or plan.is_due(run.every.checkpoint, before, after)
+        if over or due or requests.stop or requests.save:
+            save(run, clock)  # all ranks enter, rank 0 writes
+        if over or requests.stop:
             break
-    return evaluation
+    return Outcome(stopped=not over or state.evaluation_due, evaluation=evaluation)
 
 
 def train_step(
@@ -71,20 +81,23 @@ def train_step(
     objective: Objective,
     rate_factor: float,
     clip: Clip,
+    bad_steps: BadSteps,
     seed: int,
-) -> Tensor:
+) -> Tensor | None:
     """Take one optimizer step on one global batch.
 
     The gradient is that of the mean loss over the whole batch, for shares of any size: each micro-batch contributes its
     sum times world_size / batch size, and DDP divides by world_size when it averages over the ranks.
 
     Returns:
-        This rank's sums over its share: loss and correct predictions; float64, shape (2,), on the device.
+        This rank's sums over its share: loss and correct predictions; float64, shape (2,), on the device. None if the
+        step was left out because it held no numbers.
     """
     # Dropout is a function of (seed, step, rank): a resumed run needs no generator's state.
     runtime.seed_generator(accelerator.device, derived_seed(seed, state.progress.step, accelerator.process_index))
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate_factor
+    bad_steps.begin(state)
 
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for micro_step, micro in enumerate(batch.micro_batches, start=1):
@@ -96,7 +109,9 @@ def train_step(
         with torch.no_grad():
             sums[0] += micro_loss
             sums[1] += objective.correct(outputs, micro.labels)
-    clip(accelerator, state)
-    state.optimizer.step()
+    bad = bad_steps.is_bad(accelerator, state, sums)  # all ranks agree
+    if not bad:
+        clip(accelerator, state)
+        state.optimizer.step()
     state.optimizer.zero_grad()
-    return sums
+    return None if bad else sums

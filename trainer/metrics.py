@@ -1,20 +1,22 @@
 """What the loop measures, to metrics.jsonl and those who read along. Sums stay on the device between log steps."""
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from shardstep.configs.durations import Progress
 from shardstep.configs.errors import TrainingFailed
+from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.evaluate import Evaluation
-from shardstep.trainer.runtime import reduce_sums
+from shardstep.trainer.runtime import gather_rows, reduce_sums
 
 _REMEDY = "Try a lower optimizer.lr, a schedule.warmup, train.clip_norm=1.0, or train.precision=fp32"
 
@@ -26,95 +28,103 @@ class Metrics:
         self,
         accelerator: Accelerator,
         path: Path,
+        state: TrainState,
         listeners: list[Callable[[dict[str, Any]], None]],
+        warn: Callable[[str], None],
         has_accuracy: bool = True,
     ):
         """
         Args:
             accelerator: the world.
-            path: metrics.jsonl.
+            path: metrics.jsonl; what is in it already was written by this run before it was resumed.
+            state: of the run, with what was counted before.
             listeners: called on rank 0 with every line.
+            warn: told when lines cannot be written.
             has_accuracy: whether predictions can be correct; a reconstruction cannot.
         """
         self._accelerator = accelerator
         self._has_accuracy = has_accuracy
-        self._file: TextIO | None = path.open("a") if accelerator.is_main_process else None
+        self._lines = LineFile(path, warn) if accelerator.is_main_process else None
         self._listeners = listeners
-        self._since_evaluation = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-        self._samples_since_evaluation = 0
+        own = state.sums[accelerator.process_index] if state.sums else [0.0, 0.0]
+        self._since_evaluation = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
+        self._samples_since_evaluation = state.samples_in_sums
         self._window_samples, self._window_s, self._window_wait_s = 0, 0.0, 0.0
-        self._skipped_steps = 0
+        self._skipped_updates = 0
         self._mark = time.perf_counter()
-        self.last_train: dict[str, Any] = {}
-        self.last_epoch: dict[str, Any] = {}
+        self.last_train, self.last_evaluation = _last_lines(path)
 
-    def add(self, sums: Tensor, size: int, wait_s: float, skipped: bool) -> None:
+    def add(self, sums: Tensor | None, size: int, wait_s: float, skipped: bool) -> None:
         """Count one step.
 
         Args:
-            sums: this rank's loss and correct predictions.
+            sums: this rank's loss and correct predictions; None if the step was left out.
             size: of the global batch.
             wait_s: seconds without data.
             skipped: whether fp16's scaler left out the update, because the gradient overflowed.
         """
-        self._skipped_steps += skipped
-        self._since_evaluation += sums
-        self._samples_since_evaluation += size
+        if sums is not None:
+            self._skipped_updates += skipped
+            self._since_evaluation += sums
+            self._samples_since_evaluation += size
         now = time.perf_counter()
         self._window_s += now - self._mark
         self._window_samples += size
         self._window_wait_s += wait_s
         self._mark = now
 
-    def check_finite(self, progress: Progress) -> None:
-        """Make sure that no step since the last evaluation has left the numbers, before a state is saved. All reduce.
+    def give_sums(self, state: TrainState) -> None:
+        """Put what was counted since the last evaluation into a state that is about to be saved. All ranks gather.
 
         Raises:
-            TrainingFailed: one has.
+            TrainingFailed: a step since the last evaluation has left the numbers: the state is not worth saving.
         """
-        (total,) = reduce_sums(self._accelerator, [self._since_evaluation])
-        if not math.isfinite(total[0].item()):
-            raise TrainingFailed(f"the loss of a step up to step {progress.step} was NaN or infinite. {_REMEDY}")
+        state.sums = gather_rows(self._accelerator, self._since_evaluation)
+        state.samples_in_sums = self._samples_since_evaluation
+        if not all(math.isfinite(loss) for loss, _ in state.sums):
+            raise TrainingFailed(f"the loss of a step up to step {state.progress.step} was NaN or infinite. {_REMEDY}")
 
     def restart_clock(self) -> None:
         """Leave out of the training rate what has happened since the last step."""
         self._mark = time.perf_counter()
 
-    def write_train(self, progress: Progress, epoch: float, sums: Tensor, size: int, lr: float) -> None:
+    def write_train(self, state: TrainState, epoch: float, sums: Tensor | None, size: int) -> None:
         """Write a train line about the step that was just added. All ranks reduce.
 
         Raises:
             TrainingFailed: the loss of the step is NaN or infinite.
         """
-        (total,) = reduce_sums(self._accelerator, [sums])
-        loss, accuracy = (total / size).tolist()  # waits for the device: only on log steps
+        loss, accuracy = None, None
+        if sums is not None:
+            (total,) = reduce_sums(self._accelerator, [sums])
+            loss, accuracy = (total / size).tolist()  # waits for the device: only on log steps
         self._window_s += time.perf_counter() - self._mark
         self.restart_clock()
         line = {
             "kind": "train",
-            "step": progress.step,
+            "step": state.progress.step,
             "epoch": round(epoch, 6),
-            "samples": progress.samples,
+            "samples": state.progress.samples,
             "loss": loss,
             "accuracy": accuracy if self._has_accuracy else None,
-            "lr": lr,
+            "lr": state.lr,
             "samples_per_s": round(self._window_samples / self._window_s, 1),
             "data_wait_share": round(self._window_wait_s / self._window_s, 4),
         }
         self._window_samples, self._window_s, self._window_wait_s = 0, 0.0, 0.0
-        if self._skipped_steps:
-            line["skipped_steps"] = self._skipped_steps  # by fp16's scaler, since this process started
-        if not math.isfinite(loss):
+        if self._skipped_updates:
+            line["skipped_updates"] = self._skipped_updates  # by fp16's scaler, since this process started
+        if state.skipped_steps:
+            line["skipped_steps"] = state.skipped_steps  # whose loss was no number, since the start of the run
+        if loss is not None and not math.isfinite(loss):
             self._record(line)
             raise TrainingFailed(
-                f"the loss is {loss} at step {progress.step} (epoch {epoch:.2f}, rate {lr:g}). {_REMEDY}"
+                f"the loss is {loss} at step {state.progress.step} (epoch {epoch:.2f}, rate {state.lr:g}). {_REMEDY}"
             )
         self.last_train = line
         self._write(line)
 
-    def write_evaluation(
-        self, progress: Progress, epoch: float, evaluation: Evaluation, lr: float, wall_s: float
-    ) -> None:
+    def write_evaluation(self, state: TrainState, epoch: float, evaluation: Evaluation) -> None:
         """Write an evaluation line, with the means over the training samples since the last one. All ranks reduce.
 
         Raises:
@@ -122,36 +132,39 @@ class Metrics:
         """
         (total,) = reduce_sums(self._accelerator, [self._since_evaluation])
         train_loss, train_accuracy = (total / max(self._samples_since_evaluation, 1)).tolist()
-        if self._samples_since_evaluation:
-            self.last_epoch = {
-                "epoch_loss": train_loss,
-                "epoch_accuracy": train_accuracy if self._has_accuracy else None,
-            }
         self._since_evaluation.zero_()
         self._samples_since_evaluation = 0
         line = {
             "kind": "eval",
-            "step": progress.step,
+            "step": state.progress.step,
             "epoch": round(epoch, 6),
-            "samples": progress.samples,
+            "samples": state.progress.samples,
             "loss": evaluation.loss,
             "accuracy": evaluation.accuracy,
             "top5": evaluation.top5,
-            "lr": lr,
-            "train_loss": self.last_epoch.get("epoch_loss"),
-            "train_accuracy": self.last_epoch.get("epoch_accuracy"),
+            "lr": state.lr,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy if self._has_accuracy else None,
             "per_class_accuracy": evaluation.per_class_accuracy,
-            "wall_s": round(wall_s, 3),
+            "wall_s": round(state.wall_s, 3),
         }
         if not (math.isfinite(evaluation.loss) and math.isfinite(train_loss)):
             self._record(line)
-            raise TrainingFailed(f"the test loss is {evaluation.loss} at step {progress.step} (rate {lr:g}). {_REMEDY}")
+            raise TrainingFailed(
+                f"the test loss is {evaluation.loss} at step {state.progress.step} (rate {state.lr:g}). {_REMEDY}"
+            )
+        self.last_evaluation = line
         self._write(line)
+
+    def sync(self) -> None:
+        """Wait until all lines would survive a power cut, as the checkpoint will that is about to be written."""
+        if self._lines:
+            self._lines.sync()
 
     def close(self) -> None:
         """Close the file."""
-        if self._file:
-            self._file.close()
+        if self._lines:
+            self._lines.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         self._record(line)
@@ -160,9 +173,38 @@ class Metrics:
                 listener(line)
 
     def _record(self, line: dict[str, Any]) -> None:
-        if self._file:
-            self._file.write(json.dumps(_finite(line)) + "\n")
-            self._file.flush()
+        if self._lines:
+            self._lines.append(json.dumps(_finite(line)))
+
+
+class LineFile:
+    """Lines appended to a file. While it cannot be written, on a full disk say, they are kept and come with the next."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None]):
+        self._path, self._warn = path, warn
+        self._file = path.open("ab", buffering=0)
+        self._pending, self._fails = b"", False
+
+    def append(self, line: str) -> None:
+        """Write a line, after those that are pending."""
+        self._pending += line.encode() + b"\n"
+        try:
+            while self._pending:  # a write may end in the middle of a line: the next one begins there
+                self._pending = self._pending[self._file.write(self._pending) :]
+            self._fails = False
+        except OSError as error:
+            if not self._fails:
+                self._warn(f"{self._path} cannot be written, its lines are kept in memory for now: {error.strerror}")
+            self._fails = True
+
+    def sync(self) -> None:
+        """Wait until all lines would survive a power cut."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class Stopwatch:
@@ -176,20 +218,44 @@ class Stopwatch:
         return time.perf_counter() - self._start
 
 
-def cut_lines(path: Path, step: int) -> None:
-    """Drop the lines of a .jsonl file after a step: what a run that ended between checkpoints will do again."""
+def cut_lines(path: Path, step: int, evaluation_due: bool) -> None:
+    """Drop the lines of a .jsonl file that a resumed run will write again.
+
+    Args:
+        path: the file; nothing is done if there is none.
+        step: that of the checkpoint: all later lines go.
+        evaluation_due: whether the evaluation at `step` goes, too.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        content = _parse(line)
+        again = evaluation_due and content.get("kind") == "eval" and content["step"] == step
+        if content.get("step", math.inf) <= step and not again:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+
+
+def _last_lines(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last train and the last evaluation line; empty where there is none."""
+    found: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in lines))
-        partial.replace(path)
+        for line in path.read_text().splitlines():
+            content = _parse(line)
+            if content.get("kind") in found:
+                found[content["kind"]] = content
+    return found["train"], found["eval"]
 
 
-def _step_of(line: str) -> float:
+def _parse(line: str) -> dict[str, Any]:
     try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):  # the last line of a killed run may be cut
-        return math.inf
+        content = json.loads(line)
+    except json.JSONDecodeError:  # the last line of a killed run may be cut
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ environment or imports torch.distributed.
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -111,6 +111,29 @@ def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Modul
     """Put a model on its device, with autocast around its forward pass."""
     _autocast_fp16_on_cpu(accelerator, module)
     return accelerator.prepare_model(module, evaluation_mode=True)
+
+
+def settle_buckets(
+    accelerator: Accelerator, model: nn.Module, backward_loss: Callable[[Tensor], Tensor], images: Tensor
+) -> None:
+    """One pass whose gradient is thrown away, so that a resumed run adds up gradients in the order of the first one.
+
+    DDP arranges its buckets anew after its first backward pass; from three ranks on, gloo then sums in another order.
+
+    Args:
+        accelerator: the world; with one rank there is nothing to do.
+        model: wrapped.
+        backward_loss: of the model's outputs.
+        images: a small batch.
+    """
+    if accelerator.num_processes == 1:
+        return
+    kept = [buffer.clone() for buffer in model.buffers()]
+    accelerator.backward(backward_loss(model(images)))
+    with torch.no_grad():
+        for buffer, before in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(before)
+    model.zero_grad()
 
 
 def _autocast_fp16_on_cpu(accelerator: Accelerator, module: nn.Module) -> None:
@@ -256,6 +279,86 @@ def raise_together(world: PartialState, problem: InputError | None) -> None:
                 for message, ranks in ranks_of.items()
             )
         )
+
+
+def agree(world: PartialState) -> Callable[[list[int]], list[int]]:
+    """A function that gives the largest of all ranks' numbers, place by place; every rank calls it. On the host."""
+    if world.num_processes == 1:
+        return lambda numbers: numbers
+    # Beside NCCL there is a group for the host's own talk, so that no rank has to wait for its GPU to take part.
+    group: Any = dist.new_group(backend="gloo") if world.device.type == "cuda" else None
+
+    def largest(numbers: list[int]) -> list[int]:
+        values = torch.tensor(numbers)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
+        return values.tolist()
+
+    return largest
+
+
+class Board:
+    """Notes that ranks leave for each other in the launcher's store, without waiting for one another."""
+
+    def __init__(self, world: PartialState):
+        self.rank, self._world_size = world.process_index, world.num_processes
+        self._store: dist.Store | None = None
+        self._verdict = False
+        if self._world_size > 1:
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restarted rank
+            self._store = dist.PrefixStore(f"shardstep-{attempt}", dist.distributed_c10d._get_default_store())
+
+    def exchange(self, note: str) -> dict[int, str]:
+        """Leave this rank's note and read those of all ranks that have left one."""
+        if self._store is None:
+            return {0: note}
+        try:
+            self._store.set(f"note-{self.rank}", note)
+            present = [rank for rank in range(self._world_size) if self._store.check([f"note-{rank}"])]
+            notes = self._store.multi_get([f"note-{rank}" for rank in present])
+        except (
+            dist.DistError,
+            RuntimeError,
+        ):  # the rank or agent that keeps the store is gone: its end will be noticed
+            return {self.rank: note}
+        return {rank: text.decode() for rank, text in zip(present, notes, strict=True)}
+
+    def claim_verdict(self) -> bool:
+        """Whether this rank is the first to call the run hung."""
+        if self._store is None:
+            return True
+        try:
+            return self._store.add("verdict", 1) == 1
+        except (dist.DistError, RuntimeError):
+            return True
+
+    def verdict(self) -> bool:
+        """Whether some rank has called the run hung."""
+        try:
+            return self._store is not None and self._store.check(["verdict"])
+        except (dist.DistError, RuntimeError):
+            return False
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank has left a collective."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def has_agent() -> bool:
+    """Whether a launcher started this process and reports any exit code but 0 as a failure."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def gather_buffers(accelerator: Accelerator, flat: Tensor) -> Tensor | None:
+    """The vectors of all ranks as rows on the host; None where there is one rank, or nothing in them. All ranks."""
+    if accelerator.num_processes == 1 or not flat.numel():
+        return None
+    return accelerator.gather(flat.to(accelerator.device).unsqueeze(0)).cpu()
+
+
+def gather_rows(accelerator: Accelerator, values: Tensor) -> list[list[float]]:
+    """A float64 vector of each rank, by rank. All ranks."""
+    return accelerator.gather(values.unsqueeze(0)).tolist()
 
 
 def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:

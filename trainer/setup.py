@@ -2,7 +2,8 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from shardstep.trainer.clip import Clip
 from shardstep.trainer.data import Data
 from shardstep.trainer.display import Display
 from shardstep.trainer.evaluate import Evaluation, TestBatches, evaluate
-from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, begin, find_resume
+from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, Resume, begin, find_resume
 from shardstep.trainer.losses import Objective, build_objective, check_outputs
 from shardstep.trainer.metrics import Metrics, cut_lines
 from shardstep.trainer.models import build_model
@@ -40,9 +41,13 @@ from shardstep.trainer.precision import (
     check_precision,
     measure,
 )
+from shardstep.trainer.preempt import Requests, StopRequest
 from shardstep.trainer.sample_log import SampleLog
+from shardstep.trainer.saver import Saver
 from shardstep.trainer.schedules import LearningRate
+from shardstep.trainer.skip import BadSteps
 from shardstep.trainer.tracking import WandbTracker
+from shardstep.trainer.watchdog import Watchdog
 
 T = TypeVar("T")
 _INITIALIZE_SAMPLES = 5000  # training images that data-dependent initialisation looks at
@@ -77,44 +82,56 @@ class Run:
     metrics: Metrics
     display: Display
     tracker: WandbTracker | None
+    bad_steps: BadSteps
+    requests: Requests
+    saver: Saver
+    watchdog: Watchdog
     sample_log: SampleLog | None
     probed_s: dict[Compute, float]
 
-    def evaluate(self) -> Evaluation:
-        """Evaluate the model as it is now on the test set; all ranks together."""
-        return evaluate(
+    def evaluate(self) -> Evaluation | None:
+        """Evaluate the model as it is now on the test set; None if all are to stop. All ranks together."""
+        self.requests.restart()
+
+        def stop_requested() -> bool:
+            self.watchdog.beat(self.state.progress.step, "evaluating")
+            return self.requests.check()
+
+        evaluation = evaluate(
             self.accelerator,
             self.state.module,
             self.test_batches,
             self.objective,
             self.data.test.manifest.samples,
             self.data.num_classes,
+            stop_requested,
         )
+        self.requests.restart()
+        return evaluation
 
     @property
     def seed(self) -> int:
         return self.recipe.run.seed
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
 
-    @property
-    def keep_checkpoints(self) -> int:
-        return self.recipe.checkpoint.keep
-
-
-def build(world: PartialState, recipe: Recipe, display: Display) -> Run:
+def build(world: PartialState, recipe: Recipe, display: Display, request: StopRequest | None = None) -> Run:
     """Build a run. Every rank calls it; a problem of any rank is raised on all.
 
     Choices of `auto` are settled here and written into the recipe, and with it to config.yaml.
+
+    Args:
+        world: that came up.
+        recipe: checked.
+        display: for notes and warnings.
+        request: what signals have told this process; None where none are listened to.
 
     Raises:
         InputError: the data, the model and the number of ranks do not fit together, or the run's folder is taken.
     """
     folder = Path(recipe.run.dir)
-    resume_from = together(world, lambda: find_resume(recipe) if world.is_main_process else None)
-    resume_from = runtime.broadcast_object(world, resume_from)
+    request = request or StopRequest()
+    resume = together(world, lambda: find_resume(recipe) if world.is_main_process else Resume())
+    resume = runtime.broadcast_object(world, resume)
     train, test = together(world, lambda: data.open_both(recipe.data))
     plan = together(
         world,
@@ -123,21 +140,30 @@ def build(world: PartialState, recipe: Recipe, display: Display) -> Run:
     recipe.train.device = world.device.type
     recipe.data.mode = runtime.broadcast_object(world, data.choose_mode(recipe.data, train, test, world.device))
     loaded = together(world, lambda: data.load(recipe, train, test, world.device))
-    module = together(world, lambda: initial_model(recipe, loaded, world.device, display, resume_from is not None))
+    module = together(world, lambda: initial_model(recipe, loaded, world.device, display, resume.path is not None))
     objective = build_objective(recipe.loss, recipe.model)
     probed_s = _settle_compute(world, recipe, module, objective, loaded, plan, display)
 
     accelerator, state = together(world, lambda: prepare(recipe, module))
+    _settle_buckets(accelerator, state, objective, loaded)
     state.fingerprint = train.manifest.fingerprint
-    if resume_from:
-        together(world, lambda: checkpoint.load(state, resume_from))
-        display.note(f"resuming from {resume_from}")
-    _claim_folder(accelerator, resume_from is None, recipe, loaded, state, display)
+    for problem in resume.passed_over:
+        display.warn(f"passed over, because it is not whole: {problem}")
+    if resume.path:
+        path, rank, ranks = resume.path, world.process_index, world.num_processes
+        together(world, lambda: checkpoint.load(state, path, rank, ranks))
+        if state.progress.position >= plan.samples_per_epoch:  # of an epoch that another batch size makes shorter
+            state.progress = replace(state.progress, epoch=state.progress.epoch + 1, position=0)
+        display.note(f"resuming from {path}")
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    state.starts.append({"step": state.progress.step, "world_size": world.num_processes, "time": now})
+    _claim_folder(accelerator, resume.path is None, recipe, loaded, state, display)
 
     listeners: list[Callable[[dict[str, Any]], None]] = [lambda line: display.line(line, plan.total_steps)]
     tracker = None
     if recipe.log.wandb != "disabled" and accelerator.is_main_process:
-        tracker = WandbTracker(recipe, folder, display.warn)
+        tracker = WandbTracker(recipe, folder, display.warn, state.wandb_id)
+        state.wandb_id = tracker.run_id
         listeners.append(tracker.log)
     return Run(
         recipe=recipe,
@@ -155,9 +181,15 @@ def build(world: PartialState, recipe: Recipe, display: Display) -> Run:
         base_lr=float(recipe.optimizer["lr"]),
         clip=Clip(recipe.train.clip_norm, recipe.train.clip_value),
         every=Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every))),
-        metrics=Metrics(accelerator, folder / "metrics.jsonl", listeners, has_accuracy=not objective.reconstructs),
+        metrics=Metrics(
+            accelerator, folder / "metrics.jsonl", state, listeners, display.warn, not objective.reconstructs
+        ),
         display=display,
         tracker=tracker,
+        bad_steps=BadSteps(recipe.train),
+        requests=Requests(request, folder, world.is_main_process, runtime.agree(world)),
+        saver=Saver(folder / "checkpoints", recipe.checkpoint.keep, display.warn),
+        watchdog=Watchdog(runtime.Board(world), folder, recipe.run.hang_timeout, request, display.tell),
         sample_log=SampleLog(folder, accelerator.process_index, train) if recipe.log.sample_keys else None,
         probed_s=probed_s,
     )
@@ -219,6 +251,13 @@ def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]
     optimizer = build_optimizer(recipe.optimizer, module, has_scaler=accelerator.scaler is not None)
     model, prepared = runtime.wrap(accelerator, module, optimizer)
     return accelerator, TrainState(module, model, prepared, accelerator.scaler)
+
+
+def _settle_buckets(accelerator: Accelerator, state: TrainState, objective: Objective, loaded: Data) -> None:
+    channels, height, width = loaded.image_shape
+    images = torch.zeros(2, channels, height, width, device=accelerator.device)
+    labels = torch.zeros(2, dtype=torch.long, device=accelerator.device)
+    runtime.settle_buckets(accelerator, state.model, lambda outputs: objective.loss(outputs, images, labels), images)
 
 
 def make_test_batches(
@@ -305,8 +344,9 @@ def _claim_folder(
                 display.note(f"the run that was in {folder} is now in {aside}")
             save_recipe(recipe, folder / CONFIG_NAME)
             shutil.copyfile(loaded.train.path / manifest.MANIFEST_NAME, folder / MANIFEST_NAME)
+            checkpoint.sweep(folder / "checkpoints")
             for lines in folder.glob("*.jsonl"):
-                cut_lines(lines, state.progress.step)
+                cut_lines(lines, state.progress.step, state.evaluation_due)
         except OSError as error:
             problem = InputError(f"run.dir={folder} cannot be used: {error}")
     runtime.raise_together(accelerator, problem)

@@ -10,6 +10,7 @@ from shardstep.trainer.setup import Run
 def write_summary(run: Run, status: str, evaluation: Evaluation | None) -> dict[str, Any]:
     """Write summary.json; status is finished, preempted or failed. Called on rank 0."""
     recipe, state, manifest = run.recipe, run.state, run.data.train.manifest
+    train, last_evaluation = run.metrics.last_train, run.metrics.last_evaluation
     summary = {
         "status": status,
         "step": state.progress.step,
@@ -18,14 +19,16 @@ def write_summary(run: Run, status: str, evaluation: Evaluation | None) -> dict[
         "device": recipe.train.device,
         "precision": recipe.train.precision,
         "train": {
-            key: run.metrics.last_train.get(key) for key in ("loss", "accuracy", "samples_per_s", "data_wait_share")
-        }
-        | run.metrics.last_epoch,
+            **{key: train.get(key) for key in ("loss", "accuracy", "samples_per_s", "data_wait_share")},
+            "epoch_loss": last_evaluation.get("train_loss"),
+            "epoch_accuracy": last_evaluation.get("train_accuracy"),
+        },
         "eval": {"loss": evaluation.loss, "accuracy": evaluation.accuracy, "top5": evaluation.top5}
         if evaluation
         else None,
         "wall_s": round(state.wall_s, 3),
-        "restarts": state.restarts,
+        "restarts": max(len(state.starts) - 1, 0),
+        "best": state.best,
         "data": {
             "mode": recipe.data.mode,
             "source": manifest.made.get("source"),

@@ -1,20 +1,30 @@
 """Weights & Biases on rank 0: a copy of what metrics.jsonl holds. A tracker that fails is left behind, never the run."""
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shardstep.configs.schema import Recipe
 
+_FINISH_S = 60.0  # to send what is left
+
 
 class WandbTracker:
     """One run in Weights & Biases, online or as files below the run's folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path, warn: Callable[[str], None]):
-        """`warn` is told once if wandb fails; after that, nothing more is sent."""
+    def __init__(self, recipe: Recipe, folder: Path, warn: Callable[[str], None], run_id: str | None = None):
+        """
+        Args:
+            recipe: with the settings of its log section, and as the run's config.
+            folder: of the run.
+            warn: told once if wandb fails; after that, nothing more is sent.
+            run_id: of the run in Weights & Biases that this one continues.
+        """
         self._warn = warn
         self._run: Any = None
+        self.run_id = run_id
         self._guard(lambda: self._start(recipe, folder))
 
     def log(self, line: dict[str, Any]) -> None:
@@ -33,7 +43,14 @@ class WandbTracker:
             self._run.summary.update(summary)
             self._run.finish(exit_code=int(failed))
 
-        self._guard(close)
+        # The service may have been ended by the signal that ends the run, and an answer may never come.
+        closing = threading.Thread(target=self._guard, args=(close,), name="wandb-finish", daemon=True)
+        closing.start()
+        closing.join(_FINISH_S)
+        if closing.is_alive():
+            self._warn(
+                f"wandb has not finished after {_FINISH_S:.0f} s and is left behind; metrics.jsonl has everything"
+            )
 
     def _start(self, recipe: Recipe, folder: Path) -> None:
         import wandb  # half a second, and opentelemetry with it: only where it is wanted
@@ -46,7 +63,11 @@ class WandbTracker:
             config=dataclasses.asdict(recipe),
             dir=str(folder),
             mode="offline" if recipe.log.wandb == "offline" else "online",
+            id=self.run_id,
+            # offline, pieces with one id become one run when they are synced
+            resume="allow" if self.run_id and recipe.log.wandb == "online" else None,
         )
+        self.run_id = self._run.id
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Run an action unless an earlier one failed."""

@@ -1,0 +1,164 @@
+"""Kill a training run again and again, at random moments and at the file operations of its saves, until it ends.
+
+    python -m tests.kill_drill --kills 1000
+
+A run that was killed any number of times must end with the weights and the logged losses of one that was not.
+"""
+
+import argparse
+import itertools
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import context, free_port, join_world
+from tests.runs import read_lines, write_recipe
+
+CHECKPOINT_STEPS = 3
+_OPERATIONS = (
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+)  # as sys.addaudithook names them
+
+SECTIONS: dict[str, Any] = {
+    "model": {"name": "mlp", "hidden": [16], "dropout": 0.2},
+    "optimizer": {"name": "adam", "lr": 0.01},
+    "data": {"augment": ["flip", {"name": "translate", "pixels": 2}]},
+    "checkpoint": {"every": f"{CHECKPOINT_STEPS} steps", "keep": 2},
+    "train": {"duration": "6 epochs", "global_batch_size": 20, "max_micro_batch": 4},
+    "eval": {"every": "7 steps"},
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a process dies: after some seconds, or before its n-th operation on a file of the checkpoints."""
+
+    seconds: float | None = None
+    operation: int | None = None
+
+
+def start(world_size: int, recipe: Path, moment: Moment) -> list[Any]:
+    """Start ranks, of which rank 0 dies before the operation of `moment`, if it has one."""
+    port = free_port()
+    processes = [
+        context.Process(target=_train, args=(rank, world_size, port, str(recipe), moment)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_until_killed(world_size: int, recipe: Path, moment: Moment) -> bool:
+    """One life of a run; returns whether it came to its end."""
+    processes = start(world_size, recipe, moment)
+    deadline = time.monotonic() + (120 if moment.seconds is None else moment.seconds)
+    while time.monotonic() < deadline and processes[0].is_alive():
+        time.sleep(0.005)
+    if moment == Moment():
+        assert not processes[0].is_alive(), "the run did not come to its end"
+    for process in processes:
+        process.kill() if processes[0].exitcode != 0 else process.join(20)
+        process.join()
+    codes = {process.exitcode for process in processes}
+    assert codes <= {0, 1, -signal.SIGKILL}, codes
+    return codes == {0}
+
+
+def drill(folder: Path, shards: Path, world_size: int, moments: list[Moment]) -> int:
+    """Kill a run at each of the moments in turn until it ends, and compare it with one that is left alone.
+
+    Returns:
+        How often it was killed.
+    """
+    from shardstep.trainer import checkpoint
+
+    whole, killed = (write_recipe(folder / name, shards, **SECTIONS) for name in ("whole", "killed"))
+    assert run_until_killed(world_size, whole, Moment())
+    checkpoints, newest, kills, ended = folder / "killed" / "run" / "checkpoints", -1, 0, False
+    for moment in itertools.chain(moments, [Moment()]):
+        ended = run_until_killed(world_size, killed, moment)
+        kills += not ended
+        found = [path for path in checkpoint.list_checkpoints(checkpoints) if not checkpoint.problems_of(path)]
+        assert found == checkpoint.list_checkpoints(checkpoints), "a checkpoint that is not whole has its final name"
+        now = checkpoint.step_of(found[-1]) if found else -1
+        assert now >= newest, f"the newest checkpoint was that of step {newest}, now it is {now}"
+        newest = now
+        if ended:
+            break
+    assert ended, "the run did not end when nothing killed it"
+    one, other = folder / "whole" / "run", folder / "killed" / "run"
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    compared = ("kind", "step", "epoch", "samples", "loss", "accuracy", "lr", "train_loss", "per_class_accuracy")
+    first, second = (
+        [{key: line.get(key) for key in compared} for line in read_lines(run / "metrics.jsonl")] for run in (one, other)
+    )
+    assert first == second
+    return kills
+
+
+def random_moments(generator: random.Random, count: int, longest_s: float) -> list[Moment]:
+    """Half of them in time, half at file operations."""
+    return [
+        Moment(seconds=generator.uniform(0.2, longest_s)) if generator.random() < 0.5
+        else Moment(operation=generator.randint(1, 120))
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def _train(rank: int, world_size: int, port: int, recipe: str, moment: Moment) -> None:
+    join_world(rank, world_size, port)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+    if rank == 0 and moment.operation is not None:
+        _die_before(moment.operation)
+    from shardstep.launch.train import main
+
+    sys.exit(main([recipe]))
+
+
+def _die_before(operation: int) -> None:
+    count = itertools.count(1)
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in _OPERATIONS and "checkpoints" in str(arguments[0]) and next(count) == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def main() -> None:
+    """Kill as often as asked for, over worlds of 1, 2 and 3 ranks."""
+    from shardstep.datasets.write import write_shards
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    generator, kills = random.Random(given.seed), 0
+    with tempfile.TemporaryDirectory(prefix="shardstep-kills-") as name:
+        folder = Path(name)
+        os.environ["SHARDSTEP_CACHE"] = str(folder / "cache")
+        for split, count in (("train", 101), ("test", 53)):
+            write_shards(f"synthetic:{count}", split, folder / "shards" / split, samples_per_shard=20)
+        for number in itertools.count():
+            if kills >= given.kills:
+                break
+            world_size = 1 + number % 3
+            kills += drill(folder / str(number), folder / "shards", world_size, random_moments(generator, 20, 4.0))
+            print(f"run {number} on {world_size} ranks: equal; {kills} kills so far", flush=True)
+
+
+if __name__ == "__main__":
+    main()

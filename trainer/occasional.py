@@ -1,0 +1,44 @@
+"""What the loop does now and then, with all ranks: evaluate, and save."""
+
+from shardstep.configs.load import recipe_text
+from shardstep.trainer import checkpoint, runtime
+from shardstep.trainer.evaluate import Evaluation
+from shardstep.trainer.metrics import Stopwatch
+from shardstep.trainer.setup import Run
+
+
+def evaluate_now(run: Run, clock: Stopwatch) -> Evaluation | None:
+    """Evaluate where the run is and write it down; None if the ranks are to stop. All ranks."""
+    state, plan, metrics = run.state, run.plan, run.metrics
+    state.evaluation_due = True
+    evaluation = None if run.requests.stop else run.evaluate()
+    if evaluation is None:
+        return None
+    state.evaluation_due = False
+    state.wall_s = clock.seconds()
+    score = -evaluation.loss if evaluation.accuracy is None else evaluation.accuracy
+    if state.best is None or score > state.best["score"]:
+        state.best = {
+            "step": state.progress.step,
+            "score": score,
+            "loss": evaluation.loss,
+            "accuracy": evaluation.accuracy,
+        }
+    metrics.write_evaluation(state, plan.epochs(state.progress), evaluation)
+    metrics.restart_clock()
+    return evaluation
+
+
+def save(run: Run, clock: Stopwatch) -> None:
+    """Begin to save the state as it is now; the next steps need not wait for the disk. All ranks."""
+    state, metrics, accelerator = run.state, run.metrics, run.accelerator
+    run.watchdog.beat(state.progress.step, "saving")
+    metrics.give_sums(state)  # all ranks gather
+    state.wall_s = clock.seconds()
+    buffers = runtime.gather_buffers(accelerator, checkpoint.flatten_buffers(state.module))  # all ranks
+    if accelerator.is_main_process:
+        metrics.sync()  # lines are on disk before a checkpoint says so
+        run.saver.save(checkpoint.take_snapshot(state, recipe_text(run.recipe), accelerator.num_processes, buffers))
+        run.requests.obeyed()
+    run.requests.restart()
+    metrics.restart_clock()

@@ -1,0 +1,113 @@
+"""Requests to stop: signals, and files in the run's folder. Noted at once, obeyed between steps by all ranks together.
+
+Nothing here imports torch: the handlers are installed before the seconds that its import takes.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+STOP_FILE, SAVE_FILE = "STOP", "SAVE"
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_INTERVAL_S = 0.5  # between two looks at files and other ranks
+_MOST_CALLS = 100  # between two looks: a GPU's steps look faster than they are, until its queue is full
+
+Agree = Callable[[list[int]], list[int]]
+"""The largest of all ranks' numbers, place by place; every rank calls it."""
+
+
+class StopRequest:
+    """What this process was told by signals. A second one changes nothing."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._wakeup: int | None = None
+        self._parent = os.getppid()
+
+    def install(self) -> None:
+        """Note SIGTERM and SIGUSR1 from now on, even if they come while the process is starting."""
+        for number in _SIGNALS:
+            signal.signal(number, self._note)
+        # The handler runs between two lines of Python, which a hung collective never reaches; a pipe is written at once.
+        self._wakeup, written = os.pipe()
+        for end in (self._wakeup, written):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+
+    def note_interrupts(self) -> None:
+        """From now on Ctrl-C is a request like the others; while the process is starting it ends it."""
+        signal.signal(signal.SIGINT, self._note)
+
+    def has_come(self) -> bool:
+        """Whether a signal has arrived, or the launcher is gone, though the main thread may not have come to note it."""
+        if self.reason is None and self._wakeup is not None:
+            try:
+                received = os.read(self._wakeup, 64)
+            except BlockingIOError:
+                received = b""
+            names = [signal.Signals(number).name for number in received if number in (*_SIGNALS, signal.SIGINT)]
+            if names:
+                self.reason = names[0]
+            elif os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
+                self.reason = "the launcher's end"
+        return self.reason is not None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is None:
+            self.reason = signal.Signals(number).name
+
+
+class Requests:
+    """What all ranks have agreed to do. `stop` and `save` change between two calls of `check`, on all ranks alike."""
+
+    def __init__(self, request: StopRequest, folder: Path, is_main: bool, agree: Agree):
+        """
+        Args:
+            request: this process's.
+            folder: of the run; rank 0 looks for STOP and SAVE in it.
+            is_main: whether this is rank 0.
+            agree: exchanges numbers with the other ranks.
+        """
+        self._request, self._folder, self._is_main, self._agree = request, folder, is_main, agree
+        self._calls, self._previous_call, self._next_call = 0, 0, 1
+        self._previous_s = time.monotonic()
+        self.stop = False
+        self.save = False
+
+    def restart(self) -> None:
+        """Look again at the next call: what follows takes another time than what was before."""
+        self._next_call = self._calls + 1
+        self._previous_call, self._previous_s = self._calls, time.monotonic()
+
+    def check(self) -> bool:
+        """Called equally often on every rank; talks to the others about twice a second. Returns `stop`."""
+        self._calls += 1
+        if self.stop or self._calls < self._next_call:
+            return self.stop
+        stop, save = self._request.has_come(), False
+        if self._is_main:
+            stop = stop or (self._folder / STOP_FILE).exists()
+            save = (self._folder / SAVE_FILE).exists()
+        seconds_per_call = (time.monotonic() - self._previous_s) / (self._calls - self._previous_call)
+        pause = max(1, min(int(_INTERVAL_S / max(seconds_per_call, 1e-6)), _MOST_CALLS)) if self._is_main else 0
+        agreed_stop, agreed_save, pause = self._agree([int(stop), int(save), pause])
+        self._previous_s, self._previous_call, self._next_call = time.monotonic(), self._calls, self._calls + pause
+        self.stop, self.save = bool(agreed_stop), bool(agreed_save)
+        return self.stop
+
+    @property
+    def reason(self) -> str:
+        """What the stop was asked for by, as far as this rank knows."""
+        if self._request.reason:
+            return self._request.reason
+        return f"a file {STOP_FILE}" if (self._folder / STOP_FILE).exists() else "another rank"
+
+    def obeyed(self) -> None:
+        """Take away the files whose request is fulfilled. Rank 0."""
+        if self.stop:
+            (self._folder / STOP_FILE).unlink(missing_ok=True)
+        (self._folder / SAVE_FILE).unlink(missing_ok=True)
+        self.save = False
