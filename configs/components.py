@@ -22,8 +22,9 @@ SIMPLE_TYPES = (bool, int, float, str)
 
 def neighbours(word: str, known: Collection[str]) -> str:
     """The hint for an unknown word: the closest known ones, or all of them when none is close."""
-    close = [name for name in known if name.endswith("/" + word)]
+    close = [name for name in known if name.endswith("/" + word.lower())]
     close = close or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    close = close or [name for name in known if len(word) > 2 and word.lower() in name.lower()][:3]
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"known: {', '.join(sorted(known))}" if known else "there are none"
@@ -116,6 +117,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "feature_dropout": (0, 1),
     "auxiliary_weight": (0, math.inf),
     "layers": (1, math.inf),
+    "ns_steps": (0, 99),
     "head": (1, math.inf),
     "probability": (0, 1),
     "pixels": (0, math.inf),

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a model from a recipe",
     "evaluate": "evaluate a run's final weights on a test set",
     "shards": "write, verify, index and inspect data sets",
+    "checkpoints": "list and verify the checkpoints of a run",
     "bench": "measure the loader and the training step against plain PyTorch",
 }
 BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 85, 130
@@ -26,7 +27,7 @@ def main() -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: shardstep COMMAND ...\n\ncommands:")
         for name, what in COMMANDS.items():
-            print(f"  {name:<10} {what}")
+            print(f"  {name:<12} {what}")
         print("\n`shardstep COMMAND --help` says more.")
         return 0 if arguments else BAD_INPUT
     name, *rest = arguments

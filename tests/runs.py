@@ -53,3 +53,42 @@ def _train(arguments: list[str]) -> None:
     from shardstep.launch.train import main
 
     assert main(arguments) == 0
+
+
+def failure_of(recipe: str, *overrides: str) -> tuple[int, str, str]:
+    """Runs in a rank: exit code, stdout and stderr of the command."""
+    import contextlib
+    import io
+
+    from shardstep.launch.cli import run
+    from shardstep.launch.train import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(main, [recipe, *overrides])
+    return code, out.getvalue(), err.getvalue()
+
+
+def train_until(recipe: str, last_step: int) -> None:
+    """Runs in a rank: trains and breaks off after a step, as a killed run does."""
+    from shardstep.launch.train import main
+    from shardstep.trainer import loop
+
+    class Killed(Exception):
+        pass
+
+    step_function = loop.train_step
+
+    def step(accelerator, state, *rest):  # type: ignore[no-untyped-def]
+        if state.progress.step == last_step:
+            raise Killed
+        return step_function(accelerator, state, *rest)
+
+    loop.train_step = step
+    try:
+        main([recipe])
+    except Killed:
+        return
+    finally:
+        loop.train_step = step_function
+    raise AssertionError(f"{recipe} was over before step {last_step}")

@@ -28,7 +28,7 @@ def check_recipe(loaded: Loaded) -> Recipe:
     extra = {"optimizer": optimizers.check_optimizer, "schedule": schedules.check_schedule}
     for section, functions, common in sections:
         given = getattr(recipe, section)
-        refused = optimizers.CANNOT_WORK.get(str(given.get("name"))) if section == "optimizer" else None
+        refused = optimizers.CANNOT_WORK.get(str(given.get("name")).lower()) if section == "optimizer" else None
         if refused:
             problems.append(f"optimizer.name={given['name']} cannot work here: {refused}")
             continue
@@ -40,6 +40,8 @@ def check_recipe(loaded: Loaded) -> Recipe:
 
     recipe.data.augment, found = _resolve_augment(recipe.data.augment)
     problems += found + _check_durations(recipe) + _check_numbers(recipe) + _check_normalize(recipe)
+    if not problems:
+        problems += optimizers.check_schedule_has_effect(recipe.optimizer, recipe.schedule)
     if problems:
         raise InputError.from_problems(f"recipe {recipe.run.name}", problems)
     return recipe

@@ -34,6 +34,11 @@ def describe(run: Run) -> list[str]:
         if plan.duration.unit == "epochs"
         else ""
     )
+    groups = "".join(
+        f"; {entry.get('match') or str(entry['ndim']) + '-dimensional'}: {entry.get('name', recipe.optimizer['name'])}, "
+        f"rate {entry.get('lr', run.base_lr):g}"
+        for entry in recipe.optimizer["groups"]
+    )
     facts = [
         ("world", f"{ranks}, {processor}"),
         (
@@ -42,7 +47,7 @@ def describe(run: Run) -> list[str]:
             f"{run.data.num_classes} classes, {recipe.data.mode}; order: lanes {recipe.data.lanes}, window {window}",
         ),
         ("model", f"{recipe.model['name']}, {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained"),
-        ("optimizer", f"{recipe.optimizer['name']}, rate {run.base_lr:g}, {recipe.schedule['name']}"),
+        ("optimizer", f"{recipe.optimizer['name']}, rate {run.base_lr:g}, {recipe.schedule['name']}{groups}"),
         (
             "precision",
             f"{recipe.train.precision}, {recipe.train.memory_format}{f' (measured: {measured})' if measured else ''}",

@@ -44,7 +44,7 @@ def perceptron(outputs: Tensor, labels: Tensor) -> Tensor:
     own = scores.gather(1, labels.unsqueeze(1)).squeeze(1)  # (B,)
     others = scores.scatter(1, labels.unsqueeze(1), -torch.inf)
     deficit = others.amax(dim=1) - own
-    return deficit[deficit >= 0].sum()
+    return torch.where(deficit < 0, 0.0, deficit).sum()  # which lets a NaN through
 
 
 def mse(outputs: Tensor, images: Tensor) -> Tensor:
@@ -137,6 +137,6 @@ def check_outputs(loss: dict[str, Any], outputs: Tensor, images: Tensor) -> None
         total = outputs.double().exp().sum(dim=1)
         if not torch.allclose(total, torch.ones_like(total), atol=1e-2):
             raise InputError(
-                "loss.name=nll takes log-probabilities: give model.output_activation=log_softmax, or "
-                "loss.name=cross_entropy, which takes logits"
+                "loss.name=nll takes log-probabilities: use loss.name=cross_entropy, which takes logits, or a model with "
+                "output_activation=log_softmax"
             )

@@ -225,12 +225,7 @@ def build_optimizer(section: dict[str, Any], model: nn.Module, has_scaler: bool 
     Raises:
         InputError: the options contradict each other, or a group matches no parameter.
     """
-    own = {key: value for key, value in section.items() if key not in COMMON_OPTIONS}
-    chosen = _parameter_groups(section, model)
-    main = [group for entry, groups in chosen if "name" not in entry for group in groups]
-    parts = [(own, main)] if main else []
-    parts += [(entry, groups) for entry, groups in chosen if "name" in entry]
-    optimizers = [_build_one(options, groups, has_scaler) for options, groups in parts]
+    optimizers = [_build_one(options, groups, has_scaler) for options, groups in _parameter_groups(section, model)]
     optimizer = optimizers[0] if len(optimizers) == 1 else Several(optimizers)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -253,9 +248,19 @@ def check_optimizer(section: dict[str, Any]) -> list[str]:
     return problems
 
 
+def check_schedule_has_effect(section: dict[str, Any], schedule: dict[str, Any]) -> list[str]:
+    """Problems of a checked optimizer section together with the schedule."""
+    names = {section["name"], *(group.get("name") for group in section["groups"])}
+    if "rprop" in names and (schedule["name"] != "constant" or schedule["warmup"]):
+        return ["rprop reads its rate at the first step only: a schedule has no effect; use schedule.name=constant"]
+    return []
+
+
 def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str, Any], list[str]]:
     """An entry of optimizer.groups with its options converted, and the problems."""
-    if group.get("name") in CANNOT_WORK:
+    if set(group) <= set(_SELECTORS):
+        return group, [f"{where} has no effect: it gives {group} no option of its own"]
+    if str(group.get("name")) in CANNOT_WORK:
         return group, [f"{where}.name={group['name']} cannot work here: {CANNOT_WORK[group['name']]}"]
     if "name" in group:
         return resolve(
@@ -277,10 +282,17 @@ def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str
 
 def _build_one(options: dict[str, Any], groups: list[dict[str, Any]], has_scaler: bool) -> Optimizer:
     name = options["name"]
-    arguments = {key: value for key, value in options.items() if key not in ("name", *_SELECTORS)}
-    device = groups[0]["params"][0].device.type
-    if "fused" in arguments and arguments["fused"] is None and not arguments.get("foreach"):
-        arguments["fused"] = not has_scaler and (device == "cpu" or name not in _FUSED_ON_CPU_ONLY)
+    arguments = {key: value for key, value in options.items() if key not in ("name", *_SELECTORS, *COMMON_OPTIONS)}
+    on_cpu = groups[0]["params"][0].device.type == "cpu"
+    for key in ("differentiable", *(["capturable"] if on_cpu else [])):
+        if arguments.get(key):
+            raise InputError(
+                f"optimizer.{key}=true cannot work {'on a CPU' if key == 'capturable' else 'here'}: leave it out"
+            )
+    # Where it is not wanted it stays None, and torch chooses between its loop and its foreach kernels.
+    wins = not has_scaler and (on_cpu or name not in _FUSED_ON_CPU_ONLY)
+    if wins and "fused" in arguments and arguments["fused"] is None and not arguments.get("foreach"):
+        arguments["fused"] = True
     try:
         return OPTIMIZERS[name](groups, **arguments)
     except (ValueError, RuntimeError) as error:
@@ -289,7 +301,7 @@ def _build_one(options: dict[str, Any], groups: list[dict[str, Any]], has_scaler
 
 
 def _parameter_groups(section: dict[str, Any], model: nn.Module) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Each entry of `groups`, and one for the rest, with the torch groups of its parameters.
+    """What to build: the options of each entry of `groups`, and of the rest, with the torch groups of its parameters.
 
     A parameter goes to the first entry that fits. Where weight decay must not reach, an entry is split once more.
     """
@@ -301,23 +313,29 @@ def _parameter_groups(section: dict[str, Any], model: nn.Module) -> list[tuple[d
     exempt: list[list[nn.Parameter]] = [[] for _ in entries]
     for name, parameter in parameters.items():
         place = next(place for place, entry in enumerate(entries) if _fits(entry, name, parameter))
-        entry = entries[place]
-        decay = entry.get("weight_decay", 0 if "name" in entry else section.get("weight_decay", 0))
+        # A group that gives a decay of its own means it, whatever its parameters are.
+        inherits = "weight_decay" not in entries[place]
+        decay = inherits and section.get("weight_decay", 0) and "name" not in entries[place]
         spared = decay and parameter.ndim < 2 and not section["decay_biases_and_norms"]
         (exempt if spared else members)[place].append(parameter)
 
     chosen = []
     for place, entry in enumerate(entries):
-        if place < len(section["groups"]) and not members[place] and not exempt[place]:
+        groups: list[dict[str, Any]] = [{"params": members[place]}] if members[place] else []
+        if exempt[place]:
+            groups.append({"params": exempt[place], "weight_decay": 0.0})
+        if groups:
+            chosen.append((entry if "name" in entry else section | entry, groups))
+        elif place < len(section["groups"]):
             raise InputError(
                 f"optimizer.groups[{place}] ({entry}) fits none of the model's parameters that is left; "
                 f"they are {', '.join(parameters)}"
             )
-        own = {} if "name" in entry else {key: value for key, value in entry.items() if key not in _SELECTORS}
-        groups = [{"params": members[place], **own}] if members[place] else []
-        if exempt[place]:
-            groups.append({"params": exempt[place], **own, "weight_decay": 0.0})
-        chosen.append((entry, groups))
+        else:
+            raise InputError(
+                f"optimizer.groups take every parameter, and leave none for optimizer.name={section['name']}: take the last "
+                f"group away and give its options to optimizer itself"
+            )
     return chosen
 
 

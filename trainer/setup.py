@@ -314,6 +314,11 @@ def _settle_compute(
     display: Display,
 ) -> dict[Compute, float]:
     """Choose precision and memory format on rank 0 for all, into the recipe; returns the measured seconds per step."""
+    lstm = any(isinstance(layer, nn.LSTM) for layer in module.modules())
+    if lstm and recipe.train.precision == "fp16" and world.device.type == "cpu":
+        raise InputError(
+            "train.precision=fp16: torch has no LSTM in fp16 on a CPU; use bf16 or fp32, or model.cell=gru"
+        )
     choices = candidates(recipe.train.precision, recipe.train.memory_format, module, world.device)
     size = min(max(plan.global_batch_size // plan.world_size, 1), recipe.train.max_micro_batch, PROBE_SAMPLES)
     seconds: dict[Compute, float] = {}

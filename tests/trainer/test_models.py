@@ -137,6 +137,10 @@ def test_perceptron_loss_corrects_the_best_wrong_class_and_ties() -> None:
     assert outputs.grad.tolist() == [[-1, 1, 0], [0, 0, 0], [1, -1, 0]]
 
 
+def test_perceptron_loss_does_not_hide_a_nan() -> None:
+    assert perceptron(torch.full((2, 3), torch.nan), torch.tensor([0, 1])).isnan()
+
+
 def test_reconstruction_losses_by_hand() -> None:
     images = torch.zeros(2, 1, 1, 2)
     outputs = torch.tensor([[[[1.0, 3.0]]], [[[0.0, -2.0]]]])

@@ -10,7 +10,14 @@ import torch
 
 from shardstep.configs.components import resolve
 from shardstep.configs.errors import InputError
-from shardstep.trainer.optimizers import CANNOT_WORK, COMMON_OPTIONS, OPTIMIZERS, build_optimizer, check_optimizer
+from shardstep.trainer.optimizers import (
+    CANNOT_WORK,
+    COMMON_OPTIONS,
+    OPTIMIZERS,
+    build_optimizer,
+    check_optimizer,
+    check_schedule_has_effect,
+)
 
 DEFAULTS = {key: default for key, (_, default) in COMMON_OPTIONS.items()}
 START = [1.0, -2.0, 0.5]
@@ -189,7 +196,7 @@ def steps(net: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int, fi
     return losses
 
 
-BESIDE_MUON = {"name": "adamw", "groups": [{"match": "0.*", "name": "muon", "lr": 0.02}, {"match": "2.*", "lr": 0.01}]}
+BESIDE_MUON = {"name": "adamw", "lr": 0.01, "groups": [{"match": "0.*", "name": "muon", "lr": 0.02}]}
 
 
 @pytest.mark.parametrize("given", [*({"name": name} for name in OPTIMIZERS), BESIDE_MUON], ids=lambda g: str(g["name"]))
@@ -241,12 +248,8 @@ def test_a_group_with_a_name_has_its_own_defaults_and_decay() -> None:
     given = {"name": "sgd", "lr": 0.1, "weight_decay": 0.5, "groups": [{"match": "2.*", "name": "adam"}]}
     section, _ = resolve("optimizer", given, OPTIMIZERS, COMMON_OPTIONS)
     assert not check_optimizer(section)
-    groups = build_optimizer(section, model()).param_groups
-    assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [
-        (0.1, 0.5, 1),
-        (0.1, 0.0, 3),
-        (1e-3, 0, 2),
-    ]
+    found = [(g["lr"], g["weight_decay"], len(g["params"])) for g in build_optimizer(section, model()).param_groups]
+    assert found == [(1e-3, 0, 2), (0.1, 0.5, 1), (0.1, 0.0, 3)]
 
 
 def test_muon_alone_says_how_it_can_be_used() -> None:
@@ -263,6 +266,8 @@ def test_muon_alone_says_how_it_can_be_used() -> None:
         ({"ndim": 2, "name": "muon", "betas": [0.9, 0.9]}, r"groups\[0\].betas is not an option of muon"),
         ({"ndim": 2, "rate": 0.1}, r"groups\[0\].rate is not an option of sgd"),
         ({"lr": 0.1}, r"groups\[0\] must be a mapping with match"),
+        ({"ndim": 2}, r"groups\[0\] has no effect"),
+        ({"ndim": 2, "name": ["a"]}, r"groups\[0\] must map names to values"),
     ],
 )
 def test_problems_of_groups(group: dict, message: str) -> None:
@@ -274,5 +279,45 @@ def test_problems_of_groups(group: dict, message: str) -> None:
 def test_fused_where_it_exists_and_no_scaler_looks_first() -> None:
     section, _ = resolve("optimizer", {"name": "adam"}, OPTIMIZERS, COMMON_OPTIONS)
     assert build_optimizer(section, model()).param_groups[0]["fused"] is True
-    assert build_optimizer(section, model(), has_scaler=True).param_groups[0]["fused"] is False
+    assert build_optimizer(section, model(), has_scaler=True).param_groups[0]["fused"] is None
     assert build_optimizer(section | {"fused": False}, model()).param_groups[0]["fused"] is False
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "adamw", "groups": [{"ndim": 2, "betas": [0.9, 2.0]}]}, "Invalid beta parameter"),
+        ({"name": "sgd", "groups": [{"ndim": 2, "nesterov": True}]}, "Nesterov momentum requires"),
+        ({"name": "sgd", "groups": [{"match": "*", "name": "adam"}]}, "leave none for optimizer.name=sgd"),
+        ({"name": "nadam", "differentiable": True}, "differentiable=true cannot work"),
+        ({"name": "nadam", "capturable": True}, "capturable=true cannot work on a CPU"),
+    ],
+)
+def test_groups_are_held_to_what_their_optimizer_takes(given: dict, message: str) -> None:
+    section, problems = resolve("optimizer", given, OPTIMIZERS, COMMON_OPTIONS)
+    assert not problems + check_optimizer(section)
+    with pytest.raises(InputError, match=message):
+        build_optimizer(section, model())
+
+
+def test_a_group_with_a_decay_of_its_own_means_it() -> None:
+    given = {"name": "adamw", "groups": [{"ndim": 1, "weight_decay": 0.1}]}
+    section, _ = resolve("optimizer", given, OPTIMIZERS, COMMON_OPTIONS)
+    assert not check_optimizer(section)
+    found = [(g["weight_decay"], {p.ndim for p in g["params"]}) for g in build_optimizer(section, model()).param_groups]
+    assert found == [(0.1, {1}), (0.01, {2})]
+
+
+def test_a_group_reaches_what_is_set_up_once() -> None:
+    given = {"name": "adagrad", "groups": [{"ndim": 2, "initial_accumulator_value": 5.0}]}
+    section, _ = resolve("optimizer", given, OPTIMIZERS, COMMON_OPTIONS)
+    assert not check_optimizer(section)
+    net = model()
+    state = build_optimizer(section, net).state_dict()["optimizers"][0]["state"]
+    assert all((values["sum"] == 5.0).all() for values in state.values())
+
+
+def test_rprop_does_not_follow_a_schedule() -> None:
+    section, _ = resolve("optimizer", {"name": "rprop"}, OPTIMIZERS, COMMON_OPTIONS)
+    assert not check_schedule_has_effect(section, {"name": "constant", "warmup": None})
+    assert "no effect" in check_schedule_has_effect(section, {"name": "cosine", "warmup": None})[0]

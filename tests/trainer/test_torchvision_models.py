@@ -120,9 +120,17 @@ def test_options() -> None:
     assert {layer.p for layer in dropped.modules() if isinstance(layer, torch.nn.Dropout)} == {0.7}
 
 
+@pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid", "silu"])
+def test_replaced_activations_can_be_learnt_through(activation: str) -> None:
+    model = build("torchvision/mobilenet_v3_small", (3, 32, 32), 3, activation=activation).train()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("efficientnet_v2_s", {"activation": "tanh"}, "activation=tanh cannot be used: efficientnet_v2_s changes"),
+        ("resnet18", {"pretrained": ""}, "pretrained is empty"),
         ("resnet18", {"dropout": 0.5}, "dropout=0.5 has no effect: resnet18 has no layer"),
         ("vit_b_32", {"pooling": "avg"}, "pooling=avg has no effect"),
         ("vgg11", {"stem": "cifar"}, "stem=cifar has no effect"),
@@ -186,11 +194,13 @@ def test_grey_images_see_what_three_equal_channels_would(donor: torch.nn.Module,
 def test_weights_that_cannot_be_used(donor: torch.nn.Module, tmp_path: Path) -> None:
     torch.save(donor.state_dict(), tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("not weights")
+    (tmp_path / "empty.pth").touch()
     resnet, small = build("torchvision/resnet18"), build(NAME, (3, 32, 32), stem="cifar")
     for name, model, path, message in (
         ("torchvision/resnet18", resnet, "other.pth", "holds other weights than torchvision/resnet18 needs"),
         (NAME, small, "none.pth", "there is no such file"),
         (NAME, small, "text.pth", "cannot be read as weights"),
+        (NAME, small, "empty.pth", "cannot be read as weights"),
     ):
         with pytest.raises(InputError, match=message):
             load_pretrained(name, model, str(tmp_path / path))
@@ -229,6 +239,31 @@ def test_weights_are_downloaded(weights_server: tuple[Path, type], donor: torch.
     model = build(NAME, (3, 64, 64), 7, pretrained=True)
     assert load_pretrained(NAME, model, True) == ["fc.weight", "fc.bias"]
     assert torch.equal(model.conv1[0].weight, donor.conv1[0].weight)
+
+
+def test_weights_damaged_in_the_cache_are_downloaded_again(
+    weights_server: tuple[Path, type], donor: torch.nn.Module, tmp_path: Path
+) -> None:
+    kept = tmp_path / "torch" / "hub" / "checkpoints" / weights_server[0].name
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(weights_server[0].read_bytes()[:1000])
+    model = build(NAME, (3, 64, 64), 7, pretrained=True)
+    load_pretrained(NAME, model, True)
+    assert torch.equal(model.conv1[0].weight, donor.conv1[0].weight)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "densenet121"])
+def test_weights_with_heads_and_with_old_names(name: str, tmp_path: Path) -> None:
+    """As torchvision publishes them: googlenet's with auxiliary heads, densenet's with the names of its first version."""
+    import re
+
+    donor = build(f"torchvision/{name}", (3, 64, 64), 1000, stem="imagenet")
+    layer = re.compile(r"(denselayer\d+\.(?:norm|conv))([12]\.)")
+    state = {layer.sub(r"\1.\2", key): value for key, value in donor.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    model = build(f"torchvision/{name}", (3, 64, 64), 1000, pretrained=str(tmp_path / "weights.pth"))
+    assert load_pretrained(f"torchvision/{name}", model, str(tmp_path / "weights.pth")) == []
+    assert all(torch.equal(value, donor.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_weights_damaged_on_the_way_are_refused(weights_server: tuple[Path, type]) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from tests.distributed import run_ranks
-from tests.runs import read_lines, train_lines, train_ranks, write_recipe
+from tests.runs import failure_of, read_lines, train_lines, train_ranks, train_until, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -167,20 +166,6 @@ def test_bf16_computes_in_bf16(shards: Path, tmp_path: Path) -> None:
     assert losses["fp32"] == pytest.approx(losses["bf16"], rel=0.02)
 
 
-def failure_of(recipe: str, *overrides: str) -> tuple[int, str, str]:
-    """Runs in a rank: exit code, stdout and stderr of the command."""
-    import contextlib
-    import io
-
-    from shardstep.launch.cli import run
-    from shardstep.launch.train import main
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run(main, [recipe, *overrides])
-    return code, out.getvalue(), err.getvalue()
-
-
 def test_a_loss_that_leaves_the_numbers_is_a_failure_that_names_the_step(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards, optimizer={"name": "sgd", "lr": 1e20})
     first, second = run_ranks(2, failure_of, str(recipe))
@@ -309,26 +294,6 @@ def test_a_run_goes_on_from_its_checkpoint(shards: Path, tmp_path: Path, world_s
     assert json.loads((resumed / "summary.json").read_text())["restarts"] == 1
 
 
-def train_until(recipe: str, last_step: int) -> None:
-    """Runs in a rank: trains and breaks off after a step, as a killed run does."""
-    from shardstep.launch.train import main
-    from shardstep.trainer import loop
-
-    class Killed(Exception):
-        pass
-
-    step_function = loop.train_step
-
-    def step(accelerator, state, *rest):  # type: ignore[no-untyped-def]
-        if state.progress.step == last_step:
-            raise Killed
-        return step_function(accelerator, state, *rest)
-
-    loop.train_step = step
-    with pytest.raises(Killed):
-        main([recipe])
-
-
 def test_a_run_that_ended_before_its_summary_is_finished(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards)
     train_ranks(2, recipe)
@@ -434,28 +399,3 @@ def with_broken_wandb(recipe: str) -> tuple[int, str, str]:
 
     wandb.init = init
     return failure_of(recipe)
-
-
-# --- checkpoints run no code ------------------------------------------------------------------------------------------
-
-
-class Evil:
-    def __reduce__(self) -> tuple:
-        import os
-
-        return os.system, ("touch /tmp/shardstep-was-here",)
-
-
-def test_a_checkpoint_with_code_is_refused(shards: Path, tmp_path: Path) -> None:
-    marker = Path("/tmp/shardstep-was-here")
-    marker.unlink(missing_ok=True)
-    recipe = write_recipe(tmp_path, shards)
-    train_ranks(1, recipe, "train.duration=1 epochs")
-    torch.save({"optimizer": Evil()}, tmp_path / "run" / "checkpoints" / "step-00000004" / "state.pt")
-    content = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    content["train"]["duration"] = "2 epochs"
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(content))
-    ((code, _, message),) = run_ranks(1, failure_of, str(recipe))
-    assert code == 2
-    assert "cannot be resumed from" in message
-    assert not marker.exists()

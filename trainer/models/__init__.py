@@ -37,7 +37,7 @@ def models_for(name: str) -> dict[str, Callable[..., nn.Module]]:
     from shardstep.trainer.models.torchvision_models import PREFIX, torchvision_models
 
     found = torchvision_models()
-    return MODELS | (found if name.startswith(PREFIX) or PREFIX + name in found else {})
+    return MODELS | (found if name.startswith(PREFIX) or any(name.lower() in known for known in found) else {})
 
 
 def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:

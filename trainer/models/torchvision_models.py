@@ -1,5 +1,6 @@
 """Every classifier of torchvision by name, fitted to the data set: its image size, channels and classes."""
 
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets.cache import cache_folder, node_lock
+from shardstep.datasets.scan import file_sha256
 from shardstep.trainer.models.layers import Activation, Pool, Pooling, activation_layer
 
 PREFIX = "torchvision/"
@@ -19,6 +21,9 @@ SMALL = 64  # pixels a side: below, a first layer made for 224 pixels throws too
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU)
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _SIDES = (16, 24, 32, 48, 64, 75, 80, 96, 112, 128, 160, 192, 224, 256, 299, 384, 512)  # tried for the error message
+
+# torchvision's weights of densenets have names from before their layers were renamed: norm.1 is norm1
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 Stem = Literal["auto", "imagenet", "cifar"]
 
@@ -50,15 +55,18 @@ def _plain(name: str) -> Callable[..., nn.Module]:
                 another number of classes begins anew.
             stem: cifar: the first convolution is 3x3 and does not step, and no pooling follows it; imagenet: as torchvision
                 has it; auto: cifar for images of up to 64 pixels, unless pretrained.
-            activation: in place of the model's own; `negative_slope` goes with leaky_relu.
-            pooling: in place of the model's max-pooling.
+            activation: in place of the model's own layers; `negative_slope` goes with leaky_relu. What a model computes by a
+                function, like the last ReLU of a densenet, stays.
+            pooling: in place of the model's max-pooling layers; what it computes by a function stays.
             dropout: share that each of the model's dropout layers drops in training; null keeps its own.
 
         Raises:
             ValueError: an option has nothing to work on, or the images are too small.
         """
-        net = _fitted(name, image_shape, num_classes, bool(pretrained), stem)
+        net = _fitted(name, image_shape, num_classes, _is_wanted(pretrained), stem)
         _replace(name, net, activation, negative_slope, pooling, dropout)
+        if activation is not None and _refusal(net, image_shape, backward=True):
+            raise ValueError(f"activation={activation} cannot be used: {name} changes in place what its gradient needs")
         return net
 
     return build
@@ -74,13 +82,16 @@ def _with_heads(name: str) -> Callable[..., nn.Module]:
         pooling: Pooling | None = None,
         dropout: float | None = None,
         auxiliary_weight: float = 0.3,
+        transform_input: bool | None = None,
     ) -> nn.Module:
         """As the other ones; in training (B, num_classes) of the main head and of each auxiliary one.
 
         auxiliary_weight: of the auxiliary heads' losses (Szegedy et al. 2014, arXiv 1409.4842, section 5: 0.3). With 0 there
             are no such heads, and smaller images fit.
+        transform_input: undo ImageNet's normalisation, as torchvision's own weights need it; null: with pretrained=true.
         """
-        net = _fitted(name, image_shape, num_classes, bool(pretrained), stem, with_heads=auxiliary_weight > 0)
+        net = _fitted(name, image_shape, num_classes, _is_wanted(pretrained), stem, with_heads=auxiliary_weight > 0)
+        vars(net)["transform_input"] = pretrained is True if transform_input is None else transform_input
         _replace(name, net, None, None, pooling, dropout)
         return net
 
@@ -99,6 +110,7 @@ def load_pretrained(name: str, net: nn.Module, pretrained: bool | str) -> list[s
         InputError: they cannot be had, or belong to another model.
     """
     found = _downloaded(name) if pretrained is True else _from_file(Path(str(pretrained)))
+    found = {_OLD_DENSENET.sub(r"\1\2", key): tensor for key, tensor in found.items()}
     own, fresh, problems = net.state_dict(), [], []
     for key, tensor in own.items():
         given = found.get(key)
@@ -120,9 +132,26 @@ def load_pretrained(name: str, net: nn.Module, pretrained: bool | str) -> list[s
         raise InputError(
             f"model.pretrained={pretrained} holds other weights than {name} needs: {'; '.join(problems[:3])}"
             + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+            + f". {_usual_cause(name, pretrained)}"
         )
-    net.load_state_dict(own)
+    try:
+        net.load_state_dict(own)
+    except (RuntimeError, NotImplementedError) as error:  # sparse ones, say
+        raise InputError(f"model.pretrained={pretrained}: {str(error).splitlines()[0]}") from None
     return fresh
+
+
+def _usual_cause(name: str, pretrained: bool | str) -> str:
+    if pretrained is not True:
+        return "Weights of a run on small images need model.stem=cifar, others the size of image they were trained on"
+    weights = torchvision.models.get_model_weights(name.removeprefix(PREFIX)).DEFAULT
+    return f"They were trained on {weights.transforms().crop_size[0]} pixels: give data.resize"
+
+
+def _is_wanted(pretrained: bool | str) -> bool:
+    if pretrained == "":
+        raise ValueError("pretrained is empty: give true, false, or the path of a file")
+    return bool(pretrained)
 
 
 def _fitted(
@@ -157,8 +186,7 @@ def _build(
     channels, height, width = image_shape
     options: dict[str, object] = {}
     if name in _WITH_AUXILIARY_HEADS:
-        # The weights were trained with another normalisation than torchvision's others, which the model then undoes.
-        options = {"aux_logits": with_heads, "init_weights": True, "transform_input": pretrained}
+        options = {"aux_logits": with_heads, "init_weights": True, "transform_input": False}
     elif name.startswith("vit_"):
         patch = int(name.rsplit("_", 1)[1])
         if height != width or height % patch:
@@ -217,17 +245,21 @@ def _replace(
         for place, pool in pools:
             size, stride, padding = (_side(value) for value in (pool.kernel_size, pool.stride, pool.padding))
             net.set_submodule(place, Pool(pooling, size, stride, padding, pool.ceil_mode))
-    if dropout is not None:
-        for module in dropouts:
-            module.p = dropout
+    for module in dropouts:
+        module.inplace = module.inplace and activation is None  # it would spoil what some activations keep
+        module.p = module.p if dropout is None else dropout
 
 
-def _refusal(net: nn.Module, image_shape: tuple[int, int, int]) -> str | None:
+def _refusal(net: nn.Module, image_shape: tuple[int, int, int], backward: bool = False) -> str | None:
     """Why a model does not take images of this shape in training; None if it does. Shapes are computed, no values."""
-    tensors = {key: tensor.to("meta") for key, tensor in [*net.named_parameters(), *net.named_buffers()]}
+    tensors = {key: tensor.detach().to("meta") for key, tensor in [*net.named_parameters(), *net.named_buffers()]}
+    for key, _ in net.named_parameters():
+        tensors[key].requires_grad_(backward)
     try:
-        with torch.device("meta"), torch.no_grad():
-            torch.func.functional_call(net.train(), tensors, (torch.zeros(2, *image_shape),))
+        with torch.device("meta"), torch.set_grad_enabled(backward):
+            outputs = torch.func.functional_call(net.train(), tensors, (torch.zeros(2, *image_shape),))
+            if backward:
+                outputs.sum().backward()
     except (RuntimeError, ValueError, AssertionError) as error:
         return _first_sentence(error)
     return None
@@ -269,15 +301,21 @@ def _like(conv: nn.Conv2d, channels: int, size: Any, stride: Any, padding: Any) 
 def _downloaded(name: str) -> dict[str, Tensor]:
     bare = name.removeprefix(PREFIX)
     weights = torchvision.models.get_model_weights(bare).DEFAULT
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
+    digest = re.search(r"-([0-9a-f]{8,})\.", kept.name)
     try:
         with node_lock(cache_folder() / "weights"):  # one download per node; torch keeps the file
-            weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-            return torchvision.models.get_model(bare, weights=weights, progress=False).state_dict()  # in today's names
-    except (OSError, RuntimeError) as error:
+            if kept.is_file() and digest and not file_sha256(kept).startswith(digest[1]):
+                kept.unlink()  # torch looks at it only while it downloads
+            found = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        also = " with model.transform_input=true" if bare in _WITH_AUXILIARY_HEADS else ""
         raise InputError(
             f"model.pretrained=true: the weights of {name} cannot be downloaded from {weights.url} ({error}). Download them "
-            f"where there is a network and give model.pretrained=PATH, or train from new weights with model.pretrained=false"
+            f"where there is a network and give model.pretrained=PATH{also}, or train from new weights with "
+            f"model.pretrained=false"
         ) from None
+    return dict(found)
 
 
 def _from_file(path: Path) -> dict[str, Tensor]:
@@ -288,7 +326,8 @@ def _from_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a foreign file leads it to
-        raise InputError(f"model.pretrained={path} cannot be read as weights: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"model.pretrained={path} cannot be read as weights: {reason}") from None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise InputError(f"model.pretrained={path} does not hold a mapping of names to tensors (a state_dict)")
     return found

@@ -1,0 +1,58 @@
+"""List and verify the checkpoints of a run.
+
+    shardstep checkpoints list RUN_DIR
+    shardstep checkpoints verify RUN_DIR
+
+`verify` reads every byte and names what is damaged; it ends with 2 if anything is.
+"""
+
+import argparse
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from shardstep.configs.errors import InputError
+from shardstep.launch.cli import run as run_command
+
+
+def main(arguments: list[str]) -> int:
+    """List or verify; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="shardstep checkpoints", description="List and verify a run's checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (("list", "steps, sizes and times"), ("verify", "read every byte against the manifests")):
+        commands.add_parser(name, help=what).add_argument("run", type=Path, help="a run's folder")
+    given = parser.parse_args(arguments)
+
+    from shardstep.trainer import checkpoint
+
+    folder = given.run / "checkpoints"
+    found = checkpoint.list_checkpoints(folder)
+    if not found:
+        raise InputError(f"there is no checkpoint in {folder}")
+    damaged = []
+    for path in found:
+        problems = checkpoint.problems_of(path) if given.command == "verify" else []
+        damaged += [f"{path}: {problem}" for problem in problems]
+        print(
+            f"{path.name}  {_figures(path)}{'  damaged' if problems else '  whole' if given.command == 'verify' else ''}"
+        )
+    if damaged:
+        raise InputError.from_problems(f"{folder} has damage, which a resumed run will pass over", damaged)
+    return 0
+
+
+def _figures(path: Path) -> str:
+    from shardstep.trainer.checkpoint import read_manifest
+
+    try:
+        manifest = read_manifest(path)
+    except ValueError as error:
+        return str(error)
+    total = sum(size for size, _ in manifest["files"].values())
+    written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "seconds")
+    ranks = manifest["world_size"]
+    return f"{total / 1e6:8,.1f} MB  {written}  {ranks} rank{'s' * (ranks > 1)}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
