@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module, metadata
 
@@ -15,6 +16,7 @@ COMMANDS = {
     "checkpoints": "list and verify the checkpoints of a run",
     "bench": "measure the loader and the training step against plain PyTorch",
 }
+_FIRST_WORD_S = 1.0  # for the rank whose failure it was
 BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 85, 130
 
 
@@ -55,10 +57,27 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     except KeyboardInterrupt:
         _tell("interrupted")
         return INTERRUPTED
+    except RuntimeError as error:
+        if not _lost_rank(error):
+            raise
+        time.sleep(_FIRST_WORD_S)
+        _tell(f"failed: rank {os.environ.get('RANK', '0')} ends, because another rank has", everywhere=False)
+        return FAILED
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OSError as error:  # a full disk, a mount that is gone
+        if error.errno is None:
+            raise
+        _tell(f"failed: {error.filename or ''}: {error.strerror}", everywhere=False)
+        return FAILED
+
+
+def _lost_rank(error: RuntimeError) -> bool:
+    from shardstep.trainer.runtime import is_lost_rank
+
+    return is_lost_rank(error)
 
 
 def _tell(message: str, everywhere: bool = True) -> None:

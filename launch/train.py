@@ -125,14 +125,11 @@ def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore
     folder, classes = run.folder, run.data.train.manifest.classes
     run.metrics.close()
     write_weights(run.state.module, folder / "model.safetensors")
-    report.draw_curves(folder / "metrics.jsonl", folder / "curves.png")
-    if evaluation.confusion is None:
-        report.draw_reconstructions(*report.first_reconstructions(run), folder / "reconstructions.png")
-        pictures = "curves.png, reconstructions.png"
-    else:
-        report.draw_confusion(evaluation.confusion, classes, folder / "confusion.png")
-        report.draw_predictions(*report.first_predictions(run), classes, folder / "predictions.png")
-        pictures = "curves.png, confusion.png, predictions.png"
+    try:
+        pictures = report.draw_all(run, evaluation)
+    except OSError as error:  # the weights are safe: a full disk must not fail the run for a picture
+        run.display.warn(f"not all pictures could be drawn: {error}")
+        pictures = []
     written = write_summary(run, "finished", evaluation)  # last: it says that all the rest is there
     if run.tracker:
         run.tracker.finish(written)
@@ -145,7 +142,7 @@ def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore
     known = [(accuracy, name) for accuracy, name in per_class if accuracy is not None]
     if len(known) > 1:
         run.display.note(f"best class: {max(known)[1]} {max(known)[0]:.1%}, worst: {min(known)[1]} {min(known)[0]:.1%}")
-    run.display.note(f"{pictures} and model.safetensors are in {folder}")
+    run.display.note(f"{', '.join([*pictures, 'model.safetensors'])} are in {folder}")
 
 
 def _fail(run: "setup.Run", error: BaseException) -> None:  # type: ignore[name-defined] # noqa: F821
@@ -154,6 +151,7 @@ def _fail(run: "setup.Run", error: BaseException) -> None:  # type: ignore[name-
 
     if isinstance(error, InputError):  # found by the rank that read the sample, and by no other
         error.everywhere = False
+    run.metrics.close()
     if run.accelerator.is_main_process:
         written = write_summary(run, "failed", None)
         if run.tracker:

@@ -63,10 +63,8 @@ class Display:
                 f"{accuracy}{line['wall_s']:.0f} s"
             )
             return
-        text = (
-            f"epoch {line['epoch']:<6.4g} loss {line['loss']:.4f}  {line['samples_per_s']:,.0f} images/s  "
-            f"rate {line['lr']:.3g}"
-        )
+        loss = "left out" if line["loss"] is None else f"{line['loss']:.4f}"
+        text = f"epoch {line['epoch']:<6.4g} loss {loss}  {line['samples_per_s']:,.0f} images/s  rate {line['lr']:.3g}"
         if self._bar:
             self._bar.update(self._bar.task_ids[0], description=text)
         elif time.monotonic() - self._last_plain_s >= _PLAIN_INTERVAL_S:

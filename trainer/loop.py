@@ -48,6 +48,7 @@ def train(run: Run) -> Outcome:
     for batch in run.batches.from_position(state.progress.epoch, state.progress.position):
         before, waited_before_s = state.progress, run.batches.wait_s
         rate_factor = run.learning_rate.factor(before)
+        batch = run.watchdog.watch(batch, before.step + 1)
         if run.sample_log:
             batch = run.sample_log.watch(batch, before.step + 1)  # each rank writes its own file
         sums = train_step(run.accelerator, state, batch, run.objective, rate_factor, run.clip, run.bad_steps, run.seed)
@@ -57,7 +58,6 @@ def train(run: Run) -> Outcome:
 
         waited_s = run.batches.wait_s - waited_before_s
         metrics.add(sums, batch.size, waited_s, state.optimizer.step_was_skipped)  # stays on the device
-        run.watchdog.beat(after.step, "training")
         run.display.advance(after.step)
         if over or plan.is_due(run.every.log, before, after):
             metrics.write_train(state, plan.epochs(after), sums, batch.size)  # all ranks reduce, rank 0 writes

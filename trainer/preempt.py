@@ -76,6 +76,7 @@ class Requests:
         self._previous_s = time.monotonic()
         self.stop = False
         self.save = False
+        self.reason = ""  # of the stop, as far as this rank knows
 
     def restart(self) -> None:
         """Look again at the next call: what follows takes another time than what was before."""
@@ -96,14 +97,10 @@ class Requests:
         agreed_stop, agreed_save, pause = self._agree([int(stop), int(save), pause])
         self._previous_s, self._previous_call, self._next_call = time.monotonic(), self._calls, self._calls + pause
         self.stop, self.save = bool(agreed_stop), bool(agreed_save)
+        if self.stop:
+            in_folder = f"a file {STOP_FILE}" if (self._folder / STOP_FILE).exists() else "another rank"
+            self.reason = self._request.reason or in_folder
         return self.stop
-
-    @property
-    def reason(self) -> str:
-        """What the stop was asked for by, as far as this rank knows."""
-        if self._request.reason:
-            return self._request.reason
-        return f"a file {STOP_FILE}" if (self._folder / STOP_FILE).exists() else "another rank"
 
     def obeyed(self) -> None:
         """Take away the files whose request is fulfilled. Rank 0."""

@@ -8,10 +8,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardstep.trainer.evaluate import Evaluation
 from shardstep.trainer.setup import Run
 
 GRID_ROWS, GRID_COLUMNS = 4, 8
 _MOST_NAMED_CLASSES = 30  # more class names than this do not fit along an axis
+
+
+def draw_all(run: Run, evaluation: Evaluation) -> list[str]:
+    """Draw what belongs to a finished run; returns the names of the pictures.
+
+    Raises:
+        OSError: one cannot be written.
+    """
+    folder, classes = run.folder, run.data.train.manifest.classes
+    draw_curves(folder / "metrics.jsonl", folder / "curves.png")
+    if evaluation.confusion is None:
+        draw_reconstructions(*first_reconstructions(run), folder / "reconstructions.png")
+        return ["curves.png", "reconstructions.png"]
+    draw_confusion(evaluation.confusion, classes, folder / "confusion.png")
+    draw_predictions(*first_predictions(run), classes, folder / "predictions.png")
+    return ["curves.png", "confusion.png", "predictions.png"]
 
 
 def draw_curves(metrics_path: Path, picture: Path) -> None:

@@ -5,20 +5,31 @@ where it stands and since when, by a thread of its own; when one has not moved f
 one line says which rank stood where, and the run ends with a failure.
 """
 
+import dataclasses
 import faulthandler
 import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from shardstep.datasets.batches import GlobalBatch, MicroBatch
 from shardstep.trainer.preempt import StopRequest
 from shardstep.trainer.runtime import Board
 
 FAILED = 1
 _STOP_GRACE_S = 60.0  # without a movement, once a stop was asked for
 _LAST_WORDS_S = 2.0  # for the other ranks to write their stacks
+
+
+@dataclass(frozen=True)
+class _Place:
+    moves: int
+    age_s: float
+    name: str
 
 
 class Watchdog:
@@ -37,7 +48,7 @@ class Watchdog:
         """
         self._board, self._folder, self._request, self._tell = board, folder, request, tell
         self._timeout_s = timeout_s
-        self._step, self._phase, self._moved_s = 0, "starting", time.monotonic()
+        self._step, self._phase, self._moved_s, self._moves = 0, "starting", time.monotonic(), 0
         self._longest_s = 0.0
         self._seen: dict[int, tuple[str, float]] = {}
         self._ended = threading.Event()
@@ -50,6 +61,18 @@ class Watchdog:
         now = time.monotonic()
         self._longest_s = max(self._longest_s, now - self._moved_s)
         self._step, self._phase, self._moved_s = step, phase, now
+        self._moves += 1
+
+    def watch(self, batch: GlobalBatch, step: int) -> GlobalBatch:
+        """The same batch; this rank beats as it reads it and as it computes with it."""
+        return dataclasses.replace(batch, micro_batches=self._watched(batch.micro_batches, step))
+
+    def _watched(self, micro_batches: Iterator[MicroBatch], step: int) -> Iterator[MicroBatch]:
+        self.beat(step, "reading data")
+        for micro in micro_batches:
+            self.beat(step, "computing")
+            yield micro
+            self.beat(step, "reading data")
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -66,30 +89,35 @@ class Watchdog:
             if self._request.has_come():
                 limit_s = min(limit_s, max(_STOP_GRACE_S, 3 * self._longest_s))
             now = time.monotonic()
-            mine = {"beat": beats, "step": self._step, "phase": self._phase, "age_s": now - self._moved_s}
+            mine: dict[str, Any] = {
+                "beat": beats,
+                "step": self._step,
+                "phase": self._phase,
+                "age_s": now - self._moved_s,
+            }
+            mine["moves"] = self._moves
             records = self._board.exchange(json.dumps(mine))
             found = {rank: self._read(rank, record, now) for rank, record in records.items()}
-            if found and max(age_s for age_s, _ in found.values()) > limit_s:
+            if found and max(place.age_s for place in found.values()) > limit_s:
                 self._end(found)
             if self._board.verdict():
                 self._dump()
 
-    def _read(self, rank: int, record: str, now: float) -> tuple[float, str]:
-        """How long a rank has not moved, and where it stands. A record that stays the same is that of a dead thread."""
+    def _read(self, rank: int, record: str, now: float) -> "_Place":
+        """Where a rank stands, and for how long. A record that stays the same is that of a dead thread."""
         if rank not in self._seen or self._seen[rank][0] != record:
             self._seen[rank] = (record, now)
         content = json.loads(record)
         silent_s = now - self._seen[rank][1]
-        return content["age_s"] + silent_s, f"{content['phase']}, step {content['step']}"
+        return _Place(content["moves"], content["age_s"] + silent_s, f"{content['phase']}, step {content['step']}")
 
-    def _end(self, found: dict[int, tuple[float, str]]) -> None:
-        """Say which rank stands still, once; the one that has stood longest is what the others wait for."""
-        stuck = max(found, key=lambda rank: found[rank][0])
-        age_s, place = found[stuck]
+    def _end(self, found: dict[int, "_Place"]) -> None:
+        """Say which rank stands still, once: all make the same moves, and the others wait for the one with the fewest."""
+        stuck = min(found, key=lambda rank: (found[rank].moves, -found[rank].age_s))
         if self._board.claim_verdict():
-            others = ", ".join(f"rank {rank}: {where}" for rank, (_, where) in sorted(found.items()) if rank != stuck)
+            others = ", ".join(f"rank {rank}: {place.name}" for rank, place in sorted(found.items()) if rank != stuck)
             self._tell(
-                f"failed: rank {stuck} has not moved for {age_s:.0f} s ({place})"
+                f"failed: rank {stuck} has not moved for {found[stuck].age_s:.0f} s ({found[stuck].name})"
                 + (f"; the others wait ({others})" if others else "")
                 + f". The stacks of all ranks are in {self._folder}/hang-rank*.txt; the last checkpoint can be resumed from"
             )

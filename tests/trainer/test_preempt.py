@@ -1,0 +1,388 @@
+"""Guarantee 7: a stop request loses nothing, whoever gets it and whenever it comes."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shardstep.trainer.metrics import LineFile
+from shardstep.trainer.preempt import Requests, StopRequest
+from tests.distributed import run_ranks
+from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
+
+SECTIONS: dict[str, Any] = {
+    "model": {"name": "mlp", "hidden": [16], "dropout": 0.2},
+    "optimizer": {"name": "adam", "lr": 0.01},
+    "train": {"duration": "12 steps"},
+    "eval": {"every": "5 steps", "batch_size": 10},
+    "checkpoint": {"every": "100 steps"},
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder of a run on N ranks that nobody asked to stop."""
+    runs: dict[int, Path] = {}
+
+    def run(world_size: int) -> Path:
+        if world_size not in runs:
+            folder = tmp_path_factory.mktemp(f"undisturbed{world_size}")
+            train_ranks(world_size, write_recipe(folder, shards, **SECTIONS))
+            runs[world_size] = folder / "run"
+        return runs[world_size]
+
+    return run
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    compared = ("kind", "step", "loss", "accuracy", "train_loss")
+    lines, again = (
+        [{key: line.get(key) for key in compared} for line in read_lines(run / "metrics.jsonl")] for run in (one, other)
+    )
+    assert lines == again
+
+
+def disturbed(recipe: str, where: str, step: int, disturb: str, rank: int, *overrides: str) -> tuple[int, str, str]:
+    """Runs in a rank: trains, and at a place of a step something happens on one of the ranks.
+
+    Args:
+        recipe: to train.
+        where: step, evaluation, save or start.
+        step: at which it happens.
+        disturb: names of signals that the process sends to itself, in turn, or of a file that is put into the folder.
+        rank: on which it happens; -1: on every one.
+        overrides: of the recipe.
+    """
+    from shardstep.trainer import checkpoint, loop, setup
+
+    def happen() -> None:
+        if rank in (-1, int(os.environ["RANK"])):
+            for name in disturb.split():
+                if name.startswith("SIG"):
+                    os.kill(os.getpid(), getattr(signal, name))
+                else:
+                    (Path(recipe).parent / "run" / name).touch()
+
+    def before(module: Any, name: str, is_time: Callable[..., bool]) -> None:
+        function, happened = getattr(module, name), [False]
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            if not happened[0] and is_time(*arguments):
+                happened[0] = True
+                happen()
+            return function(*arguments, **options)
+
+        setattr(module, name, wrapped)
+
+    if where == "step":
+        before(loop, "train_step", lambda accelerator, state, *rest: state.progress.step == step)
+    elif where == "save":
+        before(checkpoint, "take_snapshot", lambda state, *rest: state.progress.step == step)
+    elif where == "start":
+        before(setup, "find_resume", lambda recipe: True)
+    else:
+        function = setup.evaluate
+
+        def evaluate(accelerator: Any, module: Any, batches: Any, *rest: Any) -> Any:
+            def passing() -> Iterator[Any]:
+                for number, batch in enumerate(batches()):
+                    if number == 2:
+                        happen()
+                    yield batch
+
+            return function(accelerator, module, passing, *rest)
+
+        setup.evaluate = evaluate
+    Requests.check = _check_every_time(Requests.check)  # type: ignore[method-assign]
+    return failure_of(recipe, *overrides)
+
+
+def _check_every_time(check: Callable[[Requests], bool]) -> Callable[[Requests], bool]:
+    """Steps here take a millisecond; the look at other ranks that is due twice a second comes at each of them."""
+
+    def every_time(requests: Requests) -> bool:
+        requests._next_call = 0
+        return check(requests)
+
+    return every_time
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "STOP", "SIGTERM SIGINT SIGTERM"])
+def test_a_request_saves_the_step_and_the_run_goes_on(
+    undisturbed: Callable[[int], Path], shards: Path, tmp_path: Path, name: str
+) -> None:
+    recipe = write_recipe(tmp_path, shards, **SECTIONS)
+    ((code, output, _),) = run_ranks(1, disturbed, str(recipe), "step", 6, name, 0)
+    assert code == 85
+    reason = "a file STOP" if name == "STOP" else name.split()[0]
+    assert f"stopped by {reason}: step 7 is saved" in output
+    assert (tmp_path / "run" / "checkpoints" / "step-00000007").is_dir()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["step"]) == ("preempted", 7)
+    assert not (tmp_path / "run" / "STOP").exists()
+    train_ranks(1, recipe)
+    assert_equal(tmp_path / "run", undisturbed(1))
+
+
+@pytest.mark.parametrize(("world_size", "rank"), [(2, 0), (2, 1), (3, 2), (3, -1)])
+def test_ranks_stop_together(
+    undisturbed: Callable[[int], Path], shards: Path, tmp_path: Path, world_size: int, rank: int
+) -> None:
+    recipe = write_recipe(tmp_path, shards, **SECTIONS)
+    outcomes = run_ranks(world_size, disturbed, str(recipe), "step", 6, "SIGTERM", rank)
+    assert [code for code, _, _ in outcomes] == [85] * world_size
+    assert "step 7 is saved" in outcomes[0][1]
+    train_ranks(world_size, recipe)
+    assert_equal(tmp_path / "run", undisturbed(world_size))
+
+
+@pytest.mark.parametrize(
+    ("where", "step", "rank"), [("evaluation", 5, 1), ("save", 5, 0), ("start", 0, 0), ("step", 11, 1)]
+)
+def test_at_any_place(
+    undisturbed: Callable[[int], Path], shards: Path, tmp_path: Path, where: str, step: int, rank: int
+) -> None:
+    recipe = write_recipe(tmp_path, shards, **SECTIONS)
+    outcomes = run_ranks(2, disturbed, str(recipe), where, step, "SIGTERM", rank)
+    assert [code for code, _, _ in outcomes] == [85, 85]
+    train_ranks(2, recipe)
+    assert_equal(tmp_path / "run", undisturbed(2))
+
+
+def test_a_save_request_saves_and_goes_on(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards, **SECTIONS, run={"dir": str(tmp_path / "run")})
+    ((code, _, _),) = run_ranks(1, disturbed, str(recipe), "step", 6, "SAVE", 0, "checkpoint.keep=9")
+    assert code == 0
+    assert (tmp_path / "run" / "checkpoints" / "step-00000007").is_dir()
+    assert not (tmp_path / "run" / "SAVE").exists()
+    assert [line["step"] for line in train_lines(tmp_path / "run")] == list(range(1, 13))
+
+
+def under_agent(*arguments: Any) -> tuple[int, str, str]:
+    """Runs in a rank."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "1"
+    return disturbed(*arguments)
+
+
+def test_under_an_agent_a_stop_is_no_failure(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards, **SECTIONS)
+    assert [code for code, _, _ in run_ranks(2, under_agent, str(recipe), "step", 3, "SIGTERM", 0)] == [0, 0]
+
+
+def test_ranks_look_at_each_other_about_twice_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def agree(numbers: list[int]) -> list[int]:
+        looks.append(now[0])
+        return numbers
+
+    requests = Requests(StopRequest(), tmp_path, is_main=True, agree=agree)
+    for _ in range(400):  # steps of 50 ms: 20 s
+        now[0] += 0.05
+        requests.check()
+    assert 35 <= len(looks) <= 45
+    requests.restart()
+    now[0] += 2.0
+    requests.check()
+    assert looks[-1] == now[0]
+
+
+# --- one rank fails ---------------------------------------------------------------------------------------------------
+
+
+def failing(recipe: str, rank: int) -> tuple[int, str, str, float]:
+    """Runs in a rank: one of them meets bad data at step 4."""
+    from shardstep.configs.errors import InputError
+    from shardstep.trainer import loop
+
+    function = loop.train_step
+
+    def step(accelerator: Any, state: Any, *rest: Any) -> Any:
+        if state.progress.step == 4 and accelerator.process_index == rank:
+            raise InputError("shard train-000003.tar is damaged")
+        return function(accelerator, state, *rest)
+
+    loop.train_step = step
+    outcome = failure_of(recipe)
+    return *outcome, time.time()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_the_rank_that_failed_speaks_first_and_the_others_end(shards: Path, tmp_path: Path, rank: int) -> None:
+    began = time.monotonic()
+    outcomes = run_ranks(3, failing, str(write_recipe(tmp_path, shards, **SECTIONS)), rank)
+    assert time.monotonic() - began < 60
+    codes = [code for code, _, _, _ in outcomes]
+    assert codes == [2 if place == rank else 1 for place in range(3)]
+    assert outcomes[rank][2] == "error: shard train-000003.tar is damaged\n"
+    for place in {0, 1, 2} - {rank}:
+        assert outcomes[place][2] == f"failed: rank {place} ends, because another rank has\n"
+        assert outcomes[place][3] > outcomes[rank][3]
+
+
+# --- hangs ------------------------------------------------------------------------------------------------------------
+
+
+def hanging(recipe: str, rank: int) -> None:
+    """Runs in a rank: one of them sleeps in step 4."""
+    from shardstep.launch.train import main
+    from shardstep.trainer import loop
+
+    function = loop.train_step
+
+    def step(accelerator: Any, state: Any, *rest: Any) -> Any:
+        if state.progress.step == 4 and accelerator.process_index == rank:
+            time.sleep(600)
+        return function(accelerator, state, *rest)
+
+    loop.train_step = step
+    with open(Path(recipe).parent / f"stderr{os.environ['RANK']}", "w") as errors:
+        os.dup2(errors.fileno(), 2)
+    main([recipe, "run.hang_timeout=3"])
+
+
+@pytest.mark.parametrize(("world_size", "rank"), [(1, 0), (3, 1)])
+def test_a_hang_ends_the_run_and_names_the_rank(shards: Path, tmp_path: Path, world_size: int, rank: int) -> None:
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="died without a word, exit codes .*1"):
+        run_ranks(world_size, hanging, str(write_recipe(tmp_path, shards, **SECTIONS)), rank)
+    assert time.monotonic() - began < 60
+    told = "".join((tmp_path / f"stderr{number}").read_text() for number in range(world_size))
+    assert told.count("failed:") == 1
+    assert f"failed: rank {rank} has not moved for" in told
+    assert "step 4)" in told if world_size == 1 else "computing, step 5" in told
+    for number in range(world_size):
+        stacks = (tmp_path / "run" / f"hang-rank{number}.txt").read_text()
+        # the one that hangs has not come to the step that the others wait in
+        assert ("in train_step" in stacks) == (number != rank)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def bad_batches(recipe: str, steps: list[int], *overrides: str) -> tuple[int, str, str]:
+    """Runs in a rank: on rank 1 some steps see images that are no numbers."""
+    import dataclasses
+
+    from shardstep.trainer import loop
+
+    function = loop.train_step
+
+    def step(accelerator: Any, state: Any, batch: Any, *rest: Any) -> Any:
+        if state.progress.step + 1 in steps and accelerator.process_index == accelerator.num_processes - 1:
+            spoilt = [dataclasses.replace(micro, images=micro.images * torch.nan) for micro in batch.micro_batches]
+            batch = dataclasses.replace(batch, micro_batches=iter(spoilt))
+        return function(accelerator, state, batch, *rest)
+
+    loop.train_step = step
+    return failure_of(recipe, *overrides)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_single_bad_batches_are_left_out(shards: Path, tmp_path: Path, world_size: int) -> None:
+    model = {"name": "whitening_cnn", "widths": [8, 8]}  # whose running statistics must not take them in
+    recipe = write_recipe(tmp_path, shards, **SECTIONS | {"model": model})
+    outcomes = run_ranks(world_size, bad_batches, str(recipe), [3, 8], "train.on_nan=skip")
+    assert [code for code, _, _ in outcomes] == [0] * world_size
+    lines = {line["step"]: line for line in train_lines(tmp_path / "run")}
+    assert [step for step, line in lines.items() if line["loss"] is None] == [3, 8]
+    assert lines[12]["skipped_steps"] == 2
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / "model.safetensors").values())
+
+
+def test_too_many_bad_batches_end_the_run(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards, **SECTIONS)
+    overrides = ("train.on_nan=skip", "train.max_skipped_steps=1")
+    for code, _, _ in run_ranks(2, bad_batches, str(recipe), [3, 8], *overrides):
+        assert code == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+def test_a_bad_batch_ends_the_run_by_default_and_it_can_be_resumed(
+    undisturbed: Callable[[int], Path], shards: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, shards, **SECTIONS)
+    outcomes = run_ranks(2, bad_batches, str(recipe), [8])
+    assert [code for code, _, _ in outcomes] == [1, 1]
+    assert "the loss is nan at step 8" in outcomes[0][2]
+    train_ranks(2, recipe)
+    assert_equal(tmp_path / "run", undisturbed(2))
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 kB, which only root can make."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 512)
+
+
+def on_a_disk_that_fills(recipe: str, folder: str) -> tuple[int, str, str]:
+    """Runs in a rank: after step 5 something else takes the disk's last bytes, after step 9 it gives them back."""
+    from shardstep.trainer import loop
+
+    function, filler = loop.train_step, Path(folder) / "filler"
+
+    def step(accelerator: Any, state: Any, *rest: Any) -> Any:
+        if state.progress.step == 5:
+            fill(filler)
+        if state.progress.step == 9:
+            filler.unlink()
+        return function(accelerator, state, *rest)
+
+    loop.train_step = step
+    return failure_of(recipe, "checkpoint.every=2 steps", "eval.every=100 steps")
+
+
+def test_a_full_disk_is_told_and_training_goes_on(shards: Path, tmp_path: Path, small_disk: Path) -> None:
+    own: dict[str, Any] = {"run": {"dir": str(small_disk / "run")}, "model": {"name": "mlp", "hidden": [4]}}
+    recipe = write_recipe(tmp_path, shards, **SECTIONS | own | {"optimizer": {"name": "sgd", "lr": 0.05}})
+    ((code, _, message),) = run_ranks(1, on_a_disk_that_fills, str(recipe), str(small_disk))
+    assert "warning: step 6 could not be saved, training goes on: [Errno 28] No space left on device" in message
+    assert [line["step"] for line in train_lines(small_disk / "run")] == list(range(1, 13))
+    from shardstep.trainer import checkpoint
+
+    found = checkpoint.list_checkpoints(small_disk / "run" / "checkpoints")
+    assert checkpoint.step_of(found[-1]) == 12
+    assert not any(checkpoint.problems_of(path) for path in found)
+    assert code == 0
+    assert "warning: not all pictures could be drawn" in message
+
+
+def test_lines_that_cannot_be_written_come_with_the_next(tmp_path: Path) -> None:
+    told: list[str] = []
+    lines = LineFile(Path("/dev/full"), told.append)
+    lines.append("one")
+    lines.append("two")
+    assert len(told) == 1
+    assert "/dev/full cannot be written, its lines are kept in memory for now: No space left on device" in told[0]
+    lines.close()
+    lines._file = (tmp_path / "lines").open("ab", buffering=0)  # the disk has room again
+    lines.append("three")
+    lines.close()
+    assert (tmp_path / "lines").read_text() == "one\ntwo\nthree\n"
