@@ -62,14 +62,38 @@ def start(config: TrainConfig) -> PartialState:
             )
     threads = threads_per_rank(os.environ)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose a number of its own, and warn
+    timeout = timedelta(seconds=config.timeout_s)
+    _join_restarted_world(device, timeout)
     # cpu=True is needed: without it, ranks on a machine without CUDA would each be a world of one
-    world = PartialState(cpu=device == "cpu", timeout=timedelta(seconds=config.timeout_s))
+    world = PartialState(cpu=device == "cpu", timeout=timeout)
     if device == "cpu":
         keep_freed_memory()
         torch.set_flush_denormal(True)  # denormal numbers slow a CPU down 5 to 50 times
         torch.set_num_threads(threads)
     check_world(world)
     return world
+
+
+def _join_restarted_world(device: str, timeout: timedelta) -> None:
+    """Bring up a world that torchrun has restarted, under names of its own in the agent's store.
+
+    torch (2.15) would find the addresses of the ranks that have died there, and wait for them.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
 
 
 def build_accelerator(precision: str) -> Accelerator:
@@ -304,8 +328,7 @@ class Board:
         self._store: dist.Store | None = None
         self._verdict = False
         if self._world_size > 1:
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restarted rank
-            self._store = dist.PrefixStore(f"shardstep-{attempt}", dist.distributed_c10d._get_default_store())
+            self._store = dist.PrefixStore("shardstep", dist.distributed_c10d._get_default_store())
 
     def exchange(self, note: str) -> dict[int, str]:
         """Leave this rank's note and read those of all ranks that have left one."""
