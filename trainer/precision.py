@@ -14,6 +14,7 @@ from shardstep.trainer.models.batch_norm import convert_batch_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_ROUNDS = 4
 PROBE_SAMPLES = 64  # enough work to tell the formats apart, little enough to take a fraction of a second
 
 
@@ -70,23 +71,26 @@ def candidates(
 def measure(
     choices: list[Compute], module: nn.Module, objective: Objective, images: Tensor, labels: Tensor
 ) -> dict[Compute, float]:
-    """Seconds per forward and backward pass of each choice, on this rank alone; the model is left as it is."""
-    return {compute: _seconds_per_step(compute, module, objective, images, labels) for compute in choices}
+    """Seconds per forward and backward pass of each choice, on this rank alone; the model is left as it is.
 
-
-def _seconds_per_step(
-    compute: Compute, module: nn.Module, objective: Objective, images: Tensor, labels: Tensor
-) -> float:
-    """The faster of two passes, after one that is not counted."""
-    layout = MEMORY_FORMATS[compute.memory_format]
-    probe = copy.deepcopy(module).to(memory_format=layout).train()
-    convert_batch_norm(probe, synchronised=False)  # the other ranks do not take part
-    images, times = images.contiguous(memory_format=layout), []
+    The best of a few passes, taken in turn, so that other work on the machine meets all choices alike.
+    """
+    probes = {compute: _probe(compute, module, images) for compute in choices}
+    seconds = dict.fromkeys(choices, float("inf"))
     with torch.random.fork_rng():  # dropout must not move the run's random numbers
-        for _ in range(3):
-            began = time.perf_counter()
-            with torch.autocast(images.device.type, DTYPES[compute.precision], enabled=compute.precision != "fp32"):
-                outputs = probe(images)
-            objective.loss(outputs, images, labels).backward()
-            times.append(time.perf_counter() - began)
-    return min(times[1:])
+        for round_number in range(_ROUNDS):
+            for compute, (model, inputs) in probes.items():
+                began = time.perf_counter()
+                with torch.autocast(images.device.type, DTYPES[compute.precision], enabled=compute.precision != "fp32"):
+                    outputs = model(inputs)
+                objective.loss(outputs, inputs, labels).backward()
+                if round_number:  # the first one sets things up
+                    seconds[compute] = min(seconds[compute], time.perf_counter() - began)
+    return seconds
+
+
+def _probe(compute: Compute, module: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    layout = MEMORY_FORMATS[compute.memory_format]
+    model = copy.deepcopy(module).to(memory_format=layout).train()
+    convert_batch_norm(model, synchronised=False)  # the other ranks do not take part
+    return model, images.contiguous(memory_format=layout)
