@@ -2,6 +2,7 @@
 
     shardstep bench loader [--images DIR] [--repeats N]
     shardstep bench step [--repeats N]
+    shardstep bench checkpoint [--repeats N]
 
 Figures are medians with their range over the repeats; machines differ and are noisy, so look at the ratios.
 """
@@ -24,11 +25,12 @@ def main(arguments: list[str]) -> int:
     loader = commands.add_parser("loader", help="images per second of the loaders, on one core")
     loader.add_argument("--images", type=Path, help="shards to read (default: 5,000 synthetic 32x32 images)")
     step = commands.add_parser("step", help="the trainer against a bare PyTorch loop, on the article's net")
-    for command in (loader, step):
+    checkpoint = commands.add_parser("checkpoint", help="steps with and without a checkpoint every 50 of them")
+    for command in (loader, step, checkpoint):
         command.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="shardstep-bench-") as folder:
-        {"loader": _loader, "step": _step}[given.command](given, Path(folder))
+        {"loader": _loader, "step": _step, "checkpoint": _checkpoint}[given.command](given, Path(folder))
     return 0
 
 
@@ -108,27 +110,36 @@ def _plain_webdataset(shards: "ShardFolder") -> int:  # type: ignore[name-define
 # --- the training step ------------------------------------------------------------------------------------------------
 
 
-def _step(given: argparse.Namespace, folder: Path) -> None:
+def _article_run(folder: Path, *overrides: str) -> "setup.Run":  # type: ignore[name-defined] # noqa: F821
+    """A new run of the article's net on synthetic images, which are made in `folder` if they are not there."""
     from shardstep.configs.load import load_recipe
     from shardstep.datasets.write import write_shards
-    from shardstep.trainer import loop, runtime, setup
+    from shardstep.trainer import runtime, setup
     from shardstep.trainer.check import check_recipe
     from shardstep.trainer.display import Display
 
-    write_shards("synthetic:4096", "train", folder / "train")
-    write_shards("synthetic:16", "test", folder / "test")
+    for split, count in (("train", 4096), ("test", 16)):
+        if not (folder / split).exists():
+            write_shards(f"synthetic:{count}", split, folder / split)
+    number = len(list(folder.glob("run*")))
+    recipe = check_recipe(load_recipe("article_cnn", [
+        f"run.dir={folder / f'run{number}'}", f"data.train={folder / 'train'}", f"data.test={folder / 'test'}",
+        "eval.every=1000 epochs", "train.precision=bf16", "train.memory_format=channels_last", *overrides,
+    ]))  # fmt: skip
+    return setup.build(runtime.start(recipe.train), recipe, Display(enabled=False))
+
+
+def _step(given: argparse.Namespace, folder: Path) -> None:
+    from shardstep.trainer import loop
 
     def trainer(batch_size: int, steps: int) -> float:
         """Images per second of the real loop over its last `steps` steps, logging included."""
-        number = len(list(folder.glob("run*")))
-        recipe = check_recipe(load_recipe("article_cnn", [
-            f"run.dir={folder / f'run{number}'}", f"data.train={folder / 'train'}", f"data.test={folder / 'test'}",
-            f"train.global_batch_size={batch_size}", f"train.duration={2 * steps} steps", f"log.every={steps} steps",
-            "eval.every=1000 epochs", "checkpoint.every=1000 epochs", "train.precision=bf16",
-            "train.memory_format=channels_last",
-        ]))  # fmt: skip
-        run = setup.build(runtime.start(recipe.train), recipe, Display(enabled=False))
+        run = _article_run(
+            folder, f"train.global_batch_size={batch_size}", f"train.duration={2 * steps} steps",
+            f"log.every={steps} steps", "checkpoint.every=1000 epochs",
+        )  # fmt: skip
         loop.train(run)
+        run.watchdog.stop()
         return float(run.metrics.last_train["samples_per_s"])
 
     for batch_size, steps in ((16, 30), (256, 5)):
@@ -141,6 +152,30 @@ def _step(given: argparse.Namespace, folder: Path) -> None:
         print(
             f"  median of the paired ratios {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}\n"
         )
+
+
+def _checkpoint(given: argparse.Namespace, folder: Path) -> None:
+    from shardstep.trainer import loop
+
+    def steps_per_s(checkpoints: str) -> float:
+        """Over 200 steps of about 50 ms, without the last save, for which a run waits."""
+        run = _article_run(
+            folder, "train.duration=201 steps", "log.every=1000 steps", f"checkpoint.every={checkpoints}"
+        )
+        marks = []
+        run.display.advance = lambda step: marks.append(time.perf_counter())
+        loop.train(run)
+        run.watchdog.stop()
+        run.saver.wait()
+        return (len(marks) - 1) / (marks[-1] - marks[0])
+
+    rates: dict[str, list[float]] = {"no checkpoint": [], "a checkpoint every 50 steps": []}
+    for _ in range(given.repeats):  # in turn, so that a machine's moods meet both
+        rates["no checkpoint"].append(steps_per_s("1000 epochs"))
+        rates["a checkpoint every 50 steps"].append(steps_per_s("50 steps"))
+    ratios = [with_saves / without for without, with_saves in zip(*rates.values(), strict=True)]
+    _table("article_cnn, Adam, bf16, batch 16, 200 steps", "steps/s", rates, reference="no checkpoint")
+    print(f"  median of the paired ratios {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}\n")
 
 
 def _bare_loop(batch_size: int, steps: int) -> float:
@@ -192,7 +227,12 @@ def _table(title: str, unit: str, rates: dict[str, list[float]], reference: str)
     print(f"  {'':<52}{unit:>10}{'range':>20}{'ratio':>8}")
     for name, values in rates.items():
         median = statistics.median(values)
-        print(f"  {name:<52}{median:>10,.0f}{f'{min(values):,.0f} to {max(values):,.0f}':>20}{median / base:>8.2f}")
+        span = f"{_figure(min(values))} to {_figure(max(values))}"
+        print(f"  {name:<52}{_figure(median):>10}{span:>20}{median / base:>8.2f}")
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 if __name__ == "__main__":
