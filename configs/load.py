@@ -97,8 +97,10 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe so that load_recipe gives it back."""
-    path.write_text(recipe_text(recipe))
+    """Write a recipe so that load_recipe gives it back; by rename, so that there is always a whole one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(recipe_text(recipe))
+    partial.replace(path)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

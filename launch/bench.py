@@ -166,7 +166,7 @@ def _checkpoint(given: argparse.Namespace, folder: Path) -> None:
         run.display.advance = lambda step: marks.append(time.perf_counter())
         loop.train(run)
         run.watchdog.stop()
-        run.saver.wait()
+        run.saver.wait(lambda: None)
         return (len(marks) - 1) / (marks[-1] - marks[0])
 
     rates: dict[str, list[float]] = {"no checkpoint": [], "a checkpoint every 50 steps": []}

@@ -52,7 +52,7 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         _tell(f"failed: {error}")
         return FAILED
     except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        _tell(f"error: {error.filename or ''}: {error.strerror}")
+        _tell(f"error: {error.filename or ''}: {error.strerror}", everywhere=False)  # perhaps of this rank's node alone
         return BAD_INPUT
     except KeyboardInterrupt:
         _tell("interrupted")

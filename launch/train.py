@@ -55,19 +55,19 @@ def main(arguments: list[str]) -> int:
     for text in describe(run):
         display.note(text)
 
+    was_finished, before = folder.read_summary(run.folder).get("status") == "finished", run.state.progress
     request.note_interrupts()
     display.start(run.plan.total_steps, run.state.progress.step)
     try:
         run.requests.check()
         outcome = loop.train(run)
         display.stop()
-        is_safe = run.saver.wait()  # rank 0 writes
+        is_safe = run.saver.wait(lambda: run.watchdog.beat(run.state.progress.step, "saving"))  # rank 0 writes
         if outcome.stopped:
             return _stop(run, is_safe, under_agent)
         evaluation = outcome.evaluation
-        if (
-            evaluation is None
-            and runtime.broadcast_object(world, folder.read_summary(run.folder).get("status")) == "finished"
+        if runtime.broadcast_object(world, was_finished) and (
+            evaluation is None or run.state.progress.step == before.step
         ):
             display.note(
                 f"nothing to do: {run.folder} holds a finished run of {run.state.progress.step} steps. For another one "
@@ -94,18 +94,21 @@ def _stop(run: "setup.Run", is_safe: bool, under_agent: bool) -> int:  # type: i
     """End a run that was asked to: the state is saved, then the summary says so, then wandb hears of it."""
     from shardstep.launch.cli import FAILED, STOPPED
     from shardstep.trainer import runtime
-    from shardstep.trainer.summary import write_summary
 
     step, reason = run.state.progress.step, run.requests.reason
     if run.accelerator.is_main_process:
         run.metrics.close()
         run.requests.obeyed()
-        written = write_summary(run, "preempted" if is_safe else "failed", None)
-        run.display.note(
-            f"stopped by {reason}: step {step} is saved, the same command goes on from it"
-            if is_safe
-            else f"stopped by {reason}, but step {step} could not be saved: the same command goes on from the one before"
-        )
+        written = _summarise(run, "preempted" if is_safe else "failed")
+        if not step:
+            run.display.note(f"stopped by {reason}, before the first step")
+        elif is_safe:
+            run.display.note(f"stopped by {reason}: step {step} is saved, the same command goes on from it")
+        else:
+            run.display.note(
+                f"stopped by {reason}, but step {step} could not be saved: the step before it can be resumed"
+            )
+        run.watchdog.stop()
         if run.tracker:
             run.tracker.finish(written, failed=not is_safe)
     # No rank leaves before the state is safe: its exit would end the others under srun.
@@ -147,15 +150,25 @@ def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore
 
 def _fail(run: "setup.Run", error: BaseException) -> None:  # type: ignore[name-defined] # noqa: F821
     """Write down that the run failed. No collective here: the other ranks may never come."""
-    from shardstep.trainer.summary import write_summary
-
     if isinstance(error, InputError):  # found by the rank that read the sample, and by no other
         error.everywhere = False
     run.metrics.close()
     if run.accelerator.is_main_process:
-        written = write_summary(run, "failed", None)
+        written = _summarise(run, "failed")
+        run.watchdog.stop()
         if run.tracker:
             run.tracker.finish(written, failed=True)
+
+
+def _summarise(run: "setup.Run", status: str) -> dict[str, object]:  # type: ignore[name-defined] # noqa: F821
+    """Write the summary of a run that has not come to its end; that it cannot be written is not what the person must know."""
+    from shardstep.trainer.summary import write_summary
+
+    try:
+        return write_summary(run, status, None)
+    except OSError as error:
+        run.display.warn(f"summary.json could not be written: {error}")
+        return {"status": status}
 
 
 if __name__ == "__main__":

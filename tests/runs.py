@@ -69,7 +69,7 @@ def failure_of(recipe: str, *overrides: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def train_until(recipe: str, last_step: int) -> None:
+def train_until(recipe: str, last_step: int, *overrides: str) -> None:
     """Runs in a rank: trains and breaks off after a step, as a killed run does."""
     from shardstep.launch.train import main
     from shardstep.trainer import loop
@@ -86,7 +86,7 @@ def train_until(recipe: str, last_step: int) -> None:
 
     loop.train_step = step
     try:
-        main([recipe])
+        main([recipe, *overrides])
     except Killed:
         return
     finally:

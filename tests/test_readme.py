@@ -46,7 +46,7 @@ def test_everything_that_can_be_named_is_on_the_documents_page() -> None:
         *ours,
         *get_args(layers.Activation),
         *get_args(layers.Pooling),
-        *"rnn",
+        "rnn",
         "lstm",
         "gru",
     }

@@ -110,6 +110,11 @@ def _check_numbers(recipe: Recipe) -> list[str]:
             problems.append(f"data.{key}={place}: shards must lie in a folder, an address is not read yet")
     if recipe.run.hang_timeout is not None and not recipe.run.hang_timeout > 0:
         problems.append(f"run.hang_timeout={recipe.run.hang_timeout} must be above 0; null turns it off")
+    if recipe.run.hang_timeout is not None and recipe.run.hang_timeout >= recipe.train.timeout_s:
+        problems.append(
+            f"run.hang_timeout={recipe.run.hang_timeout} must be below train.timeout_s={recipe.train.timeout_s}, or the "
+            f"collectives give up first, and say nothing of who hangs"
+        )
     if recipe.run.seed >= 2**63:
         problems.append(f"run.seed={recipe.run.seed} must be below 2**63")
     if not 0 < recipe.train.timeout_s < 10**7:

@@ -164,6 +164,13 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
     return target
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Take the name of a checkpoint from the damaged ones after `step`, from which a run now goes on."""
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
+            path.replace(path.with_name(f".{path.name}.damaged"))
+
+
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
     """Delete all checkpoints but the newest `keep` and the best."""
     for path in list_checkpoints(folder)[:-keep]:
@@ -175,7 +182,7 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what a killed run left half written or half deleted."""
-    for path in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.deleted")]:
+    for path in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.deleted"), *folder.glob(".step-*.damaged")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -284,7 +291,7 @@ def load(state: TrainState, path: Path, rank: int, world_size: int) -> None:
         progress, scaler = Progress(**facts.pop("progress")), facts.pop("scaler")
         values = {name: facts[name] for name in _FACTS}
         optimizer = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
-        state.optimizer.load_state_dict(optimizer)
+        _load_optimizer(state.optimizer, optimizer)
         if state.scaler is not None and scaler:
             state.scaler.load_state_dict(scaler)
         state.module.load_state_dict(safetensors.torch.load_file(path / WEIGHTS))
@@ -307,6 +314,14 @@ def load(state: TrainState, path: Path, rank: int, world_size: int) -> None:
     state.progress = progress
     for name, value in values.items():
         setattr(state, name, value)
+
+
+def _load_optimizer(optimizer: AcceleratedOptimizer, saved: dict[str, Any]) -> None:
+    """What the optimizer has learnt comes from the checkpoint, its options from the recipe, which may have changed them."""
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

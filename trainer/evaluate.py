@@ -68,6 +68,7 @@ def evaluate(
     Returns:
         The same figures on every rank; None if a stop was requested.
     """
+    kept = [buffer.clone() for buffer in module.buffers()]
     average_buffers(accelerator, module)
     was_training = module.training
     module.eval()
@@ -78,6 +79,8 @@ def evaluate(
     for images, labels, _ in batches():
         if stop_requested():
             module.train(was_training)
+            for buffer, before in zip(module.buffers(), kept, strict=True):  # the same evaluation begins from there
+                buffer.copy_(before)
             return None
         if len(labels) == 0:
             continue

@@ -36,9 +36,10 @@ class Resume:
 def settle_from(recipe: Recipe) -> None:
     """Take from the run that this one continues, if it does, what the recipe leaves to `auto`: it is chosen once."""
     folder = Path(recipe.run.dir)
-    if recipe.run.resume == "never" or not _is_run(folder) or not list_checkpoints(folder / "checkpoints"):
+    recipes = [path / RECIPE for path in list_checkpoints(folder / "checkpoints") if (path / RECIPE).is_file()]
+    if recipe.run.resume == "never" or not _is_run(folder) or not recipes:
         return
-    saved = load_recipe(str(folder / CONFIG_NAME)).recipe
+    saved = load_recipe(str(recipes[-1])).recipe
     for section, key in _SETTLED:
         if getattr(getattr(recipe, section), key) == "auto":
             setattr(getattr(recipe, section), key, getattr(getattr(saved, section), key))

@@ -188,6 +188,9 @@ class LineFile:
     def append(self, line: str) -> None:
         """Write a line, after those that are pending."""
         self._pending += line.encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
         try:
             while self._pending:  # a write may end in the middle of a line: the next one begins there
                 self._pending = self._pending[self._file.write(self._pending) :]
@@ -199,12 +202,15 @@ class LineFile:
 
     def sync(self) -> None:
         """Wait until all lines would survive a power cut."""
+        self._flush()
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if not self._file.closed:
+            self._flush()
+            self._file.close()
 
 
 class Stopwatch:

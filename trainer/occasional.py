@@ -38,7 +38,8 @@ def save(run: Run, clock: Stopwatch) -> None:
     buffers = runtime.gather_buffers(accelerator, checkpoint.flatten_buffers(state.module))  # all ranks
     if accelerator.is_main_process:
         metrics.sync()  # lines are on disk before a checkpoint says so
-        run.saver.save(checkpoint.take_snapshot(state, recipe_text(run.recipe), accelerator.num_processes, buffers))
+        snapshot = checkpoint.take_snapshot(state, recipe_text(run.recipe), accelerator.num_processes, buffers)
+        run.saver.save(snapshot, lambda: run.watchdog.beat(state.progress.step, "saving"))
         run.requests.obeyed()
     run.requests.restart()
     metrics.restart_clock()

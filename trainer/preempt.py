@@ -3,6 +3,7 @@
 Nothing here imports torch: the handlers are installed before the seconds that its import takes.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -73,15 +74,14 @@ class Requests:
         """
         self._request, self._folder, self._is_main, self._agree = request, folder, is_main, agree
         self._calls, self._previous_call, self._next_call = 0, 0, 1
-        self._previous_s = time.monotonic()
+        self._previous_s, self._pause = time.monotonic(), 0
         self.stop = False
         self.save = False
         self.reason = ""  # of the stop, as far as this rank knows
 
     def restart(self) -> None:
         """Look again at the next call: what follows takes another time than what was before."""
-        self._next_call = self._calls + 1
-        self._previous_call, self._previous_s = self._calls, time.monotonic()
+        self._next_call, self._pause = self._calls + 1, 0
 
     def check(self) -> bool:
         """Called equally often on every rank; talks to the others about twice a second. Returns `stop`."""
@@ -90,21 +90,27 @@ class Requests:
             return self.stop
         stop, save = self._request.has_come(), False
         if self._is_main:
-            stop = stop or (self._folder / STOP_FILE).exists()
-            save = (self._folder / SAVE_FILE).exists()
+            # os.path: a mount that is gone has no such file, and is no reason to end
+            stop = stop or os.path.exists(self._folder / STOP_FILE)
+            save = os.path.exists(self._folder / SAVE_FILE)
         seconds_per_call = (time.monotonic() - self._previous_s) / (self._calls - self._previous_call)
-        pause = max(1, min(int(_INTERVAL_S / max(seconds_per_call, 1e-6)), _MOST_CALLS)) if self._is_main else 0
-        agreed_stop, agreed_save, pause = self._agree([int(stop), int(save), pause])
-        self._previous_s, self._previous_call, self._next_call = time.monotonic(), self._calls, self._calls + pause
+        # At most twice as many as before, from one on: the first calls may come faster than the steps that follow.
+        pause = max(1, min(int(_INTERVAL_S / max(seconds_per_call, 1e-6)), 2 * self._pause, _MOST_CALLS))
+        agreed_stop, agreed_save, self._pause = self._agree([int(stop), int(save), pause if self._is_main else 0])
+        self._previous_s, self._previous_call, self._next_call = (
+            time.monotonic(),
+            self._calls,
+            self._calls + self._pause,
+        )
         self.stop, self.save = bool(agreed_stop), bool(agreed_save)
         if self.stop:
-            in_folder = f"a file {STOP_FILE}" if (self._folder / STOP_FILE).exists() else "another rank"
+            in_folder = f"a file {STOP_FILE}" if os.path.exists(self._folder / STOP_FILE) else "another rank"
             self.reason = self._request.reason or in_folder
         return self.stop
 
     def obeyed(self) -> None:
         """Take away the files whose request is fulfilled. Rank 0."""
-        if self.stop:
-            (self._folder / STOP_FILE).unlink(missing_ok=True)
-        (self._folder / SAVE_FILE).unlink(missing_ok=True)
+        for name in (SAVE_FILE, *([STOP_FILE] if self.stop else [])):
+            with contextlib.suppress(OSError):
+                (self._folder / name).unlink(missing_ok=True)
         self.save = False

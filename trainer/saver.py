@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from shardstep.trainer import checkpoint
 from shardstep.trainer.checkpoint import Snapshot
@@ -11,32 +12,47 @@ from shardstep.trainer.checkpoint import Snapshot
 class Saver:
     """Writes snapshots in a thread, one at a time, on rank 0. A failure is told, and training goes on."""
 
-    def __init__(self, folder: Path, keep: int, warn: Callable[[str], None]):
-        """`folder`: of the checkpoints; `keep`: how many of the newest stay; `warn`: told when one cannot be saved."""
+    def __init__(self, folder: Path, keep: int, warn: Callable[[str], None], best: dict[str, Any] | None = None):
+        """
+        Args:
+            folder: of the checkpoints.
+            keep: how many of the newest stay.
+            warn: told when one cannot be saved.
+            best: step and score of the best evaluation so far, as TrainState has it.
+        """
         self._folder, self._keep, self._warn = folder, keep, warn
+        self._best_step = best["step"] if best else None  # of the best that is on disk
         self._thread: threading.Thread | None = None
         self._succeeded = True
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Begin to write a snapshot; waits for the one before."""
-        self.wait()
+    def save(self, snapshot: Snapshot, beat: Callable[[], None]) -> None:
+        """Begin to write a snapshot; waits for the one before, and calls `beat` while it does."""
+        self.wait(beat)
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="saver")
         self._thread.start()
 
-    def wait(self) -> bool:
+    def wait(self, beat: Callable[[], None]) -> bool:
         """Wait until nothing is being written; returns whether the last snapshot is safe on disk."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        while self._thread:
+            self._thread.join(timeout=1)
+            beat()
+            if not self._thread.is_alive():
+                self._thread = None
         return self._succeeded
 
     def _write(self, snapshot: Snapshot) -> None:
         best = snapshot.facts["best"]
         try:
             checkpoint.write(snapshot, self._folder)
-            checkpoint.prune(self._folder, self._keep, best["step"] if best else None)
-            self._succeeded = True
         except Exception as error:  # a full disk, a mount that is gone: whatever it is, the next one may succeed
             self._succeeded = False
             self._warn(f"step {snapshot.step} could not be saved, training goes on: {error}")
             checkpoint.sweep(self._folder)
+            return
+        self._succeeded = True
+        if best and best["step"] == snapshot.step:
+            self._best_step = snapshot.step
+        try:
+            checkpoint.prune(self._folder, self._keep, self._best_step)
+        except OSError as error:
+            self._warn(f"an old checkpoint could not be deleted: {error}")

@@ -188,7 +188,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         tracker=tracker,
         bad_steps=BadSteps(recipe.train),
         requests=Requests(request, folder, world.is_main_process, runtime.agree(world)),
-        saver=Saver(folder / "checkpoints", recipe.checkpoint.keep, display.warn),
+        saver=Saver(folder / "checkpoints", recipe.checkpoint.keep, display.warn, state.best),
         watchdog=Watchdog(runtime.Board(world), folder, recipe.run.hang_timeout, request, display.tell),
         sample_log=SampleLog(folder, accelerator.process_index, train) if recipe.log.sample_keys else None,
         probed_s=probed_s,
@@ -350,6 +350,7 @@ def _claim_folder(
             save_recipe(recipe, folder / CONFIG_NAME)
             shutil.copyfile(loaded.train.path / manifest.MANIFEST_NAME, folder / MANIFEST_NAME)
             checkpoint.sweep(folder / "checkpoints")
+            checkpoint.set_aside(folder / "checkpoints", state.progress.step)
             for lines in folder.glob("*.jsonl"):
                 cut_lines(lines, state.progress.step, state.evaluation_due)
         except OSError as error:

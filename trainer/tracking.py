@@ -8,7 +8,7 @@ from typing import Any
 
 from shardstep.configs.schema import Recipe
 
-_FINISH_S = 60.0  # to send what is left
+_FINISH_S = 30.0  # to send what is left
 
 
 class WandbTracker:

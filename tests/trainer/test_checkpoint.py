@@ -221,6 +221,41 @@ def test_changes_have_to_be_asked_for(trained: Path, shards: Path, tmp_path: Pat
     train_ranks(1, recipe, *changes, "run.allow_changes=[train.duration,optimizer.lr]")
     lines = train_lines(tmp_path / "run")
     assert [(line["step"], line["lr"]) for line in lines[-3:]] == [(7, 0.05), (8, 0.01), (9, 0.01)]
+    # and the optimizer has it, too: it is plain SGD, whose steps are the rate times a gradient of much the same length
+    folders = {6: trained / "run", 7: trained / "run", 9: tmp_path / "run"}
+    weights = {
+        step: load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors") for step, run in folders.items()
+    }
+    moved = {
+        (a, b): sum((weights[b][name] - weights[a][name]).square().sum().item() for name in weights[a]) ** 0.5
+        for a, b in ((6, 7), (7, 9))
+    }
+    assert moved[7, 9] < 2 * 0.5 * moved[6, 7]
+
+
+def test_damaged_newer_checkpoints_do_not_push_out_good_ones(trained: Path, shards: Path, tmp_path: Path) -> None:
+    recipe = copy_of(trained, tmp_path, shards)
+    for step in (6, 7):
+        remove(tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "state.json", tmp_path)
+    run_ranks(1, train_until, str(recipe), 6, "checkpoint.keep=2", "checkpoint.every=1 steps")  # saves 5 and 6
+    assert steps_in(tmp_path) == [5, 6]
+    assert not any(
+        checkpoint.problems_of(path) for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    )
+
+
+def test_config_is_never_half_written(
+    trained: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shardstep.configs.load import load_recipe, save_recipe
+
+    path = tmp_path / "config.yaml"
+    shutil.copy(trained / "run" / "config.yaml", path)
+    recipe = load_recipe(str(path)).recipe
+    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("killed here")))
+    with pytest.raises(OSError, match="killed here"):
+        save_recipe(recipe, path)
+    assert path.read_bytes() == (trained / "run" / "config.yaml").read_bytes()
 
 
 @pytest.mark.parametrize("change", ["run.seed=5", "data.lanes=3"])

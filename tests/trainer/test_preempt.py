@@ -180,23 +180,58 @@ def test_under_an_agent_a_stop_is_no_failure(shards: Path, tmp_path: Path) -> No
     assert [code for code, _, _ in run_ranks(2, under_agent, str(recipe), "step", 3, "SIGTERM", 0)] == [0, 0]
 
 
-def test_ranks_look_at_each_other_about_twice_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, looks = [0.0], []
+def looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durations: list[float | None]) -> list[int]:
+    """At which of some calls, so many seconds apart, the other ranks are asked; None is a change of phase."""
+    now, looks, call = [0.0], [], [0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def agree(numbers: list[int]) -> list[int]:
-        looks.append(now[0])
+        looks.append(call[0])
         return numbers
 
     requests = Requests(StopRequest(), tmp_path, is_main=True, agree=agree)
-    for _ in range(400):  # steps of 50 ms: 20 s
-        now[0] += 0.05
+    requests.check()  # before the first step, at once
+    for number, duration in enumerate(durations, start=1):
+        if duration is None:
+            requests.restart()
+            continue
+        now[0], call[0] = now[0] + duration, number
         requests.check()
-    assert 35 <= len(looks) <= 45
-    requests.restart()
-    now[0] += 2.0
-    requests.check()
-    assert looks[-1] == now[0]
+    return looks
+
+
+def test_ranks_look_at_each_other_about_twice_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 38 <= len(looks_at(tmp_path, monkeypatch, [0.05] * 400)) <= 50  # 20 s
+
+
+def test_slow_calls_after_fast_ones_are_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the first look is milliseconds after the start, and the steps that follow take seconds
+    assert looks_at(tmp_path, monkeypatch, [3.0] * 10) == [0, *range(1, 11)]
+    # fast steps, then a slow evaluation whose first call comes at once, then fast steps again
+    looks = looks_at(tmp_path, monkeypatch, [0.01] * 500 + [None, 0.001] + [2.0] * 10)
+    assert looks[-9:] == list(range(504, 513))
+
+
+def slow_steps(recipe: str) -> tuple[int, str, str]:
+    """Runs in a rank: steps of 0.1 s, and a signal in the third."""
+    from shardstep.trainer import loop
+
+    function = loop.train_step
+
+    def step(accelerator: Any, state: Any, *rest: Any) -> Any:
+        if state.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return function(accelerator, state, *rest)
+
+    loop.train_step = step
+    return failure_of(recipe, "train.duration=100 steps")
+
+
+def test_a_request_is_heard_within_a_second(shards: Path, tmp_path: Path) -> None:
+    ((code, _, _),) = run_ranks(1, slow_steps, str(write_recipe(tmp_path, shards, **SECTIONS)))
+    assert code == 85
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] <= 15
 
 
 # --- one rank fails ---------------------------------------------------------------------------------------------------
@@ -383,6 +418,5 @@ def test_lines_that_cannot_be_written_come_with_the_next(tmp_path: Path) -> None
     assert "/dev/full cannot be written, its lines are kept in memory for now: No space left on device" in told[0]
     lines.close()
     lines._file = (tmp_path / "lines").open("ab", buffering=0)  # the disk has room again
-    lines.append("three")
     lines.close()
-    assert (tmp_path / "lines").read_text() == "one\ntwo\nthree\n"
+    assert (tmp_path / "lines").read_text() == "one\ntwo\n"
