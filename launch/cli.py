@@ -3,9 +3,11 @@
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from importlib import import_module, metadata
+from typing import NoReturn
 
 from shardstep.configs.errors import InputError, TrainingFailed
 
@@ -38,7 +40,10 @@ def main() -> int:
 
         print(f"shardstep: no command {name!r}; {neighbours(name, COMMANDS)}", file=sys.stderr)
         return BAD_INPUT
-    return run(import_module(f"shardstep.launch.{name}").main, rest)
+    code = run(import_module(f"shardstep.launch.{name}").main, rest)
+    if "torch" in sys.modules:
+        leave(code)
+    return code
 
 
 def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
@@ -72,6 +77,23 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
             raise
         _tell(f"failed: {error.filename or ''}: {error.strerror}", everywhere=False)
         return FAILED
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once, when a checkpoint that is being written is done.
+
+    Taking an interpreter with torch's threads apart can abort (seen on a busy machine: "terminate called without an active
+    exception"), and would make a failure of a run that is finished and safe.
+    """
+    from shardstep.trainer.saver import THREAD_NAME
+
+    for thread in threading.enumerate():
+        if thread.name == THREAD_NAME:  # readers may wait for work for ever
+            thread.join()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _lost_rank(error: RuntimeError) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
+from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 
 
@@ -89,4 +90,4 @@ def find_weights(path: Path) -> tuple[Path, Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    leave(run_command(main, sys.argv[1:]))

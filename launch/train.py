@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe, recipe_names
+from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 from shardstep.trainer.preempt import StopRequest
 
@@ -172,4 +173,4 @@ def _summarise(run: "setup.Run", status: str) -> dict[str, object]:  # type: ign
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    leave(run_command(main, sys.argv[1:]))

@@ -8,6 +8,8 @@ from typing import Any
 from shardstep.trainer import checkpoint
 from shardstep.trainer.checkpoint import Snapshot
 
+THREAD_NAME = "saver"
+
 
 class Saver:
     """Writes snapshots in a thread, one at a time, on rank 0. A failure is told, and training goes on."""
@@ -28,7 +30,7 @@ class Saver:
     def save(self, snapshot: Snapshot, beat: Callable[[], None]) -> None:
         """Begin to write a snapshot; waits for the one before, and calls `beat` while it does."""
         self.wait(beat)
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="saver")
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name=THREAD_NAME)
         self._thread.start()
 
     def wait(self, beat: Callable[[], None]) -> bool:
