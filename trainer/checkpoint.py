@@ -35,6 +35,16 @@ WEIGHTS, OPTIMIZER, STATE, RECIPE, BUFFERS = (
     "rank_buffers.safetensors",
 )
 MANIFEST = "manifest.json"
+_LOAD_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 
 @dataclass
@@ -244,14 +254,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest | {"files": files}
 
 
-def problems_of(path: Path) -> list[str]:
-    """What is wrong with a checkpoint: every byte is read. Empty if it is whole."""
+def problems_of(path: Path, only: str | None = None) -> list[str]:
+    """What is wrong with a checkpoint, or with one of its files: every byte is read. Empty if it is whole."""
     try:
         manifest = read_manifest(path)
     except ValueError as error:
         return [str(error)]
     problems = []
     for name, (size, digest) in manifest["files"].items():
+        if only not in (None, name):
+            continue
         try:
             found = (path / name).stat().st_size
             if found != size:
@@ -299,10 +311,9 @@ def load(state: TrainState, path: Path, rank: int, world_size: int) -> None:
             every = safetensors.torch.load_file(path / BUFFERS)["buffers"]
             if len(every) == world_size:  # on another world the mean has to do, which the weights hold
                 state.module.load_state_dict(split_buffers(state.module, every[rank]), strict=False)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise _unfit(path, error) from None
-    except SafetensorError as error:
-        raise _unfit(path, error) from None
+    except _LOAD_ERRORS as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be resumed from: {reason}") from None
     if values["fingerprint"] != state.fingerprint:
         raise InputError(
             f"{path} was trained on another data set (fingerprint {values['fingerprint'][:12]}) than data.train now "
@@ -380,7 +391,3 @@ def _to_host(value: Any) -> Any:
 
 def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _unfit(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} cannot be resumed from: {(str(error) or type(error).__name__).splitlines()[0]}")

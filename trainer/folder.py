@@ -11,7 +11,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.trainer.check import check_recipe
-from shardstep.trainer.checkpoint import RECIPE, STATE, list_checkpoints, newest_whole
+from shardstep.trainer.checkpoint import RECIPE, STATE, list_checkpoints, newest_whole, problems_of
 
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "train_manifest.json"  # classes, mean and std of the training set: what an evaluation needs of it
@@ -36,10 +36,13 @@ class Resume:
 def settle_from(recipe: Recipe) -> None:
     """Take from the run that this one continues, if it does, what the recipe leaves to `auto`: it is chosen once."""
     folder = Path(recipe.run.dir)
-    recipes = [path / RECIPE for path in list_checkpoints(folder / "checkpoints") if (path / RECIPE).is_file()]
-    if recipe.run.resume == "never" or not _is_run(folder) or not recipes:
+    if recipe.run.resume == "never" or not _is_run(folder):
         return
-    saved = load_recipe(str(recipes[-1])).recipe
+    newest_first = reversed(list_checkpoints(folder / "checkpoints"))
+    newest = next((path for path in newest_first if not problems_of(path, only=RECIPE)), None)
+    if newest is None:
+        return
+    saved = load_recipe(str(newest / RECIPE)).recipe
     for section, key in _SETTLED:
         if getattr(getattr(recipe, section), key) == "auto":
             setattr(getattr(recipe, section), key, getattr(getattr(saved, section), key))
@@ -76,7 +79,6 @@ def find_resume(recipe: Recipe) -> Resume:
 def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
     saved = check_recipe(load_recipe(str(path / RECIPE)))
     differences = _differences(saved, recipe)
-    unknown = [key for key in recipe.run.allow_changes if key not in differences]
     refused = {key: change for key, change in differences.items() if key not in recipe.run.allow_changes}
     if refused:
         raise InputError.from_problems(
@@ -92,7 +94,7 @@ def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
             f"{', '.join(moved)} cannot change in the middle of an epoch (position {position}): samples would be seen "
             f"twice, or not at all"
         )
-    wrong = [key for key in unknown if not _is_compared(key)]
+    wrong = [key for key in recipe.run.allow_changes if not _is_compared(key)]
     if wrong:
         raise InputError(f"run.allow_changes: {', '.join(wrong)} is not a key that has to stay the same")
 

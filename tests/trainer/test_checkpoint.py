@@ -150,6 +150,14 @@ def test_resume_passes_over_damage_and_says_so(trained: Path, shards: Path, tmp_
     )
 
 
+def test_a_damaged_recipe_is_passed_over_too(trained: Path, shards: Path, tmp_path: Path) -> None:
+    recipe = copy_of(trained, tmp_path, shards)
+    (tmp_path / "run" / "checkpoints" / "step-00000007" / "recipe.yaml").write_text("{no: [recipe")
+    ((code, _, message),) = run_ranks(1, failure_of, str(recipe), "data.mode=auto")
+    assert code == 0
+    assert "step-00000007: recipe.yaml has" in message
+
+
 def test_when_all_are_damaged_nothing_is_begun_anew(trained: Path, shards: Path, tmp_path: Path) -> None:
     recipe = copy_of(trained, tmp_path, shards)
     for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"):
