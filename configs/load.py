@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shardstep.configs.components import neighbours
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import write_whole
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 
 _SECTIONS = {section.name: section for section in dataclasses.fields(Recipe)}
@@ -97,10 +98,8 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe so that load_recipe gives it back; by rename, so that there is always a whole one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(recipe_text(recipe))
-    partial.replace(path)
+    """Write a recipe so that load_recipe gives it back."""
+    write_whole(path, recipe_text(recipe).encode())
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

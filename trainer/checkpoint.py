@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from shardstep.configs.durations import Progress
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import write_whole
 from shardstep.datasets.cache import sync_to_disk
 from shardstep.datasets.scan import file_sha256
 
@@ -205,11 +206,8 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def write_weights(module: nn.Module, path: Path) -> None:
-    """Write a model's weights as safetensors, by rename."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(safetensors.torch.save(weights(module)))
-    sync_to_disk(partial)
-    partial.replace(path)
+    """Write a model's weights as safetensors."""
+    write_whole(path, safetensors.torch.save(weights(module)))
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from shardstep.configs.errors import TrainingFailed
+from shardstep.configs.files import write_whole
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.evaluate import Evaluation
 from shardstep.trainer.runtime import gather_rows, reduce_sums
@@ -240,9 +241,7 @@ def cut_lines(path: Path, step: int, evaluation_due: bool) -> None:
         again = evaluation_due and content.get("kind") == "eval" and content["step"] == step
         if content.get("step", math.inf) <= step and not again:
             kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    write_whole(path, "".join(kept).encode())
 
 
 def _last_lines(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from shardstep.configs.files import write_whole
 from shardstep.trainer.evaluate import Evaluation
 from shardstep.trainer.setup import Run
 
@@ -37,7 +38,5 @@ def write_summary(run: Run, status: str, evaluation: Evaluation | None) -> dict[
             "fingerprint": manifest.fingerprint,
         },
     }
-    partial = run.folder / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=1) + "\n")
-    partial.replace(run.folder / "summary.json")
+    write_whole(run.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary
