@@ -10,6 +10,7 @@ from importlib import import_module, metadata
 from typing import NoReturn
 
 from shardstep.configs.errors import InputError, TrainingFailed
+from shardstep.trainer import launcher
 
 COMMANDS = {
     "train": "train a model from a recipe",
@@ -66,7 +67,7 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         if not _lost_rank(error):
             raise
         time.sleep(_FIRST_WORD_S)
-        _tell(f"failed: rank {os.environ.get('RANK', '0')} ends, because another rank has", everywhere=False)
+        _tell(f"failed: rank {launcher.rank()} ends, because another rank has", everywhere=False)
         return FAILED
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         with contextlib.suppress(OSError):
@@ -104,5 +105,5 @@ def _lost_rank(error: RuntimeError) -> bool:
 
 def _tell(message: str, everywhere: bool = True) -> None:
     """Print to stderr; of a message that every rank has, rank 0 speaks for all."""
-    if os.environ.get("RANK", "0") == "0" or not everywhere:
+    if launcher.is_first_rank() or not everywhere:
         print(message, file=sys.stderr, flush=True)

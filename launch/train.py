@@ -39,13 +39,13 @@ def main(arguments: list[str]) -> int:
     request.install()  # a signal that comes while torch is imported is not lost
 
     # torch and all that needs it come after the first checks: a typo is answered at once
-    from shardstep.trainer import data, folder, loop, runtime, setup
+    from shardstep.trainer import data, folder, launcher, loop, runtime, setup
     from shardstep.trainer.check import check_recipe
     from shardstep.trainer.description import describe
     from shardstep.trainer.display import Display
 
-    under_agent = runtime.has_agent()
-    display = Display(enabled=runtime.is_first_rank())
+    under_agent = launcher.has_agent()
+    display = Display(enabled=launcher.is_first_rank())
     recipe = check_recipe(loaded)
     for note in loaded.notes:
         display.note(note)

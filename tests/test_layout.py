@@ -1,6 +1,7 @@
 """The layout's guards: what is installed under which name, and who may import whom."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,10 @@ def test_only_runtime_touches_the_world() -> None:
                 continue
             assert not {name for name in imported_modules(path) if name.startswith("torch.distributed")}, path
             assert "Accelerator(" not in path.read_text(), path
+            if path.name != "launcher.py":
+                assert not re.search(
+                    r"environ\b.*(RANK|WORLD|MASTER|SLURM|ACCELERATE|TORCHELASTIC)", path.read_text()
+                ), path
 
 
 def test_datasets_has_no_init() -> None:

@@ -13,7 +13,7 @@ from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, op
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
 from shardstep.datasets.write import make_missing_shards
-from shardstep.trainer import runtime
+from shardstep.trainer import launcher
 
 RESIDENT_SHARE = 0.25  # of the memory of the host, or of the GPU, that decoded images may take
 
@@ -52,7 +52,7 @@ def make_missing_data(config: DataConfig) -> None:
             try:
                 make_missing_shards(config.source, split, Path(folder))
             except InputError as error:  # perhaps of this node alone: its first rank tells
-                error.everywhere = not runtime.is_first_rank_of_node()
+                error.everywhere = not launcher.is_first_rank_of_node()
                 raise
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from shardstep.trainer import launcher
+
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _INTERVAL_S = 0.5  # between two looks at files and other ranks
@@ -52,7 +54,7 @@ class StopRequest:
             names = [signal.Signals(number).name for number in received if number in (*_SIGNALS, signal.SIGINT)]
             if names:
                 self.reason = names[0]
-            elif os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
+            elif os.getppid() != self._parent and launcher.is_elastic():
                 self.reason = "the launcher's end"
         return self.reason is not None
 

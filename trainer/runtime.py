@@ -1,10 +1,10 @@
-"""The world: ranks, device, threads and precision. The only module that builds the Accelerator, reads the launcher's
-environment or imports torch.distributed.
+"""The world: ranks, device, threads and precision. The only module that builds the Accelerator or imports
+torch.distributed; what the launcher said is read here and in launcher.py.
 """
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,18 +19,9 @@ from torch.optim import Optimizer
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import TrainConfig
+from shardstep.trainer import launcher
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that speaks to the person, as far as can be told before the world is up."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def is_first_rank_of_node() -> bool:
-    """Whether this process is the first of its node."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def choose_device(wanted: str) -> str:
@@ -39,10 +30,12 @@ def choose_device(wanted: str) -> str:
     Raises:
         InputError: cuda is asked for and there is none.
     """
+    if wanted == "cuda" and launcher.cpu_is_forced():
+        raise InputError("train.device=cuda, but accelerate launch was told to stay on the CPU: change one of them")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device=cuda, but torch finds no CUDA device here: use train.device=cpu or auto")
     if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() and not launcher.cpu_is_forced() else "cpu"
     return wanted
 
 
@@ -53,14 +46,14 @@ def start(config: TrainConfig) -> PartialState:
         InputError: the device is not there, or the world is not the one that was asked for.
     """
     device = choose_device(config.device)
-    check_launch(os.environ, config.world_size)
+    launcher.check_launch(os.environ, config.world_size)
     if device == "cuda":
         ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if ranks > gpus:
             raise InputError(
                 f"{ranks} ranks were started on a node with {gpus} visible GPUs: start at most {gpus} there"
             )
-    threads = threads_per_rank(os.environ)
+    threads = launcher.threads_per_rank(os.environ)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose a number of its own, and warn
     timeout = timedelta(seconds=config.timeout_s)
     _join_restarted_world(device, timeout)
@@ -167,44 +160,6 @@ def _autocast_fp16_on_cpu(accelerator: Accelerator, module: nn.Module) -> None:
         module.forward = torch.autocast("cpu", torch.float16)(module.forward)
 
 
-def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
-    """Compare the world that the environment describes with the one that was asked for.
-
-    Args:
-        environment: os.environ.
-        wanted: train.world_size, if the recipe has it.
-
-    Raises:
-        InputError: several worlds of one would come up, or one of another size than asked for.
-    """
-    if "RANK" not in environment:
-        if environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in environment:
-            raise InputError(
-                "`accelerate launch --cpu --num_processes N` starts one process only, whatever N is. For several CPU ranks "
-                "use `accelerate launch --multi_gpu --num_processes N launch/train.py ... train.device=cpu` or "
-                "`torchrun --nproc-per-node N launch/train.py ... train.device=cpu`"
-            )
-        tasks = int(environment.get("SLURM_NTASKS", "1"))
-        if tasks > 1:
-            raise InputError(
-                f"Slurm was asked for {tasks} tasks (SLURM_NTASKS), but no launcher has told this one its rank: {tasks} "
-                f"separate runs would write to one folder. Start torchrun or accelerate launch with srun, one per node, "
-                f"or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
-            )
-    world_size = int(environment.get("WORLD_SIZE", "1")) if "RANK" in environment else 1
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if world_size < tasks:
-        raise InputError(
-            f"srun started {tasks} tasks, but the launcher in this one brings up a world of {world_size}: {tasks} separate "
-            f"runs would write to one folder. Give torchrun --nnodes and --rdzv-endpoint, or start one task"
-        )
-    if wanted is not None and world_size != wanted:
-        raise InputError(
-            f"train.world_size={wanted}, but {world_size} {'rank' if world_size == 1 else 'ranks'} came up: "
-            f"start {wanted} (torchrun --nproc-per-node {wanted} ...), or change train.world_size"
-        )
-
-
 def check_world(world: PartialState) -> None:
     """Compare the world that came up with the launcher's.
 
@@ -217,12 +172,6 @@ def check_world(world: PartialState) -> None:
             f"the launcher announced {expected} ranks (WORLD_SIZE), but {world.num_processes} came up: the "
             f"backend could not join them. Check train.device and the launcher's options"
         )
-
-
-def threads_per_rank(environment: Mapping[str, str]) -> int:
-    """Threads for the operations of one rank: the cores that this process may use, shared by the node's ranks."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def keep_freed_memory() -> None:
@@ -374,11 +323,6 @@ class Board:
 def is_lost_rank(error: BaseException) -> bool:
     """Whether an error says that another rank has left a collective."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
-
-
-def has_agent() -> bool:
-    """Whether a launcher started this process and reports any exit code but 0 as a failure."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def gather_buffers(accelerator: Accelerator, flat: Tensor) -> Tensor | None:

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from shardstep.configs.errors import InputError
-from shardstep.trainer.runtime import check_launch, check_world, threads_per_rank
+from shardstep.trainer.launcher import check_launch, threads_per_rank
+from shardstep.trainer.runtime import check_world
 from tests.distributed import run_ranks
 from tests.runs import read_lines, train_lines, train_ranks, write_recipe
 
