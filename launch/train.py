@@ -1,6 +1,6 @@
 """Train a model from a recipe.
 
-shardstep train [RECIPE] [section.key=value ...]
+shardstep train [RECIPE] [section.key=value ...] [--nproc N]
 torchrun --nproc-per-node 2 launch/train.py [RECIPE] [section.key=value ...]
 accelerate launch --multi_gpu --num_processes 2 launch/train.py [RECIPE] [section.key=value ...]
 """
@@ -27,7 +27,8 @@ def main(arguments: list[str]) -> int:
         "recipe", nargs="?", default="quickstart", help="a YAML file, or the name of a recipe (default: quickstart)"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.duration='2 epochs'")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--nproc", type=int, default=1, help="ranks to start on this machine, without torchrun")
+    given = parser.parse_intermixed_args(arguments)
     if (
         "=" in given.recipe and not Path(given.recipe).is_file()
     ):  # `shardstep train log.wandb=offline`: the default recipe, changed
@@ -35,6 +36,8 @@ def main(arguments: list[str]) -> int:
         given.recipe = "quickstart"
 
     loaded = load_recipe(given.recipe, given.overrides)
+    if given.nproc != 1:
+        return _start_ranks(given.nproc, [given.recipe, *given.overrides])
     request = StopRequest()
     request.install()  # a signal that comes while torch is imported is not lost
 
@@ -53,6 +56,12 @@ def main(arguments: list[str]) -> int:
     data.make_missing_data(recipe.data)
     world = runtime.start(recipe.train)
     run = setup.build(world, recipe, display, request)
+    ignored = launcher.ignored_precision()
+    if ignored and ignored != recipe.train.precision:
+        display.warn(
+            f"accelerate launch was given the precision {ignored}, which has no effect: train.precision decides, and is "
+            f"{recipe.train.precision}"
+        )
     for text in describe(run):
         display.note(text)
 
@@ -89,6 +98,18 @@ def main(arguments: list[str]) -> int:
         run.watchdog.stop()
     runtime.stop(run.accelerator)
     return 0
+
+
+def _start_ranks(count: int, arguments: list[str]) -> int:
+    """This same command on several ranks."""
+    from shardstep.launch.ranks import start_ranks
+    from shardstep.trainer import launcher
+
+    if count < 1:
+        raise InputError(f"--nproc={count} is no number of ranks: give 1 or more")
+    if launcher.is_launched():
+        raise InputError("--nproc starts ranks itself: leave it out under torchrun, accelerate launch or srun")
+    return start_ranks(count, [sys.executable, __file__, *arguments])
 
 
 def _stop(run: "setup.Run", is_safe: bool, under_agent: bool) -> int:  # type: ignore[name-defined] # noqa: F821

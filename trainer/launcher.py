@@ -12,6 +12,8 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 
+_OWN = "SHARDSTEP_NPROC"  # set by `shardstep train --nproc`
+
 
 def rank() -> int:
     """This process's place in the world; 0 where no launcher has given it one."""
@@ -35,12 +37,12 @@ def is_launched() -> bool:
 
 def has_agent() -> bool:
     """Whether a launcher started this process that reports any exit code but 0 as a failure."""
-    return is_elastic() or "ACCELERATE_MIXED_PRECISION" in os.environ
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def is_elastic() -> bool:
-    """Whether an agent of torchrun started this process: one whose parent is gone has nobody left to end it."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def ends_with_parent() -> bool:
+    """Whether the parent is a launcher that watches over this process: once it is gone, nobody would end the ranks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or _OWN in os.environ
 
 
 def cpu_is_forced() -> bool:
@@ -63,6 +65,7 @@ def environment_of_rank(rank: int, world_size: int, port: int) -> dict[str, str]
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        _OWN: "1",
     }
 
 

@@ -54,7 +54,7 @@ class StopRequest:
             names = [signal.Signals(number).name for number in received if number in (*_SIGNALS, signal.SIGINT)]
             if names:
                 self.reason = names[0]
-            elif os.getppid() != self._parent and launcher.is_elastic():
+            elif os.getppid() != self._parent and launcher.ends_with_parent():
                 self.reason = "the launcher's end"
         return self.reason is not None
 

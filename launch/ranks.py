@@ -1,0 +1,64 @@
+"""Ranks on this machine without torchrun or accelerate: the processes behind `shardstep train --nproc N`."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+
+from shardstep.launch.cli import FAILED
+from shardstep.trainer import launcher
+
+_GRACE_S = 60.0  # for the other ranks to notice that one has failed, and to end by themselves
+_POLL_S = 0.1
+
+
+def start_ranks(count: int, command: list[str]) -> int:
+    """Run a command once per rank, pass signals on to all, and wait until the last has ended.
+
+    Args:
+        count: number of ranks.
+        command: with its arguments; the environment tells each process its rank.
+
+    Returns:
+        0 if all ranks did, else the exit code of the first that did not; 1 if that was killed by a signal.
+    """
+    port = _free_port()
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None = None) -> None:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    for rank in range(count):
+        environment = os.environ | launcher.environment_of_rank(rank, count, port)
+        # In sessions of their own: Ctrl-C comes from here, once.
+        processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+
+    first_failure: int | None = None
+    failed_s = float("inf")
+    while any(process.poll() is None for process in processes):
+        codes = [process.returncode for process in processes]
+        if first_failure is None and any(codes):
+            first_failure, failed_s = next(code for code in codes if code), time.monotonic()
+        late_s = time.monotonic() - failed_s
+        if late_s > _GRACE_S:
+            pass_on(signal.SIGTERM if late_s < 2 * _GRACE_S else signal.SIGKILL)
+        time.sleep(_POLL_S)
+    code = first_failure or next((process.returncode for process in processes if process.returncode), 0)
+    for rank, process in enumerate(processes):
+        if process.returncode < 0:
+            print(f"failed: rank {rank} was ended by {signal.Signals(-process.returncode).name}", file=sys.stderr)
+    return code if code >= 0 else FAILED
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
