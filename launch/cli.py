@@ -15,6 +15,7 @@ from shardstep.trainer import launcher
 COMMANDS = {
     "train": "train a model from a recipe",
     "evaluate": "evaluate a run's final weights on a test set",
+    "submit": "submit a recipe to Slurm",
     "shards": "write, verify, index and inspect data sets",
     "checkpoints": "list and verify the checkpoints of a run",
     "bench": "measure the loader and the training step against plain PyTorch",

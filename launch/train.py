@@ -120,8 +120,11 @@ def _stop(run: "setup.Run", is_safe: bool, under_agent: bool) -> int:  # type: i
     step, reason = run.state.progress.step, run.requests.reason
     if run.accelerator.is_main_process:
         run.metrics.close()
+        by_person = run.requests.by_person
         run.requests.obeyed()
         written = _summarise(run, "preempted" if is_safe else "failed")
+        if is_safe and not by_person:  # who stops a run by a file does not want to see it again
+            _tell_job_script(run)
         if not step:
             run.display.note(f"stopped by {reason}, before the first step")
         elif is_safe:
@@ -130,6 +133,9 @@ def _stop(run: "setup.Run", is_safe: bool, under_agent: bool) -> int:  # type: i
             run.display.note(
                 f"stopped by {reason}, but step {step} could not be saved: the step before it can be resumed"
             )
+        outlook = run.time_limit.outlook()
+        if outlook:
+            run.display.note(outlook)
         run.watchdog.stop()
         if run.tracker:
             run.tracker.finish(written, failed=not is_safe)
@@ -139,6 +145,20 @@ def _stop(run: "setup.Run", is_safe: bool, under_agent: bool) -> int:  # type: i
     if not is_safe:
         return FAILED
     return 0 if under_agent else STOPPED
+
+
+def _tell_job_script(run: "setup.Run") -> None:  # type: ignore[name-defined] # noqa: F821
+    """Leave the number of steps that this process took where the job script looks, which may then start the job again."""
+    from shardstep.configs.files import write_whole
+    from shardstep.trainer import launcher
+
+    path = launcher.stopped_file()
+    if path is None:
+        return
+    try:
+        write_whole(path, f"{run.state.progress.step - run.state.starts[-1]['step']}\n".encode())
+    except OSError as error:
+        run.display.warn(f"{path} could not be written, the job will not be started again: {error}")
 
 
 def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore[name-defined] # noqa: F821

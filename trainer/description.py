@@ -9,6 +9,7 @@ from shardstep.datasets.order import window_of
 from shardstep.trainer.models.batch_norm import SyncBatchNorm2d
 from shardstep.trainer.plan import Plan
 from shardstep.trainer.setup import Run
+from shardstep.trainer.time_limit import time_text
 
 
 def describe(run: Run) -> list[str]:
@@ -39,6 +40,7 @@ def describe(run: Run) -> list[str]:
         f"rate {entry.get('lr', run.base_lr):g}"
         for entry in recipe.optimizer["groups"]
     )
+    remaining_s = run.time_limit.remaining_s()
     facts = [
         ("world", f"{ranks}, {processor}"),
         (
@@ -58,6 +60,7 @@ def describe(run: Run) -> list[str]:
             f"of at most {largest_micro_batch}",
         ),
         ("duration", f"{plan.duration}{f' = {plan.total_steps} steps' if per_epoch else ''}{per_epoch}"),
+        *([("time", f"the allocation ends in {time_text(remaining_s)}")] if remaining_s is not None else []),
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
     ]
     headline = (

@@ -11,9 +11,13 @@ def evaluate_now(run: Run, clock: Stopwatch) -> Evaluation | None:
     """Evaluate where the run is and write it down; None if the ranks are to stop. All ranks."""
     state, plan, metrics = run.state, run.plan, run.metrics
     state.evaluation_due = True
-    evaluation = None if run.requests.stop else run.evaluate()
+    began = clock.seconds()
+    run.requests.restart()
+    stop = run.requests.check(run.time_limit.evaluation_s)  # all ranks; one that cannot finish in time is not begun
+    evaluation = None if stop else run.evaluate()
     if evaluation is None:
         return None
+    run.time_limit.evaluated(clock.seconds() - began)
     state.evaluation_due = False
     state.wall_s = clock.seconds()
     score = -evaluation.loss if evaluation.accuracy is None else evaluation.accuracy

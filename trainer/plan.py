@@ -49,6 +49,14 @@ class Plan:
         """Epochs done, as a number with a fraction."""
         return progress.epoch + progress.position / self.samples_per_epoch
 
+    def share_done(self, progress: Progress) -> float:
+        """How much of the run is done, 0 to 1."""
+        done, all_of_it = (
+            self.epochs(progress) if self.duration.unit == "epochs" else progress.step,
+            self.duration.value,
+        )
+        return min(1.0, done / float(all_of_it)) if all_of_it else 1.0
+
     def is_over(self, progress: Progress) -> bool:
         """Whether the run has reached its end."""
         return self.duration.is_over(progress, self.samples_per_epoch)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from shardstep.trainer import launcher
+from shardstep.trainer.time_limit import TimeLimit
 
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -66,36 +67,47 @@ class StopRequest:
 class Requests:
     """What all ranks have agreed to do. `stop` and `save` change between two calls of `check`, on all ranks alike."""
 
-    def __init__(self, request: StopRequest, folder: Path, is_main: bool, agree: Agree):
+    def __init__(self, request: StopRequest, folder: Path, is_main: bool, agree: Agree, time_limit: TimeLimit):
         """
         Args:
             request: this process's.
             folder: of the run; rank 0 looks for STOP and SAVE in it.
             is_main: whether this is rank 0.
             agree: exchanges numbers with the other ranks.
+            time_limit: of the allocation; rank 0 asks it.
         """
         self._request, self._folder, self._is_main, self._agree = request, folder, is_main, agree
+        self._time_limit = time_limit
         self._calls, self._previous_call, self._next_call = 0, 0, 1
         self._previous_s, self._pause = time.monotonic(), 0
         self.stop = False
         self.save = False
         self.reason = ""  # of the stop, as far as this rank knows
+        self.by_person = False  # whether somebody has put the file STOP there
 
     def restart(self) -> None:
         """Look again at the next call: what follows takes another time than what was before."""
         self._next_call, self._pause = self._calls + 1, 0
 
-    def check(self) -> bool:
-        """Called equally often on every rank; talks to the others about twice a second. Returns `stop`."""
+    def check(self, evaluation_s: float = 0.0) -> bool:
+        """Called equally often on every rank; talks to the others about twice a second. Returns `stop`.
+
+        Args:
+            evaluation_s: how long what comes next will take; if the allocation ends before, that is a reason to stop.
+        """
         self._calls += 1
         if self.stop or self._calls < self._next_call:
             return self.stop
-        stop, save = self._request.has_come(), False
+        stop, save, out_of_time = self._request.has_come(), False, False
+        passed_s = time.monotonic() - self._previous_s
         if self._is_main:
             # os.path: a mount that is gone has no such file, and is no reason to end
-            stop = stop or os.path.exists(self._folder / STOP_FILE)
+            self.by_person = os.path.exists(self._folder / STOP_FILE)
             save = os.path.exists(self._folder / SAVE_FILE)
-        seconds_per_call = (time.monotonic() - self._previous_s) / (self._calls - self._previous_call)
+            self._time_limit.looked(passed_s)
+            out_of_time = self._time_limit.is_near(evaluation_s)
+            stop = stop or self.by_person or out_of_time
+        seconds_per_call = passed_s / (self._calls - self._previous_call)
         # At most twice as many as before, from one on: the first calls may come faster than the steps that follow.
         pause = max(1, min(int(_INTERVAL_S / max(seconds_per_call, 1e-6)), 2 * self._pause, _MOST_CALLS))
         agreed_stop, agreed_save, self._pause = self._agree([int(stop), int(save), pause if self._is_main else 0])
@@ -106,8 +118,8 @@ class Requests:
         )
         self.stop, self.save = bool(agreed_stop), bool(agreed_save)
         if self.stop:
-            in_folder = f"a file {STOP_FILE}" if os.path.exists(self._folder / STOP_FILE) else "another rank"
-            self.reason = self._request.reason or in_folder
+            others = f"a file {STOP_FILE}" if self.by_person else "another rank"
+            self.reason = self._request.reason or ("the allocation's end" if out_of_time else others)
         return self.stop
 
     def obeyed(self) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints beside the training: one is written while the next steps are taken."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Saver:
         self._best_step = best["step"] if best else None  # of the best that is on disk
         self._thread: threading.Thread | None = None
         self._succeeded = True
+        self.longest_s: float | None = None  # that a checkpoint has taken, from its copy on the host to the disk
 
     def save(self, snapshot: Snapshot, beat: Callable[[], None]) -> None:
         """Begin to write a snapshot; waits for the one before, and calls `beat` while it does."""
@@ -43,9 +45,10 @@ class Saver:
         return self._succeeded
 
     def _write(self, snapshot: Snapshot) -> None:
-        best = snapshot.facts["best"]
+        best, began = snapshot.facts["best"], time.monotonic()
         try:
             checkpoint.write(snapshot, self._folder)
+            self.longest_s = max(self.longest_s or 0.0, time.monotonic() - began)
         except Exception as error:  # a full disk, a mount that is gone: whatever it is, the next one may succeed
             self._succeeded = False
             self._warn(f"step {snapshot.step} could not be saved, training goes on: {error}")

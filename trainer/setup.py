@@ -21,7 +21,7 @@ from shardstep.datasets.augment import Normalize, build_transforms
 from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
 from shardstep.datasets.order import window_of
 from shardstep.datasets.reader import Reader
-from shardstep.trainer import checkpoint, data, runtime
+from shardstep.trainer import checkpoint, data, launcher, runtime
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.clip import Clip
 from shardstep.trainer.data import Data
@@ -46,6 +46,7 @@ from shardstep.trainer.sample_log import SampleLog
 from shardstep.trainer.saver import Saver
 from shardstep.trainer.schedules import LearningRate
 from shardstep.trainer.skip import BadSteps
+from shardstep.trainer.time_limit import TimeLimit
 from shardstep.trainer.tracking import WandbTracker
 from shardstep.trainer.watchdog import Watchdog
 
@@ -85,6 +86,7 @@ class Run:
     bad_steps: BadSteps
     requests: Requests
     saver: Saver
+    time_limit: TimeLimit
     watchdog: Watchdog
     sample_log: SampleLog | None
     probed_s: dict[Compute, float]
@@ -165,6 +167,17 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         tracker = WandbTracker(recipe, folder, display.warn, state.wandb_id)
         state.wandb_id = tracker.run_id
         listeners.append(tracker.log)
+    saver = Saver(folder / "checkpoints", recipe.checkpoint.keep, display.warn, state.best)
+    time_limit = TimeLimit(
+        launcher.allocation(), lambda: saver.longest_s, share_done=lambda: plan.share_done(state.progress)
+    )
+
+    def tell_outlook(line: dict[str, Any]) -> None:
+        outlook = time_limit.early_outlook()
+        if outlook:
+            display.note(outlook)
+
+    listeners.append(tell_outlook)
     return Run(
         recipe=recipe,
         folder=folder,
@@ -187,8 +200,9 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         display=display,
         tracker=tracker,
         bad_steps=BadSteps(recipe.train),
-        requests=Requests(request, folder, world.is_main_process, runtime.agree(world)),
-        saver=Saver(folder / "checkpoints", recipe.checkpoint.keep, display.warn, state.best),
+        requests=Requests(request, folder, world.is_main_process, runtime.agree(world), time_limit),
+        saver=saver,
+        time_limit=time_limit,
         watchdog=Watchdog(runtime.Board(world), folder, recipe.run.hang_timeout, request, display.tell),
         sample_log=SampleLog(folder, accelerator.process_index, train) if recipe.log.sample_keys else None,
         probed_s=probed_s,

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from shardstep.trainer.metrics import LineFile
 from shardstep.trainer.preempt import Requests, StopRequest
+from shardstep.trainer.time_limit import TimeLimit
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
 
@@ -189,7 +190,8 @@ def looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durations: list[fl
         looks.append(call[0])
         return numbers
 
-    requests = Requests(StopRequest(), tmp_path, is_main=True, agree=agree)
+    unlimited = TimeLimit(None, save_s=lambda: None, share_done=lambda: 0.0)
+    requests = Requests(StopRequest(), tmp_path, is_main=True, agree=agree, time_limit=unlimited)
     requests.check()  # before the first step, at once
     for number, duration in enumerate(durations, start=1):
         if duration is None:

@@ -1,0 +1,109 @@
+"""A submitted job, shown until it ends: its state in Slurm, and the progress of its run."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from shardstep.launch.cli import FAILED, INTERRUPTED
+
+_POLL_S = 2.0
+_PROGRESS_S = 10.0  # between lines about training steps; evaluations always get one
+_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
+
+
+def follow(job_id: str, folder: Path) -> int:
+    """Print each change of a job's state and its run's metrics until it has ended; Ctrl-C leaves the job alone.
+
+    Args:
+        job_id: as sbatch told it.
+        folder: of the run.
+
+    Returns:
+        0 if the job completed, its own exit code if it had one, else 1.
+    """
+    told, shown_s, lines = "", 0.0, _MetricLines(folder / "metrics.jsonl")
+    try:
+        while True:
+            tasks = _tasks(job_id)
+            state = describe(tasks)
+            if state != told:
+                print(f"{time.strftime('%H:%M:%S')}  {state}", flush=True)
+                told = state
+            for line in lines.new():
+                if line["kind"] == "eval" or time.monotonic() - shown_s > _PROGRESS_S:
+                    shown_s = time.monotonic()
+                    print(f"{time.strftime('%H:%M:%S')}  {progress(line)}", flush=True)
+            if not tasks or all(task["JobState"] in _ENDED for task in tasks):
+                return exit_code(tasks)
+            time.sleep(_POLL_S)
+    except KeyboardInterrupt:
+        print(f"\nno longer following; job {job_id} goes on. `scancel {job_id}` saves and ends it", file=sys.stderr)
+        return INTERRUPTED
+
+
+def describe(tasks: list[dict[str, str]]) -> str:
+    """The state of a job, or of the tasks of an array, in a few words."""
+    if not tasks:
+        return "Slurm no longer knows this job"
+    if len(tasks) == 1:
+        task = tasks[0]
+        restarts = int(task.get("Restarts", "0"))
+        again = f", start {restarts + 1}" if restarts else ""
+        where = f" on {task['NodeList']}" if task["JobState"] == "RUNNING" else ""
+        why = f" ({task['Reason']})" if task.get("Reason", "None") != "None" else ""
+        return f"{task['JobState']}{where}{why}{again}"
+    states = [task["JobState"] for task in tasks]
+    return ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+
+
+def progress(line: dict[str, Any]) -> str:
+    """A line of metrics.jsonl in a few words."""
+    where, accuracy = f"epoch {line['epoch']:.4g}  step {line['step']}", line.get("accuracy")
+    if line["kind"] == "eval":
+        return f"{where}  test loss {line['loss']:.4f}{'' if accuracy is None else f'  accuracy {accuracy:.2%}'}"
+    loss = "left out" if line["loss"] is None else f"{line['loss']:.4f}"
+    return f"{where}  loss {loss}  {line['samples_per_s']:,.0f} images/s"
+
+
+def exit_code(tasks: list[dict[str, str]]) -> int:
+    """Of the first task that did not complete; 0 if all did, or nothing is known any more."""
+    for task in tasks:
+        if task["JobState"] != "COMPLETED":
+            return int(task.get("ExitCode", "1:0").split(":")[0]) or FAILED
+    return 0
+
+
+class _MetricLines:
+    """What has been appended to a metrics.jsonl, whole lines only."""
+
+    def __init__(self, path: Path):
+        self._path, self._offset = path, path.stat().st_size if path.is_file() else 0
+
+    def new(self) -> list[dict[str, Any]]:
+        try:
+            if self._path.stat().st_size < self._offset:  # cut, as a resumed run does
+                self._offset = self._path.stat().st_size
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                content = file.read()
+        except OSError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        found = [json.loads(line) for line in whole.splitlines()]
+        return [line for line in found if line.get("kind") in ("train", "eval")]
+
+
+def _tasks(job_id: str) -> list[dict[str, str]]:
+    """What Slurm knows of a job: a mapping for each task of an array, or one."""
+    result = subprocess.run(["scontrol", "-o", "show", "job", job_id], capture_output=True, text=True)
+    if result.returncode:
+        return []
+    return [
+        {name: value for name, equals, value in (word.partition("=") for word in line.split()) if equals}
+        for line in result.stdout.splitlines()
+        if "JobState=" in line
+    ]

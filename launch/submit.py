@@ -1,0 +1,280 @@
+"""Submit a recipe to Slurm.
+
+    shardstep submit RECIPE [section.key=value ...] --nodes 2 --ranks-per-node 4 --gpus-per-node 4 --time 4:00:00
+    shardstep submit RECIPE --over optimizer.name=sgd,adam --over run.seed=0,1,2 --time 60     a job array, one task a point
+    shardstep submit RECIPE ... --dry-run     prints the script
+    shardstep submit RECIPE ... --follow      shows the job and the run's progress until it ends
+
+The script needs nothing but this Python on the nodes. A job that is preempted, or comes to its time limit, saves its state
+and goes on when Slurm starts it again; one that is cancelled saves and ends.
+"""
+
+import argparse
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from shardstep.configs.components import neighbours
+from shardstep.configs.errors import InputError
+from shardstep.configs.load import load_recipe
+from shardstep.configs.schema import Recipe
+from shardstep.launch.cli import leave
+from shardstep.launch.cli import run as run_command
+from shardstep.launch.job_script import Job, job_name, render
+
+_TIME = re.compile(r"\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2}")
+_ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
+# Of this command -> of sbatch: what is passed on as it is.
+_PASSED_ON = {
+    "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "mem": "mem",
+    "reservation": "reservation", "dependency": "dependency", "mail": "mail-user",
+}  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a misspelt option with its neighbours and the list of all."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}")
+
+    def check_unknown(self, unknown: list[str]) -> None:
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        names = [word.split("=")[0] for word in unknown if word.startswith("-")]
+        if names:
+            problems = [f"{name} is not an option; {neighbours(name, known)}" for name in names]
+            raise InputError("\n".join([*problems, f"options: {', '.join(known)}"]))
+
+
+def main(arguments: list[str]) -> int:
+    """Submit, or print the script; returns the exit code."""
+    parser = _make_parser()
+    given, unknown = parser.parse_known_intermixed_args(arguments)
+    parser.check_unknown(unknown)
+    points = points_of(given.over)
+    recipe = _check(given, points)
+    if given.array and not points:  # an index is a seed
+        points = [
+            [f"run.seed={index}"] for index in range(max(map(int, re.findall(r"\d+", given.array.split("%")[0]))) + 1)
+        ]
+    tasks = [[*point, _place_of(point, recipe, given.overrides)] for point in points]
+    script = render(
+        _job(given, recipe, len(points)),
+        [given.recipe, *given.overrides],
+        tasks,
+        f"shardstep submit {' '.join(arguments)}",
+    )
+    if given.dry_run:
+        print(script, end="")
+        return 0
+
+    job_id = _sbatch(script, Path(given.log_folder))
+    where = f"{given.log_folder}/{job_name(recipe.run.name)}-{job_id}{'_*' if points else ''}.log"
+    world = f"{_count(given.nodes, 'node')} x {_count(given.ranks_per_node, 'rank')}"
+    print(f"job {job_id}: {recipe.run.name} on {world}{f', {len(points)} tasks' if points else ''}; it logs to {where}")
+    if not given.follow:
+        return 0
+    from shardstep.launch.follow import follow
+
+    return follow(job_id, Path(recipe.run.dir))
+
+
+def _make_parser() -> _Parser:
+    parser = _Parser(prog="shardstep submit", description="Submit a recipe to Slurm.", allow_abbrev=False)
+    add = parser.add_argument
+    add("recipe", help="a YAML file, or the name of a recipe")
+    add("overrides", nargs="*", metavar="section.key=value", help="such as train.duration='2 epochs'")
+    add("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
+    add("--ranks-per-node", type=int, metavar="R", help="ranks on each machine (default: one a GPU, or 1)")
+    add(
+        "--gpus-per-node",
+        type=int,
+        default=0,
+        metavar="G",
+        help="GPUs on each machine (default: 0, trains on CPU cores)",
+    )
+    add("--cpus-per-rank", type=int, metavar="C", help="cores of each rank (default: 1 + data.workers)")
+    add("--time", metavar="T", help="longest running time: minutes, h:mm:ss or d-hh:mm:ss; needed")
+    add("--launcher", choices=["torchrun", "accelerate", "srun"], default="torchrun", help="(default: torchrun)")
+    add("--dry-run", action="store_true", help="print the script, submit nothing")
+    add("--follow", action="store_true", help="show the job and the run's progress until it ends")
+    add(
+        "--over",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,...",
+        help="a job array over values; several make a grid",
+    )
+    add(
+        "--array",
+        default="",
+        metavar="RANGE",
+        help="which points of --over, and how many at once: 0-5%%2; without --over: seeds",
+    )
+    for name in ("partition", "account", "qos", "constraint", "reservation", "mem"):
+        add(f"--{name}", metavar="NAME" if name != "mem" else "SIZE", help=f"sbatch's --{name}")
+    add("--dependency", metavar="JOBS", help="sbatch's --dependency, such as afterok:123")
+    add("--mail", metavar="ADDRESS", help="where Slurm writes when the job ends, fails or is requeued")
+    add(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="a line of shell before all else: 'module load cuda'",
+    )
+    add("--container", default="", metavar="COMMAND", help="runs ranks in a container: 'apptainer exec --nv image.sif'")
+    add("--python", metavar="PATH", help="Python on the nodes (default: this one; with --container: python)")
+    add("--log-folder", default="logs", metavar="DIR", help="(default: logs)")
+    add("--stop-before", type=int, default=120, metavar="S", help="seconds before the end to save at (default: 120)")
+    add("--no-requeue", action="store_true", help="do not start a stopped job again")
+    add("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch: exclusive=user")
+    return parser
+
+
+def points_of(over: list[str]) -> list[list[str]]:
+    """The grid of `KEY=A,B,...` options: a list of overrides for each combination.
+
+    Raises:
+        InputError: one is not of that form.
+    """
+    axes = []
+    for text in over:
+        key, equals, values = text.partition("=")
+        parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", values)  # a comma in brackets separates nothing
+        if not (equals and "." in key and parts):
+            raise InputError(f"--over {text!r} is not of the form section.key=value,value,...")
+        axes.append([f"{key}={value}" for value in parts])
+    return [list(point) for point in itertools.product(*axes)] if axes else []
+
+
+def places_of(points: list[list[str]], recipe: Recipe, overrides: list[str]) -> list[str]:
+    """For each task of an array, the override that gives it a folder of its own."""
+    names = ["-".join(job_name(setting.partition("=")[2]) for setting in point) for point in points]
+    if len(set(names)) < len(names):  # values that differ in nothing that a folder's name may hold
+        names = [f"{number}-{name}" for number, name in enumerate(names)]
+    has_folder = any(text.startswith("run.dir=") for text in overrides)
+    base = f"run.dir={recipe.run.dir}" if has_folder else f"run.name={recipe.run.name}"
+    return [f"{base}-{name}" for name in names]
+
+
+def _check(given: argparse.Namespace, points: list[list[str]]) -> Recipe:
+    """The recipe, checked with each point's values; fills in what depends on it.
+
+    Raises:
+        InputError: with everything that would fail later.
+    """
+    problems = []
+    if not given.time:
+        problems.append("--time is needed: the longest that the job may take, such as 4:00:00")
+    elif not _TIME.fullmatch(given.time):
+        problems.append(f"--time {given.time!r} is not minutes, h:mm:ss, d-hh, d-hh:mm or d-hh:mm:ss")
+    if given.ranks_per_node is None:
+        given.ranks_per_node = given.gpus_per_node or 1
+    for name in ("nodes", "ranks_per_node", "cpus_per_rank", "stop_before"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            problems.append(f"--{name.replace('_', '-')} {getattr(given, name)} must be 1 or more")
+    if given.gpus_per_node and given.ranks_per_node > given.gpus_per_node:
+        problems.append(
+            f"--ranks-per-node {given.ranks_per_node} on --gpus-per-node {given.gpus_per_node}: ranks cannot share a GPU"
+        )
+    if given.array and not _ARRAY.fullmatch(given.array):
+        problems.append(f"--array {given.array!r} is not of a form such as 0-5, 0,2,4 or 0-5%2")
+    for text in given.sbatch:
+        if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", text):
+            problems.append(f"--sbatch {text!r} is not of the form key=value, without dashes before it")
+    words = given.container.split()
+    if any(re.search(r"""["'\\*?\[$`]""", word) for word in words):
+        problems.append(f"--container {given.container!r} must be plain words: put what needs quotes into a script")
+    values = [*given.setup, *given.sbatch, *(getattr(given, name) or "" for name in _PASSED_ON), given.log_folder]
+    problems += [f"{value!r} holds a line break" for value in values if "\n" in value or "\r" in value]
+    if "%" in given.log_folder:
+        problems.append(f"--log-folder {given.log_folder!r}: Slurm would replace what follows the percent sign")
+
+    from shardstep.trainer.check import check_recipe
+
+    recipes = []
+    for point in points or [[]]:
+        try:
+            recipes.append(check_recipe(load_recipe(given.recipe, [*given.overrides, *point])))
+        except InputError as error:
+            problems += [str(error)] if str(error) not in problems else []
+    if recipes:
+        problems += _problems_of_world(given, recipes[0])
+    if problems:
+        raise InputError.from_problems("nothing was submitted", problems)
+    # of the recipe without a point's values, whose name and folder the array's tasks begin with
+    recipe = check_recipe(load_recipe(given.recipe, given.overrides)) if points else recipes[0]
+    if given.cpus_per_rank is None:
+        given.cpus_per_rank = 1 + recipe.data.workers
+    return recipe
+
+
+def _problems_of_world(given: argparse.Namespace, recipe: Recipe) -> list[str]:
+    world_size, problems = given.nodes * given.ranks_per_node, []
+    if recipe.train.world_size not in (None, world_size):
+        problems.append(f"train.world_size={recipe.train.world_size}, but {given.nodes} x {given.ranks_per_node} ranks")
+    size = recipe.train.global_batch_size
+    if size != "full" and int(size) < world_size:
+        problems.append(f"train.global_batch_size={size} is below the number of ranks, {world_size}")
+    if recipe.train.device == "cuda" and not given.gpus_per_node:
+        problems.append("train.device=cuda needs --gpus-per-node")
+    if recipe.train.device == "cpu" and given.gpus_per_node:
+        problems.append(f"train.device=cpu would leave the GPUs of --gpus-per-node {given.gpus_per_node} idle")
+    return problems
+
+
+def _job(given: argparse.Namespace, recipe: Recipe, num_points: int) -> Job:
+    options = {of_slurm: getattr(given, ours) for ours, of_slurm in _PASSED_ON.items() if getattr(given, ours)}
+    if given.mail:
+        options["mail-type"] = "END,FAIL,REQUEUE"
+    options |= {key: value for key, _, value in (text.partition("=") for text in given.sbatch)}
+    container = given.container.split()
+    return Job(
+        name=job_name(recipe.run.name),
+        nodes=given.nodes,
+        ranks_per_node=given.ranks_per_node,
+        time=given.time,
+        launcher=given.launcher,
+        gpus_per_node=given.gpus_per_node,
+        cpus_per_rank=given.cpus_per_rank,
+        stop_before_s=given.stop_before,
+        requeue=not given.no_requeue,
+        options=options,
+        setup=given.setup,
+        container=container,
+        python=given.python or ("python" if container else sys.executable),
+        folder=str(Path.cwd()),
+        log_folder=given.log_folder,
+        array=given.array or f"0-{num_points - 1}",
+    )
+
+
+def _sbatch(script: str, log_folder: Path) -> str:
+    """Submit a script; returns the job's id.
+
+    Raises:
+        InputError: there is no Slurm here, or it does not take the job.
+    """
+    if not shutil.which("sbatch"):
+        raise InputError(
+            "there is no sbatch here: submit from a machine of the cluster, or print the script with --dry-run"
+        )
+    log_folder.mkdir(parents=True, exist_ok=True)  # Slurm would drop the log without a word
+    result = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
+    if result.returncode:
+        raise InputError(f"Slurm did not take the job: {result.stderr.strip() or f'exit code {result.returncode}'}")
+    if result.stderr.strip():
+        print(result.stderr.strip(), file=sys.stderr)
+    return result.stdout.strip().split(";")[0]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+if __name__ == "__main__":
+    leave(run_command(main, sys.argv[1:]))

@@ -1,0 +1,49 @@
+# What all job scripts have in common: run `task` with srun, and when it has ended, start the job again or end it.
+# Sourced at the end of torchrun.sbatch, accelerate.sbatch, srun.sbatch and sweep.sbatch with their arguments; `shardstep
+# submit` copies it into what it submits.
+
+[ $# -gt 0 ] || { echo "error: no recipe: sbatch SCRIPT RECIPE [section.key=value ...]" >&2; exit 2; }
+
+# --- what tasks need to know -------------------------------------------------------------------------------------------
+job_says() { scontrol -o show job "$SLURM_JOB_ID" | grep -oP "(?<=\b$1=)[^ ]+" | head -n 1; }
+seconds() { date -d "$1" +%s 2>/dev/null; }                     # since the epoch; nothing for "Unknown" or "N/A"
+
+HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+[ -n "$HEAD_NODE" ] || { echo "error: scontrol names no node of this job" >&2; exit 2; }
+PORT=$((20000 + SLURM_JOB_ID % 20000))                          # two jobs on one node get two ports
+LOGS=${LOG_FOLDER:-.}/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+mkdir -p "$LOGS" || exit 2
+export SLURM_JOB_START_TIME=$(seconds "$(job_says StartTime)")  # Slurm itself tells these from version 23.02 on
+export SLURM_JOB_END_TIME=$(seconds "$(job_says EndTime)")      # the trainer plans with them: it saves in time
+export SHARDSTEP_STOPPED_FILE=$LOGS/stopped                     # rank 0 writes here that it has saved on request
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}             # srun does not take it from sbatch (22.05 and later)
+export HEAD_NODE PORT LOGS RANKS_PER_NODE PYTHON CONTAINER
+export -f task
+
+# --- run ---------------------------------------------------------------------------------------------------------------
+rm -f "$SHARDSTEP_STOPPED_FILE"
+trap : TERM                                                     # this shell sees how the ranks end, then ends itself
+echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NNODES nodes from $HEAD_NODE on, $RANKS_PER_NODE ranks each"
+recipe=$1; shift
+# One rank that fails ends all at once; when one is done, the others have 5 minutes. The world must be as large as asked for.
+srun --kill-on-bad-exit=1 --wait=300 bash -c 'task "$@"' task \
+  "$recipe" "train.world_size=$((SLURM_NNODES * RANKS_PER_NODE))" "$@"
+code=$?
+
+# --- again, or the end -------------------------------------------------------------------------------------------------
+[ -s "$SHARDSTEP_STOPPED_FILE" ] || exit "$code"                # finished, or failed
+[ "${REQUEUE:-yes}" = yes ] || { echo "job $SLURM_JOB_ID: stopped and saved; not requeued, as asked for"; exit "$code"; }
+state=$(job_says JobState) reason=$(job_says Reason)
+if [ "$state" != RUNNING ] && [ "$reason" != TimeLimit ]; then  # after scancel a requeue would bring the job back to life
+  echo "job $SLURM_JOB_ID: stopped and saved; not requeued from here, because Slurm is ending it ($state, $reason)"
+  exit "$code"
+fi
+# Three starts in a row without a new step: what stops it will stop it again.
+if [ "$(cat "$SHARDSTEP_STOPPED_FILE")" -gt 0 ]; then rm -f "$LOGS/idle"; else echo "no new step" >> "$LOGS/idle"; fi
+if [ -e "$LOGS/idle" ] && [ "$(wc -l < "$LOGS/idle")" -ge 3 ]; then
+  echo "failed: job $SLURM_JOB_ID was started 3 times without a new step; not requeued. Give it more --time" >&2
+  exit 75
+fi
+echo "job $SLURM_JOB_ID: stopped and saved; requeued"
+scontrol requeue "$SLURM_JOB_ID" && sleep 120                   # until Slurm ends this shell
+exit "$code"
