@@ -61,13 +61,9 @@ def main(arguments: list[str]) -> int:
         points = [
             [f"run.seed={index}"] for index in range(max(map(int, re.findall(r"\d+", given.array.split("%")[0]))) + 1)
         ]
-    tasks = [[*point, _place_of(point, recipe, given.overrides)] for point in points]
-    script = render(
-        _job(given, recipe, len(points)),
-        [given.recipe, *given.overrides],
-        tasks,
-        f"shardstep submit {' '.join(arguments)}",
-    )
+    tasks = [[*point, place] for point, place in zip(points, places_of(points, recipe, given.overrides), strict=True)]
+    command = f"shardstep submit {shlex.join(arguments)}"
+    script = render(_job(given, recipe, len(points)), [given.recipe, *given.overrides], tasks, command)
     if given.dry_run:
         print(script, end="")
         return 0
