@@ -73,9 +73,9 @@ class TimeLimit:
             usable_s=self._allocation.end_s - self._began_s - self.needed_s(),
         )
         if jobs is None:
-            return f"{done:.0%} of the run are done, none of it in this job: a job of this length may be too short"
+            return f"{done:.0%} of the run is done, none of it in this job: a job of this length may be too short"
         return (
-            f"{done:.0%} of the run are done; at this pace the rest takes {jobs_text(jobs, self._allocation.length_s)}"
+            f"{done:.0%} of the run is done; at this pace the rest takes {jobs_text(jobs, self._allocation.length_s)}"
         )
 
     def early_outlook(self) -> str | None:

@@ -53,7 +53,7 @@ class Cluster:
         """End it, with all that runs in it."""
         self.sh([str(HERE / "down.sh")], check=False, timeout_s=30)
         self._holder.kill()
-        self._holder.wait()
+        self._holder.communicate()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def sh(
@@ -108,9 +108,9 @@ class Cluster:
         )
 
     def log(self, facts: dict[str, str]) -> str:
-        """The end of a job's log."""
+        """A job's log, or the end of a long one."""
         path = Path(facts.get("StdOut", ""))
-        return path.read_text(errors="replace")[-4000:] if path.is_file() else ""
+        return path.read_text(errors="replace")[-20000:] if path.is_file() else ""
 
 
 def job_id(text: str) -> str:

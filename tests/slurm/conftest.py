@@ -1,0 +1,18 @@
+"""The cluster, once for all tests that need it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Four virtual nodes; the test is skipped, and says why, where they cannot be had."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    running = Cluster()
+    yield running
+    running.stop()

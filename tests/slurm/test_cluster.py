@@ -1,0 +1,327 @@
+"""Real training on a real Slurm of virtual nodes, under all three launchers, for `make drills`."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from shardstep.launch.job_script import Job, render
+from shardstep.trainer import checkpoint
+from tests.conftest import ROOT
+from tests.runs import read_lines, train_lines, write_recipe
+from tests.slurm.cluster import Cluster
+
+pytestmark = pytest.mark.drill
+
+STEPS = 1500  # of a few milliseconds: a signal that comes when the first are written down still finds the run at work
+LAUNCHERS = ["torchrun", "accelerate", "srun"]
+SECTIONS: dict[str, Any] = {
+    "model": {"name": "mlp", "hidden": [16], "dropout": 0.2},
+    "optimizer": {"name": "adam", "lr": 0.001},
+    "train": {
+        "global_batch_size": 8,
+        "duration": f"{STEPS} steps",
+        "device": "cpu",
+        "precision": "fp32",
+        "memory_format": "contiguous",
+    },
+    "checkpoint": {"every": "100000 steps"},
+    "eval": {"every": "100000 steps"},
+    "log": {"every": "20 steps"},
+}
+
+
+@dataclass
+class Submitted:
+    """A job, and the folder of its run."""
+
+    cluster: Cluster
+    job: str
+    folder: Path
+
+    def steps(self) -> int:
+        """The last step that the run has written down."""
+        path = self.folder / "run" / "metrics.jsonl"
+        lines = train_lines(self.folder / "run") if path.exists() and path.stat().st_size else []
+        return lines[-1]["step"] if lines else 0
+
+    def wait_step(self, step: int, timeout_s: float = 90) -> None:
+        """Wait until the run has come past a step."""
+        self.cluster.wait(self.job, lambda facts: self.steps() > step, f"a step after {step}", timeout_s)
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "run" / "summary.json").read_text())
+
+    def log(self) -> str:
+        return self.cluster.log(self.cluster.show(self.job))
+
+    def end(self, timeout_s: float = 120) -> str:
+        return self.cluster.wait_end(self.job, timeout_s)["JobState"]
+
+
+def submit(cluster: Cluster, folder: Path, shards: Path, job: Job, *overrides: str, **sections: Any) -> Submitted:
+    """Submit a run of its own folder."""
+    recipe = write_recipe(folder, shards, **SECTIONS | sections)
+    (folder / "logs").mkdir(exist_ok=True)
+    job = replace(job, folder=str(folder), python=sys.executable)
+    found = cluster.sh(["sbatch", "--parsable"], text=render(job, [str(recipe), *overrides]), cwd=folder)
+    return Submitted(cluster, found.stdout.strip(), folder)
+
+
+def world(launcher: str, **options: Any) -> Job:
+    """Two nodes with two ranks each."""
+    return replace(Job("drill", nodes=2, ranks_per_node=2, time="10", launcher=launcher), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on two nodes with two ranks each that nobody disturbed."""
+    submitted = submit(cluster, tmp_path_factory.mktemp("undisturbed"), shards, world("srun"))
+    assert submitted.end() == "COMPLETED", submitted.log()
+    return submitted.folder / "run"
+
+
+def assert_equal(run: Path, other: Path) -> None:
+    """The same weights, bit for bit, and the same losses, each once."""
+    first, second = load_file(run / "model.safetensors"), load_file(other / "model.safetensors")
+    assert all((first[name] == second[name]).all() for name in first)
+    names = ("kind", "step", "loss", "accuracy")
+    lines, others = (
+        [{k: line.get(k) for k in names} for line in read_lines(path / "metrics.jsonl")] for path in (run, other)
+    )
+    assert lines == others
+
+
+def restarts_of(submitted: Submitted) -> int:
+    return int(submitted.cluster.show(submitted.job)["Restarts"])
+
+
+def preempt(submitted: Submitted) -> None:
+    """Let a more urgent job take all nodes for a moment."""
+    urgent = ["sbatch", "--parsable", "-p", "urgent", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
+    submitted.cluster.wait_end(submitted.cluster.sh(urgent).stdout.strip())
+
+
+def rank_of(submitted: Submitted, rank: int) -> int:
+    """The process of a rank, as the machine numbers it."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes()
+            environment = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        of_run = str(submitted.folder).encode() in command and b"shardstep.launch.train" in command
+        if of_run and b"python" in command.split(b"\0")[0] and f"RANK={rank}".encode() in environment:
+            return int(path.name)
+    raise AssertionError(f"rank {rank} does not run")
+
+
+# --- under each launcher ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_start_to_finish(cluster: Cluster, shards: Path, tmp_path: Path, undisturbed: Path, launcher: str) -> None:
+    submitted = submit(cluster, tmp_path, shards, world(launcher))
+    assert submitted.end() == "COMPLETED", submitted.log()
+    assert_equal(submitted.folder / "run", undisturbed)
+    assert submitted.summary()["world_size"] == 4
+    assert "4 ranks, cpu" in submitted.log()
+    logs = [path for path in (tmp_path / "logs" / f"drill-{submitted.job}").rglob("*.log") if path.name != "stopped"]
+    assert len([path for path in logs if "stderr" not in path.name]) == 4, logs  # one a rank
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_stops_and_preemptions(
+    cluster: Cluster, shards: Path, tmp_path: Path, undisturbed: Path, launcher: str
+) -> None:
+    """Asked to save, preempted at once, preempted with time to save: one run goes through all of it, to the same end."""
+    submitted = submit(cluster, tmp_path, shards, world(launcher))
+    submitted.wait_step(0)
+    cluster.sh(["scancel", "-s", "USR1", submitted.job])  # what --signal=USR1@S does before the time limit
+    cluster.wait_restart(submitted.job, 1)
+    assert "stopped by SIGUSR1: step" in submitted.log()
+
+    submitted.wait_step(submitted.steps())
+    before = submitted.steps()
+    preempt(submitted)  # in this partition, without grace: Slurm itself requeues
+    cluster.sh(["scontrol", "update", f"JobId={submitted.job}", "Partition=spot"])
+    cluster.wait_restart(submitted.job, 2)
+    assert "not requeued from here, because Slurm is ending it" in submitted.log()
+
+    submitted.wait_step(max(before, submitted.steps()))
+    preempt(submitted)  # in that one, with 5 s: a job that ends in them is not requeued by Slurm, but by its script
+    cluster.wait_restart(submitted.job, 3)
+    assert submitted.log().count("stopped and saved; requeued") == 2
+    assert submitted.end() == "COMPLETED", submitted.log()
+    assert_equal(submitted.folder / "run", undisturbed)
+    assert submitted.summary()["restarts"] == restarts_of(submitted) == 3
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_cancelled_is_saved_and_stays_cancelled(cluster: Cluster, shards: Path, tmp_path: Path, launcher: str) -> None:
+    submitted = submit(cluster, tmp_path, shards, world(launcher), "train.duration=1000000 steps")
+    submitted.wait_step(0)
+    cluster.sh(["scancel", submitted.job])
+    assert submitted.end() == "CANCELLED", submitted.log()
+    cluster.wait(submitted.job, lambda facts: submitted.summary()["status"] == "preempted", "the summary", 10)
+    (saved,) = checkpoint.list_checkpoints(submitted.folder / "run" / "checkpoints")
+    assert checkpoint.step_of(saved) == submitted.summary()["step"] > 0
+    assert not checkpoint.problems_of(saved)
+    time.sleep(7)  # a requeued job would be back by now
+    assert cluster.show(submitted.job)["JobState"] == "CANCELLED"
+    assert restarts_of(submitted) == 0
+
+
+@pytest.mark.parametrize(("launcher", "code"), [("torchrun", 1), ("accelerate", 1), ("srun", 137)])
+def test_a_rank_that_crashes_fails_the_job(
+    cluster: Cluster, shards: Path, tmp_path: Path, launcher: str, code: int
+) -> None:
+    submitted = submit(cluster, tmp_path, shards, world(launcher), "train.duration=1000000 steps")
+    submitted.wait_step(0)
+    os.kill(rank_of(submitted, 3), signal.SIGKILL)
+    assert submitted.end() == "FAILED", submitted.log()
+    assert cluster.show(submitted.job)["ExitCode"] == f"{code}:0", submitted.log()
+    assert restarts_of(submitted) == 0
+    assert "ends, because another rank has" in submitted.log() or "Killed" in submitted.log(), submitted.log()
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in submitted.log()
+
+
+@pytest.mark.parametrize(("launcher", "code"), [("torchrun", 1), ("srun", 2)])
+def test_bad_input_is_told_once(cluster: Cluster, shards: Path, tmp_path: Path, launcher: str, code: int) -> None:
+    submitted = submit(cluster, tmp_path, shards, world(launcher), "optimizer.lrr=3")
+    assert submitted.end() == "FAILED", submitted.log()
+    assert cluster.show(submitted.job)["ExitCode"] == f"{code}:0", submitted.log()
+    assert submitted.log().count("optimizer.lrr is not an option of adam; did you mean lr?") == 1, submitted.log()
+
+
+# --- under one of them ------------------------------------------------------------------------------------------------
+
+
+def test_time_limit_without_a_warning(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    """The limit is lowered behind the run's back: neither a signal nor its own planning comes before Slurm's SIGTERM."""
+    job = world("torchrun", nodes=1, ranks_per_node=1)
+    submitted = submit(cluster, tmp_path, shards, job, "train.duration=1000000 steps")
+    submitted.wait_step(0)
+    cluster.sh(["scontrol", "update", f"JobId={submitted.job}", "TimeLimit=1"])
+    cluster.wait_restart(submitted.job, 1, timeout_s=120)
+    assert "stopped by SIGTERM" in submitted.log()
+    before = submitted.summary()["step"]
+    submitted.wait_step(before)
+    assert "resuming from" in submitted.log()
+    cluster.sh(["scancel", submitted.job])
+    submitted.end()
+
+
+def test_the_run_saves_before_the_time_limit(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    """One minute, and no signal but Slurm's last: the trainer knows when the allocation ends."""
+    job = world("srun", nodes=1, ranks_per_node=2, time="1", options={"signal": "B:USR2@1"})
+    submitted = submit(cluster, tmp_path, shards, job, "train.duration=1000000 steps")
+    cluster.wait_restart(submitted.job, 1)
+    log = submitted.log()
+    assert "the allocation ends in 1 min" in log
+    assert "stopped by the allocation's end: step" in log
+    assert re.search(r"0% of the run is done; at this pace the rest takes [\d,]+ more jobs of 1 min", log), log
+    cluster.sh(["scancel", submitted.job])
+    submitted.end()
+
+
+def test_power_cut_of_a_node(cluster: Cluster, shards: Path, tmp_path: Path, undisturbed: Path) -> None:
+    submitted = submit(cluster, tmp_path, shards, world("torchrun"), "checkpoint.every=50 steps")
+    submitted.wait_step(100)
+    lost = cluster.sh(["scontrol", "show", "hostnames", cluster.show(submitted.job)["NodeList"]]).stdout.split()[1]
+    cluster.node("crash", lost)
+    cluster.sh(
+        ["scontrol", "update", f"NodeName={lost}", "State=DOWN", "Reason=drill"]
+    )  # Slurm itself takes 30 s for that
+    cluster.wait_restart(submitted.job, 1)
+    assert lost not in cluster.show(submitted.job)["NodeList"]
+    cluster.node("start", lost)
+    assert submitted.end() == "COMPLETED", submitted.log()
+    assert_equal(submitted.folder / "run", undisturbed)
+
+
+def test_requeue_onto_fewer_nodes(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    """The world shrinks in the middle of an epoch: each sample of every epoch is still seen once."""
+    submitted = submit(cluster, tmp_path, shards, world("torchrun"), "log.sample_keys=true")
+    submitted.wait_step(0)
+    cluster.sh(["scancel", "-s", "USR1", submitted.job])
+    cluster.wait(submitted.job, lambda facts: facts["JobState"] == "PENDING", "the requeue")
+    cluster.sh(["scontrol", "update", f"JobId={submitted.job}", "NumNodes=1", "NumTasks=1"])
+    assert submitted.end() == "COMPLETED", submitted.log()
+    starts = json.loads((checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json").read_text())[
+        "starts"
+    ]
+    assert [start["world_size"] for start in starts] == [4, 2]
+    lines = [line for path in (tmp_path / "run").glob("samples-rank*.jsonl") for line in read_lines(path)]
+    epochs = STEPS // 13  # 101 samples in batches of 8: 13 steps an epoch
+    seen = Counter((line["epoch"], line["key"]) for line in lines if line["epoch"] < epochs)
+    assert len(seen) == 101 * epochs
+    assert set(seen.values()) == {1}
+
+
+def test_an_array_of_optimizers_from_a_hostile_folder(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    """By the command, all tasks on one node at the same time: no port and no folder is shared."""
+    folder = tmp_path / "it's a $HOME of `mine`"
+    recipe = write_recipe(folder, shards, **SECTIONS)
+    command = [
+        str(Path(sys.executable).parent / "shardstep"), "submit", str(recipe), "train.duration=300 steps",
+        "run.dir=runs/; touch pwned #", "--over", "optimizer.name=sgd,adam,rmsprop", "--ranks-per-node", "2", "--time", "5",
+        "--cpus-per-rank", "1", "--sbatch", "nodelist=n1", "--follow",
+    ]  # fmt: skip
+    dry = cluster.sh([*command, "--dry-run"], cwd=folder)
+    tested = cluster.sh(["sbatch", "--test-only"], text=dry.stdout, cwd=folder)
+    assert "to start at" in tested.stderr
+    followed = cluster.sh(command, cwd=folder, timeout_s=180)
+    assert re.search(
+        r"job \d+: recipe on 1 node x 2 ranks, 3 tasks; it logs to logs/recipe-\d+_\*.log", followed.stdout
+    )
+    assert "3 COMPLETED" in followed.stdout
+    runs = sorted(path.name for path in (folder / "runs").iterdir())
+    assert runs == [f"; touch pwned #-{name}" for name in ("adam", "rmsprop", "sgd")]
+    for run in runs:
+        summary = json.loads((folder / "runs" / run / "summary.json").read_text())
+        assert (summary["status"], summary["step"], summary["world_size"]) == ("finished", 300, 2)
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_slurm_takes_what_submit_writes(cluster: Cluster, tmp_path: Path, launcher: str) -> None:
+    options = {"partition": "spot", "comment": 'two words and "quotes" # and more'}
+    script = render(world(launcher, options=options, gpus_per_node=2, folder=str(tmp_path)), ["smoke"])
+    assert "to start at" in cluster.sh(["sbatch", "--test-only"], text=script).stderr
+    refused = cluster.sh(
+        ["sbatch", "--test-only"], text=script.replace("--partition=spot", "--partition=none"), check=False
+    )
+    assert "invalid partition" in refused.stderr
+
+
+def test_gpus_that_were_asked_for_are_visible(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    job = world(
+        "srun", nodes=1, gpus_per_node=2, setup=["srun bash -c 'echo \"GPUs $CUDA_VISIBLE_DEVICES\"'", "exit 0"]
+    )
+    submitted = submit(cluster, tmp_path, shards, job)
+    assert submitted.end() == "COMPLETED", submitted.log()
+    assert submitted.log() == "GPUs 0,1\nGPUs 0,1\n"
+
+
+def test_scripts_by_hand(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    """As a person would who does without `shardstep submit`."""
+    recipe = write_recipe(tmp_path, shards, **SECTIONS)
+    found = cluster.sh(
+        ["sbatch", "--parsable", f"--output={tmp_path}/job.log", "--export=ALL,RANKS_PER_NODE=2,PYTHON=" + sys.executable,
+         f"--chdir={ROOT}", "slurm/torchrun.sbatch", str(recipe), "train.duration=100 steps"], cwd=ROOT,
+    )  # fmt: skip
+    submitted = Submitted(cluster, found.stdout.strip(), tmp_path)
+    assert submitted.end() == "COMPLETED", submitted.log()
+    assert submitted.summary()["world_size"] == 2
+    shutil.rmtree(ROOT / f"shardstep-{submitted.job}")  # the ranks' logs
