@@ -23,10 +23,12 @@ export -f task
 # --- run ---------------------------------------------------------------------------------------------------------------
 rm -f "$SHARDSTEP_STOPPED_FILE"
 trap : TERM                                                     # this shell sees how the ranks end, then ends itself
-echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NNODES nodes from $HEAD_NODE on, $RANKS_PER_NODE ranks each"
+echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NNODES x $RANKS_PER_NODE ranks, from $HEAD_NODE on"
 recipe=$1; shift
-# One rank that fails ends all at once; when one is done, the others have 5 minutes. The world must be as large as asked for.
-srun --kill-on-bad-exit=1 --wait=300 bash -c 'task "$@"' task \
+# One rank that fails ends all at once; when one is done, the others have 5 minutes. Numbers are given, because the job may
+# have been given another number of nodes since it was submitted; the world must be of that size.
+srun --nodes="$SLURM_NNODES" --ntasks="$((SLURM_NNODES * TASKS_PER_NODE))" --ntasks-per-node="$TASKS_PER_NODE" \
+  --kill-on-bad-exit=1 --wait=300 bash -c 'task "$@"' task \
   "$recipe" "train.world_size=$((SLURM_NNODES * RANKS_PER_NODE))" "$@"
 code=$?
 

@@ -55,7 +55,7 @@ def test_scripts_are_whole_and_valid_bash(name: str) -> None:
     checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
     assert "slurm/job.sh\n" not in script
-    assert script.count("srun --kill-on-bad-exit=1") == 1
+    assert script.count("--kill-on-bad-exit=1") == 1
 
 
 HOSTILE = [
