@@ -34,6 +34,7 @@ def start(*command: str, cwd: Path, timeout_s: float = 170) -> subprocess.Comple
 FORMS = {
     "shardstep": [str(BIN / "shardstep"), "train"],
     "python": [sys.executable, TRAIN],
+    "nproc 2": [str(BIN / "shardstep"), "train", "--nproc", "2"],
     "torchrun 1": [str(BIN / "torchrun"), "--nproc-per-node", "1", TRAIN],
     "torchrun 2": [str(BIN / "torchrun"), "--nproc-per-node", "2", TRAIN],
     "accelerate 1": [*ACCELERATE, "--num_processes", "1", "--cpu", TRAIN],
