@@ -10,17 +10,20 @@ from typing import get_args
 
 import pytest
 
+from shardstep.launch.submit import main as submit
 from tests.conftest import ROOT
 from tests.datasets.test_sources import png
 
 FROM_THE_DOCUMENTS = "docs/from-the-documents.md"
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", FROM_THE_DOCUMENTS]
+SLURM = "slurm/README.md"
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", FROM_THE_DOCUMENTS, SLURM]
 README = (ROOT / "README.md").read_text()
 
 
-def readme_commands() -> list[str]:
-    """The commands of the README's bash blocks, without comments, continued lines joined."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)).replace("\\\n", " ")
+def commands_of(document: str) -> list[str]:
+    """The commands of a document's bash blocks, without comments, continued lines joined."""
+    text = (ROOT / document).read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ")
     lines = (line.partition("  #")[0].partition(" #")[0].strip() for line in blocks.splitlines())
     return [line for line in lines if line]
 
@@ -85,7 +88,7 @@ def test_commands_run(tmp_path: Path) -> None:
             path.write_bytes(png(number * 6, size=(40, 36)))
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    commands = [command for command in readme_commands() if not command.startswith("make")]
+    commands = [command for command in commands_of("README.md") if not command.startswith("make")]
     assert len(commands) >= 9
     prepare = "shardstep shards write --source path/to/images --split test --out data/mine/test"
     for command in [prepare, *commands]:
@@ -94,3 +97,16 @@ def test_commands_run(tmp_path: Path) -> None:
             words += ["run.resume=never", "train.duration=1 steps"]
         result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+
+
+def test_commands_for_slurm_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each `shardstep submit` is checked and written, each `sbatch` names a script of ours."""
+    commands = [shlex.split(command) for command in commands_of(SLURM)]
+    for words in commands:
+        if words[0] == "shardstep":
+            assert submit([*words[2:], "--dry-run"]) == 0
+            assert "srun --nodes" in capsys.readouterr().out
+        else:
+            (script,) = (word for word in words if word.endswith(".sbatch"))
+            assert (ROOT / script).is_file()
+    assert len(commands) >= 7
