@@ -295,8 +295,8 @@ def _missing(records: Sequence[Record], timeout_s: float) -> list[Finding]:
     absent = set(range(world_size)) - came
     if not absent or len(records) >= world_size:  # all came, some under another's rank
         return []
-    hosts = sorted({record.host for record in records})
-    what = f"{rank_list(absent)} of {world_size} did not come in {timeout_s:g} s; {rank_list(came)} did, on {', '.join(hosts)}"
+    hosts = ", ".join(sorted({record.host for record in records}))
+    what = f"{rank_list(absent)} of {world_size} did not come in {timeout_s:g} s; {rank_list(came)} did, on {hosts}"
     cure = (
         "look at the output of the hosts that are missing: did the command start there, with the same MASTER_ADDR and "
         "MASTER_PORT? Slow file systems need a longer --timeout"
