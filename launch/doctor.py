@@ -73,10 +73,10 @@ def _load(name: str, overrides: list[str]) -> Loaded | InputError:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 10**6:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 10**6:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
 
 
 def _as_json(report: "Report") -> str:  # type: ignore[name-defined] # noqa: F821
@@ -132,9 +132,7 @@ def _fact_lines(report: "Report") -> list[tuple[str, str]]:  # type: ignore[name
     facts = report.facts
     versions = {name: number for name, number in facts["versions"].items() if name != "shardstep"}
     cpu, gpus = facts["cpu"], facts["gpus"]
-    bf16 = (
-        f"bf16 units ({cpu['bf16_units']})" if cpu["bf16_units"] else "no bf16 units: there fp32 is the faster format"
-    )
+    bf16 = f"bf16 units ({cpu['bf16_units']})" if cpu["bf16_units"] else "no bf16 units: fp32 is faster than bf16"
     shm = "none" if facts["shm_bytes"] is None else _size(facts["shm_bytes"])
     kinds = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "no GPU"
     lines = [
@@ -174,7 +172,7 @@ def _fact_lines(report: "Report") -> list[tuple[str, str]]:  # type: ignore[name
         lines.append(
             (
                 "step",
-                f"{step['samples']:,} samples in {step['seconds']:.2g} s, the first, which is the slowest; "
+                f"{step['samples']:,} samples in {step['seconds']:.2g} s (the first step is the slowest); "
                 f"{step['precision']}, {step['memory_format']}, {step['parameters']:,} parameters{peak}",
             )
         )
@@ -202,13 +200,17 @@ def _rank_table(report: "Report") -> Any:  # type: ignore[name-defined] # noqa: 
         table.add_column(name, justify="left" if name in ("host", "device") else "right", overflow="fold")
     for record in report.records[:_MOST_ROWS]:
         speed = report.speeds.get(record.rank)
-        figures = [f"{speed.fp32_gflops:,.0f}", f"{speed.bf16_gflops:,.0f}"] if speed else ["-", "-"]
-        moved = f"{speed.all_reduce_mb_s:,.0f} MB/s" if speed and speed.all_reduce_mb_s else "-"
+        figures = [_figure(speed.fp32_gflops), _figure(speed.bf16_gflops)] if speed else ["-", "-"]
+        moved = f"{_figure(speed.all_reduce_mb_s)} MB/s" if speed and speed.all_reduce_mb_s else "-"
         row = (str(record.rank), record.host, record.device, str(record.cores), str(record.threads), *figures, moved)
         table.add_row(*map(Text, row))
     if len(report.records) > _MOST_ROWS:
         table.add_row("", Text(f"and {len(report.records) - _MOST_ROWS} more; --json has all"))
     return table
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _size(num_bytes: float) -> str:

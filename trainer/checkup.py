@@ -10,7 +10,10 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -107,7 +110,8 @@ def check_up(loaded: Loaded | InputError, is_named: bool, timeout_s: float) -> I
     speaks = records[0] == record and not is_copy
     report = Report("report" if speaks else "nothing", facts, records, findings=findings_of(records, timeout_s))
     if not any(finding.severity == "error" and finding.check in _BEFORE_A_WORLD for finding in report.findings):
-        train = dataclasses.replace(recipe.train if recipe else TrainConfig(), timeout_s=timeout_s)
+        # longer than any wait here, so that a rank that hangs is told by where it stands
+        train = dataclasses.replace(recipe.train if recipe else TrainConfig(), timeout_s=2 * timeout_s)
         _try_world(_Together(worker, meeting, report, record.rank, timeout_s), train, recipe if is_named else None)
     if recipe:
         _look_at_room(report, recipe)
@@ -278,6 +282,8 @@ def _look_at_room(report: Report, recipe: Recipe) -> None:
     report.facts["disk"] = dataclasses.asdict(room)
     checkpoints, size = recipe.checkpoint.keep + 2, report.facts.get("step", {}).get("checkpoint_bytes", 0)
     report.facts["disk"] |= {"checkpoint_bytes": size, "checkpoints": checkpoints}
+    if any(finding.check == "disk" for finding in report.findings):  # it cannot be written at all
+        return
     what_for = f"{checkpoints} checkpoints of {size / 1e6:,.1f} MB" if size else "a run"
     report.findings += room_findings(room, checkpoints * size, what_for, "make room, or choose another run.dir")
 
@@ -301,11 +307,17 @@ class _Together:
             cure: where an error does not tell one.
         """
         note: dict[str, Any] = {"rank": self._rank}
-        doing = self._worker.submit(action)
+        threads: list[int] = []
+
+        def act() -> Any:
+            threads.append(threading.get_ident())
+            return action()
+
+        doing = self._worker.submit(act)
         futures.wait([doing], self._timeout_s)
         if not doing.done():
-            what = f"it did not end in {self._timeout_s:g} s"
-            note["finding"] = dataclasses.asdict(Finding("error", check, what, f"{cure}; or give a longer --timeout"))
+            what = f"it did not end in {self._timeout_s:g} s{_where(threads)}"
+            note["hung"] = dataclasses.asdict(Finding("error", check, what, f"{cure}; or give a longer --timeout"))
         elif error := doing.exception():  # whatever it is, a run would have met it
             note["finding"] = dataclasses.asdict(problem_of(error, check, cure))
         else:
@@ -314,13 +326,26 @@ class _Together:
             notes = [json.loads(text) for text in self._meeting.share(check, json.dumps(note), self._timeout_s)]
         except RuntimeError:  # the process that keeps the notes is gone
             notes = [note]
-        found = [(entry["rank"], Finding(**entry["finding"])) for entry in notes if "finding" in entry]
+        failed, hung = (
+            [(entry["rank"], Finding(**entry[kind])) for entry in notes if kind in entry]
+            for kind in ("finding", "hung")
+        )
+        found = failed or hung  # those that hang wait for those that failed
         gone = {record.rank for record in self.report.records} - {entry["rank"] for entry in notes}
         self.report.findings += merge(found, len(self.report.records))
         if gone:
             what = f"{rank_list(gone)} died, or hung"
             self.report.findings.append(Finding("error", check, what, f"look at the output there; {cure}"))
         return None if found or gone else {entry["rank"]: entry["value"] for entry in notes}
+
+
+def _where(threads: list[int]) -> str:
+    """In which line the first of some threads stands."""
+    frame = sys._current_frames().get(threads[0]) if threads else None
+    if frame is None:
+        return ""
+    stack = traceback.extract_stack(frame)
+    return f" and stands in {', '.join(f'{Path(at.filename).name}:{at.lineno} {at.name}' for at in stack[-2:])}"
 
 
 def _try_world(together: _Together, train: TrainConfig, recipe: Recipe | None) -> None:

@@ -38,9 +38,10 @@ class Finding:
     @classmethod
     def from_error(cls, check: str, error: Exception, cure: str) -> "Finding":
         """An error as the toolkit words them: what is the matter, then how to mend it. `cure`: where it does not say."""
-        lines = str(error).splitlines()
-        if len(lines) > 1:  # a headline and one problem a line
-            return cls("error", check, " ".join(line.strip() for line in lines), cure)
+        headline, *problems = str(error).splitlines()
+        if problems:
+            listed = "; ".join(problem.strip().removeprefix("- ") for problem in problems)
+            return cls("error", check, f"{headline}: {listed}", cure)
         what, _, remedy = str(error).partition(". ")
         return cls("error", check, what, remedy[:1].lower() + remedy[1:] or cure)
 
@@ -366,7 +367,9 @@ def _same_everywhere(records: Sequence[Record]) -> list[Finding]:
     if len(set(recipes.values())) > 1:
         cure = "give every rank the same recipe file and overrides"
         found.append(Finding("error", "recipe", f"the recipe differs: {_values(recipes)} (sha256)", cure))
-    sets = {record.rank: record.data or "none" for record in records}
+    sets = {record.rank: record.data or "none" for record in records if record.recipe_sha256}
+    if len(set(recipes.values())) > 1:  # which may name other data
+        return found
     if len(set(sets.values())) > 1:
         cure = "copy one set of shards to every host, or put it on a file system that all see"
         found.append(Finding("error", "data", f"the data sets differ: {_values(sets)} (fingerprints)", cure))
@@ -432,7 +435,12 @@ def world_cure(records: Sequence[Record]) -> str:
     """What to do when ranks have met, but a world of them does not come up."""
     ways = sorted({f"{record.interface} on {record.host}" for record in records if record.interface})
     if len({record.host for record in records}) == 1:
-        return "NCCL_DEBUG=INFO or TORCH_DISTRIBUTED_DEBUG=DETAIL shows more"
+        chosen = any(name.endswith("_SOCKET_IFNAME") for record in records for name in record.launch)
+        return (
+            "unset GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or name an interface that has an address"
+            if chosen
+            else "NCCL_DEBUG=INFO or TORCH_DISTRIBUTED_DEBUG=DETAIL shows more"
+        )
     return (
         f"set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME, on GPUs) to the interface that leads to the other hosts, and let "
         f"the firewall pass all ports between them; MASTER_ADDR is reached by {', '.join(ways) or 'no known interface'}"
