@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
@@ -52,6 +53,7 @@ from shardstep.trainer.preflight import (
 
 _BEFORE_A_WORLD = ("launch", "device", "gpu", "network", "world")  # checks whose errors keep a world from coming up
 _GRACE_S = 5.0  # for ranks that give up a little later than others
+_SIGHT_S = 3.0  # in which a file on a network shows itself
 _SHARDS_CURE = "run `shardstep shards verify` on the folder; write what is damaged again"
 
 
@@ -295,8 +297,9 @@ class _Together:
     """Actions that all ranks take at the same time, each of which may fail or hang on any of them."""
 
     def __init__(self, worker: futures.Executor, meeting: runtime.Meeting, report: Report, rank: int, timeout_s: float):
-        self.report = report
-        self._worker, self._meeting, self._rank, self._timeout_s = worker, meeting, rank, timeout_s
+        self.report, self.is_first = report, rank == 0
+        self.timeout_s = timeout_s
+        self._worker, self._meeting, self._rank = worker, meeting, rank
 
     def do(self, check: str, action: Callable[[], Any], cure: str) -> dict[int, Any] | None:
         """What an action returned on each rank; None, and findings in the report, if it did not succeed on all.
@@ -314,16 +317,16 @@ class _Together:
             return action()
 
         doing = self._worker.submit(act)
-        futures.wait([doing], self._timeout_s)
+        futures.wait([doing], self.timeout_s)
         if not doing.done():
-            what = f"it did not end in {self._timeout_s:g} s{_where(threads)}"
+            what = f"it did not end in {self.timeout_s:g} s{_where(threads)}"
             note["hung"] = dataclasses.asdict(Finding("error", check, what, f"{cure}; or give a longer --timeout"))
         elif error := doing.exception():  # whatever it is, a run would have met it
             note["finding"] = dataclasses.asdict(problem_of(error, check, cure))
         else:
             note["value"] = doing.result()
         try:
-            notes = [json.loads(text) for text in self._meeting.share(check, json.dumps(note), self._timeout_s)]
+            notes = [json.loads(text) for text in self._meeting.share(check, json.dumps(note), self.timeout_s)]
         except RuntimeError:  # the process that keeps the notes is gone
             notes = [note]
         failed, hung = (
@@ -337,6 +340,34 @@ class _Together:
             what = f"{rank_list(gone)} died, or hung"
             self.report.findings.append(Finding("error", check, what, f"look at the output there; {cure}"))
         return None if found or gone else {entry["rank"]: entry["value"] for entry in notes}
+
+
+def _see_from_every_host(together: _Together, folder: Path) -> None:
+    """Whether all hosts see the same folder: rank 0 puts a file there for a moment."""
+    place, cure = machine.nearest(folder), "give a run.dir on a file system that all hosts share"
+    with contextlib.ExitStack() as stack:
+
+        def put() -> str:
+            if not together.is_first:
+                return ""
+            return Path(
+                stack.enter_context(tempfile.NamedTemporaryFile(prefix=".shardstep-doctor-", dir=place)).name
+            ).name
+
+        def see(name: str) -> bool:
+            deadline = time.monotonic() + min(_SIGHT_S, together.timeout_s / 2)
+            while not (place / name).exists():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.1)
+            return True
+
+        names = together.do("mark", put, cure)
+        seen = together.do("sight", lambda: see(names[0]), cure) if names else None
+    blind = [rank for rank, sees in (seen or {}).items() if not sees]
+    if blind:
+        what = f"what rank 0 writes in {place} is not seen by {rank_list(blind)}: a run could not go on after a stop"
+        together.report.findings.append(Finding("warning", "disk", what, cure))
 
 
 def _where(threads: list[int]) -> str:
@@ -370,6 +401,8 @@ def _try_world(together: _Together, train: TrainConfig, recipe: Recipe | None) -
     report.findings += speed_findings(report.records, report.speeds)
     if recipe is None or report.errors:
         return
+    if len({record.host for record in report.records}) > 1:
+        _see_from_every_host(together, Path(recipe.run.dir).absolute().parent)
     source = report.facts.get("no_data", {}).get("source", "synthetic:")
     if not source.startswith("synthetic:"):
         report.facts["no_step"] = "not taken: its data are not there yet"

@@ -116,7 +116,7 @@ def _interface_of(probe: socket.socket, own: str) -> str | None:
 
 def room(folder: Path) -> Room:
     """Free room for a folder, on the file system where it is or would be made."""
-    place = _nearest(folder)
+    place = nearest(folder)
     found = os.statvfs(place)
     inodes = found.f_favail if found.f_files else None  # btrfs and others count none
     return Room(str(folder), found.f_bavail * found.f_frsize, inodes)
@@ -124,7 +124,7 @@ def room(folder: Path) -> Room:
 
 def write_problem(folder: Path) -> str | None:
     """Why nothing can be written into a folder, or the folder not be made; None if it can. Leaves no file."""
-    place = _nearest(folder)
+    place = nearest(folder)
     if not place.is_dir():
         return f"{place} is a file"
     try:
@@ -136,8 +136,8 @@ def write_problem(folder: Path) -> str | None:
     return None
 
 
-def _nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
+def nearest(folder: Path) -> Path:
+    """What a folder's path leads to, or the nearest place above it that exists."""
     place = folder.expanduser().absolute()
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -129,7 +129,7 @@ def launch_findings(launch: Mapping[str, str], parent: Mapping[str, str]) -> lis
     if "RANK" not in launch:
         return []
     found = []
-    rank, world_size, tasks = launch["RANK"], int(launch["WORLD_SIZE"]), int(launch.get("SLURM_STEP_NUM_TASKS", "1"))
+    world_size, tasks = int(launch["WORLD_SIZE"]), int(launch.get("SLURM_STEP_NUM_TASKS", "1"))
     under_agent = "TORCHELASTIC_RUN_ID" in launch
     if under_agent and "TORCHELASTIC_RUN_ID" in parent and "RANK" in parent:
         found.append(
@@ -149,16 +149,6 @@ def launch_findings(launch: Mapping[str, str], parent: Mapping[str, str]) -> lis
                 "launch",
                 f"srun started {tasks} tasks, and each its own launcher, which knows of {agents}: {tasks} separate runs",
                 "give torchrun --nnodes and --rdzv-endpoint, and start one task per node",
-            )
-        )
-    task = launch.get("SLURM_PROCID", rank)
-    if not under_agent and tasks == world_size > 1 and task != rank:
-        found.append(
-            Finding(
-                "error",
-                "launch",
-                f"task {task} of srun has RANK={rank}: $SLURM_PROCID was read by the job script's shell, not by the task's",
-                "srun bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec python ...', in single quotes",
             )
         )
     machine, node = launch.get("GROUP_RANK"), launch.get("SLURM_NODEID")
@@ -318,9 +308,12 @@ def _ranks_once(records: Sequence[Record]) -> list[Finding]:
     for rank, same in by_rank.items():
         if len(same) > 1:
             what = f"{len(same)} processes were told to be rank {rank}, on {', '.join(sorted({r.host for r in same}))}"
-            cure = (
-                "is it started twice, or $SLURM_PROCID read by the job script's shell? Each process needs its own RANK"
-            )
+            cure = "start it once; each process needs a RANK of its own"
+            if len({record.launch.get("SLURM_PROCID") for record in same}) > 1:  # of different tasks
+                cure = (
+                    "$SLURM_PROCID was read by the job script's shell; let that of the task read it, in single quotes: "
+                    "srun bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec python ...'"
+                )
             found.append(Finding("error", "launch", what, cure))
     once = [same[0] for same in by_rank.values()]
     for (host, local_rank), same in _grouped(once, lambda record: (record.host, record.local_rank)).items():

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -209,6 +210,9 @@ def examine_with_fault(fault: str, recipe: str) -> tuple[int, dict[str, Any], st
             environment = {"RANK": "0"}
         elif fault == "hang":
             runtime.start = lambda config: time.sleep(8)
+        elif fault == "unshared":
+            socket.gethostname = lambda: "two"
+            os.chdir("/")
         elif fault == "network":
             runtime.start = _fail
     return examine(arguments, environment)
@@ -248,6 +252,23 @@ def test_ranks_that_hang_are_told_by_where_they_stand(shards: Path, tmp_path: Pa
     assert "did not end in 3 s and stands in" in told["rank 1"]
     assert "test_doctor.py" in told["rank 1"]
     assert "did not end in 3 s and stands in" in told["rank 0"]
+
+
+def test_hosts_that_do_not_share_the_folder_are_warned_of(shards: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, shards, run={"dir": "run"}))  # beside where each rank stands
+    (code, report, _), _ = run_ranks(2, examine_in, str(tmp_path), "unshared", recipe)
+    assert code == 0, report["findings"]
+    warnings = [finding["what"] for finding in report["findings"]]
+    assert any(what.endswith("is not seen by rank 1: a run could not go on after a stop") for what in warnings), (
+        warnings
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+def examine_in(folder: str, fault: str, recipe: str) -> tuple[int, dict[str, Any], str]:
+    """Runs in a rank."""
+    os.chdir(folder)
+    return examine_with_fault(fault, recipe)
 
 
 def test_two_ranks_take_a_step_together(shards: Path, tmp_path: Path) -> None:
