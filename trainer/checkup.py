@@ -118,7 +118,7 @@ def check_up(loaded: Loaded | InputError, is_named: bool, timeout_s: float) -> I
     if recipe:
         _look_at_room(report, recipe)
     if is_named and "step" not in facts:
-        facts.setdefault("no_step", "not taken, for what is found below")
+        facts.setdefault("no_step", "none was taken, for what is found below")
     report.findings.sort(key=lambda finding: finding.severity)  # "error", then "warning"
     yield report
     with contextlib.suppress(RuntimeError):  # who keeps the notes is gone, and has them all
@@ -320,13 +320,17 @@ class _Together:
         futures.wait([doing], self.timeout_s)
         if not doing.done():
             what = f"it did not end in {self.timeout_s:g} s{_where(threads)}"
-            note["hung"] = dataclasses.asdict(Finding("error", check, what, f"{cure}; or give a longer --timeout"))
+            is_slow = check == "step" and len(self.report.records) == 1  # it waits for nobody
+            finding = Finding("warning" if is_slow else "error", check, what, f"{cure}; or give a longer --timeout")
+            note["hung"] = dataclasses.asdict(finding)
         elif error := doing.exception():  # whatever it is, a run would have met it
             note["finding"] = dataclasses.asdict(problem_of(error, check, cure))
         else:
             note["value"] = doing.result()
         try:
-            notes = [json.loads(text) for text in self._meeting.share(check, json.dumps(note), self.timeout_s)]
+            notes = [
+                json.loads(text) for text in self._meeting.share(check, json.dumps(note), self.timeout_s + _GRACE_S)
+            ]
         except RuntimeError:  # the process that keeps the notes is gone
             notes = [note]
         failed, hung = (
@@ -350,9 +354,11 @@ def _see_from_every_host(together: _Together, folder: Path) -> None:
         def put() -> str:
             if not together.is_first:
                 return ""
-            return Path(
-                stack.enter_context(tempfile.NamedTemporaryFile(prefix=".shardstep-doctor-", dir=place)).name
-            ).name
+            try:
+                file = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".shardstep-doctor-", dir=place))
+            except OSError:  # run.dir itself can be written, but not what is around it: then it cannot be told
+                return ""
+            return Path(file.name).name
 
         def see(name: str) -> bool:
             deadline = time.monotonic() + min(_SIGHT_S, together.timeout_s / 2)
@@ -405,7 +411,7 @@ def _try_world(together: _Together, train: TrainConfig, recipe: Recipe | None) -
         _see_from_every_host(together, Path(recipe.run.dir).absolute().parent)
     source = report.facts.get("no_data", {}).get("source", "synthetic:")
     if not source.startswith("synthetic:"):
-        report.facts["no_step"] = "not taken: its data are not there yet"
+        report.facts["no_step"] = "none was taken: its data are not there yet"
         return
     steps = together.do("step", step, "`shardstep train` with this recipe would end the same way, and say where")
     if steps:

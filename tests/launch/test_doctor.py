@@ -144,11 +144,26 @@ def test_faults_of_recipe_data_and_folder(shards: Path, tmp_path: Path) -> None:
         assert "step" not in report["facts"]
 
 
+def examine_a_slow_step(arguments: list[str]) -> tuple[int, dict[str, Any], str]:
+    """Runs in a rank."""
+    from shardstep.trainer import probe
+
+    probe.take_step = lambda *rest: time.sleep(3)
+    return examine(arguments)
+
+
+def test_a_slow_step_of_one_rank_is_a_warning(shards: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, shards))
+    ((code, report, _),) = run_ranks(1, examine_a_slow_step, [recipe, "--timeout", "2"])
+    assert code == 0
+    assert [finding["check"] for finding in report["findings"]] == ["step"]
+
+
 def test_missing_data_that_can_be_made_are_no_fault(tmp_path: Path) -> None:
     ((code, report, _),) = run_ranks(1, examine, ["quickstart", f"data.train={tmp_path}/a", f"data.test={tmp_path}/b"])
     assert code == 0
     assert report["facts"]["no_data"]["source"] == "cifar10"
-    assert report["facts"]["no_step"] == "not taken: its data are not there yet"
+    assert report["facts"]["no_step"] == "none was taken: its data are not there yet"
 
 
 ALONE: dict[str, str | None] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
