@@ -165,9 +165,10 @@ def _look(loaded: Loaded | InputError, is_named: bool) -> tuple[Recipe | None, R
         "backends": runtime.backends(),
         "launcher": launch,
     }
-    fingerprints = None
+    fingerprints, digest = None, None
     if recipe:
-        facts["recipe"] = {"name": recipe.run.name, "sha256": _digest(recipe)}
+        digest = hashlib.sha256(recipe_text(recipe).encode()).hexdigest()
+        facts["recipe"] = {"name": recipe.run.name, "sha256": digest}
         fingerprints, found = _look_at_data(recipe, is_named, device, facts)
         findings += found + _look_at_folder(recipe, is_named, is_first=place.get("rank", 0) == 0)
     record = Record(
@@ -181,16 +182,12 @@ def _look(loaded: Loaded | InputError, is_named: bool) -> tuple[Recipe | None, R
         cores=len(os.sched_getaffinity(0)),
         threads=runtime.threads_per_rank(os.environ if is_told else {}),
         shm_bytes=facts["shm_bytes"],
-        recipe_sha256=_digest(recipe) if recipe else None,
+        recipe_sha256=digest,
         data=fingerprints,
         interface=machine.interface_towards(launch["MASTER_ADDR"]) if is_told else None,
         findings=findings,
     )
     return recipe, record, facts
-
-
-def _digest(recipe: Recipe) -> str:
-    return hashlib.sha256(recipe_text(recipe).encode()).hexdigest()
 
 
 def _device(wanted: str, local_rank: int) -> tuple[torch.device, list[Finding]]:
@@ -269,10 +266,11 @@ def _look_at_folder(recipe: Recipe, is_named: bool, is_first: bool) -> list[Find
     if problem:
         what = f"run.dir={recipe.run.dir} cannot be written: {problem}"
         return [Finding("error", "disk", what, "give a run.dir that can, or mend its owner and mode")]
-    if is_named and is_first:
+    if is_named:
         try:
-            settle_from(recipe)
-            find_resume(recipe)
+            settle_from(recipe)  # as training does, on every rank
+            if is_first:
+                find_resume(recipe)
         except (InputError, OSError) as error:
             return [problem_of(error, "run", "choose another run.dir")]
     return []
@@ -331,14 +329,16 @@ class _Together:
             notes = [
                 json.loads(text) for text in self._meeting.share(check, json.dumps(note), self.timeout_s + _GRACE_S)
             ]
-        except RuntimeError:  # the process that keeps the notes is gone
+        except RuntimeError:  # the process that keeps the notes is gone, and with it perhaps the one that speaks
             notes = [note]
+            if self.report.voice == "nothing":
+                self.report.voice = "findings"
         failed, hung = (
             [(entry["rank"], Finding(**entry[kind])) for entry in notes if kind in entry]
             for kind in ("finding", "hung")
         )
-        found = failed or hung  # those that hang wait for those that failed
         gone = {record.rank for record in self.report.records} - {entry["rank"] for entry in notes}
+        found = failed if failed or gone else hung  # who hangs then waits for those
         self.report.findings += merge(found, len(self.report.records))
         if gone:
             what = f"{rank_list(gone)} died, or hung"

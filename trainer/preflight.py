@@ -417,7 +417,7 @@ def unmet_finding(record: Record, error: str, timeout_s: float, is_loopback: boo
     """
     address = f"MASTER_ADDR={record.launch['MASTER_ADDR']}, MASTER_PORT={record.launch['MASTER_PORT']}"
     said = error.splitlines()[0] if error else "what listens there does not answer"
-    what = f"rank {record.rank} on {record.host} met nobody at {address} in {timeout_s:g} s: {said}"
+    what = f"rank {record.rank} on {record.host} could not meet the others at {address} in {timeout_s:g} s: {said}"
     cure = "start rank 0 on that host, let the firewall pass the port; if another program has it, choose another port"
     if is_loopback and record.world_size > record.local_world_size:
         cure = "give MASTER_ADDR the name of the first host: here it means this very machine on every host"

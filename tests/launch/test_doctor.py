@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.distributed import run_ranks
+from tests.distributed import free_port, run_ranks
 from tests.runs import write_recipe
 
 BIN = Path(sys.executable).parent
@@ -148,7 +148,11 @@ def examine_a_slow_step(arguments: list[str]) -> tuple[int, dict[str, Any], str]
     """Runs in a rank."""
     from shardstep.trainer import probe
 
-    probe.take_step = lambda *rest: time.sleep(3)
+    def slow(*rest: Any) -> None:
+        print("a library's own words, which are none of the report's")
+        time.sleep(3)
+
+    probe.take_step = slow
     return examine(arguments)
 
 
@@ -199,7 +203,7 @@ def test_a_first_rank_that_never_comes_is_told_by_the_others() -> None:
     ((code, report, err),) = run_ranks(1, examine, ["smoke", "--timeout", "1"], told)
     assert (code, report) == (1, {})
     assert "rank 1 on" in err
-    assert "met nobody at MASTER_ADDR=127.0.0.1" in err
+    assert "could not meet the others at MASTER_ADDR=127.0.0.1" in err
     assert "cure: start rank 0" in err
 
 
@@ -230,6 +234,8 @@ def examine_with_fault(fault: str, recipe: str) -> tuple[int, dict[str, Any], st
             os.chdir("/")
         elif fault == "network":
             runtime.start = _fail
+        elif fault == "death":
+            runtime.start = lambda config: os._exit(0)
     return examine(arguments, environment)
 
 
@@ -267,6 +273,34 @@ def test_ranks_that_hang_are_told_by_where_they_stand(shards: Path, tmp_path: Pa
     assert "did not end in 3 s and stands in" in told["rank 1"]
     assert "test_doctor.py" in told["rank 1"]
     assert "did not end in 3 s and stands in" in told["rank 0"]
+
+
+def test_a_rank_that_dies_is_named(tmp_path: Path) -> None:
+    script = "import sys; sys.path.insert(0, sys.argv[1]); from tests.launch import test_doctor as t; t.die_or_report()"
+    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(ROOT)],
+            cwd=tmp_path,
+            env=os.environ | told | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    report = json.loads(ranks[0].communicate(timeout=120)[0])
+    ranks[1].communicate(timeout=120)
+    assert [rank.returncode for rank in ranks] == [1, 0]
+    assert only(report)["what"] == "rank 1 died, or hung"
+
+
+def die_or_report() -> None:
+    """Runs in a process of its own: rank 1 dies as the world comes up."""
+    from shardstep.launch.cli import leave
+
+    code, report, _ = examine_with_fault("death", "smoke")
+    print(json.dumps(report))
+    leave(code)
 
 
 def test_hosts_that_do_not_share_the_folder_are_warned_of(shards: Path, tmp_path: Path) -> None:
