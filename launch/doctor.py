@@ -130,55 +130,54 @@ def _verdict(report: "Report") -> str:  # type: ignore[name-defined] # noqa: F82
 
 def _fact_lines(report: "Report") -> list[tuple[str, str]]:  # type: ignore[name-defined] # noqa: F821
     facts = report.facts
-    versions = {name: number for name, number in facts["versions"].items() if name != "shardstep"}
     cpu, gpus = facts["cpu"], facts["gpus"]
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if name != "shardstep")
     bf16 = f"bf16 units ({cpu['bf16_units']})" if cpu["bf16_units"] else "no bf16 units: fp32 is faster than bf16"
     shm = "none" if facts["shm_bytes"] is None else _size(facts["shm_bytes"])
     kinds = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "no GPU"
+    recipe = facts.get("recipe")
     lines = [
-        ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+        ("versions", versions),
         ("processor", ", ".join(filter(None, (cpu["name"], cpu["vectors"], bf16)))),
         ("memory", f"{_size(facts['memory_bytes'])}, /dev/shm {shm}"),
         ("devices", f"{kinds}; {', '.join(facts['backends'])}"),
         ("world", _world(report)),
+        ("recipe", f"{recipe['name']}, sha256 {recipe['sha256'][:12]}" if recipe else ""),
+        ("data", _data(facts)),
+        ("disk", _disk(facts["disk"]) if "disk" in facts else ""),
+        ("step", _step(facts["step"]) if "step" in facts else facts.get("no_step", "")),
     ]
-    if "recipe" in facts:
-        lines.append(("recipe", f"{facts['recipe']['name']}, sha256 {facts['recipe']['sha256'][:12]}"))
+    return [(label, text) for label, text in lines if text]
+
+
+def _data(facts: dict[str, Any]) -> str:
     if "data" in facts:
         train, test = facts["data"]["train"], facts["data"]["test"]
-        shape = "x".join(map(str, train["image_shape"])) if train["image_shape"] else "of several sizes"
-        lines.append(
-            (
-                "data",
-                f"{train['samples']:,} + {test['samples']:,} images {shape} in {_count(train['classes'], 'class')}, "
-                f"{facts['data']['mode']}; {train['folder']}, {test['folder']}",
-            )
+        shape = "x".join(map(str, train["image_shape"][::-1])) if train["image_shape"] else "of several sizes"
+        return (
+            f"{train['samples']:,} + {test['samples']:,} images {shape} in {_count(train['classes'], 'class')}, "
+            f"{facts['data']['mode']}; {train['folder']}, {test['folder']}"
         )
-    elif "no_data" in facts:
-        made = f", to be made from {facts['no_data']['source']}" if facts["no_data"]["source"] else ""
-        lines.append(("data", f"not there yet: {', '.join(facts['no_data']['missing'])}{made}"))
-    if "disk" in facts:
-        disk = facts["disk"]
-        files = "" if disk["inodes"] is None else f" and {disk['inodes']:,} files"
-        size = (
-            f"; {disk['checkpoints']} checkpoints of {_size(disk['checkpoint_bytes'])}"
-            if disk["checkpoint_bytes"]
-            else ""
+    if "no_data" in facts:
+        source = facts["no_data"]["source"]
+        return (
+            f"not there yet: {', '.join(facts['no_data']['missing'])}{f', to be made from {source}' if source else ''}"
         )
-        lines.append(("disk", f"{_size(disk['bytes'])}{files} free for {disk['folder']}{size}"))
-    if "step" in facts:
-        step = facts["step"]
-        peak = f", {_size(step['gpu_peak_bytes'])} of GPU memory" if step["gpu_peak_bytes"] else ""
-        lines.append(
-            (
-                "step",
-                f"{step['samples']:,} samples in {step['seconds']:.2g} s (the first step is the slowest); "
-                f"{step['precision']}, {step['memory_format']}, {step['parameters']:,} parameters{peak}",
-            )
-        )
-    elif "no_step" in facts:
-        lines.append(("step", facts["no_step"]))
-    return lines
+    return ""
+
+
+def _disk(disk: dict[str, Any]) -> str:
+    files = "" if disk["inodes"] is None else f" and {disk['inodes']:,} files"
+    needs = f"; {disk['checkpoints']} checkpoints of {_size(disk['checkpoint_bytes'])}"
+    return f"{_size(disk['bytes'])}{files} free for {disk['folder']}{needs if disk['checkpoint_bytes'] else ''}"
+
+
+def _step(step: dict[str, Any]) -> str:
+    peak = f", {_size(step['gpu_peak_bytes'])} of GPU memory" if step["gpu_peak_bytes"] else ""
+    return (
+        f"{step['samples']:,} samples in {step['seconds']:.2g} s, the first, after {step['setup_s']:.2g} s of setting up; "
+        f"{step['precision']}, {step['memory_format']}, {step['parameters']:,} parameters{peak}"
+    )
 
 
 def _world(report: "Report") -> str:  # type: ignore[name-defined] # noqa: F821

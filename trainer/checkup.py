@@ -319,8 +319,8 @@ class _Together:
         if not doing.done():
             what = f"it did not end in {self.timeout_s:g} s{_where(threads)}"
             is_slow = check == "step" and len(self.report.records) == 1  # it waits for nobody
-            finding = Finding("warning" if is_slow else "error", check, what, f"{cure}; or give a longer --timeout")
-            note["hung"] = dataclasses.asdict(finding)
+            finding = Finding("error", check, what, f"{cure}; or give a longer --timeout")
+            note["hung"] = dataclasses.asdict(_slow_finding(what) if is_slow else finding)
         elif error := doing.exception():  # whatever it is, a run would have met it
             note["finding"] = dataclasses.asdict(problem_of(error, check, cure))
         else:
@@ -374,6 +374,14 @@ def _see_from_every_host(together: _Together, folder: Path) -> None:
     if blind:
         what = f"what rank 0 writes in {place} is not seen by {rank_list(blind)}: a run could not go on after a stop"
         together.report.findings.append(Finding("warning", "disk", what, cure))
+
+
+def _slow_finding(what: str) -> Finding:
+    cure = (
+        "give a longer --timeout; a smaller train.max_micro_batch or global batch takes less time, and so does a given "
+        "train.precision, because auto measures all there are"
+    )
+    return Finding("warning", "step", f"a step and what comes before it: {what}", cure)
 
 
 def _where(threads: list[int]) -> str:

@@ -26,8 +26,9 @@ _SIDE = {"cpu": 512, "cuda": 8192}  # of the matrices: some milliseconds each
 
 @dataclass(frozen=True)
 class Step:
-    """The first optimizer step of a recipe, and what a checkpoint of it takes."""
+    """The first optimizer step of a recipe, after `setup_s` of building its run, and what a checkpoint of it takes."""
 
+    setup_s: float
     samples: int
     seconds: float
     precision: str
@@ -74,8 +75,9 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
     recipe.run.dir, recipe.run.resume, recipe.run.allow_changes = str(folder / "run"), "never", []
     recipe.run.hang_timeout, recipe.data.mode = None, "stream"
     recipe.log.wandb, recipe.log.sample_keys = "disabled", False
+    began = time.perf_counter()
     run = setup.build(world, recipe, Display(enabled=False))
-    state = run.state
+    state, setup_s = run.state, time.perf_counter() - began
 
     began = time.perf_counter()
     batch = next(iter(run.batches.from_position(0, 0)))
@@ -93,6 +95,7 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
     tensors = [*state.module.state_dict().values(), *_tensors(state.optimizer.state_dict()["state"])]
     on_gpu = world.device.type == "cuda"
     return Step(
+        setup_s=setup_s,
         samples=batch.size,
         seconds=seconds,
         precision=recipe.train.precision,
