@@ -67,7 +67,7 @@ def _load(name: str, overrides: list[str]) -> Loaded | InputError:
     except InputError as error:
         from shardstep.trainer import runtime
 
-        if runtime.launch_variables(os.environ).get("WORLD_SIZE", "1") == "1":
+        if "RANK" not in runtime.launch_variables(os.environ):
             raise
         return error
 
