@@ -150,7 +150,7 @@ def examine_a_slow_step(arguments: list[str]) -> tuple[int, dict[str, Any], str]
 
     def slow(*rest: Any) -> None:
         print("a library's own words, which are none of the report's")
-        time.sleep(3)
+        time.sleep(8)
 
     probe.take_step = slow
     return examine(arguments)
@@ -158,7 +158,7 @@ def examine_a_slow_step(arguments: list[str]) -> tuple[int, dict[str, Any], str]
 
 def test_a_slow_step_of_one_rank_is_a_warning(shards: Path, tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path, shards))
-    ((code, report, _),) = run_ranks(1, examine_a_slow_step, [recipe, "--timeout", "2"])
+    ((code, report, _),) = run_ranks(1, examine_a_slow_step, [recipe, "--timeout", "5"])
     assert code == 0
     assert [finding["check"] for finding in report["findings"]] == ["step"]
 
@@ -214,7 +214,8 @@ def examine_with_fault(fault: str, recipe: str) -> tuple[int, dict[str, Any], st
     """Runs in a rank: something is wrong with rank 1."""
     from shardstep.trainer import machine, runtime
 
-    arguments, environment = [recipe, "--timeout", "3"], {}
+    waits_s = "6" if fault in ("hang", "network", "death") else "30"  # those are waited for
+    arguments, environment = [recipe, "--timeout", waits_s], {}
     if os.environ["RANK"] == "1":
         if fault == "recipe":
             arguments.append("optimizer.lr=0.06")
@@ -228,7 +229,7 @@ def examine_with_fault(fault: str, recipe: str) -> tuple[int, dict[str, Any], st
         elif fault == "rank":
             environment = {"RANK": "0"}
         elif fault == "hang":
-            runtime.start = lambda config: time.sleep(8)
+            runtime.start = lambda config: time.sleep(14)
         elif fault == "unshared":
             socket.gethostname = lambda: "two"
             os.chdir("/")
@@ -270,9 +271,9 @@ def test_ranks_that_hang_are_told_by_where_they_stand(shards: Path, tmp_path: Pa
     (code, report, _), _ = run_ranks(2, examine_with_fault, "hang", str(write_recipe(tmp_path, shards)))
     assert code == 1
     told = {finding["what"].split(":")[0]: finding["what"] for finding in report["findings"]}
-    assert "did not end in 3 s and stands in" in told["rank 1"]
+    assert "did not end in 6 s and stands in" in told["rank 1"]
     assert "test_doctor.py" in told["rank 1"]
-    assert "did not end in 3 s and stands in" in told["rank 0"]
+    assert "did not end in 6 s and stands in" in told["rank 0"]
 
 
 def test_a_rank_that_dies_is_named(tmp_path: Path) -> None:
