@@ -155,3 +155,28 @@ def stopped_file() -> Path | None:
     """Where a job script wants to read that the run was stopped and saved, and how many steps it had taken."""
     given = os.environ.get("SHARDSTEP_STOPPED_FILE")
     return Path(given) if given else None
+
+
+# --- all that was said, for a preflight ---------------------------------------------------------------------------
+
+_LAUNCH_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"),
+    *("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NODEID"),
+    *("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
+)
+
+
+def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """What launchers have told a process, of its place and of the way to the others."""
+    return {name: environment[name] for name in _LAUNCH_VARIABLES if name in environment}
+
+
+def launcher_variables() -> dict[str, str]:
+    """The same of this process's parent, which is the launcher's agent if there is one; empty where it cannot be read."""
+    try:
+        with open(f"/proc/{os.getppid()}/environ", errors="replace") as file:
+            pairs = (entry.partition("=") for entry in file.read().split("\0"))
+            return launch_variables({name: value for name, _, value in pairs})
+    except OSError:
+        return {}

@@ -2,9 +2,12 @@
 torch.distributed; what the launcher said is read here and in launcher.py.
 """
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -358,3 +361,101 @@ def reduce_sums(accelerator: Accelerator, sums: Sequence[Tensor]) -> list[Tensor
 def stop(accelerator: Accelerator) -> None:
     """Leave the world. Only after success: after an error the others may never come."""
     accelerator.end_training()
+
+
+# --- looking at a launch before, and without, its world ---------------------------------------------------------------
+
+_LOOK_AGAIN_S = 0.02
+
+
+def backends() -> list[str]:
+    """The backends for collectives that this torch has, with their versions where they tell them."""
+    found = ["gloo"] if dist.is_gloo_available() else []
+    if dist.is_nccl_available() and torch.cuda.is_available():
+        found.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    return found
+
+
+class Meeting:
+    """Where the processes of one launch leave notes for each other, before there is a world and if none comes up.
+
+    The notes lie in the store at MASTER_ADDR and MASTER_PORT, which the launcher's agent keeps, or else rank 0.
+    """
+
+    def __init__(self, environment: Mapping[str, str], timeout_s: float):
+        """
+        Raises:
+            TimeoutError: nothing listens there in time.
+        """
+        self._expected = int(environment.get("WORLD_SIZE", "1"))
+        self._store: dist.Store | None = None
+        self._keeps_store = False
+        if self._expected > 1:
+            store, self._keeps_store = _open_store(environment, timeout_s)
+            self._store = dist.PrefixStore(f"meeting-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    def share(self, topic: str, note: str, timeout_s: float) -> list[str]:
+        """Leave a note and wait for the others'; returns those that came in time, in their order, alike for all.
+
+        Who comes when the others have ended their waiting finds no note of its own.
+
+        Raises:
+            RuntimeError: the process that keeps the store is gone.
+        """
+        if self._store is None:
+            return [note]
+        number = self._store.add(f"{topic}-count", 1)
+        self._store.set(f"{topic}-{number}", note)
+        deadline = time.monotonic() + timeout_s
+        while not self._store.check([f"{topic}-closed"]):
+            count = self._store.add(f"{topic}-count", 0)
+            if count >= self._expected or time.monotonic() > deadline:
+                self._store.compare_set(f"{topic}-closed", "", str(count))  # one of them does it
+            time.sleep(_LOOK_AGAIN_S)
+        self._expected = count = int(self._store.get(f"{topic}-closed"))  # the others are given up
+        return [self._store.get(f"{topic}-{number}").decode() for number in range(1, count + 1)]
+
+    def leave(self, timeout_s: float) -> None:
+        """Wait for the others; the process that keeps the store leaves last.
+
+        Raises:
+            RuntimeError: it is gone already.
+        """
+        self.share("leaving", "", timeout_s)
+        if self._store is not None:
+            left, deadline = self._store.add("left", 1), time.monotonic() + timeout_s
+            while self._keeps_store and left < self._expected and time.monotonic() < deadline:
+                time.sleep(_LOOK_AGAIN_S)
+                left = self._store.add("left", 0)
+
+
+def _open_store(environment: Mapping[str, str], timeout_s: float) -> tuple[dist.Store, bool]:
+    """The store, and whether it is kept by this process."""
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    # multi_tenant: a world that comes up later shares the port
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s), "wait_for_workers": False, "multi_tenant": True}
+    if environment["RANK"] == "0" and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        with contextlib.suppress(dist.DistNetworkError):  # the port is taken: by another process that is told rank 0?
+            return dist.TCPStore(address, port, is_master=True, **options), True
+    deadline = time.monotonic() + timeout_s
+    while True:  # TCPStore itself would fill the screen with stacks while it waits
+        try:
+            socket.create_connection((address, port), timeout=timeout_s).close()
+            return dist.TCPStore(address, port, is_master=False, **options), False
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(str(error)) from None
+            time.sleep(_LOOK_AGAIN_S)
+
+
+def time_all_reduce(world: PartialState, num_bytes: int, repeats: int) -> list[float]:
+    """Seconds of each of some all-reduces of float32 numbers, after one that is not counted. All ranks."""
+    values = torch.zeros(num_bytes // 4, device=world.device)
+    seconds = []
+    for _ in range(1 + repeats):
+        world.wait_for_everyone()
+        began = time.perf_counter()
+        dist.all_reduce(values)
+        values[0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:]
