@@ -99,10 +99,11 @@ def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
             )
     world_size = int(environment.get("WORLD_SIZE", "1")) if "RANK" in environment else 1
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if world_size < tasks:
+    agents = int(environment.get("GROUP_WORLD_SIZE", tasks)) if "TORCHELASTIC_RUN_ID" in environment else tasks
+    if world_size < tasks or agents < tasks:
         raise InputError(
-            f"srun started {tasks} tasks, but the launcher in this one brings up a world of {world_size}: {tasks} separate "
-            f"runs would write to one folder. Give torchrun --nnodes and --rdzv-endpoint, or start one task"
+            f"srun started {tasks} tasks, but the launcher in this one brings up a world of {world_size} by itself: {tasks} "
+            f"separate runs would write to one folder. Give torchrun --nnodes and --rdzv-endpoint, or start one task"
         )
     if wanted is not None and world_size != wanted:
         raise InputError(

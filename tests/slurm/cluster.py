@@ -40,8 +40,12 @@ class Cluster:
             "SLURM_CONF": str(self._folder / "slurm" / "etc" / "slurm.conf"),
             "PYTHONDONTWRITEBYTECODE": "",
         }
+        # It ends when its standard input does: with this process, however that ends.
         self._holder = subprocess.Popen(
-            [str(HERE / "isolated.sh"), "bash", "-c", "echo ready; sleep infinity"], stdout=subprocess.PIPE, text=True
+            [str(HERE / "isolated.sh"), "bash", "-c", "echo ready; read line"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._holder.stdout
         assert self._holder.stdout.readline() == "ready\n"

@@ -314,6 +314,48 @@ def test_gpus_that_were_asked_for_are_visible(cluster: Cluster, shards: Path, tm
     assert submitted.log() == "GPUs 0,1\nGPUs 0,1\n"
 
 
+# --- faults, planted for the doctor -----------------------------------------------------------------------------------
+
+_RANK = "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=2 "
+_RANK += "MASTER_ADDR=n1 MASTER_PORT=$((20000 + SLURM_JOB_ID)); "
+FAULTS = {
+    "none": (_RANK + "{doctor}", 0, ["4 of 4 ranks on 2 hosts", "nothing would break a run"]),
+    "N worlds of one": ("{doctor}", 1, ["Slurm was asked for 4 tasks", "separate runs would write to one folder"]),
+    "rank read too early": (
+        _RANK.replace("$SLURM_PROCID", "0") + "{doctor} --timeout 20", 1, ["4 processes were told to be rank 0"],
+    ),
+    "double launch": ("{torchrun} --nproc-per-node 1 {script}", 1, ["srun started 4 tasks"]),
+    "recipes that differ": (
+        _RANK + '[ "$SLURM_NODEID" = 0 ] || set -- optimizer.lr=0.5; {doctor} {recipe} "$@"', 1, ["ranks 2-3", "recipe"],
+    ),
+    "an interface that is not there": (_RANK + "export GLOO_SOCKET_IFNAME=ib7; {doctor}", 1, ["no such interface"]),
+    "a rank that does not come": (
+        _RANK + '[ "$SLURM_PROCID" != 3 ] || exit 0; {doctor} --timeout 15', 1, ["rank 3 of 4 did not come"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_doctor_finds(cluster: Cluster, shards: Path, tmp_path: Path, fault: str) -> None:
+    command, code, told = FAULTS[fault]
+    recipe = write_recipe(tmp_path, shards, **SECTIONS)
+    places = {
+        "doctor": f"{sys.executable} -m shardstep.launch.doctor",
+        "torchrun": str(Path(sys.executable).parent / "torchrun"),
+        "script": str(ROOT / "launch" / "doctor.py"),
+        "recipe": str(recipe),
+    }
+    for name, place in places.items():
+        command = command.replace(f"{{{name}}}", place)
+    srun = ["srun", "-N2", "-n4", "--ntasks-per-node=2", "-t5", "bash", "-c", command]
+    result = cluster.sh(srun, cwd=tmp_path, check=False, timeout_s=170)
+    output = result.stdout + result.stderr
+    assert (result.returncode != 0) == bool(code), output
+    for words in told:
+        assert words in " ".join(output.split()), output
+    assert "Traceback" not in output or "torchrun" in command  # whose agents tell a failure in their way
+
+
 def test_scripts_by_hand(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
     """As a person would who does without `shardstep submit`."""
     recipe = write_recipe(tmp_path, shards, **SECTIONS)

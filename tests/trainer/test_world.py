@@ -262,6 +262,12 @@ def test_slurm_tasks_without_a_rank_are_caught() -> None:
     check_launch(
         {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "RANK": "0", "WORLD_SIZE": "8"}, None
     )  # an agent per node
+    alone = {"SLURM_STEP_NUM_TASKS": "2", "RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    with pytest.raises(
+        InputError, match="srun started 2 tasks"
+    ):  # two torchruns of two ranks that know nothing of each other
+        check_launch(alone | {"GROUP_WORLD_SIZE": "1"}, None)
+    check_launch(alone | {"GROUP_WORLD_SIZE": "2"}, None)
     with pytest.raises(InputError, match="srun started 4 tasks"):
         check_launch({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "RANK": "0", "WORLD_SIZE": "1"}, None)
 
