@@ -1,6 +1,5 @@
 """A checked recipe and a world to a Run: everything that the loop uses, built in one place."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -14,11 +13,12 @@ from torch import nn
 
 from shardstep.configs.durations import Duration
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import write_whole
 from shardstep.configs.load import save_recipe
 from shardstep.configs.schema import Recipe
-from shardstep.datasets import manifest
 from shardstep.datasets.augment import Normalize, build_transforms
 from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
+from shardstep.datasets.manifest import manifest_bytes
 from shardstep.datasets.order import window_of
 from shardstep.datasets.reader import Reader
 from shardstep.trainer import checkpoint, data, runtime
@@ -348,7 +348,7 @@ def _claim_folder(
             if aside:
                 display.note(f"the run that was in {folder} is now in {aside}")
             save_recipe(recipe, folder / CONFIG_NAME)
-            shutil.copyfile(loaded.train.path / manifest.MANIFEST_NAME, folder / MANIFEST_NAME)
+            write_whole(folder / MANIFEST_NAME, manifest_bytes(loaded.train.manifest))
             checkpoint.sweep(folder / "checkpoints")
             checkpoint.set_aside(folder / "checkpoints", state.progress.step)
             for lines in folder.glob("*.jsonl"):
