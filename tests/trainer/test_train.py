@@ -1,8 +1,13 @@
 """What a run leaves behind, how it fails, and how it goes on."""
 
 import json
+import os
+import signal
 import struct
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -341,18 +346,65 @@ def test_another_data_set_is_not_continued_on(shards: Path, tmp_path: Path) -> N
 def test_wandb_offline_holds_what_was_logged(shards: Path, tmp_path: Path) -> None:
     train_ranks(2, write_recipe(tmp_path, shards, log={"wandb": "offline", "wandb_tags": ["a", "b"]}))
     (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    history, config = read_wandb(path)
+    history, config, _ = read_wandb(path)
     losses = [line["loss"] for line in train_lines(tmp_path / "run")]
     assert [entry["train/loss"] for entry in history if "train/loss" in entry] == pytest.approx(losses)
     assert len([entry for entry in history if "eval/accuracy" in entry]) == 2
     assert config["optimizer"]["lr"] == 0.05
 
 
-def read_wandb(path: Path) -> tuple[list[dict], dict]:
-    """History and config of a wandb file: records of protobuf in the format of LevelDB's log, after 7 bytes of head."""
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "failure"])
+def test_wandb_goes_on_with_the_same_run(shards: Path, tmp_path: Path, end: str) -> None:
+    """Broken off in step 8: two files of one run, which hold each step once. A kill leaves the first one empty."""
+    sections: dict[str, Any] = {
+        "train": {"duration": "11 steps"},
+        "eval": {"every": "5 steps"},
+        "checkpoint": {"every": "3 steps"},
+        "log": {"every": "1 steps", "wandb": "offline"},
+    }
+    recipe = write_recipe(tmp_path, shards, **sections)
+    with pytest.raises(AssertionError, match="died without a word") if end == "SIGKILL" else nullcontext():
+        run_ranks(1, ending_in_step_8, str(recipe), end)
+    train_ranks(1, recipe)
+    pieces = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(pieces) == 2
+    assert len({path.stem for path in pieces}) == 1  # run-<id>
+    first, second = (read_wandb(path) for path in pieces)
+    assert second[2] == pieces[0].stem.removeprefix("run-")
+    if end != "SIGKILL":
+        assert first[2] == second[2]
+        assert first[1]["optimizer"] == second[1]["optimizer"]
+    history = first[0] + second[0]
+    assert [entry["_step"] for entry in history if "train/loss" in entry] == list(range(1, 12))
+    assert [entry["_step"] for entry in history if "eval/loss" in entry] == [5, 10, 11]
+    losses = [line["loss"] for line in train_lines(tmp_path / "run")]
+    assert [entry["train/loss"] for entry in history if "train/loss" in entry] == pytest.approx(losses)
+
+
+def ending_in_step_8(recipe: str, end: str) -> None:
+    """Runs in a rank: a signal, or bad data, when step 7 is logged."""
+    from shardstep.configs.errors import InputError
+    from shardstep.trainer import loop
+
+    function = loop.train_step
+
+    def step(accelerator, state, *rest):  # type: ignore[no-untyped-def]
+        if state.progress.step == 7:
+            if end == "failure":
+                raise InputError("a shard is damaged")
+            os.kill(os.getpid(), getattr(signal, end))
+        time.sleep(0.1)
+        return function(accelerator, state, *rest)
+
+    loop.train_step = step
+    failure_of(recipe)
+
+
+def read_wandb(path: Path) -> tuple[list[dict], dict, str]:
+    """History, config and id of a wandb file: records of protobuf in the format of LevelDB's log, after 7 bytes of head."""
     from wandb.proto import wandb_internal_pb2
 
-    data, position, parts, history, config = path.read_bytes(), 7, [], [], {}
+    data, position, parts, history, config, run_id = path.read_bytes(), 7, [], [], {}, ""
     while position + 7 <= len(data):
         if position % 32768 > 32768 - 7:  # what is left of a block is too short for a header
             position += 32768 - position % 32768
@@ -368,7 +420,8 @@ def read_wandb(path: Path) -> tuple[list[dict], dict]:
                     {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
                 )
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-    return history, config
+            run_id = record.run.run_id or run_id
+    return history, config, run_id
 
 
 def test_a_tracker_that_fails_does_not_hurt_the_run(shards: Path, tmp_path: Path) -> None:
