@@ -376,6 +376,11 @@ def is_lost_rank(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
+def is_restarted() -> bool:
+    """Whether a launcher has started this process again, in the place of one that ended: torchrun, or a requeued job."""
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def has_agent() -> bool:
     """Whether a launcher started this process and reports any exit code but 0 as a failure."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ

@@ -27,7 +27,8 @@ from shardstep.trainer.clip import Clip
 from shardstep.trainer.data import Data
 from shardstep.trainer.display import Display
 from shardstep.trainer.evaluate import Evaluation, TestBatches, evaluate
-from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, Resume, begin, find_resume
+from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, Resume, begin, find_resume, is_run
+from shardstep.trainer.lock import hold
 from shardstep.trainer.losses import Objective, build_objective, check_outputs
 from shardstep.trainer.metrics import Metrics, cut_lines
 from shardstep.trainer.models import build_model
@@ -51,6 +52,9 @@ from shardstep.trainer.watchdog import Watchdog
 
 T = TypeVar("T")
 _INITIALIZE_SAMPLES = 5000  # training images that data-dependent initialisation looks at
+_RESTART_PATIENCE_S = (
+    120.0  # for the end of the attempt before: the locks of a crashed node last for a lease, often 90 s
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     """
     folder = Path(recipe.run.dir)
     request = request or StopRequest()
-    resume = together(world, lambda: find_resume(recipe) if world.is_main_process else Resume())
+    resume = together(world, lambda: _look_into_folder(recipe, display) if world.is_main_process else Resume())
     resume = runtime.broadcast_object(world, resume)
     train, test = together(world, lambda: data.open_both(recipe.data))
     plan = together(
@@ -337,6 +341,14 @@ def _settle_compute(
     return seconds
 
 
+def _look_into_folder(recipe: Recipe, display: Display) -> Resume:
+    """Find where to go on, in a folder that no other run can write to from now on. Rank 0."""
+    folder = Path(recipe.run.dir)
+    if is_run(folder):
+        hold(folder, display.warn, _RESTART_PATIENCE_S if runtime.is_restarted() else 0)
+    return find_resume(recipe)
+
+
 def _claim_folder(
     accelerator: Accelerator, run_is_new: bool, recipe: Recipe, loaded: Data, state: TrainState, display: Display
 ) -> None:
@@ -344,7 +356,7 @@ def _claim_folder(
     folder, problem = Path(recipe.run.dir), None
     if accelerator.is_main_process:
         try:
-            aside = begin(folder) if run_is_new else None
+            aside = begin(folder, display.warn) if run_is_new else None
             if aside:
                 display.note(f"the run that was in {folder} is now in {aside}")
             save_recipe(recipe, folder / CONFIG_NAME)
@@ -353,6 +365,8 @@ def _claim_folder(
             checkpoint.set_aside(folder / "checkpoints", state.progress.step)
             for lines in folder.glob("*.jsonl"):
                 cut_lines(lines, state.progress.step, state.evaluation_due)
+        except InputError as error:
+            problem = error
         except OSError as error:
             problem = InputError(f"run.dir={folder} cannot be used: {error}")
     runtime.raise_together(accelerator, problem)

@@ -19,7 +19,8 @@ def logged_steps(path: Path) -> dict[str, int]:
 
     steps: dict[str, int] = {}
     for content in _records(path.read_bytes()):
-        history = wandb_internal_pb2.Record.FromString(content).history
+        record = wandb_internal_pb2.Record.FromString(content)  # type: ignore[attr-defined] # made when it is imported
+        history = record.history
         values = {item.key or "/".join(item.nested_key): item.value_json for item in history.item}
         if "_step" in values:
             steps |= {name.split("/")[0]: json.loads(values["_step"]) for name in values if "/" in name}

@@ -113,8 +113,9 @@ def test_a_signal_saves_the_step(form: str, name: str, target: str, code: int, s
 
 @pytest.mark.drill
 def test_a_rank_that_dies_is_replaced(shards: Path, tmp_path: Path) -> None:
-    """Under torchrun --max-restarts the run goes on from its last checkpoint, to the same end."""
+    """Under torchrun --max-restarts the run goes on from its last checkpoint, to the same end; with resume=never, too."""
     sections = {
+        "run": {"resume": "never"},
         "train": {"global_batch_size": 8, "duration": "2500 steps", "device": "cpu"},
         "checkpoint": {"every": "100 steps"},
         "eval": {"every": "100000 steps"},

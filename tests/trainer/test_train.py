@@ -27,6 +27,7 @@ def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_its_files(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {
+        ".lock",
         "config.yaml",
         "train_manifest.json",
         "metrics.jsonl",
