@@ -140,6 +140,24 @@ def test_a_rank_that_dies_is_replaced(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize("frozen", ["0", "1"])
+def test_a_frozen_process_is_named(frozen: str, shards: Path, tmp_path: Path) -> None:
+    """A stopped process has no threads that could tell of it: the other one does."""
+    recipe = write_recipe(tmp_path, shards, **ENDLESS)
+    process = start("torchrun 2", recipe, tmp_path, "run.hang_timeout=8", "log.wandb=disabled")
+    (rank,) = (
+        number
+        for number in ranks_of(process.pid)
+        if f"\0RANK={frozen}\0" in Path(f"/proc/{number}/environ").read_text()
+    )
+    os.kill(rank, signal.SIGSTOP)
+    output, _ = process.communicate(timeout=120)  # the agent kills it after 30 s
+    assert process.returncode == 1
+    assert f"failed: rank {frozen} has not moved for" in output
+    assert output.count("has not moved for") == 1
+
+
+@pytest.mark.drill
 def test_damage_to_the_shards_while_training_is_named(shards: Path, tmp_path: Path) -> None:
     """A shard that changes under a streaming run ends it with the sample's name; the run can be resumed when it is mended."""
     import shutil
