@@ -415,14 +415,11 @@ def gather_rows(accelerator: Accelerator, values: Tensor) -> list[list[float]]:
     return accelerator.gather(values.unsqueeze(0)).tolist()
 
 
-def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
-    """Replace each floating-point buffer, such as batch norm's running statistics, by its mean over the ranks."""
-    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-    if accelerator.num_processes == 1 or not buffers:
-        return
-    flat = accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), reduction="mean")
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+def mean_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks; theirs stays as it is. All ranks."""
+    if accelerator.num_processes == 1 or not values.numel():
+        return values
+    return accelerator.reduce(values, reduction="mean")
 
 
 def reduce_sums(accelerator: Accelerator, sums: Sequence[Tensor]) -> list[Tensor]:

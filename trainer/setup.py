@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -150,12 +150,13 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
 
     accelerator, state = together(world, lambda: prepare(recipe, module))
     _settle_buckets(accelerator, state, objective, loaded)
-    state.fingerprint = train.manifest.fingerprint
+    state.fingerprint, state.test_fingerprint = train.manifest.fingerprint, test.manifest.fingerprint
     for problem in resume.passed_over:
         display.warn(f"passed over, because it is not whole: {problem}")
     if resume.path:
         path, rank, ranks = resume.path, world.process_index, world.num_processes
-        together(world, lambda: checkpoint.load(state, path, rank, ranks))
+        new_test_set: Literal["allow", "refuse"] = "allow" if "data.test" in recipe.run.allow_changes else "refuse"
+        together(world, lambda: checkpoint.load(state, path, rank, ranks, new_test_set))
         if state.progress.position >= plan.samples_per_epoch:  # of an epoch that another batch size makes shorter
             state.progress = replace(state.progress, epoch=state.progress.epoch + 1, position=0)
         display.note(f"resuming from {path}")

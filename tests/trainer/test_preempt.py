@@ -160,6 +160,21 @@ def test_at_any_place(
     assert_equal(tmp_path / "run", undisturbed(2))
 
 
+def test_a_broken_off_evaluation_leaves_each_rank_its_own_statistics(shards: Path, tmp_path: Path) -> None:
+    """Those of batch norm are averaged for an evaluation; one that is broken off must not have happened."""
+    model = {"name": "whitening_cnn", "widths": [8, 8]}
+    recipes = [write_recipe(tmp_path / name, shards, **SECTIONS | {"model": model}) for name in ("whole", "cut")]
+    train_ranks(3, recipes[0])
+    outcomes = run_ranks(3, disturbed, str(recipes[1]), "evaluation", 5, "SIGTERM", 1)
+    assert [code for code, _, _ in outcomes] == [85] * 3
+    saved = load_file(tmp_path / "cut" / "run" / "checkpoints" / "step-00000005" / "rank_buffers.safetensors")[
+        "buffers"
+    ]
+    assert not torch.equal(saved[0], saved[1])
+    train_ranks(3, recipes[1])
+    assert_equal(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
+
+
 def test_a_save_request_saves_and_goes_on(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards, **SECTIONS, run={"dir": str(tmp_path / "run")})
     ((code, _, _),) = run_ranks(1, disturbed, str(recipe), "step", 6, "SAVE", 0, "checkpoint.keep=9")

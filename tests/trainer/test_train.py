@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import struct
 import time
@@ -339,6 +340,26 @@ def test_another_data_set_is_not_continued_on(shards: Path, tmp_path: Path) -> N
     ((code, _, message),) = run_ranks(1, failure_of, str(recipe), f"data.train={tmp_path / 'other'}")
     assert code == 2
     assert "was trained on another data set" in message
+
+
+def test_another_test_set_has_to_be_asked_for(shards: Path, tmp_path: Path) -> None:
+    from shardstep.datasets.write import write_shards
+
+    sections: dict[str, Any] = {"train": {"duration": "6 steps"}, "checkpoint": {"every": "2 steps"}}
+    recipe = write_recipe(tmp_path, shards, **sections)
+    run_ranks(2, train_until, str(recipe), 5)
+    shutil.copytree(shards / "test", tmp_path / "moved")
+    write_shards("synthetic:40", "test", tmp_path / "other", samples_per_shard=10)
+    other = f"data.test={tmp_path / 'other'}"
+    for code, _, message in run_ranks(2, failure_of, str(recipe), other):
+        assert code == 2
+        assert message == "" or "step-00000004 was evaluated on another test set" in message
+        assert message == "" or "run.allow_changes=[data.test]" in message
+    train_ranks(2, recipe, f"data.test={tmp_path / 'moved'}")  # what counts is what is in it
+    train_ranks(2, recipe, other, "run.allow_changes=[data.test,train.duration]", "train.duration=7 steps")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["data"]["test_samples"] == 40
+    assert summary["best"]["step"] == 7  # that of step 4 or 6 was on other images
 
 
 # --- the tracker ------------------------------------------------------------------------------------------------------
