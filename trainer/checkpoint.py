@@ -160,7 +160,8 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
         return target
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)  # not its parents: a run whose disk is gone must not go on in what lies below the mount
+    partial.mkdir()
     entries = {}
     for name, content in _files(snapshot):
         (partial / name).write_bytes(content)

@@ -13,6 +13,7 @@ import pytest
 from shardstep.trainer import checkpoint
 from tests.launch.test_launch import BIN, FORMS, TRAIN
 from tests.runs import read_lines, train_lines, write_recipe
+from tests.trainer.test_train import read_wandb
 
 ENDLESS: dict[str, Any] = {
     "data": {"mode": "stream", "workers": 2},
@@ -109,6 +110,12 @@ def test_a_signal_saves_the_step(form: str, name: str, target: str, code: int, s
     steps = [line["step"] for line in train_lines(tmp_path / "run")]
     assert steps == sorted(set(steps))
     assert steps[-1] == more
+    history = [
+        entry
+        for piece in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+        for entry in read_wandb(piece)[0]
+    ]
+    assert [entry["_step"] for entry in history if "train/loss" in entry] == steps
 
 
 @pytest.mark.drill
