@@ -403,6 +403,30 @@ def test_wandb_goes_on_with_the_same_run(shards: Path, tmp_path: Path, end: str)
     assert [entry["train/loss"] for entry in history if "train/loss" in entry] == pytest.approx(losses)
 
 
+def log_to_wandb(folder: str, num_steps: int) -> None:
+    """Runs in a rank."""
+    import wandb
+
+    with wandb.init(mode="offline", dir=folder, project="test") as run:
+        for step in range(num_steps):
+            run.log({f"train/value{number}": step + number / 7 for number in range(40)}, step=step)
+
+
+def test_a_cut_wandb_file_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    from shardstep.trainer.wandb_file import logged_steps
+
+    run_ranks(1, log_to_wandb, str(tmp_path), 60)
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content, steps = path.read_bytes(), []
+    assert len(content) > 3 * 32768  # a record may go over the end of a block
+    assert logged_steps(path) == {"train": 59}
+    for size in range(7, len(content), 1009):
+        path.write_bytes(content[:size])
+        steps.append(logged_steps(path).get("train", -1))
+    assert steps == sorted(steps)
+    assert set(steps) > set(range(10, 50))
+
+
 def ending_in_step_8(recipe: str, end: str) -> None:
     """Runs in a rank: a signal, or bad data, when step 7 is logged."""
     from shardstep.configs.errors import InputError
