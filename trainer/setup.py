@@ -52,9 +52,8 @@ from shardstep.trainer.watchdog import Watchdog
 
 T = TypeVar("T")
 _INITIALIZE_SAMPLES = 5000  # training images that data-dependent initialisation looks at
-_RESTART_PATIENCE_S = (
-    120.0  # for the end of the attempt before: the locks of a crashed node last for a lease, often 90 s
-)
+# For the end of the attempt before: a network file system keeps the locks of a crashed node for a lease, often 90 s.
+_RESTART_PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True)
