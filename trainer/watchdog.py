@@ -83,7 +83,7 @@ class Watchdog:
     def _watch(self) -> None:
         assert self._timeout_s is not None
         beats = 0
-        while not self._ended.wait(min(1.0, self._timeout_s / 5)):
+        while not self._ended.wait(min(1.0, self._timeout_s / 5) if beats else 0):  # the first note comes at once
             beats += 1
             limit_s = self._timeout_s
             if self._request.has_come():

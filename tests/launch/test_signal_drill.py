@@ -172,6 +172,8 @@ def test_damage_to_the_shards_while_training_is_named(shards: Path, tmp_path: Pa
     shutil.copytree(shards, tmp_path / "shards")
     recipe = write_recipe(tmp_path, tmp_path / "shards", **ENDLESS | {"checkpoint": {"every": "50 steps"}})
     process = start("torchrun 2", recipe, tmp_path)
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
+        time.sleep(0.02)
     victim = sorted((tmp_path / "shards" / "train").glob("*.tar"))[2]
     content = victim.read_bytes()
     changed = bytearray(content)
