@@ -23,9 +23,9 @@ class RunConfig:
     seed: int = 0
     """Seeds initial weights, sample order, augmentation and dropout. The number of ranks does not enter."""
     resume: Literal["if_available", "must", "never"] = "if_available"
-    """What to do when run.dir holds a run: go on if there is one, insist on one, or insist on none."""
+    """When run.dir holds a run: go on with it, insist on one, or begin anew; what a launcher restarts goes on anyway."""
     allow_changes: list[str] = field(default_factory=list)
-    """Keys, such as optimizer.lr, in which the recipe may differ from that of the run it goes on with."""
+    """Keys, such as optimizer.lr, in which the recipe may differ from that of the run it goes on with, or data.test."""
     hang_timeout: Optional[float] = 600  # noqa: UP045
     """Seconds without a movement of some rank after which the run is ended, with the stacks of all; null waits for ever."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import write_whole
 from shardstep.datasets.tar import BLOCK, read_members
 
 MANIFEST_NAME = "manifest.json"
@@ -80,12 +81,15 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest, index: bytes) -> None:
-    """Write index and manifest.json, each by rename; the manifest last, so that a folder without it is no data set."""
+    """Write index and manifest.json; the manifest last, so that a folder without it is no data set."""
+    write_whole(folder / INDEX_NAME, index)
+    write_whole(folder / MANIFEST_NAME, manifest_bytes(manifest))
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The content of manifest.json."""
     content = asdict(manifest) | {"fingerprint": manifest.computed_fingerprint()}
-    for name, data in ((INDEX_NAME, index), (MANIFEST_NAME, json.dumps(content, indent=1).encode() + b"\n")):
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(data)
-        partial.replace(folder / name)
+    return json.dumps(content, indent=1).encode() + b"\n"
 
 
 def parse_manifest(text: str, where: str) -> Manifest:

@@ -52,6 +52,11 @@ def main(arguments: list[str]) -> int:
     recipe = check_recipe(loaded)
     for note in loaded.notes:
         display.note(note)
+    if recipe.run.resume == "never" and launcher.is_restarted():
+        recipe.run.resume = "if_available"
+        display.note(
+            "run.resume=never holds for the first attempt; this one was restarted, and goes on where that ended"
+        )
     folder.settle_from(recipe)
     data.make_missing_data(recipe.data)
     world = runtime.start(recipe.train)

@@ -62,7 +62,9 @@ def start(world_size: int, recipe: Path, moment: Moment) -> list[Any]:
 def run_until_killed(world_size: int, recipe: Path, moment: Moment) -> bool:
     """One life of a run; returns whether it came to its end."""
     processes = start(world_size, recipe, moment)
-    deadline = time.monotonic() + (120 if moment.seconds is None else moment.seconds)
+    deadline = time.monotonic() + (
+        600 if moment.seconds is None else moment.seconds
+    )  # other work may share the machine
     while time.monotonic() < deadline and processes[0].is_alive():
         time.sleep(0.005)
     if moment == Moment():

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -26,6 +26,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.files import write_whole
 from shardstep.datasets.cache import sync_to_disk
 from shardstep.datasets.scan import file_sha256
+from shardstep.trainer.buffers import set_buffers, split_buffers
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, STATE, RECIPE, BUFFERS = (
@@ -61,6 +62,7 @@ class TrainState:
         scaler: of fp16, else None.
         progress: how far the run has come: the position in the data, in steps and samples.
         fingerprint: of the training set that `progress` counts in.
+        test_fingerprint: of the test set that `best` was measured on.
         lr: learning rate of the last step.
         wall_s: seconds of training and evaluation, over all restarts.
         starts: of every process of the run so far: the step it began at, its number of ranks, and when.
@@ -78,6 +80,7 @@ class TrainState:
     scaler: torch.amp.GradScaler | None = None
     progress: Progress = field(default_factory=Progress)
     fingerprint: str = ""
+    test_fingerprint: str = ""
     lr: float = 0.0
     wall_s: float = 0.0
     starts: list[dict[str, Any]] = field(default_factory=list)
@@ -91,6 +94,7 @@ class TrainState:
 
 _FACTS = (
     "fingerprint",
+    "test_fingerprint",
     "lr",
     "wall_s",
     "starts",
@@ -156,7 +160,8 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
         return target
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)  # not its parents: a run whose disk is gone must not go on in what lies below the mount
+    partial.mkdir()
     entries = {}
     for name, content in _files(snapshot):
         (partial / name).write_bytes(content)
@@ -290,11 +295,17 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load(state: TrainState, path: Path, rank: int, world_size: int) -> None:
+def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set: Literal["allow", "refuse"]) -> None:
     """Restore a state from a whole checkpoint, in place.
 
+    Args:
+        state: new, with the fingerprints of the data sets at hand.
+        path: of the checkpoint.
+        rank, world_size: this rank's place.
+        new_test_set: whether the test set may be another; then the best evaluation is that of the new one to come.
+
     Raises:
-        InputError: it does not fit the model, the optimizer or the data set.
+        InputError: it does not fit the model, the optimizer or the data sets.
     """
     try:
         facts = json.loads((path / STATE).read_bytes())
@@ -308,7 +319,7 @@ def load(state: TrainState, path: Path, rank: int, world_size: int) -> None:
         if (path / BUFFERS).is_file():
             every = safetensors.torch.load_file(path / BUFFERS)["buffers"]
             if len(every) == world_size:  # on another world the mean has to do, which the weights hold
-                state.module.load_state_dict(split_buffers(state.module, every[rank]), strict=False)
+                set_buffers(state.module, every[rank])
     except _LOAD_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be resumed from: {reason}") from None
@@ -317,6 +328,14 @@ def load(state: TrainState, path: Path, rank: int, world_size: int) -> None:
             f"{path} was trained on another data set (fingerprint {values['fingerprint'][:12]}) than data.train now "
             f"names ({state.fingerprint[:12]}): give another run.dir"
         )
+    if values["test_fingerprint"] != state.test_fingerprint:
+        if new_test_set == "refuse":
+            raise InputError(
+                f"{path} was evaluated on another test set (fingerprint {values['test_fingerprint'][:12]}) than data.test "
+                f"now names ({state.test_fingerprint[:12]}), so that its figures could not be compared with new ones. "
+                f"Give another run.dir, or go on with run.allow_changes=[data.test] and forget the best evaluation so far"
+            )
+        values |= {"test_fingerprint": state.test_fingerprint, "best": None}
     if len(values["sums"]) != world_size:  # rank 0 carries what all have counted
         total = [sum(parts) for parts in zip(*values["sums"], strict=True)] or [0.0, 0.0]
         values["sums"] = [total, *([0.0, 0.0] for _ in range(world_size - 1))]
@@ -345,24 +364,6 @@ def load_weights(module: nn.Module, path: Path) -> None:
         raise InputError(f"no weights in {path.parent}: {path.name} is missing") from None
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path} does not hold this model's weights: {str(error).splitlines()[0]}") from None
-
-
-def flatten_buffers(module: nn.Module) -> Tensor:
-    """The floating-point buffers of a model, such as batch norm's running statistics, as one vector."""
-    found = [value.flatten() for _, value in _float_buffers(module)]
-    return torch.cat(found) if found else torch.zeros(0)
-
-
-def split_buffers(module: nn.Module, flat: Tensor) -> dict[str, Tensor]:
-    """The inverse of flatten_buffers, by name."""
-    buffers = list(_float_buffers(module))
-    parts = flat.split([value.numel() for _, value in buffers])
-    return {name: part.view_as(value).clone() for (name, value), part in zip(buffers, parts, strict=True)}
-
-
-def _float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    kept = module.state_dict().keys()
-    return ((name, value) for name, value in module.named_buffers() if value.is_floating_point() and name in kept)
 
 
 def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:

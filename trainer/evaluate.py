@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from shardstep.trainer.buffers import flatten_buffers, set_buffers
 from shardstep.trainer.losses import Objective
-from shardstep.trainer.runtime import average_buffers, reduce_sums
+from shardstep.trainer.runtime import mean_over_ranks, reduce_sums
 
 TestBatches = Callable[[], Iterable[tuple[Tensor, Tensor, np.ndarray]]]
 """Makes a fresh pass over this rank's part of the test set: images, labels, sample ids."""
@@ -68,8 +69,8 @@ def evaluate(
     Returns:
         The same figures on every rank; None if a stop was requested.
     """
-    kept = [buffer.clone() for buffer in module.buffers()]
-    average_buffers(accelerator, module)
+    own_buffers = flatten_buffers(module)
+    set_buffers(module, mean_over_ranks(accelerator, own_buffers))
     was_training = module.training
     module.eval()
     device = accelerator.device
@@ -79,8 +80,7 @@ def evaluate(
     for images, labels, _ in batches():
         if stop_requested():
             module.train(was_training)
-            for buffer, before in zip(module.buffers(), kept, strict=True):  # the same evaluation begins from there
-                buffer.copy_(before)
+            set_buffers(module, own_buffers)  # the same evaluation begins from there
             return None
         if len(labels) == 0:
             continue

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.trainer.check import check_recipe
 from shardstep.trainer.checkpoint import RECIPE, STATE, list_checkpoints, newest_whole, problems_of
+from shardstep.trainer.lock import LOCK_NAME, hold
 
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "train_manifest.json"  # classes, mean and std of the training set: what an evaluation needs of it
 
-_SETTLED = (("data", "mode"), ("train", "precision"), ("train", "memory_format"), ("train", "device"))
+SETTLED = (("data", "mode"), ("train", "precision"), ("train", "memory_format"), ("train", "device"))
+"""What a recipe may leave to `auto`: section and key."""
+
 _MATHEMATICS = {
     "run": ["seed"],
     "data": ["augment", "normalize", "resize", "lanes", "window_shards", "last_batch"],
@@ -36,14 +40,14 @@ class Resume:
 def settle_from(recipe: Recipe) -> None:
     """Take from the run that this one continues, if it does, what the recipe leaves to `auto`: it is chosen once."""
     folder = Path(recipe.run.dir)
-    if recipe.run.resume == "never" or not _is_run(folder):
+    if recipe.run.resume == "never" or not is_run(folder):
         return
     newest_first = reversed(list_checkpoints(folder / "checkpoints"))
     newest = next((path for path in newest_first if not problems_of(path, only=RECIPE)), None)
     if newest is None:
         return
     saved = load_recipe(str(newest / RECIPE)).recipe
-    for section, key in _SETTLED:
+    for section, key in SETTLED:
         if getattr(getattr(recipe, section), key) == "auto":
             setattr(getattr(recipe, section), key, getattr(getattr(saved, section), key))
 
@@ -58,7 +62,7 @@ def find_resume(recipe: Recipe) -> Resume:
     folder = Path(recipe.run.dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run.dir={folder} is a file")
-    if _is_taken(folder) and not _is_run(folder):
+    if _is_taken(folder) and not is_run(folder):
         raise InputError(f"run.dir={folder} holds other files than a run's: choose another folder")
     if recipe.run.resume == "never":
         return Resume()
@@ -100,17 +104,29 @@ def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
 
 
 def _is_compared(key: str) -> bool:
+    if key == "data.test":  # by its content, when the checkpoint is loaded
+        return True
     section, _, name = key.partition(".")
     return section in OPEN_SECTIONS or name in _MATHEMATICS.get(section, [])
 
 
-def begin(folder: Path) -> Path | None:
-    """Make the folder of a new run; an old run in its place is kept beside it. Returns where the old one is now."""
+def begin(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """Make and lock the folder of a new run; an old run in its place is kept beside it. Returns where the old one is now.
+
+    Raises:
+        InputError: another process is about to begin there, or has.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if hold(folder, warn) and is_run(folder):  # what was there at the first look has been held since then
+        raise InputError(
+            f"another run has begun in {folder} while this one was starting: start it again to go on there"
+        )
     aside = None
     if _is_taken(folder):
         aside = next(path for number in itertools.count(1) if not (path := Path(f"{folder}.old{number}")).exists())
         folder.rename(aside)
-    folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        hold(folder, warn)
     return aside
 
 
@@ -120,12 +136,13 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _is_taken(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
     return (folder / CONFIG_NAME).is_file()
+
+
+def _is_taken(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name != LOCK_NAME for path in folder.iterdir())
 
 
 def _differences(saved: Recipe, given: Recipe) -> dict[str, tuple[Any, Any]]:

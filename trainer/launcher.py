@@ -45,6 +45,11 @@ def ends_with_parent() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or _OWN in os.environ
 
 
+def is_restarted() -> bool:
+    """Whether a launcher has started this process again, in the place of one that ended: torchrun, or a requeued job."""
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def cpu_is_forced() -> bool:
     """Whether Accelerate was told to stay on the CPU, by `--cpu` or its config file."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")

@@ -2,6 +2,7 @@
 
 from shardstep.configs.load import recipe_text
 from shardstep.trainer import checkpoint, runtime
+from shardstep.trainer.buffers import flatten_buffers
 from shardstep.trainer.evaluate import Evaluation
 from shardstep.trainer.metrics import Stopwatch
 from shardstep.trainer.setup import Run
@@ -39,7 +40,7 @@ def save(run: Run, clock: Stopwatch) -> None:
     run.watchdog.beat(state.progress.step, "saving")
     metrics.give_sums(state)  # all ranks gather
     state.wall_s = clock.seconds()
-    buffers = runtime.gather_buffers(accelerator, checkpoint.flatten_buffers(state.module))  # all ranks
+    buffers = runtime.gather_buffers(accelerator, flatten_buffers(state.module))  # all ranks
     if accelerator.is_main_process:
         metrics.sync()  # lines are on disk before a checkpoint says so
         snapshot = checkpoint.take_snapshot(state, recipe_text(run.recipe), accelerator.num_processes, buffers)

@@ -14,7 +14,8 @@ from shardstep.trainer.models.batch_norm import convert_batch_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_ROUNDS = 4
+_ROUNDS = 4  # the first one sets things up, and is rarely the best
+_FAR_BEHIND = 2.0
 PROBE_SAMPLES = 64  # enough work to tell the formats apart, little enough to take a fraction of a second
 
 
@@ -73,19 +74,23 @@ def measure(
 ) -> dict[Compute, float]:
     """Seconds per forward and backward pass of each choice, on this rank alone; the model is left as it is.
 
-    The best of a few passes, taken in turn, so that other work on the machine meets all choices alike.
+    The best of a few passes, taken in turn, so that other work on the machine meets all choices alike. A choice that is
+    far behind is tried no further: on a CPU without units for it, bf16 can take 15 times as long as fp32.
     """
     probes = {compute: _probe(compute, module, images) for compute in choices}
     seconds = dict.fromkeys(choices, float("inf"))
     with torch.random.fork_rng():  # dropout must not move the run's random numbers
-        for round_number in range(_ROUNDS):
+        for _ in range(_ROUNDS):
             for compute, (model, inputs) in probes.items():
                 began = time.perf_counter()
                 with torch.autocast(images.device.type, DTYPES[compute.precision], enabled=compute.precision != "fp32"):
                     outputs = model(inputs)
                 objective.loss(outputs, inputs, labels).backward()
-                if round_number:  # the first one sets things up
-                    seconds[compute] = min(seconds[compute], time.perf_counter() - began)
+                seconds[compute] = min(seconds[compute], time.perf_counter() - began)
+            limit_s = _FAR_BEHIND * min(seconds.values())
+            probes = {compute: probe for compute, probe in probes.items() if seconds[compute] <= limit_s}
+            if len(probes) == 1:
+                break
     return seconds
 
 

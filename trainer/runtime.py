@@ -290,20 +290,37 @@ class Board:
     def __init__(self, world: PartialState):
         self.rank, self._world_size = world.process_index, world.num_processes
         self._store: dist.Store | None = None
-        self._verdict = False
+        self._present: set[int] = set()  # ranks whose note has been seen
         if self._world_size > 1:
             self._store = dist.PrefixStore("shardstep", dist.distributed_c10d._get_default_store())
 
     def exchange(self, note: str) -> dict[int, str]:
-        """Leave this rank's note and read those of all ranks that have left one."""
+        """Leave this rank's note, and read those of all ranks on rank 0, that of rank 0 on the others.
+
+        Two calls to the store, whatever the number of ranks, once each has left a note.
+        """
         if self._store is None:
             return {0: note}
         try:
             self._store.set(f"note-{self.rank}", note)
-            present = [rank for rank in range(self._world_size) if self._store.check([f"note-{rank}"])]
-            notes = self._store.multi_get([f"note-{rank}" for rank in present])
         except RuntimeError:  # the rank or agent that keeps the store is gone: its end will be noticed
             return {self.rank: note}
+        return {self.rank: note} | self.read(range(self._world_size) if self.rank == 0 else [0])
+
+    def read(self, ranks: Sequence[int] | None = None) -> dict[int, str]:
+        """The notes of some ranks, by default of all; without those that have not left one yet."""
+        if self._store is None:
+            return {}
+        ranks = range(self._world_size) if ranks is None else ranks
+        try:
+            # A note that is there stays there; asking the store for one that is not would wait for it.
+            self._present |= {
+                rank for rank in ranks if rank not in self._present and self._store.check([f"note-{rank}"])
+            }
+            present = [rank for rank in ranks if rank in self._present]
+            notes = self._store.multi_get([f"note-{rank}" for rank in present]) if present else []
+        except RuntimeError:
+            return {}
         return {rank: text.decode() for rank, text in zip(present, notes, strict=True)}
 
     def claim_verdict(self) -> bool:
@@ -340,14 +357,11 @@ def gather_rows(accelerator: Accelerator, values: Tensor) -> list[list[float]]:
     return accelerator.gather(values.unsqueeze(0)).tolist()
 
 
-def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
-    """Replace each floating-point buffer, such as batch norm's running statistics, by its mean over the ranks."""
-    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-    if accelerator.num_processes == 1 or not buffers:
-        return
-    flat = accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), reduction="mean")
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+def mean_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks; theirs stays as it is. All ranks."""
+    if accelerator.num_processes == 1 or not values.numel():
+        return values
+    return accelerator.reduce(values, reduction="mean")
 
 
 def reduce_sums(accelerator: Accelerator, sums: Sequence[Tensor]) -> list[Tensor]:

@@ -1,11 +1,10 @@
 """A checked recipe and a world to a Run: everything that the loop uses, built in one place."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,11 +13,12 @@ from torch import nn
 
 from shardstep.configs.durations import Duration
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import write_whole
 from shardstep.configs.load import save_recipe
 from shardstep.configs.schema import Recipe
-from shardstep.datasets import manifest
 from shardstep.datasets.augment import Normalize, build_transforms
 from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
+from shardstep.datasets.manifest import manifest_bytes
 from shardstep.datasets.order import window_of
 from shardstep.datasets.reader import Reader
 from shardstep.trainer import checkpoint, data, launcher, runtime
@@ -27,7 +27,8 @@ from shardstep.trainer.clip import Clip
 from shardstep.trainer.data import Data
 from shardstep.trainer.display import Display
 from shardstep.trainer.evaluate import Evaluation, TestBatches, evaluate
-from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, Resume, begin, find_resume
+from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, SETTLED, Resume, begin, find_resume, is_run
+from shardstep.trainer.lock import hold
 from shardstep.trainer.losses import Objective, build_objective, check_outputs
 from shardstep.trainer.metrics import Metrics, cut_lines
 from shardstep.trainer.models import build_model
@@ -52,6 +53,8 @@ from shardstep.trainer.watchdog import Watchdog
 
 T = TypeVar("T")
 _INITIALIZE_SAMPLES = 5000  # training images that data-dependent initialisation looks at
+# For the end of the attempt before: a network file system keeps the locks of a crashed node for a lease, often 90 s.
+_RESTART_PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     """
     folder = Path(recipe.run.dir)
     request = request or StopRequest()
-    resume = together(world, lambda: find_resume(recipe) if world.is_main_process else Resume())
+    _follow_rank_0(world, recipe)
+    resume = together(world, lambda: _look_into_folder(recipe, display) if world.is_main_process else Resume())
     resume = runtime.broadcast_object(world, resume)
     train, test = together(world, lambda: data.open_both(recipe.data))
     plan = together(
@@ -148,12 +152,13 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
 
     accelerator, state = together(world, lambda: prepare(recipe, module))
     _settle_buckets(accelerator, state, objective, loaded)
-    state.fingerprint = train.manifest.fingerprint
+    state.fingerprint, state.test_fingerprint = train.manifest.fingerprint, test.manifest.fingerprint
     for problem in resume.passed_over:
         display.warn(f"passed over, because it is not whole: {problem}")
     if resume.path:
         path, rank, ranks = resume.path, world.process_index, world.num_processes
-        together(world, lambda: checkpoint.load(state, path, rank, ranks))
+        new_test_set: Literal["allow", "refuse"] = "allow" if "data.test" in recipe.run.allow_changes else "refuse"
+        together(world, lambda: checkpoint.load(state, path, rank, ranks, new_test_set))
         if state.progress.position >= plan.samples_per_epoch:  # of an epoch that another batch size makes shorter
             state.progress = replace(state.progress, epoch=state.progress.epoch + 1, position=0)
         display.note(f"resuming from {path}")
@@ -351,6 +356,21 @@ def _settle_compute(
     return seconds
 
 
+def _follow_rank_0(world: PartialState, recipe: Recipe) -> None:
+    """Take what is settled of `auto` from rank 0: another host may not see the folder of the run that goes on."""
+    settled = [(section, key, getattr(getattr(recipe, section), key)) for section, key in SETTLED]
+    for section, key, value in runtime.broadcast_object(world, settled):
+        setattr(getattr(recipe, section), key, value)
+
+
+def _look_into_folder(recipe: Recipe, display: Display) -> Resume:
+    """Find where to go on, in a folder that no other run can write to from now on. Rank 0."""
+    folder = Path(recipe.run.dir)
+    if is_run(folder):
+        hold(folder, display.warn, _RESTART_PATIENCE_S if launcher.is_restarted() else 0)
+    return find_resume(recipe)
+
+
 def _claim_folder(
     accelerator: Accelerator, run_is_new: bool, recipe: Recipe, loaded: Data, state: TrainState, display: Display
 ) -> None:
@@ -358,15 +378,17 @@ def _claim_folder(
     folder, problem = Path(recipe.run.dir), None
     if accelerator.is_main_process:
         try:
-            aside = begin(folder) if run_is_new else None
+            aside = begin(folder, display.warn) if run_is_new else None
             if aside:
                 display.note(f"the run that was in {folder} is now in {aside}")
             save_recipe(recipe, folder / CONFIG_NAME)
-            shutil.copyfile(loaded.train.path / manifest.MANIFEST_NAME, folder / MANIFEST_NAME)
+            write_whole(folder / MANIFEST_NAME, manifest_bytes(loaded.train.manifest))
             checkpoint.sweep(folder / "checkpoints")
             checkpoint.set_aside(folder / "checkpoints", state.progress.step)
             for lines in folder.glob("*.jsonl"):
                 cut_lines(lines, state.progress.step, state.evaluation_due)
+        except InputError as error:
+            problem = error
         except OSError as error:
             problem = InputError(f"run.dir={folder} cannot be used: {error}")
     runtime.raise_together(accelerator, problem)

@@ -1,12 +1,14 @@
 """Weights & Biases on rank 0: a copy of what metrics.jsonl holds. A tracker that fails is left behind, never the run."""
 
 import dataclasses
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shardstep.configs.schema import Recipe
+from shardstep.trainer.wandb_file import logged_steps
 
 _FINISH_S = 30.0  # to send what is left
 
@@ -18,17 +20,22 @@ class WandbTracker:
         """
         Args:
             recipe: with the settings of its log section, and as the run's config.
-            folder: of the run.
+            folder: of the run, whose metrics.jsonl is cut at the step from which it goes on.
             warn: told once if wandb fails; after that, nothing more is sent.
             run_id: of the run in Weights & Biases that this one continues.
         """
         self._warn = warn
         self._run: Any = None
         self.run_id = run_id
+        self._sent: dict[str, int] = {}  # by kind of line, the last step of the offline files from before
         self._guard(lambda: self._start(recipe, folder))
+        if run_id and recipe.log.wandb == "offline":
+            self._guard(lambda: self._catch_up(folder))
 
     def log(self, line: dict[str, Any]) -> None:
-        """Send a line of metrics.jsonl as <kind>/<name> at its step."""
+        """Send a line of metrics.jsonl as <kind>/<name> at its step, unless it was sent before."""
+        if line["step"] <= self._sent.get(line["kind"], -1):
+            return
         numbers = {
             f"{line['kind']}/{key}": value
             for key, value in line.items()
@@ -68,6 +75,18 @@ class WandbTracker:
             resume="allow" if self.run_id and recipe.log.wandb == "online" else None,
         )
         self.run_id = self._run.id
+
+    def _catch_up(self, folder: Path) -> None:
+        """Send what a killed process had not yet flushed, and nothing twice. Online, the server sees to that."""
+        own = sorted((folder / "wandb").glob(f"offline-run-*-{self.run_id}/run-{self.run_id}.wandb"))
+        before = [path for path in own if path.parent != Path(self._run.dir).parent]
+        for path in before:
+            for kind, step in logged_steps(path).items():
+                self._sent[kind] = max(step, self._sent.get(kind, -1))
+        lines = folder / "metrics.jsonl"
+        if before and lines.is_file():  # files that are not here any more are in Weights & Biases already
+            for line in lines.read_text().splitlines():
+                self.log(json.loads(line))
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Run an action unless an earlier one failed."""

@@ -2,7 +2,7 @@
 
 When a rank hangs, all others wait for it in a collective, for as long as that may take. Here every rank tells the others
 where it stands and since when, by a thread of its own; when one has not moved for too long, all write down their stacks,
-one line says which rank stood where, and the run ends with a failure.
+one line says which rank stood where, and the run ends with a failure. Rank 0 watches all, all watch rank 0 and themselves.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ class Watchdog:
     def _watch(self) -> None:
         assert self._timeout_s is not None
         beats = 0
-        while not self._ended.wait(min(1.0, self._timeout_s / 5)):
+        while not self._ended.wait(min(1.0, self._timeout_s / 5) if beats else 0):  # the first note comes at once
             beats += 1
             limit_s = self._timeout_s
             if self._request.has_come():
@@ -98,8 +98,9 @@ class Watchdog:
             mine["moves"] = self._moves
             records = self._board.exchange(json.dumps(mine))
             found = {rank: self._read(rank, record, now) for rank, record in records.items()}
-            if found and max(place.age_s for place in found.values()) > limit_s:
-                self._end(found)
+            if max(place.age_s for place in found.values()) > limit_s:
+                everyone = self._board.read()
+                self._end(found | {rank: self._read(rank, record, now) for rank, record in everyone.items()})
             if self._board.verdict():
                 self._dump()
 

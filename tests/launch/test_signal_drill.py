@@ -13,6 +13,7 @@ import pytest
 from shardstep.trainer import checkpoint
 from tests.launch.test_launch import BIN, FORMS, TRAIN
 from tests.runs import read_lines, train_lines, write_recipe
+from tests.trainer.test_train import read_wandb
 
 ENDLESS: dict[str, Any] = {
     "data": {"mode": "stream", "workers": 2},
@@ -109,12 +110,19 @@ def test_a_signal_saves_the_step(form: str, name: str, target: str, code: int, s
     steps = [line["step"] for line in train_lines(tmp_path / "run")]
     assert steps == sorted(set(steps))
     assert steps[-1] == more
+    history = [
+        entry
+        for piece in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+        for entry in read_wandb(piece)[0]
+    ]
+    assert [entry["_step"] for entry in history if "train/loss" in entry] == steps
 
 
 @pytest.mark.drill
 def test_a_rank_that_dies_is_replaced(shards: Path, tmp_path: Path) -> None:
-    """Under torchrun --max-restarts the run goes on from its last checkpoint, to the same end."""
+    """Under torchrun --max-restarts the run goes on from its last checkpoint, to the same end; with resume=never, too."""
     sections = {
+        "run": {"resume": "never"},
         "train": {"global_batch_size": 8, "duration": "2500 steps", "device": "cpu"},
         "checkpoint": {"every": "100 steps"},
         "eval": {"every": "100000 steps"},
@@ -139,6 +147,24 @@ def test_a_rank_that_dies_is_replaced(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize("frozen", ["0", "1"])
+def test_a_frozen_process_is_named(frozen: str, shards: Path, tmp_path: Path) -> None:
+    """A stopped process has no threads that could tell of it: the other one does."""
+    recipe = write_recipe(tmp_path, shards, **ENDLESS)
+    process = start("torchrun 2", recipe, tmp_path, "run.hang_timeout=8", "log.wandb=disabled")
+    (rank,) = (
+        number
+        for number in ranks_of(process.pid)
+        if f"\0RANK={frozen}\0" in Path(f"/proc/{number}/environ").read_text()
+    )
+    os.kill(rank, signal.SIGSTOP)
+    output, _ = process.communicate(timeout=120)  # the agent kills it after 30 s
+    assert process.returncode == 1
+    assert f"failed: rank {frozen} has not moved for" in output
+    assert output.count("has not moved for") == 1
+
+
+@pytest.mark.drill
 def test_damage_to_the_shards_while_training_is_named(shards: Path, tmp_path: Path) -> None:
     """A shard that changes under a streaming run ends it with the sample's name; the run can be resumed when it is mended."""
     import shutil
@@ -146,6 +172,8 @@ def test_damage_to_the_shards_while_training_is_named(shards: Path, tmp_path: Pa
     shutil.copytree(shards, tmp_path / "shards")
     recipe = write_recipe(tmp_path, tmp_path / "shards", **ENDLESS | {"checkpoint": {"every": "50 steps"}})
     process = start("torchrun 2", recipe, tmp_path)
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
+        time.sleep(0.02)
     victim = sorted((tmp_path / "shards" / "train").glob("*.tar"))[2]
     content = victim.read_bytes()
     changed = bytearray(content)

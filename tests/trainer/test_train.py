@@ -1,8 +1,14 @@
 """What a run leaves behind, how it fails, and how it goes on."""
 
 import json
+import os
+import shutil
+import signal
 import struct
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +28,7 @@ def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_its_files(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {
+        ".lock",
         "config.yaml",
         "train_manifest.json",
         "metrics.jsonl",
@@ -245,11 +252,16 @@ def without_cache(folder: str, *arguments: str) -> tuple[int, str, str]:
 def test_a_finished_run_is_left_alone(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards)
     train_ranks(1, recipe)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def content() -> dict[Path, bytes]:  # but for the lock, which says who holds it
+        files = (path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock")
+        return {path: path.read_bytes() for path in files}
+
+    before = content()
     ((code, out, _),) = run_ranks(1, failure_of, str(recipe))
     assert code == 0
     assert "nothing to do" in out
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert content() == before
 
 
 def test_never_puts_the_old_run_aside(shards: Path, tmp_path: Path) -> None:
@@ -335,24 +347,115 @@ def test_another_data_set_is_not_continued_on(shards: Path, tmp_path: Path) -> N
     assert "was trained on another data set" in message
 
 
+def test_another_test_set_has_to_be_asked_for(shards: Path, tmp_path: Path) -> None:
+    from shardstep.datasets.write import write_shards
+
+    sections: dict[str, Any] = {"train": {"duration": "6 steps"}, "checkpoint": {"every": "2 steps"}}
+    recipe = write_recipe(tmp_path, shards, **sections)
+    run_ranks(2, train_until, str(recipe), 5)
+    shutil.copytree(shards / "test", tmp_path / "moved")
+    write_shards("synthetic:40", "test", tmp_path / "other", samples_per_shard=10)
+    other = f"data.test={tmp_path / 'other'}"
+    for code, _, message in run_ranks(2, failure_of, str(recipe), other):
+        assert code == 2
+        assert message == "" or "step-00000004 was evaluated on another test set" in message
+        assert message == "" or "run.allow_changes=[data.test]" in message
+    train_ranks(2, recipe, f"data.test={tmp_path / 'moved'}")  # what counts is what is in it
+    train_ranks(2, recipe, other, "run.allow_changes=[data.test,train.duration]", "train.duration=7 steps")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["data"]["test_samples"] == 40
+    assert summary["best"]["step"] == 7  # that of step 4 or 6 was on other images
+
+
 # --- the tracker ------------------------------------------------------------------------------------------------------
 
 
 def test_wandb_offline_holds_what_was_logged(shards: Path, tmp_path: Path) -> None:
     train_ranks(2, write_recipe(tmp_path, shards, log={"wandb": "offline", "wandb_tags": ["a", "b"]}))
     (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    history, config = read_wandb(path)
+    history, config, _ = read_wandb(path)
     losses = [line["loss"] for line in train_lines(tmp_path / "run")]
     assert [entry["train/loss"] for entry in history if "train/loss" in entry] == pytest.approx(losses)
     assert len([entry for entry in history if "eval/accuracy" in entry]) == 2
     assert config["optimizer"]["lr"] == 0.05
 
 
-def read_wandb(path: Path) -> tuple[list[dict], dict]:
-    """History and config of a wandb file: records of protobuf in the format of LevelDB's log, after 7 bytes of head."""
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "failure"])
+def test_wandb_goes_on_with_the_same_run(shards: Path, tmp_path: Path, end: str) -> None:
+    """Broken off in step 8: two files of one run, which hold each step once. A kill leaves the first one empty."""
+    sections: dict[str, Any] = {
+        "train": {"duration": "11 steps"},
+        "eval": {"every": "5 steps"},
+        "checkpoint": {"every": "3 steps"},
+        "log": {"every": "1 steps", "wandb": "offline"},
+    }
+    recipe = write_recipe(tmp_path, shards, **sections)
+    with pytest.raises(AssertionError, match="died without a word") if end == "SIGKILL" else nullcontext():
+        run_ranks(1, ending_in_step_8, str(recipe), end)
+    train_ranks(1, recipe)
+    pieces = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(pieces) == 2
+    assert len({path.stem for path in pieces}) == 1  # run-<id>
+    first, second = (read_wandb(path) for path in pieces)
+    assert second[2] == pieces[0].stem.removeprefix("run-")
+    if end != "SIGKILL":
+        assert first[2] == second[2]
+        assert first[1]["optimizer"] == second[1]["optimizer"]
+    history = first[0] + second[0]
+    assert [entry["_step"] for entry in history if "train/loss" in entry] == list(range(1, 12))
+    assert [entry["_step"] for entry in history if "eval/loss" in entry] == [5, 10, 11]
+    losses = [line["loss"] for line in train_lines(tmp_path / "run")]
+    assert [entry["train/loss"] for entry in history if "train/loss" in entry] == pytest.approx(losses)
+
+
+def log_to_wandb(folder: str, num_steps: int) -> None:
+    """Runs in a rank."""
+    import wandb
+
+    with wandb.init(mode="offline", dir=folder, project="test") as run:
+        for step in range(num_steps):
+            run.log({f"train/value{number}": step + number / 7 for number in range(40)}, step=step)
+
+
+def test_a_cut_wandb_file_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    from shardstep.trainer.wandb_file import logged_steps
+
+    run_ranks(1, log_to_wandb, str(tmp_path), 60)
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content, steps = path.read_bytes(), []
+    assert len(content) > 3 * 32768  # a record may go over the end of a block
+    assert logged_steps(path) == {"train": 59}
+    for size in range(7, len(content), 1009):
+        path.write_bytes(content[:size])
+        steps.append(logged_steps(path).get("train", -1))
+    assert steps == sorted(steps)
+    assert set(steps) > set(range(10, 50))
+
+
+def ending_in_step_8(recipe: str, end: str) -> None:
+    """Runs in a rank: a signal, or bad data, when step 7 is logged."""
+    from shardstep.configs.errors import InputError
+    from shardstep.trainer import loop
+
+    function = loop.train_step
+
+    def step(accelerator, state, *rest):  # type: ignore[no-untyped-def]
+        if state.progress.step == 7:
+            if end == "failure":
+                raise InputError("a shard is damaged")
+            os.kill(os.getpid(), getattr(signal, end))
+        time.sleep(0.1)
+        return function(accelerator, state, *rest)
+
+    loop.train_step = step
+    failure_of(recipe)
+
+
+def read_wandb(path: Path) -> tuple[list[dict], dict, str]:
+    """History, config and id of a wandb file: records of protobuf in the format of LevelDB's log, after 7 bytes of head."""
     from wandb.proto import wandb_internal_pb2
 
-    data, position, parts, history, config = path.read_bytes(), 7, [], [], {}
+    data, position, parts, history, config, run_id = path.read_bytes(), 7, [], [], {}, ""
     while position + 7 <= len(data):
         if position % 32768 > 32768 - 7:  # what is left of a block is too short for a header
             position += 32768 - position % 32768
@@ -368,7 +471,8 @@ def read_wandb(path: Path) -> tuple[list[dict], dict]:
                     {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
                 )
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-    return history, config
+            run_id = record.run.run_id or run_id
+    return history, config, run_id
 
 
 def test_a_tracker_that_fails_does_not_hurt_the_run(shards: Path, tmp_path: Path) -> None:

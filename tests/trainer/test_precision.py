@@ -1,0 +1,54 @@
+"""How a number format and a memory layout are chosen: by a measured step of each."""
+
+import time
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardstep.trainer import precision
+from shardstep.trainer.losses import build_objective
+from shardstep.trainer.precision import Compute
+
+PASSES: Counter[str] = Counter()
+SECONDS = {"bf16 channels_last": 2.0, "bf16 contiguous": 0.25, "fp32 channels_last": 0.14, "fp32 contiguous": 0.2}
+
+
+class Clocked(nn.Module):
+    """A model whose passes take the times above, by a clock of the test's own."""
+
+    now_s = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 10, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        number = "bf16" if torch.is_autocast_enabled("cpu") else "fp32"
+        layout = "channels_last" if images.is_contiguous(memory_format=torch.channels_last) else "contiguous"
+        PASSES[f"{number} {layout}"] += 1
+        Clocked.now_s += SECONDS[f"{number} {layout}"]
+        return self.conv(images).mean(dim=(2, 3))
+
+
+def test_what_is_far_behind_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    PASSES.clear()
+    monkeypatch.setattr(time, "perf_counter", lambda: Clocked.now_s)
+    choices = [Compute(number, layout) for number in ("bf16", "fp32") for layout in ("channels_last", "contiguous")]  # type: ignore[arg-type]
+    objective = build_objective({"name": "cross_entropy", "label_smoothing": 0.0}, {"name": "clocked"})
+    images, labels = torch.randn(4, 3, 4, 4), torch.randint(0, 10, (4,))
+    seconds = precision.measure(choices, Clocked(), objective, images, labels)
+    # 2.0 s are more than twice 0.14 s; 0.25 s and 0.2 s are not
+    assert PASSES == {"bf16 channels_last": 1, "bf16 contiguous": 4, "fp32 channels_last": 4, "fp32 contiguous": 4}
+    assert list(seconds.values()) == pytest.approx(list(SECONDS.values()))
+
+
+def test_one_that_is_left_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    PASSES.clear()
+    monkeypatch.setattr(time, "perf_counter", lambda: Clocked.now_s)
+    objective = build_objective({"name": "cross_entropy", "label_smoothing": 0.0}, {"name": "clocked"})
+    images, labels = torch.randn(4, 3, 4, 4), torch.randint(0, 10, (4,))
+    choices = [Compute("bf16", "channels_last"), Compute("fp32", "channels_last")]
+    precision.measure(choices, Clocked(), objective, images, labels)
+    assert PASSES == {"bf16 channels_last": 1, "fp32 channels_last": 1}
