@@ -93,7 +93,7 @@ def test_commands_run(tmp_path: Path) -> None:
     prepare = "shardstep shards write --source path/to/images --split test --out data/mine/test"
     for command in [prepare, *commands]:
         words = shlex.split(command.replace("quickstart", "smoke"))
-        if "train" in words[1:2] or any(word.endswith("train.py") for word in words):
+        if words[1:2] in (["train"], ["doctor"]) or any(word.endswith(("train.py", "doctor.py")) for word in words):
             words += ["run.resume=never", "train.duration=1 steps"]
         result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"

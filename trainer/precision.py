@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import MemoryFormat, Precision
 from shardstep.trainer.losses import Objective
+from shardstep.trainer.machine import Cpu
 from shardstep.trainer.models.batch_norm import convert_batch_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,12 +28,24 @@ class Compute:
     memory_format: MemoryFormat
 
 
-def check_precision(precision: str, device: torch.device) -> str | None:
-    """Whether a precision can be had on a device; returns a warning, if there is something to warn of.
+def check_precision(precision: str, device: torch.device, module: nn.Module, cpu: Cpu) -> str | None:
+    """Whether a precision can be had for a model on a device; returns a warning, if there is something to warn of.
+
+    Args:
+        precision: fp32, bf16 or fp16.
+        device: where the model will be.
+        module: the model.
+        cpu: of this machine.
 
     Raises:
         InputError: it cannot be had.
     """
+    has_lstm = any(isinstance(layer, nn.LSTM) for layer in module.modules())
+    if has_lstm and device.type == "cpu" and (precision == "fp16" or (precision == "bf16" and _lacks_bf16_lstm(cpu))):
+        others = "fp32" if _lacks_bf16_lstm(cpu) else "bf16 or fp32"
+        raise InputError(
+            f"train.precision={precision}: torch has no LSTM in {precision} on this CPU; use {others}, or model.cell=gru"
+        )
     if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError(
             f"train.precision=bf16: {torch.cuda.get_device_name(device)} has no bf16 units; use fp16 or auto"
@@ -44,8 +57,13 @@ def check_precision(precision: str, device: torch.device) -> str | None:
     return None
 
 
+def _lacks_bf16_lstm(cpu: Cpu) -> bool:
+    """oneDNN has one for AVX-512 and above; elsewhere torch would raise in the first step."""
+    return cpu.vectors in ("AVX", "AVX2")
+
+
 def candidates(
-    precision: Precision, memory_format: MemoryFormat, module: nn.Module, device: torch.device
+    precision: Precision, memory_format: MemoryFormat, module: nn.Module, device: torch.device, cpu: Cpu
 ) -> list[Compute]:
     """What can be chosen from, the best guess first; one of it is a settled choice.
 
@@ -53,6 +71,7 @@ def candidates(
         precision, memory_format: of the recipe.
         module: the model.
         device: where it will be.
+        cpu: of this machine; bf16 is not tried where it is known to have no units for it: it takes 15 times as long.
     """
     formats: list[MemoryFormat] = [memory_format]
     if memory_format == "auto":
@@ -65,7 +84,7 @@ def candidates(
             precisions = ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
         return [Compute(precisions[0], formats[0])]
     if precision == "auto":
-        precisions = ["bf16", "fp32"]
+        precisions = ["fp32"] if cpu.vectors and not cpu.bf16_units else ["bf16", "fp32"]
     return [Compute(p, f) for p in precisions for f in formats]
 
 

@@ -21,7 +21,7 @@ from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
 from shardstep.datasets.manifest import manifest_bytes
 from shardstep.datasets.order import window_of
 from shardstep.datasets.reader import Reader
-from shardstep.trainer import checkpoint, data, launcher, runtime
+from shardstep.trainer import checkpoint, data, launcher, machine, runtime
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.clip import Clip
 from shardstep.trainer.data import Data
@@ -333,12 +333,10 @@ def _settle_compute(
     display: Display,
 ) -> dict[Compute, float]:
     """Choose precision and memory format on rank 0 for all, into the recipe; returns the measured seconds per step."""
-    lstm = any(isinstance(layer, nn.LSTM) for layer in module.modules())
-    if lstm and recipe.train.precision == "fp16" and world.device.type == "cpu":
-        raise InputError(
-            "train.precision=fp16: torch has no LSTM in fp16 on a CPU; use bf16 or fp32, or model.cell=gru"
-        )
-    choices = candidates(recipe.train.precision, recipe.train.memory_format, module, world.device)
+    cpu = machine.read_cpu()
+    choices: list[Compute] = runtime.broadcast_object(  # hosts may differ
+        world, candidates(recipe.train.precision, recipe.train.memory_format, module, world.device, cpu)
+    )
     size = min(max(plan.global_batch_size // plan.world_size, 1), recipe.train.max_micro_batch, PROBE_SAMPLES)
     seconds: dict[Compute, float] = {}
     if len(choices) > 1:
@@ -348,7 +346,7 @@ def _settle_compute(
             seconds = measure(choices, module, objective, loaded.normalize(images), labels)
     best = min(choices, key=lambda choice: seconds.get(choice, 0))
     chosen: Compute = runtime.broadcast_object(world, best)
-    warning = together(world, lambda: check_precision(chosen.precision, world.device))
+    warning = together(world, lambda: check_precision(chosen.precision, world.device, module, cpu))
     if warning:
         display.warn(warning)
     recipe.train.precision = chosen.precision

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shardstep.configs.errors import InputError
 from shardstep.trainer import precision
 from shardstep.trainer.losses import build_objective
+from shardstep.trainer.machine import Cpu
 from shardstep.trainer.precision import Compute
 
 PASSES: Counter[str] = Counter()
@@ -52,3 +54,27 @@ def test_one_that_is_left_is_not_measured_again(monkeypatch: pytest.MonkeyPatch)
     choices = [Compute("bf16", "channels_last"), Compute("fp32", "channels_last")]
     precision.measure(choices, Clocked(), objective, images, labels)
     assert PASSES == {"bf16 channels_last": 1, "fp32 channels_last": 1}
+
+
+CPU = torch.device("cpu")
+AVX2, AVX512 = Cpu("old", vectors="AVX2", bf16_units=""), Cpu("middle", vectors="AVX-512", bf16_units="")
+AMX, UNKNOWN = Cpu("new", vectors="AVX-512", bf16_units="AMX"), Cpu("other", vectors="", bf16_units="")
+
+
+@pytest.mark.parametrize(
+    ("cpu", "tried"), [(AVX2, {"fp32"}), (AVX512, {"fp32"}), (AMX, {"bf16", "fp32"}), (UNKNOWN, {"bf16", "fp32"})]
+)
+def test_bf16_is_tried_where_it_may_pay(cpu: Cpu, tried: set[str]) -> None:
+    assert {choice.precision for choice in precision.candidates("auto", "auto", nn.Conv2d(3, 3, 1), CPU, cpu)} == tried
+    asked = precision.candidates("bf16", "contiguous", nn.Conv2d(3, 3, 1), CPU, cpu)
+    assert asked == [Compute("bf16", "contiguous")]
+
+
+def test_an_lstm_is_refused_where_there_is_none_in_that_format() -> None:
+    recurrent = nn.Sequential(nn.LSTM(3, 3))
+    with pytest.raises(InputError, match="no LSTM in bf16 on this CPU; use fp32, or model.cell=gru"):
+        precision.check_precision("bf16", CPU, recurrent, AVX2)
+    with pytest.raises(InputError, match="no LSTM in fp16 on this CPU; use bf16 or fp32, or model.cell=gru"):
+        precision.check_precision("fp16", CPU, recurrent, AMX)
+    for number, module, cpu in (("fp32", recurrent, AVX2), ("bf16", recurrent, AMX), ("bf16", nn.GRU(3, 3), AVX2)):
+        assert precision.check_precision(number, CPU, module, cpu) is None

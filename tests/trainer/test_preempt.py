@@ -91,7 +91,7 @@ def disturbed(recipe: str, where: str, step: int, disturb: str, rank: int, *over
     elif where == "save":
         before(checkpoint, "take_snapshot", lambda state, *rest: state.progress.step == step)
     elif where == "start":
-        before(setup, "find_resume", lambda recipe: True)
+        before(setup, "_follow_rank_0", lambda world, recipe: True)  # which all ranks call
     else:
         function = setup.evaluate
 
@@ -109,12 +109,12 @@ def disturbed(recipe: str, where: str, step: int, disturb: str, rank: int, *over
     return failure_of(recipe, *overrides)
 
 
-def _check_every_time(check: Callable[[Requests], bool]) -> Callable[[Requests], bool]:
+def _check_every_time(check: Callable[..., bool]) -> Callable[..., bool]:
     """Steps here take a millisecond; the look at other ranks that is due twice a second comes at each of them."""
 
-    def every_time(requests: Requests) -> bool:
+    def every_time(requests: Requests, *arguments: Any) -> bool:
         requests._next_call = 0
-        return check(requests)
+        return check(requests, *arguments)
 
     return every_time
 
