@@ -1,5 +1,6 @@
 """A submitted job, shown until it ends: its state in Slurm, and the progress of its run."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,28 +12,37 @@ from shardstep.launch.cli import FAILED, INTERRUPTED
 
 _POLL_S = 2.0
 _PROGRESS_S = 10.0  # between lines about training steps; evaluations always get one
-_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
+_MOST_SILENCE = 15  # looks at Slurm without an answer: its controller may be restarting
+_ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+}  # fmt: skip
 
 
-def follow(job_id: str, folder: Path) -> int:
+def follow(job_id: str, folder: Path | None) -> int:
     """Print each change of a job's state and its run's metrics until it has ended; Ctrl-C leaves the job alone.
 
     Args:
         job_id: as sbatch told it.
-        folder: of the run.
+        folder: of the run; None for an array, whose tasks' states are shown.
 
     Returns:
         0 if the job completed, its own exit code if it had one, else 1.
     """
-    told, shown_s, lines = "", 0.0, _MetricLines(folder / "metrics.jsonl")
+    told, shown_s, silence = "", 0.0, 0
+    lines = _MetricLines(folder / "metrics.jsonl") if folder else None
     try:
         while True:
             tasks = _tasks(job_id)
+            silence = 0 if tasks else silence + 1
+            if silence and silence < _MOST_SILENCE:
+                time.sleep(_POLL_S)
+                continue
             state = describe(tasks)
             if state != told:
                 print(f"{time.strftime('%H:%M:%S')}  {state}", flush=True)
                 told = state
-            for line in lines.new():
+            for line in lines.new() if lines else ():
                 if line["kind"] == "eval" or time.monotonic() - shown_s > _PROGRESS_S:
                     shown_s = time.monotonic()
                     print(f"{time.strftime('%H:%M:%S')}  {progress(line)}", flush=True)
@@ -69,7 +79,9 @@ def progress(line: dict[str, Any]) -> str:
 
 
 def exit_code(tasks: list[dict[str, str]]) -> int:
-    """Of the first task that did not complete; 0 if all did, or nothing is known any more."""
+    """Of the first task that did not complete; 0 if all did, 1 if nothing is known."""
+    if not tasks:
+        return FAILED
     for task in tasks:
         if task["JobState"] != "COMPLETED":
             return int(task.get("ExitCode", "1:0").split(":")[0]) or FAILED
@@ -93,8 +105,11 @@ class _MetricLines:
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)
-        found = [json.loads(line) for line in whole.splitlines()]
-        return [line for line in found if line.get("kind") in ("train", "eval")]
+        found = []
+        for line in whole.splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the file was cut and has grown again since the last look
+                found.append(json.loads(line))
+        return [line for line in found if isinstance(line, dict) and line.get("kind") in ("train", "eval")]
 
 
 def _tasks(job_id: str) -> list[dict[str, str]]:

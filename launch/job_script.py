@@ -32,8 +32,8 @@ class Job:
     """Seconds before the end at which all ranks are asked to save."""
     requeue: bool = True
     """Whether a job that was stopped goes on by itself, in the same job."""
-    options: dict[str, str] = field(default_factory=dict)
-    """Other options of sbatch: partition, account, mem, ..."""
+    options: dict[str, str | None] = field(default_factory=dict)
+    """Other options of sbatch: partition, account, mem, ...; None where one takes no value."""
     setup: Sequence[str] = ()
     """Lines of shell that come before all else, such as `module load cuda`."""
     container: Sequence[str] = ()
@@ -60,7 +60,7 @@ def render(job: Job, arguments: Sequence[str], points: Sequence[Sequence[str]] =
     Returns:
         A whole script: it needs no other file.
     """
-    directives = {
+    directives: dict[str, str | None] = {
         "job-name": job.name,
         "nodes": str(job.nodes),
         "ntasks-per-node": str(job.ranks_per_node if job.launcher == "srun" else 1),
@@ -76,7 +76,11 @@ def render(job: Job, arguments: Sequence[str], points: Sequence[Sequence[str]] =
     lines = ["#!/bin/bash"]
     if command:
         lines += [f"# Written by: {' '.join(command.split())}"]
-    lines += [f"#SBATCH --{name}={sbatch_word(value)}" for name, value in directives.items() if value]
+    lines += [
+        f"#SBATCH --{name}" if value is None else f"#SBATCH --{name}={sbatch_word(value)}"
+        for name, value in directives.items()
+        if value != ""
+    ]
     lines += ["#SBATCH --requeue" if job.requeue else "#SBATCH --no-requeue", ""]
     lines += [f"cd {shlex.quote(job.folder)} || exit 2", *job.setup, f"set -- {shlex.join(arguments)}"]
     if points:
@@ -84,8 +88,7 @@ def render(job: Job, arguments: Sequence[str], points: Sequence[Sequence[str]] =
         lines += [f'  {number}) set -- "$@" {shlex.join(added)} ;;' for number, added in enumerate(points)]
         lines += ['  *) echo "error: the array has no task $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;', "esac"]
     lines += [f"LOG_FOLDER={shlex.quote(job.log_folder)}"]
-    if not job.requeue:
-        lines += ["REQUEUE=no"]
+    lines += [f"SHARDSTEP_REQUEUE={'yes' if job.requeue else 'no'}"]
     settings = {
         "RANKS_PER_NODE": str(job.ranks_per_node),
         "PYTHON": shlex.quote(job.python),

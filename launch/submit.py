@@ -58,9 +58,7 @@ def main(arguments: list[str]) -> int:
     points = points_of(given.over)
     recipe = _check(given, points)
     if given.array and not points:  # an index is a seed
-        points = [
-            [f"run.seed={index}"] for index in range(max(map(int, re.findall(r"\d+", given.array.split("%")[0]))) + 1)
-        ]
+        points = [[f"run.seed={index}"] for index in range(_last_index(given.array) + 1)]
     tasks = [[*point, place] for point, place in zip(points, places_of(points, recipe, given.overrides), strict=True)]
     command = f"shardstep submit {shlex.join(arguments)}"
     script = render(_job(given, recipe, len(points)), [given.recipe, *given.overrides], tasks, command)
@@ -76,7 +74,7 @@ def main(arguments: list[str]) -> int:
         return 0
     from shardstep.launch.follow import follow
 
-    return follow(job_id, Path(recipe.run.dir))
+    return follow(job_id, None if points else Path(recipe.run.dir))
 
 
 def _make_parser() -> _Parser:
@@ -94,7 +92,7 @@ def _make_parser() -> _Parser:
         help="GPUs on each machine (default: 0, trains on CPU cores)",
     )
     add("--cpus-per-rank", type=int, metavar="C", help="cores of each rank (default: 1 + data.workers)")
-    add("--time", metavar="T", help="longest running time: minutes, h:mm:ss or d-hh:mm:ss; needed")
+    add("--time", metavar="T", help="longest running time: minutes, h:mm:ss, d-hh:mm:ss, ...; needed")
     add("--launcher", choices=["torchrun", "accelerate", "srun"], default="torchrun", help="(default: torchrun)")
     add("--dry-run", action="store_true", help="print the script, submit nothing")
     add("--follow", action="store_true", help="show the job and the run's progress until it ends")
@@ -127,7 +125,13 @@ def _make_parser() -> _Parser:
     add("--log-folder", default="logs", metavar="DIR", help="(default: logs)")
     add("--stop-before", type=int, default=120, metavar="S", help="seconds before the end to save at (default: 120)")
     add("--no-requeue", action="store_true", help="do not start a stopped job again")
-    add("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch: exclusive=user")
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any other option of sbatch, without dashes: gres=gpu:2",
+    )
     return parser
 
 
@@ -167,7 +171,12 @@ def _check(given: argparse.Namespace, points: list[list[str]]) -> Recipe:
     if not given.time:
         problems.append("--time is needed: the longest that the job may take, such as 4:00:00")
     elif not _TIME.fullmatch(given.time):
-        problems.append(f"--time {given.time!r} is not minutes, h:mm:ss, d-hh, d-hh:mm or d-hh:mm:ss")
+        problems.append(f"--time {given.time!r} is not minutes, mm:ss, h:mm:ss, d-hh, d-hh:mm or d-hh:mm:ss")
+    elif 2 * given.stop_before > seconds_of(given.time):
+        problems.append(
+            f"--stop-before {given.stop_before} s is more than half of --time {given.time}: the job would hardly train. Give "
+            f"it more time, or a --stop-before that is just long enough for a step and a save"
+        )
     if given.ranks_per_node is None:
         given.ranks_per_node = given.gpus_per_node or 1
     for name in ("nodes", "ranks_per_node", "cpus_per_rank", "stop_before"):
@@ -181,7 +190,7 @@ def _check(given: argparse.Namespace, points: list[list[str]]) -> Recipe:
         problems.append(f"--array {given.array!r} is not of a form such as 0-5, 0,2,4 or 0-5%2")
     for text in given.sbatch:
         if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", text):
-            problems.append(f"--sbatch {text!r} is not of the form key=value, without dashes before it")
+            problems.append(f"--sbatch {text!r} is not of the form key or key=value, without dashes before it")
     words = given.container.split()
     if any(re.search(r"""["'\\*?\[$`]""", word) for word in words):
         problems.append(f"--container {given.container!r} must be plain words: put what needs quotes into a script")
@@ -198,8 +207,9 @@ def _check(given: argparse.Namespace, points: list[list[str]]) -> Recipe:
             recipes.append(check_recipe(load_recipe(given.recipe, [*given.overrides, *point])))
         except InputError as error:
             problems += [str(error)] if str(error) not in problems else []
-    if recipes:
-        problems += _problems_of_world(given, recipes[0])
+    problems += dict.fromkeys(problem for recipe in recipes for problem in _problems_of_world(given, recipe))
+    if points and given.array and _ARRAY.fullmatch(given.array) and _last_index(given.array) >= len(points):
+        problems.append(f"--array {given.array}, but --over has {len(points)} points: 0 to {len(points) - 1}")
     if problems:
         raise InputError.from_problems("nothing was submitted", problems)
     # of the recipe without a point's values, whose name and folder the array's tasks begin with
@@ -207,6 +217,22 @@ def _check(given: argparse.Namespace, points: list[list[str]]) -> Recipe:
     if given.cpus_per_rank is None:
         given.cpus_per_rank = 1 + recipe.data.workers
     return recipe
+
+
+def seconds_of(time: str) -> int:
+    """Seconds of a time in one of Slurm's forms."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:  # d-hh, d-hh:mm, d-hh:mm:ss
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:  # minutes, mm:ss, hh:mm:ss
+        hours, minutes, seconds = {1: (0, *parts, 0), 2: (0, *parts), 3: tuple(parts)}[len(parts)]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _last_index(array: str) -> int:
+    """The largest number of a range such as 0-5%2."""
+    return max(map(int, re.findall(r"\d+", re.sub(r":\d+|%\d+", "", array))))
 
 
 def _problems_of_world(given: argparse.Namespace, recipe: Recipe) -> list[str]:
@@ -224,10 +250,12 @@ def _problems_of_world(given: argparse.Namespace, recipe: Recipe) -> list[str]:
 
 
 def _job(given: argparse.Namespace, recipe: Recipe, num_points: int) -> Job:
-    options = {of_slurm: getattr(given, ours) for ours, of_slurm in _PASSED_ON.items() if getattr(given, ours)}
+    options: dict[str, str | None] = {
+        of_slurm: getattr(given, ours) for ours, of_slurm in _PASSED_ON.items() if getattr(given, ours)
+    }
     if given.mail:
         options["mail-type"] = "END,FAIL,REQUEUE"
-    options |= {key: value for key, _, value in (text.partition("=") for text in given.sbatch)}
+    options |= {key: value if equals else None for key, equals, value in (text.partition("=") for text in given.sbatch)}
     container = given.container.split()
     return Job(
         name=job_name(recipe.run.name),

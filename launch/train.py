@@ -95,6 +95,7 @@ def main(arguments: list[str]) -> int:
             run.watchdog.stop()
             if world.is_main_process:
                 _finish(run, evaluation)
+            runtime.broadcast_object(world, None)  # all leave together: srun ends the last a while after the first
     except BaseException as error:
         display.stop()
         _fail(run, error)
@@ -125,10 +126,9 @@ def _stop(run: "setup.Run", is_safe: bool, under_agent: bool) -> int:  # type: i
     step, reason = run.state.progress.step, run.requests.reason
     if run.accelerator.is_main_process:
         run.metrics.close()
-        by_person = run.requests.by_person
         run.requests.obeyed()
         written = _summarise(run, "preempted" if is_safe else "failed")
-        if is_safe and not by_person:  # who stops a run by a file does not want to see it again
+        if is_safe:
             _tell_job_script(run)
         if not step:
             run.display.note(f"stopped by {reason}, before the first step")
@@ -153,15 +153,16 @@ def _stop(run: "setup.Run", is_safe: bool, under_agent: bool) -> int:  # type: i
 
 
 def _tell_job_script(run: "setup.Run") -> None:  # type: ignore[name-defined] # noqa: F821
-    """Leave the number of steps that this process took where the job script looks, which may then start the job again."""
+    """Tell the job script, which may start the job again, how many steps this process took, and who asked it to stop."""
     from shardstep.configs.files import write_whole
     from shardstep.trainer import launcher
 
     path = launcher.stopped_file()
     if path is None:
         return
+    steps = run.state.progress.step - run.state.starts[-1]["step"]
     try:
-        write_whole(path, f"{run.state.progress.step - run.state.starts[-1]['step']}\n".encode())
+        write_whole(path, f"{steps} {'person' if run.requests.by_person else 'signal'}\n".encode())
     except OSError as error:
         run.display.warn(f"{path} could not be written, the job will not be started again: {error}")
 

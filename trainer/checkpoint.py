@@ -28,7 +28,7 @@ from shardstep.datasets.cache import sync_to_disk
 from shardstep.datasets.scan import file_sha256
 from shardstep.trainer.buffers import set_buffers, split_buffers
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, OPTIMIZER, STATE, RECIPE, BUFFERS = (
     "model.safetensors",
     "optimizer.pt",
@@ -67,6 +67,7 @@ class TrainState:
         wall_s: seconds of training and evaluation, over all restarts.
         starts: of every process of the run so far: the step it began at, its number of ranks, and when.
         best: step and figures of the best evaluation, None before the first.
+        evaluation_s: seconds of the longest evaluation so far.
         evaluation_due: whether a stop came before the evaluation that belongs to `progress`.
         skipped_steps: steps that were left out because their loss was no number.
         sums: per rank, loss and correct predictions since the last evaluation.
@@ -85,6 +86,7 @@ class TrainState:
     wall_s: float = 0.0
     starts: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    evaluation_s: float = 0.0
     evaluation_due: bool = False
     skipped_steps: int = 0
     sums: list[list[float]] = field(default_factory=list)
@@ -99,6 +101,7 @@ _FACTS = (
     "wall_s",
     "starts",
     "best",
+    "evaluation_s",
     "evaluation_due",
     "skipped_steps",
     "sums",
@@ -250,8 +253,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} cannot be read: {str(error) or type(error).__name__}") from None
     if claimed != _digest(manifest):
         raise ValueError(f"{MANIFEST} is damaged: its own sha256 is another")
-    if manifest["format"] > FORMAT:
-        raise ValueError(f"it has format {manifest['format']}, this version of shardstep reads up to {FORMAT}")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"it has format {manifest['format']}, this version of shardstep reads format {FORMAT}")
     if step_name(manifest["step"]) != path.name:
         raise ValueError(f"{MANIFEST} is that of step {manifest['step']}")
     return manifest | {"files": files}

@@ -14,11 +14,11 @@ def evaluate_now(run: Run, clock: Stopwatch) -> Evaluation | None:
     state.evaluation_due = True
     began = clock.seconds()
     run.requests.restart()
-    stop = run.requests.check(run.time_limit.evaluation_s)  # all ranks; one that cannot finish in time is not begun
+    stop = run.requests.check(state.evaluation_s)  # all ranks; one that cannot finish in time is not begun
     evaluation = None if stop else run.evaluate()
+    state.evaluation_s = max(state.evaluation_s, clock.seconds() - began)  # of one that was broken off: at least
     if evaluation is None:
         return None
-    run.time_limit.evaluated(clock.seconds() - began)
     state.evaluation_due = False
     state.wall_s = clock.seconds()
     score = -evaluation.loss if evaluation.accuracy is None else evaluation.accuracy

@@ -124,6 +124,8 @@ class Requests:
 
     def obeyed(self) -> None:
         """Take away the files whose request is fulfilled. Rank 0."""
+        if self.stop and os.path.exists(self._folder / STOP_FILE):  # which may have come since the last look
+            self.by_person = True
         for name in (SAVE_FILE, *([STOP_FILE] if self.stop else [])):
             with contextlib.suppress(OSError):
                 (self._folder / name).unlink(missing_ok=True)

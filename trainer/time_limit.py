@@ -11,7 +11,7 @@ from collections.abc import Callable
 from shardstep.trainer.launcher import Allocation
 
 _MARGIN_S = 20.0  # for clocks that differ, and for the ranks to leave
-_FIRST_SAVE_S = 10.0  # assumed until one has been measured
+_FIRST_SAVE_S = 5.0  # assumed until one has been measured
 _RECENT = 30  # looks at requests whose distance counts
 _TELLING_S = 60.0  # of training before something is said about the pace
 _SLOWER = 1.5  # how much longer than measured the next save or evaluation may take
@@ -36,7 +36,6 @@ class TimeLimit:
         """
         self._allocation, self._save_s, self._share_done, self._clock = allocation, save_s, share_done, clock
         self._looks_s: deque[float] = deque(maxlen=_RECENT)
-        self.evaluation_s = 0.0  # the longest so far
         self._has_told = False
         self._began_s, self._share_at_start = clock(), share_done()
 
@@ -44,16 +43,12 @@ class TimeLimit:
         """Note how long it took from one look at requests to the next: the time of a step, or of several quick ones."""
         self._looks_s.append(seconds)
 
-    def evaluated(self, seconds: float) -> None:
-        """Note how long an evaluation took."""
-        self.evaluation_s = max(self.evaluation_s, seconds)
-
     def needed_s(self) -> float:
-        """Seconds to end well from here on: two steps, in case this look was just too early, a save, and a margin."""
-        save_s = self._save_s()
-        return (
-            _SLOWER * (2 * max(self._looks_s, default=0.0) + (_FIRST_SAVE_S if save_s is None else save_s)) + _MARGIN_S
-        )
+        """Seconds to end well from here on: two steps, in case this look was just too early; two saves, in case one is under
+        way; and a margin.
+        """
+        look_s, save_s = max(self._looks_s, default=0.0), self._save_s()
+        return _SLOWER * 2 * (look_s + (_FIRST_SAVE_S if save_s is None else save_s)) + _MARGIN_S
 
     def is_near(self, evaluation_s: float = 0.0) -> bool:
         """Whether it is time to save and end, or would be after an evaluation of so many seconds."""
@@ -74,9 +69,8 @@ class TimeLimit:
         )
         if jobs is None:
             return f"{done:.0%} of the run is done, none of it in this job: a job of this length may be too short"
-        return (
-            f"{done:.0%} of the run is done; at this pace the rest takes {jobs_text(jobs, self._allocation.length_s)}"
-        )
+        more = jobs_text(max(jobs, 1), self._allocation.length_s)  # at least one: an evaluation may be all that is left
+        return f"{done:.0%} of the run is done; at this pace the rest takes {more}"
 
     def early_outlook(self) -> str | None:
         """The outlook, once, when a minute of training has shown that this job does not suffice."""

@@ -6,6 +6,7 @@ cluster/ has the scripts that start and stop it. All of it lives below one proce
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -20,9 +21,12 @@ def missing() -> str | None:
     """Why Slurm cannot run here; None if it can."""
     if os.geteuid() != 0:
         return "a virtual cluster needs root"
-    absent = [name for name in ("slurmctld", "slurmd", "munged", "unshare", "nsenter") if not shutil.which(name)]
+    absent = [name for name in ("slurmctld", "slurmd", "munged", "unshare", "nsenter", "ip") if not shutil.which(name)]
     if absent:
         return f"{', '.join(absent)} not installed (tests/slurm/cluster/up.sh --install)"
+    own = subprocess.run(["getent", "hosts", socket.gethostname()], capture_output=True, text=True).stdout
+    if not own.startswith("127."):
+        return f"{socket.gethostname()} does not resolve to 127.x (/etc/hosts): Slurm would listen on the network"
     probe = subprocess.run(
         ["unshare", "--net", "--pid", "--mount", "--uts", "--fork", "true"], capture_output=True, text=True
     )
@@ -51,7 +55,11 @@ class Cluster:
         assert self._holder.stdout.readline() == "ready\n"
         children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text().split()
         self._init = children[0]  # the first process of the PID space
-        self.sh([str(HERE / "up.sh")], timeout_s=60)
+        try:
+            self.sh([str(HERE / "up.sh")], timeout_s=60)
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """End it, with all that runs in it."""

@@ -11,7 +11,7 @@ import pytest
 
 from shardstep.configs.errors import InputError
 from shardstep.launch.job_script import Job, job_name, render, sbatch_word
-from shardstep.launch.submit import main, points_of
+from shardstep.launch.submit import main, points_of, seconds_of
 from tests.conftest import ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -73,7 +73,7 @@ def test_text_reaches_the_program_as_it_is_and_does_nothing(text: str, tmp_path:
     script = render(job, [text, f"run.name={text}"], command=f"shardstep submit {shlex.join([text])}")
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "scontrol").write_text("#!/bin/bash\n[ $2 = hostnames ] && echo n1\ntrue\n")
+    (tools / "scontrol").write_text('#!/bin/bash\n[ "$2" = hostnames ] && echo n1\ntrue\n')
     # srun's arguments from the function's name on
     (tools / "srun").write_text(
         '#!/bin/bash\nwhile [ "$1" != task ]; do shift; done; shift; printf "%s\\0" "$PYTHON" "$@"\n'
@@ -109,6 +109,14 @@ def test_points() -> None:
         points_of(["lr=1,2"])
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("90:30", 5430), ("1:30:10", 5410), ("1-2", 93600), ("1-02:30", 95400), ("1-2:30:10", 95410)],
+)
+def test_times(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
+
+
 def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main([*arguments, "--dry-run"]) == 0
     return capsys.readouterr().out
@@ -119,13 +127,14 @@ def test_options_become_directives(capsys: pytest.CaptureFixture[str]) -> None:
         capsys, "quickstart", "train.duration=3 steps", "--nodes", "2", "--gpus-per-node", "4", "--time", "1:00:00",
         "--partition", "gpu", "--account=lab", "--qos", "high", "--constraint", "a100", "--dependency", "afterok:12",
         "--mail", "ada@example.org", "--mem", "64G", "--sbatch", "gpu-bind=closest", "--sbatch", "comment=two words",
+        "--sbatch", "exclusive",
     )  # fmt: skip
     found = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
     assert found == {
         "job-name=quickstart", "nodes=2", "ntasks-per-node=1", "cpus-per-task=12", "gpus-per-node=4", "time=1:00:00",
         "signal=USR1@120", "open-mode=append", "output=logs/%x-%j.log", "requeue", "partition=gpu", "account=lab", "qos=high",
         "constraint=a100", "dependency=afterok:12", "mail-user=ada@example.org", "mail-type=END,FAIL,REQUEUE", "mem=64G",
-        "gpu-bind=closest", 'comment="two words"',
+        "gpu-bind=closest", 'comment="two words"', "exclusive",
     }  # fmt: skip
     assert f"PYTHON={sys.executable}" in script
     assert "set -- quickstart 'train.duration=3 steps'\n" in script
@@ -148,14 +157,18 @@ def test_arrays(capsys: pytest.CaptureFixture[str]) -> None:
         (["--nods", "2"], "--nods is not an option; did you mean --nodes"),
         (["--tmie", "2", "--partiton=x"], "--partition"),
         ([], "--time is needed: the longest that the job may take, such as 4:00:00"),
-        (["--time", "soon"], "--time 'soon' is not minutes, h:mm:ss, d-hh, d-hh:mm or d-hh:mm:ss"),
+        (["--time", "soon"], "--time 'soon' is not minutes, mm:ss, h:mm:ss, d-hh, d-hh:mm or d-hh:mm:ss"),
+        (["--time", "3"], "--stop-before 120 s is more than half of --time 3: the job would hardly train"),
+        (["--time", "0"], "is more than half of --time 0"),
+        (["--time", "5", "--over", "train.global_batch_size=64,2", "--ranks-per-node", "4"], "global_batch_size=2 is below"),
+        (["--time", "5", "--over", "run.seed=0,1", "--array", "0-5%2"], "--array 0-5%2, but --over has 2 points: 0 to 1"),
         (["--time", "5", "--nodes", "0"], "--nodes 0 must be 1 or more"),
         (["--time", "5", "--nodes", "x"], "argument --nodes: invalid int value: 'x'"),
         (["--time", "5", "--launcher", "mpirun"], "invalid choice: 'mpirun'"),
         (["--time", "5", "--gpus-per-node", "2", "--ranks-per-node", "3"], "ranks cannot share a GPU"),
         (["--time", "5", "--array", "x"], "--array 'x' is not of a form such as 0-5, 0,2,4 or 0-5%2"),
         (["--time", "5", "--sbatch", "--exclusive"], "--sbatch: expected one argument"),
-        (["--time", "5", "--sbatch", "Exclusive yes"], "--sbatch 'Exclusive yes' is not of the form key=value"),
+        (["--time", "5", "--sbatch", "Exclusive yes"], "--sbatch 'Exclusive yes' is not of the form key or key=value"),
         (["--time", "5", "--container", "run 'my image'"], "must be plain words"),
         (["--time", "5", "--partition", "a\n#SBATCH --uid=0"], "holds a line break"),
         (["--time", "5", "--over", "lr=1"], "--over 'lr=1' is not of the form"),

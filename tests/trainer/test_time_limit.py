@@ -30,19 +30,17 @@ class Fixture:
 
 def test_what_ending_well_needs() -> None:
     given = Fixture()
-    # nothing measured: 1.5 x (0 + 10) + 20 = 35
+    # nothing measured: 1.5 x 2 x (0 + 5) + 20 = 35
     assert not given.is_near(3600 - 35)
     assert given.is_near(3600 - 34)
     given.save_s = 30.0
     given.limit.looked(4.0)
-    # two steps of 4 s and a save of 30 s, half as long again, and 20: 1.5 x (8 + 30) + 20 = 77
-    assert not given.is_near(3600 - 77)
-    assert given.is_near(3600 - 76)
-    # an evaluation of 100 s more: 77 + 150 = 227
-    given.limit.evaluated(100.0)
-    given.limit.evaluated(80.0)
-    assert not given.is_near(3600 - 227, given.limit.evaluation_s)
-    assert given.is_near(3600 - 226, given.limit.evaluation_s)
+    # two steps of 4 s and two saves of 30 s, half as long again, and 20: 1.5 x 2 x (4 + 30) + 20 = 122
+    assert not given.is_near(3600 - 122)
+    assert given.is_near(3600 - 121)
+    # an evaluation of 100 s more: 122 + 150 = 272
+    assert not given.is_near(3600 - 272, 100.0)
+    assert given.is_near(3600 - 271, 100.0)
 
 
 def test_a_slow_look_long_ago_is_forgotten() -> None:
@@ -115,17 +113,17 @@ SECTIONS: dict[str, Any] = {
 
 def in_an_allocation(recipe: str, seconds: float, evaluation_s: float, stopped_file: str) -> tuple[int, str, str]:
     """Runs in a rank: trains in an allocation that ends in `seconds`, with an evaluation that took so long before."""
-    from shardstep.trainer import time_limit
+    from shardstep.trainer.checkpoint import TrainState
 
     os.environ["SLURM_JOB_END_TIME"] = str(time.time() + seconds)
     os.environ["SHARDSTEP_STOPPED_FILE"] = stopped_file
-    begin = time_limit.TimeLimit.__init__
+    begin = TrainState.__init__
 
     def with_evaluation(self: Any, *arguments: Any, **options: Any) -> None:
         begin(self, *arguments, **options)
-        self.evaluated(evaluation_s)
+        self.evaluation_s = evaluation_s
 
-    time_limit.TimeLimit.__init__ = with_evaluation  # type: ignore[method-assign]
+    TrainState.__init__ = with_evaluation  # type: ignore[method-assign]
     return failure_of(recipe)
 
 
@@ -137,7 +135,9 @@ def test_no_evaluation_is_begun_that_cannot_finish(shards: Path, tmp_path: Path)
     assert "stopped by the allocation's end: step 5 is saved" in outcomes[0][1]
     assert "the allocation ends in 17 min" in outcomes[0][1]
     assert "42% of the run is done; at this pace the rest takes 1 more job" in outcomes[0][1]  # 5 of 12 steps
-    assert stopped.read_text() == "5\n"
+    assert stopped.read_text() == "5 signal\n"
+    path = tmp_path / "run" / "checkpoints" / "step-00000005" / "state.json"
+    assert json.loads(path.read_text())["evaluation_s"] >= 900.0  # the next start knows it, too
     assert not [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"]
     train_ranks(2, recipe)  # where there is time, it goes on with that evaluation
     evaluations = [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"]
@@ -145,7 +145,7 @@ def test_no_evaluation_is_begun_that_cannot_finish(shards: Path, tmp_path: Path)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
 
 
-def test_a_run_that_a_person_stops_is_not_started_again(shards: Path, tmp_path: Path) -> None:
+def test_a_job_is_told_that_a_person_has_stopped_it(shards: Path, tmp_path: Path) -> None:
     recipe, stopped = (
         write_recipe(tmp_path, shards, **SECTIONS, run={"dir": str(tmp_path / "run")}),
         tmp_path / "stopped",
@@ -155,7 +155,7 @@ def test_a_run_that_a_person_stops_is_not_started_again(shards: Path, tmp_path: 
     duration = "run.allow_changes=[train.duration]"
     ((code, output, _),) = run_ranks(1, stopped_by_file, str(recipe), str(stopped), duration)
     assert code == 85, output
-    assert not stopped.exists()
+    assert stopped.read_text() == "0 person\n"
 
 
 def stopped_by_file(recipe: str, stopped_file: str, *overrides: str) -> tuple[int, str, str]:
