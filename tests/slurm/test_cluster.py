@@ -22,7 +22,7 @@ from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.drill
 
-STEPS = 1500  # of a few milliseconds: a signal that comes when the first are written down still finds the run at work
+STEPS = 1200  # of a few milliseconds: a signal that comes when the first are written down still finds the run at work
 LAUNCHERS = ["torchrun", "accelerate", "srun"]
 SECTIONS: dict[str, Any] = {
     "model": {"name": "mlp", "hidden": [16], "dropout": 0.2},
@@ -242,11 +242,10 @@ def test_a_rank_that_crashes_fails_the_job(
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in submitted.log()
 
 
-@pytest.mark.parametrize(("launcher", "code"), [("torchrun", 1), ("srun", 2)])
-def test_bad_input_is_told_once(cluster: Cluster, shards: Path, tmp_path: Path, launcher: str, code: int) -> None:
-    submitted = submit(cluster, tmp_path, shards, world(launcher), "optimizer.lrr=3")
+def test_bad_input_is_told_once(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    submitted = submit(cluster, tmp_path, shards, world("srun"), "optimizer.lrr=3")
     assert submitted.end() == "FAILED", submitted.log()
-    assert cluster.show(submitted.job)["ExitCode"] == f"{code}:0", submitted.log()
+    assert cluster.show(submitted.job)["ExitCode"] == "2:0", submitted.log()
     assert submitted.log().count("optimizer.lrr is not an option of adam; did you mean lr?") == 1, submitted.log()
 
 
@@ -366,24 +365,24 @@ def test_gpus_that_were_asked_for_are_visible(cluster: Cluster, shards: Path, tm
 
 # --- faults, planted for the doctor -----------------------------------------------------------------------------------
 
-_RANK = "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=2 "
+_RANK = "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=1 "
 _RANK += "MASTER_ADDR=n1 MASTER_PORT=$((20000 + SLURM_JOB_ID)); "
 FAULTS = {
-    "none": (_RANK + "{doctor}", 0, ["4 of 4 ranks on 2 hosts", "nothing would break a run"]),
-    "N worlds of one": ("{doctor}", 1, ["Slurm was asked for 4 tasks", "separate runs would write to one folder"]),
+    "none": (_RANK + "{doctor}", 0, ["2 of 2 ranks on 2 hosts", "nothing would break a run"]),
+    "N worlds of one": ("{doctor}", 1, ["Slurm was asked for 2 tasks", "separate runs would write to one folder"]),
     "rank read too early": (
-        _RANK.replace("$SLURM_PROCID", "0") + "{doctor} --timeout 20", 1, ["4 processes were told to be rank 0"],
+        _RANK.replace("$SLURM_PROCID", "0") + "{doctor} --timeout 20", 1, ["2 processes were told to be rank 0"],
     ),
-    "double launch": ("{torchrun} --nproc-per-node 1 {script}", 1, ["srun started 4 tasks"]),
+    "double launch": ("{torchrun} --nproc-per-node 1 {script}", 1, ["srun started 2 tasks"]),
     "recipes that differ": (
-        _RANK + '[ "$SLURM_NODEID" = 0 ] || set -- optimizer.lr=0.5; {doctor} {recipe} "$@"', 1, ["ranks 2-3", "recipe"],
+        _RANK + '[ "$SLURM_NODEID" = 0 ] || set -- optimizer.lr=0.5; {doctor} {recipe} "$@"', 1, ["rank 1", "recipe"],
     ),
     "versions that differ": (
         _RANK + '[ "$SLURM_NODEID" = 0 ] || export PYTHONPATH={other}; {doctor}', 1, ["webdataset", "9.9.9"],
     ),
     "an interface that is not there": (_RANK + "export GLOO_SOCKET_IFNAME=ib7; {doctor}", 1, ["no such interface"]),
     "a rank that does not come": (
-        _RANK + '[ "$SLURM_PROCID" != 3 ] || exit 0; {doctor} --timeout 15', 1, ["rank 3 of 4 did not come"],
+        _RANK + '[ "$SLURM_PROCID" != 1 ] || exit 0; {doctor} --timeout 15', 1, ["rank 1 of 2 did not come"],
     ),
 }  # fmt: skip
 
@@ -397,13 +396,13 @@ def test_doctor_finds(cluster: Cluster, shards: Path, tmp_path: Path, fault: str
         "torchrun": str(Path(sys.executable).parent / "torchrun"),
         "script": str(ROOT / "launch" / "doctor.py"),
         "recipe": str(recipe),
-        "other": str(tmp_path),  # where another version of a library is installed
+        "other": str(tmp_path / "other"),  # where another version of a library is installed
     }
-    (tmp_path / "webdataset-9.9.9.dist-info").mkdir()
-    (tmp_path / "webdataset-9.9.9.dist-info" / "METADATA").write_text("Name: webdataset\nVersion: 9.9.9\n")
+    (tmp_path / "other" / "webdataset-9.9.9.dist-info").mkdir(parents=True)
+    (tmp_path / "other" / "webdataset-9.9.9.dist-info" / "METADATA").write_text("Name: webdataset\nVersion: 9.9.9\n")
     for name, place in places.items():
         command = command.replace(f"{{{name}}}", place)
-    srun = ["srun", "-N2", "-n4", "--ntasks-per-node=2", "-t5", "bash", "-c", command]
+    srun = ["srun", "-N2", "-n2", "-t5", "bash", "-c", command]
     result = cluster.sh(srun, cwd=tmp_path, check=False, timeout_s=170)
     output = result.stdout + result.stderr
     assert (result.returncode != 0) == bool(code), output
