@@ -22,7 +22,7 @@ from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.drill
 
-STEPS = 1200  # of a few milliseconds: a signal that comes when the first are written down still finds the run at work
+STEPS = 800  # of a few milliseconds: a signal that comes when the first are written down still finds the run at work
 LAUNCHERS = ["torchrun", "accelerate", "srun"]
 SECTIONS: dict[str, Any] = {
     "model": {"name": "mlp", "hidden": [16], "dropout": 0.2},
