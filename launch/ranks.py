@@ -26,7 +26,7 @@ def start_ranks(count: int, command: list[str]) -> int:
     Returns:
         0 if all ranks did, else the exit code of the first that did not; 1 if that was killed by a signal.
     """
-    port = _free_port()
+    port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: FrameType | None = None) -> None:
@@ -58,7 +58,8 @@ def start_ranks(count: int, command: list[str]) -> int:
     return code if code >= 0 else FAILED
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nothing listens on now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

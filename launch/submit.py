@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,9 +57,9 @@ def main(arguments: list[str]) -> int:
     given, unknown = parser.parse_known_intermixed_args(arguments)
     parser.check_unknown(unknown)
     points = points_of(given.over)
-    recipe = _check(given, points)
-    if given.array and not points:  # an index is a seed
+    if not points and _ARRAY.fullmatch(given.array):  # an index is a seed
         points = [[f"run.seed={index}"] for index in range(_last_index(given.array) + 1)]
+    recipe = _check(given, points)
     tasks = [[*point, place] for point, place in zip(points, places_of(points, recipe, given.overrides), strict=True)]
     command = f"shardstep submit {shlex.join(arguments)}"
     script = render(_job(given, recipe, len(points)), [given.recipe, *given.overrides], tasks, command)
@@ -79,7 +80,7 @@ def main(arguments: list[str]) -> int:
 
 def _make_parser() -> _Parser:
     parser = _Parser(prog="shardstep submit", description="Submit a recipe to Slurm.", allow_abbrev=False)
-    add = parser.add_argument
+    add, repeated = parser.add_argument, partial(parser.add_argument, action="append", default=[])
     add("recipe", help="a YAML file, or the name of a recipe")
     add("overrides", nargs="*", metavar="section.key=value", help="such as train.duration='2 epochs'")
     add("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
@@ -96,13 +97,7 @@ def _make_parser() -> _Parser:
     add("--launcher", choices=["torchrun", "accelerate", "srun"], default="torchrun", help="(default: torchrun)")
     add("--dry-run", action="store_true", help="print the script, submit nothing")
     add("--follow", action="store_true", help="show the job and the run's progress until it ends")
-    add(
-        "--over",
-        action="append",
-        default=[],
-        metavar="KEY=A,B,...",
-        help="a job array over values; several make a grid",
-    )
+    repeated("--over", metavar="KEY=A,B,...", help="a job array over values; several make a grid")
     add(
         "--array",
         default="",
@@ -113,25 +108,13 @@ def _make_parser() -> _Parser:
         add(f"--{name}", metavar="NAME" if name != "mem" else "SIZE", help=f"sbatch's --{name}")
     add("--dependency", metavar="JOBS", help="sbatch's --dependency, such as afterok:123")
     add("--mail", metavar="ADDRESS", help="where Slurm writes when the job ends, fails or is requeued")
-    add(
-        "--setup",
-        action="append",
-        default=[],
-        metavar="LINE",
-        help="a line of shell before all else: 'module load cuda'",
-    )
+    repeated("--setup", metavar="LINE", help="a line of shell before all else: 'module load cuda'")
     add("--container", default="", metavar="COMMAND", help="runs ranks in a container: 'apptainer exec --nv image.sif'")
     add("--python", metavar="PATH", help="Python on the nodes (default: this one; with --container: python)")
     add("--log-folder", default="logs", metavar="DIR", help="(default: logs)")
     add("--stop-before", type=int, default=120, metavar="S", help="seconds before the end to save at (default: 120)")
     add("--no-requeue", action="store_true", help="do not start a stopped job again")
-    add(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="any other option of sbatch, without dashes: gres=gpu:2",
-    )
+    repeated("--sbatch", metavar="OPTION", help="any other option of sbatch, without dashes: gres=gpu:2")
     return parser
 
 

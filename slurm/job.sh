@@ -7,8 +7,8 @@
 # --- what tasks need to know -------------------------------------------------------------------------------------------
 # The plain id of an array's last task means the whole array; each task has a name of its own.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} JOB=${JOB:-$SLURM_JOB_ID}
-patiently() { local try; for try in 1 2 3 4 5; do "$@" && return; sleep "${PATIENCE_S:-10}"; done; return 1; }  # Slurm's
-# controller may be restarting
+# Slurm's controller may be restarting.
+patiently() { local try; for try in 1 2 3 4 5; do "$@" && return; sleep 10; done; return 1; }
 job_says() { SLURM_TIME_FORMAT=standard patiently scontrol -o show job "$JOB" | grep -oP "(?<=\b$1=)[^ ]+" | head -n 1; }
 seconds() { date -d "$1" +%s 2>/dev/null; }                     # since the epoch; nothing for "Unknown" or "N/A"
 

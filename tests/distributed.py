@@ -7,12 +7,13 @@ second and none inherits a half-locked thread pool.
 import multiprocessing
 import os
 import queue
-import socket
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
+
+from shardstep.launch.ranks import free_port
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
@@ -85,10 +86,3 @@ def _run_rank(rank: int, world_size: int, port: int, function: Callable, argumen
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nothing listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
