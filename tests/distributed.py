@@ -17,7 +17,7 @@ from shardstep.launch.ranks import free_port
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["accelerate", "torch._dynamo", "matplotlib.pyplot", "cv2", "shardstep.trainer.setup", "shardstep.launch.train"]
+    ["accelerate", "matplotlib.pyplot", "cv2", "shardstep.trainer.setup", "shardstep.launch.train"]
 )
 
 

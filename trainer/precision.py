@@ -15,9 +15,8 @@ from shardstep.trainer.models.batch_norm import convert_batch_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_ROUNDS = 4  # the first one sets things up, and is rarely the best
-_FAR_BEHIND = 2.0
-PROBE_SAMPLES = 64  # enough work to tell the formats apart, little enough to take a fraction of a second
+_FAR_BEHIND = (2.0, 1.2, 1.1, 1.1)  # after each round; the first one sets things up, and says little
+PROBE_SAMPLES = 32  # enough work to tell the formats apart, little enough to take a fraction of a second
 
 
 @dataclass(frozen=True)
@@ -99,14 +98,14 @@ def measure(
     probes = {compute: _probe(compute, module, images) for compute in choices}
     seconds = dict.fromkeys(choices, float("inf"))
     with torch.random.fork_rng():  # dropout must not move the run's random numbers
-        for _ in range(_ROUNDS):
+        for far_behind in _FAR_BEHIND:
             for compute, (model, inputs) in probes.items():
                 began = time.perf_counter()
                 with torch.autocast(images.device.type, DTYPES[compute.precision], enabled=compute.precision != "fp32"):
                     outputs = model(inputs)
                 objective.loss(outputs, inputs, labels).backward()
                 seconds[compute] = min(seconds[compute], time.perf_counter() - began)
-            limit_s = _FAR_BEHIND * min(seconds.values())
+            limit_s = far_behind * min(seconds.values())
             probes = {compute: probe for compute, probe in probes.items() if seconds[compute] <= limit_s}
             if len(probes) == 1:
                 break

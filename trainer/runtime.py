@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import TrainConfig
 from shardstep.trainer import launcher
+from shardstep.trainer.eager import defer_compiler
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -48,6 +49,7 @@ def start(config: TrainConfig) -> PartialState:
     Raises:
         InputError: the device is not there, or the world is not the one that was asked for.
     """
+    defer_compiler()
     device = choose_device(config.device)
     launcher.check_launch(os.environ, config.world_size)
     if device == "cuda":
@@ -118,9 +120,10 @@ def build_accelerator(precision: str) -> Accelerator:
 
 
 def wrap(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """Wrap a model in DDP (with several ranks) and autocast, and its optimizer in Accelerate's."""
+    """Wrap a model, on its device, in DDP (with several ranks) and autocast, and its optimizer in Accelerate's."""
     _autocast_fp16_on_cpu(accelerator, module)
-    model, prepared = accelerator.prepare(module, optimizer)
+    # Left where it is: to see whether it may be moved, Accelerate would import all of torch's distributed tensors, 0.7 s.
+    model, prepared = accelerator.prepare(module, optimizer, device_placement=[False, True])
     if isinstance(model, DistributedDataParallel):
         # Buffers are averaged before evaluation; broadcasting them at every forward pass would cost a collective.
         # The attribute, because the argument's name changes between torch versions.
@@ -131,7 +134,7 @@ def wrap(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> t
 def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """Put a model on its device, with autocast around its forward pass."""
     _autocast_fp16_on_cpu(accelerator, module)
-    return accelerator.prepare_model(module, evaluation_mode=True)
+    return accelerator.prepare_model(module.to(accelerator.device), device_placement=False, evaluation_mode=True)
 
 
 def settle_buckets(

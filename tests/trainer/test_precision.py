@@ -14,7 +14,7 @@ from shardstep.trainer.machine import Cpu
 from shardstep.trainer.precision import Compute
 
 PASSES: Counter[str] = Counter()
-SECONDS = {"bf16 channels_last": 2.0, "bf16 contiguous": 0.25, "fp32 channels_last": 0.14, "fp32 contiguous": 0.2}
+SECONDS = {"bf16 channels_last": 2.0, "bf16 contiguous": 0.16, "fp32 channels_last": 0.14, "fp32 contiguous": 0.2}
 
 
 class Clocked(nn.Module):
@@ -34,15 +34,15 @@ class Clocked(nn.Module):
         return self.conv(images).mean(dim=(2, 3))
 
 
-def test_what_is_far_behind_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_behind_is_tried_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     PASSES.clear()
     monkeypatch.setattr(time, "perf_counter", lambda: Clocked.now_s)
     choices = [Compute(number, layout) for number in ("bf16", "fp32") for layout in ("channels_last", "contiguous")]  # type: ignore[arg-type]
     objective = build_objective({"name": "cross_entropy", "label_smoothing": 0.0}, {"name": "clocked"})
     images, labels = torch.randn(4, 3, 4, 4), torch.randint(0, 10, (4,))
     seconds = precision.measure(choices, Clocked(), objective, images, labels)
-    # 2.0 s are more than twice 0.14 s; 0.25 s and 0.2 s are not
-    assert PASSES == {"bf16 channels_last": 1, "bf16 contiguous": 4, "fp32 channels_last": 4, "fp32 contiguous": 4}
+    # Limits of 2, 1.2 and 1.1 times 0.14 s
+    assert PASSES == {"bf16 channels_last": 1, "bf16 contiguous": 3, "fp32 channels_last": 3, "fp32 contiguous": 2}
     assert list(seconds.values()) == pytest.approx(list(SECONDS.values()))
 
 

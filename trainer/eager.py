@@ -1,0 +1,74 @@
+"""torch without its compiler, until something is compiled.
+
+torch (2.15) imports torch._dynamo, which takes 1.5 s, to say that its optimizers and DDP are not to be compiled. Where
+nothing is, a module that knows these few answers stands in, and makes way for the real one when it is asked for more.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+
+_NAME = "torch._dynamo"
+
+
+def defer_compiler() -> None:
+    """Put off the import of torch's compiler until it is needed. Nothing changes if it is there already."""
+    if _NAME not in sys.modules:
+        sys.modules[_NAME] = torch._dynamo = _StandIn(_NAME)
+        sys.meta_path.insert(0, _SubmoduleFinder())
+
+
+class _StandIn(ModuleType):
+    __path__: ClassVar[list[str]] = []  # it is a package; _SubmoduleFinder finds its parts
+
+    graph_break = staticmethod(lambda: None)
+    trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
+    utils = SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer")
+    eval_frame = SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {}))  # no model is one
+
+    @staticmethod
+    def disable(function: Callable[..., Any], *options: Any, **more: Any) -> Callable[..., Any]:
+        """`function` itself for as long as nothing is compiled; torch keeps what it gets here for good."""
+        disabled: list[Callable[..., Any]] = []
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            if isinstance(sys.modules[_NAME], _StandIn):
+                return function(*arguments, **keywords)
+            if not disabled:
+                disabled.append(sys.modules[_NAME].disable(function, *options, **more))
+            return disabled[0](*arguments, **keywords)
+
+        return call
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # someone looks through all modules, as inspect does
+            raise AttributeError(name)
+        return getattr(_import_compiler(), name)
+
+
+class _SubmoduleFinder(MetaPathFinder, Loader):
+    """Imports the real package when a part of it is imported, and hands out the part that came with it."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name.startswith(f"{_NAME}.") and isinstance(sys.modules.get(_NAME), _StandIn):
+            _import_compiler()
+            return ModuleSpec(name, self, loader_state=importlib.import_module(name).__spec__)
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = module.__spec__ and module.__spec__.loader_state  # it has been executed, under its own spec
+
+
+def _import_compiler() -> ModuleType:
+    if isinstance(sys.modules.get(_NAME), _StandIn):
+        del sys.modules[_NAME], torch._dynamo
+    return importlib.import_module(_NAME)
