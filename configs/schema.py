@@ -10,6 +10,7 @@ from typing import Any, Literal, Optional, Union
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
+Views = Literal["plain", "mirror", "mirror_translate"]
 
 
 @dataclass
@@ -96,6 +97,10 @@ class EvalConfig:
     """Time between evaluations; there is always one at the end."""
     batch_size: int = 500
     """Samples per rank and forward pass. Does not change the result."""
+    views: Views = "plain"
+    """Test-time augmentation: the mean over an image and its mirror image, or over these and four shifted ones."""
+    sure_above: Optional[float] = None  # noqa: UP045
+    """Probability: images whose plain view gives a class that much get no further views; null gives them to all."""
 
 
 @dataclass
@@ -140,11 +145,13 @@ class Recipe:
     """name (see trainer/optimizers.py), that optimizer's own arguments, and `groups`."""
     schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     """name (a key of trainer/schedules.py's SCHEDULES), that schedule's options, and `warmup`."""
+    average: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
+    """name (none, ema, lookahead: see trainer/average.py) and that average's options."""
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
-OPEN_SECTIONS = ("model", "loss", "optimizer", "schedule")
+OPEN_SECTIONS = ("model", "loss", "optimizer", "schedule", "average")
 """The sections that hold a name and the options of what it names."""

@@ -170,17 +170,19 @@ def _tell_job_script(run: "setup.Run") -> None:  # type: ignore[name-defined] # 
 def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore[name-defined] # noqa: F821
     """Write what a finished run leaves behind, and say how it went."""
     from shardstep.trainer import report
+    from shardstep.trainer.average import averaged
     from shardstep.trainer.checkpoint import write_weights
     from shardstep.trainer.summary import write_summary
 
     folder, classes = run.folder, run.data.train.manifest.classes
     run.metrics.close()
-    write_weights(run.state.module, folder / "model.safetensors")
-    try:
-        pictures = report.draw_all(run, evaluation)
-    except OSError as error:  # the weights are safe: a full disk must not fail the run for a picture
-        run.display.warn(f"not all pictures could be drawn: {error}")
-        pictures = []
+    with averaged(run.state):
+        write_weights(run.state.module, folder / "model.safetensors")
+        try:
+            pictures = report.draw_all(run, evaluation)
+        except OSError as error:  # the weights are safe: a full disk must not fail the run for a picture
+            run.display.warn(f"not all pictures could be drawn: {error}")
+            pictures = []
     written = write_summary(run, "finished", evaluation)  # last: it says that all the rest is there
     if run.tracker:
         run.tracker.finish(written)

@@ -9,7 +9,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import Loaded
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import TRANSFORMS
-from shardstep.trainer import losses, models, optimizers, schedules
+from shardstep.trainer import average, losses, models, optimizers, schedules
 
 
 def check_recipe(loaded: Loaded) -> Recipe:
@@ -21,11 +21,16 @@ def check_recipe(loaded: Loaded) -> Recipe:
     recipe, problems = loaded.recipe, list(loaded.problems)
     sections = (
         ("model", models.models_for(str(recipe.model.get("name"))), models.COMMON_OPTIONS),
-        ("loss", losses.LOSSES, None),
+        ("loss", losses.LOSSES, losses.COMMON_OPTIONS),
         ("optimizer", optimizers.OPTIMIZERS, optimizers.COMMON_OPTIONS),
         ("schedule", schedules.SCHEDULES, schedules.COMMON_OPTIONS),
+        ("average", average.AVERAGES, None),
     )
-    extra = {"optimizer": optimizers.check_optimizer, "schedule": schedules.check_schedule}
+    extra = {
+        "optimizer": optimizers.check_optimizer,
+        "schedule": schedules.check_schedule,
+        "average": average.check_average,
+    }
     for section, functions, common in sections:
         given = getattr(recipe, section)
         refused = optimizers.CANNOT_WORK.get(str(given.get("name")).lower()) if section == "optimizer" else None
@@ -115,6 +120,13 @@ def _check_numbers(recipe: Recipe) -> list[str]:
             f"run.hang_timeout={recipe.run.hang_timeout} must be below train.timeout_s={recipe.train.timeout_s}, or the "
             f"collectives give up first, and say nothing of who hangs"
         )
+    sure = recipe.eval.sure_above
+    if sure is not None and not 0 < sure <= 1:
+        problems.append(f"eval.sure_above={sure} must be a probability, above 0 and at most 1; null turns it off")
+    if sure is not None and recipe.eval.views == "plain":
+        problems.append("eval.sure_above has no effect with eval.views=plain: there are no further views")
+    if recipe.eval.views != "plain" and recipe.loss.get("name") in losses.RECONSTRUCTION:
+        problems.append(f"eval.views={recipe.eval.views} has no effect on reconstructions: use plain")
     if recipe.run.seed >= 2**63:
         problems.append(f"run.seed={recipe.run.seed} must be below 2**63")
     if not 0 < recipe.train.timeout_s < 10**7:

@@ -10,7 +10,7 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +29,9 @@ from shardstep.datasets.scan import file_sha256
 from shardstep.trainer.buffers import set_buffers, split_buffers
 
 FORMAT = 2
-WEIGHTS, OPTIMIZER, STATE, RECIPE, BUFFERS = (
+WEIGHTS, AVERAGE, OPTIMIZER, STATE, RECIPE, BUFFERS = (
     "model.safetensors",
+    "average.safetensors",
     "optimizer.pt",
     "state.json",
     "recipe.yaml",
@@ -60,6 +61,7 @@ class TrainState:
         model: the same as Accelerate wrapped it.
         optimizer: as Accelerate wrapped it.
         scaler: of fp16, else None.
+        average: of the weights over the steps, by name, if one is kept.
         progress: how far the run has come: the position in the data, in steps and samples.
         fingerprint: of the training set that `progress` counts in.
         test_fingerprint: of the test set that `best` was measured on.
@@ -79,6 +81,7 @@ class TrainState:
     model: nn.Module
     optimizer: AcceleratedOptimizer
     scaler: torch.amp.GradScaler | None = None
+    average: dict[str, Tensor] | None = None
     progress: Progress = field(default_factory=Progress)
     fingerprint: str = ""
     test_fingerprint: str = ""
@@ -117,6 +120,7 @@ class Snapshot:
     step: int
     world_size: int
     weights: dict[str, Tensor]
+    average: dict[str, Tensor] | None
     optimizer: dict[str, Any]
     facts: dict[str, Any]
     recipe: str
@@ -145,6 +149,7 @@ def take_snapshot(state: TrainState, recipe: str, world_size: int, rank_buffers:
         step=state.progress.step,
         world_size=world_size,
         weights=kept,
+        average=None if state.average is None else _contiguous_on_host(state.average),
         optimizer=_to_host(state.optimizer.state_dict()),
         facts=json.loads(json.dumps(facts)),  # a copy, too
         recipe=recipe,
@@ -207,10 +212,7 @@ def sweep(folder: Path) -> None:
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
     """A copy of a model's parameters and buffers as contiguous tensors on the host."""
-    return {
-        name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        for name, value in module.state_dict().items()
-    }
+    return _contiguous_on_host(module.state_dict())
 
 
 def write_weights(module: nn.Module, path: Path) -> None:
@@ -319,6 +321,8 @@ def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set
         if state.scaler is not None and scaler:
             state.scaler.load_state_dict(scaler)
         state.module.load_state_dict(safetensors.torch.load_file(path / WEIGHTS))
+        if state.average is not None:
+            _load_average(state, path)
         if (path / BUFFERS).is_file():
             every = safetensors.torch.load_file(path / BUFFERS)["buffers"]
             if len(every) == world_size:  # on another world the mean has to do, which the weights hold
@@ -347,6 +351,14 @@ def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set
         setattr(state, name, value)
 
 
+def _load_average(state: TrainState, path: Path) -> None:
+    """A run that kept none until now begins with its weights."""
+    assert state.average is not None
+    kept = safetensors.torch.load_file(path / AVERAGE) if (path / AVERAGE).is_file() else state.module.state_dict()
+    for name, value in state.average.items():
+        value.copy_(kept[name])
+
+
 def _load_optimizer(optimizer: AcceleratedOptimizer, saved: dict[str, Any]) -> None:
     """What the optimizer has learnt comes from the checkpoint, its options from the recipe, which may have changed them."""
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -355,14 +367,14 @@ def _load_optimizer(optimizer: AcceleratedOptimizer, saved: dict[str, Any]) -> N
         group.update(own)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load the weights of a safetensors file into a model.
+def load_weights(module: nn.Module, path: Path, part: bool = False) -> None:
+    """Load the weights of a safetensors file into a model, all of them or a part.
 
     Raises:
         InputError: there is no such file, or it holds another model.
     """
     try:
-        module.load_state_dict(safetensors.torch.load_file(path))
+        module.load_state_dict(safetensors.torch.load_file(path), strict=not part)
     except FileNotFoundError:
         raise InputError(f"no weights in {path.parent}: {path.name} is missing") from None
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -371,6 +383,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
     yield WEIGHTS, safetensors.torch.save(snapshot.weights)
+    if snapshot.average is not None:
+        yield AVERAGE, safetensors.torch.save(snapshot.average)
     stream = io.BytesIO()
     torch.save(snapshot.optimizer, stream)
     yield OPTIMIZER, stream.getvalue()
@@ -378,6 +392,13 @@ def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
     yield RECIPE, snapshot.recipe.encode()
     if snapshot.rank_buffers is not None:
         yield BUFFERS, safetensors.torch.save({"buffers": snapshot.rank_buffers})
+
+
+def _contiguous_on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        for name, value in tensors.items()
+    }
 
 
 def _to_host(value: Any) -> Any:

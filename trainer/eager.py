@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -20,12 +20,14 @@ _NAME = "torch._dynamo"
 def defer_compiler() -> None:
     """Put off the import of torch's compiler until it is needed. Nothing changes if it is there already."""
     if _NAME not in sys.modules:
-        sys.modules[_NAME] = torch._dynamo = _StandIn(_NAME)
+        sys.modules[_NAME] = torch._dynamo = _StandIn()
         sys.meta_path.insert(0, _SubmoduleFinder())
 
 
 class _StandIn(ModuleType):
-    __path__: ClassVar[list[str]] = []  # it is a package; _SubmoduleFinder finds its parts
+    def __init__(self) -> None:
+        super().__init__(_NAME)
+        self.__path__ = []  # it is a package; _SubmoduleFinder finds its parts
 
     graph_break = staticmethod(lambda: None)
     trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)

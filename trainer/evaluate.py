@@ -8,9 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from shardstep.configs.schema import EvalConfig
 from shardstep.trainer.buffers import flatten_buffers, set_buffers
 from shardstep.trainer.losses import Objective
 from shardstep.trainer.runtime import mean_over_ranks, reduce_sums
+from shardstep.trainer.views import predict
 
 TestBatches = Callable[[], Iterable[tuple[Tensor, Tensor, np.ndarray]]]
 """Makes a fresh pass over this rank's part of the test set: images, labels, sample ids."""
@@ -53,6 +55,7 @@ def evaluate(
     objective: Objective,
     num_samples: int,
     num_classes: int,
+    config: EvalConfig,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Evaluate a model on all ranks together.
@@ -64,6 +67,7 @@ def evaluate(
         objective: what to count.
         num_samples: size of the test set, to be counted exactly.
         num_classes: outputs of the model.
+        config: which views of an image to look at.
         stop_requested: asked after each batch, on every rank equally often; all get the same answer.
 
     Returns:
@@ -84,7 +88,7 @@ def evaluate(
             return None
         if len(labels) == 0:
             continue
-        outputs = module(images).float()  # (B, K)
+        outputs = predict(module, images, config.views, config.sure_above)  # (B, K)
         if objective.reconstructs:
             sums[0] += objective.evaluation_loss(outputs, images)
             sums[3] += len(labels)

@@ -19,6 +19,7 @@ from shardstep.trainer.evaluate import Evaluation
 from shardstep.trainer.losses import Objective
 from shardstep.trainer.metrics import Stopwatch
 from shardstep.trainer.occasional import evaluate_now, save
+from shardstep.trainer.schedules import LearningRate
 from shardstep.trainer.setup import Run
 from shardstep.trainer.skip import BadSteps
 
@@ -47,13 +48,16 @@ def train(run: Run) -> Outcome:
     metrics.restart_clock()
     for batch in run.batches.from_position(state.progress.epoch, state.progress.position):
         before, waited_before_s = state.progress, run.batches.wait_s
-        rate_factor = run.learning_rate.factor(before)
+        run.freezer.freeze_due(before)  # once in a while, all ranks
         batch = run.watchdog.watch(batch, before.step + 1)
         if run.sample_log:
             batch = run.sample_log.watch(batch, before.step + 1)  # each rank writes its own file
-        sums = train_step(run.accelerator, state, batch, run.objective, rate_factor, run.clip, run.bad_steps, run.seed)
+        sums = train_step(
+            run.accelerator, state, batch, run.objective, run.learning_rate, run.clip, run.bad_steps, run.seed
+        )
         state.progress = after = plan.advance(before, batch.size)
-        state.lr = run.base_lr * rate_factor
+        state.lr = run.base_lr * run.learning_rate.factor(before)
+        run.average.update(state, before)
         over = plan.is_over(after)
 
         waited_s = run.batches.wait_s - waited_before_s
@@ -79,15 +83,15 @@ def train_step(
     state: TrainState,
     batch: GlobalBatch,
     objective: Objective,
-    rate_factor: float,
+    learning_rate: LearningRate,
     clip: Clip,
     bad_steps: BadSteps,
     seed: int,
 ) -> Tensor | None:
     """Take one optimizer step on one global batch.
 
-    The gradient is that of the mean loss over the whole batch, for shares of any size: each micro-batch contributes its
-    sum times world_size / batch size, and DDP divides by world_size when it averages over the ranks.
+    The gradient is that of the mean loss (or its sum) over the whole batch, for shares of any size: each micro-batch
+    contributes its sum times world_size / batch size, and DDP divides by world_size when it averages over the ranks.
 
     Returns:
         This rank's sums over its share: loss and correct predictions; float64, shape (2,), on the device. None if the
@@ -96,7 +100,7 @@ def train_step(
     # Dropout is a function of (seed, step, rank): a resumed run needs no generator's state.
     runtime.seed_generator(accelerator.device, derived_seed(seed, state.progress.step, accelerator.process_index))
     for group in state.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * rate_factor
+        group["lr"] = group["initial_lr"] * learning_rate.factor(state.progress, group.get("until"))
     bad_steps.begin(state)
 
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
@@ -105,7 +109,7 @@ def train_step(
         with nullcontext() if synchronised else accelerator.no_sync(state.model):
             outputs = state.model(micro.images)  # (b, C, H, W) -> (b, K)
             micro_loss = objective.loss(outputs, micro.images, micro.labels)  # a sum, not a mean
-            accelerator.backward(micro_loss * (accelerator.num_processes / batch.size))
+            accelerator.backward(micro_loss * (accelerator.num_processes / objective.divisor(batch.size)))
         with torch.no_grad():
             sums[0] += micro_loss
             sums[1] += objective.correct(outputs, micro.labels)

@@ -1,13 +1,13 @@
 """Losses by name: (outputs, targets) -> the sum over the batch. Keyword arguments are the recipe's options.
 
 Sums, not means: the trainer divides by the number of samples in the global batch, so that shares of any size, empty
-ones too, add up to the exact global mean.
+ones too, add up to the exact global mean; or, with `reduction: sum`, leaves the sum as it is.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,6 +65,9 @@ CLASSIFICATION: dict[str, Callable[..., Tensor]] = {
 RECONSTRUCTION: dict[str, Callable[..., Tensor]] = {"mse": mse, "l1": l1}
 LOSSES = CLASSIFICATION | RECONSTRUCTION
 
+COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"reduction": (Literal["mean", "sum"], "mean")}
+"""Options of every loss: type and default. reduction: over the global batch, for the gradient; figures are always means."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -75,12 +78,18 @@ class Objective:
         evaluation_loss: the same without what only serves training, such as label smoothing.
         reconstructs: whether the images themselves are the targets, so that nothing is correct or wrong.
         auxiliary_weight: of the losses of auxiliary heads.
+        reduction: of the training loss over a global batch.
     """
 
     training_loss: Callable[[Tensor, Tensor], Tensor]
     evaluation_loss: Callable[[Tensor, Tensor], Tensor]
     reconstructs: bool
     auxiliary_weight: float = 0.0
+    reduction: Literal["mean", "sum"] = "mean"
+
+    def divisor(self, batch_size: int) -> int:
+        """What the sum over a global batch is divided by."""
+        return 1 if self.reduction == "sum" else batch_size
 
     def loss(self, outputs: Outputs, images: Tensor, labels: Tensor) -> Tensor:
         """The training loss of a batch, summed, with that of auxiliary heads."""
@@ -108,10 +117,11 @@ def build_objective(loss: dict[str, Any], model: dict[str, Any]) -> Objective:
     """
     function = LOSSES[loss["name"]]
     return Objective(
-        training_loss=partial(function, **{key: value for key, value in loss.items() if key != "name"}),
+        training_loss=partial(function, **{key: loss[key] for key in loss if key not in ("name", *COMMON_OPTIONS)}),
         evaluation_loss=function,
         reconstructs=loss["name"] in RECONSTRUCTION,
         auxiliary_weight=model.get("auxiliary_weight", 0.0),
+        reduction=loss["reduction"],
     )
 
 

@@ -16,7 +16,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardstep.configs.components import check_limits, convert, hint_of, neighbours, options_of, resolve
+from shardstep.configs.durations import Duration
 from shardstep.configs.errors import InputError
+from shardstep.trainer.muon import FilterMuon
 
 Parameters = Iterable[dict[str, Any]] | Iterable[nn.Parameter]
 
@@ -152,6 +154,27 @@ def adamw(
     )
 
 
+def filter_muon(
+    parameters: Parameters,
+    *,
+    lr: float = 0.02,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    renormalize: bool = False,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """Muon on matrices and on the filters of convolutions, flattened to (out, in x height x width). Jordan et al. 2024.
+
+    v <- mu v + g,  d = g + mu v (nesterov) or v,  w <- (1 - eta weight_decay) w - eta orthogonal(d).
+
+    orthogonal(U S V^T) is about U V^T, by `ns_steps` of Newton and Schulz's iteration. `renormalize` scales w to the norm
+    sqrt(out) before each step, as the CIFAR-10 speed records do. torch's own, `muon`, takes matrices only. Parameters of one
+    dimension need another optimizer beside it: optimizer.groups. Memory: one number per parameter.
+    """
+    return FilterMuon(parameters, lr, momentum, nesterov, ns_steps, renormalize, weight_decay)
+
+
 CANNOT_WORK = {
     "lbfgs": "it evaluates the loss several times per step, which the loop does not do",
     "sparseadam": "it needs sparse gradients, which no model here has",
@@ -159,13 +182,15 @@ CANNOT_WORK = {
 
 _REMEDIES = {
     "muon": "give it those of two dimensions beside another optimizer, as in optimizer.name=adamw "
-    "optimizer.groups='[{ndim: 2, name: muon, lr: 0.02}]'",
+    "optimizer.groups='[{ndim: 2, name: muon, lr: 0.02}]'; filter_muon takes the filters of convolutions too",
+    "filter_muon": "give it the filters beside another optimizer, as in optimizer.name=sgd "
+    "optimizer.groups='[{ndim: 4, name: filter_muon, lr: 0.24}]'",
 }
 _FUSED_ON_CPU_ONLY = ("adagrad",)
 
 
 def _every_optimizer() -> dict[str, Callable[..., Optimizer]]:
-    ours = {function.__name__: function for function in (sgd, adagrad, adadelta, rmsprop, adam, adamw)}
+    ours = {function.__name__: function for function in (sgd, adagrad, adadelta, rmsprop, adam, adamw, filter_muon)}
     classes = {
         name.lower(): value
         for name, value in vars(torch.optim).items()
@@ -184,10 +209,12 @@ COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {
 
 decay_biases_and_norms: whether weight_decay also applies to parameters of fewer than two dimensions.
 groups: list of {match: pattern of parameter names, or ndim: dimensions, and options such as lr}; the first that fits counts.
-    With a `name`, the group has an optimizer of its own, which begins with its own defaults.
+    With a `name`, the group has an optimizer of its own, which begins with its own defaults. With `until`, a duration, its
+    schedule ends then, and its parameters are frozen.
 """
 
-_SELECTORS = {"match": str, "ndim": int}
+_SELECTORS = ("match", "ndim")
+_GROUP_KEYS: dict[str, Any] = {"match": str, "ndim": int, "until": str}
 
 
 class Several(Optimizer):
@@ -227,6 +254,10 @@ def build_optimizer(section: dict[str, Any], model: nn.Module, has_scaler: bool 
     """
     optimizers = [_build_one(options, groups, has_scaler) for options, groups in _parameter_groups(section, model)]
     optimizer = optimizers[0] if len(optimizers) == 1 else Several(optimizers)
+    if all("until" in group for group in optimizer.param_groups):
+        raise InputError(
+            "optimizer.groups freeze every parameter with `until`: leave one group without, for the whole run"
+        )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -262,18 +293,25 @@ def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str
         return group, [f"{where} has no effect: it gives {group} no option of its own"]
     if str(group.get("name")) in CANNOT_WORK:
         return group, [f"{where}.name={group['name']} cannot work here: {CANNOT_WORK[group['name']]}"]
+    problems = []
+    try:
+        Duration.parse(str(group.get("until", "1 steps")))
+    except InputError as error:
+        problems.append(f"{where}.until: {error}")
     if "name" in group:
-        return resolve(
-            where, group, OPTIMIZERS, {key: (hint, None) for key, hint in _SELECTORS.items() if key in group}
-        )
-    function, problems = OPTIMIZERS[main], []
+        own = {key: (hint, None) for key, hint in _GROUP_KEYS.items() if key in group}
+        section, found = resolve(where, group, OPTIMIZERS, own)
+        return section, problems + found
+    function = OPTIMIZERS[main]
     known, converted = options_of(function), {}
     for key, value in group.items():
-        if key not in (*_SELECTORS, *known):
-            problems.append(f"{where}.{key} is not an option of {main}; {neighbours(str(key), [*known, 'name'])}")
+        if key not in (*_GROUP_KEYS, *known):
+            problems.append(
+                f"{where}.{key} is not an option of {main}; {neighbours(str(key), [*known, 'name', 'until'])}"
+            )
             continue
         try:
-            converted[key] = convert(value, _SELECTORS.get(key) or hint_of(function, key))
+            converted[key] = convert(value, _GROUP_KEYS.get(key) or hint_of(function, key))
             check_limits(key, converted[key])
         except ValueError as error:
             problems.append(f"{where}.{key}: {error}")
@@ -282,7 +320,7 @@ def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str
 
 def _build_one(options: dict[str, Any], groups: list[dict[str, Any]], has_scaler: bool) -> Optimizer:
     name = options["name"]
-    arguments = {key: value for key, value in options.items() if key not in ("name", *_SELECTORS, *COMMON_OPTIONS)}
+    arguments = {key: value for key, value in options.items() if key not in ("name", *_GROUP_KEYS, *COMMON_OPTIONS)}
     on_cpu = groups[0]["params"][0].device.type == "cpu"
     for key in ("differentiable", *(["capturable"] if on_cpu else [])):
         if arguments.get(key):
@@ -321,9 +359,10 @@ def _parameter_groups(section: dict[str, Any], model: nn.Module) -> list[tuple[d
 
     chosen = []
     for place, entry in enumerate(entries):
-        groups: list[dict[str, Any]] = [{"params": members[place]}] if members[place] else []
+        own = {"until": entry["until"]} if "until" in entry else {}
+        groups: list[dict[str, Any]] = [{"params": members[place], **own}] if members[place] else []
         if exempt[place]:
-            groups.append({"params": exempt[place], "weight_decay": 0.0})
+            groups.append({"params": exempt[place], "weight_decay": 0.0, **own})
         if groups:
             chosen.append((entry if "name" in entry else section | entry, groups))
         elif place < len(section["groups"]):

@@ -131,6 +131,15 @@ def wrap(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> t
     return model, prepared
 
 
+def rewrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Wrap a model anew after parameters were frozen: DDP would wait for their gradients."""
+    if not isinstance(model, DistributedDataParallel):
+        return model
+    again = DistributedDataParallel(model.module, gradient_as_bucket_view=True)
+    again.broadcast_buffers = False
+    return again
+
+
 def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """Put a model on its device, with autocast around its forward pass."""
     _autocast_fp16_on_cpu(accelerator, module)

@@ -7,6 +7,7 @@ arguments are the recipe's options; durations are texts such as "30 epochs".
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from shardstep.configs.durations import Duration, Progress
@@ -106,6 +107,10 @@ class LearningRate:
             samples_per_epoch: samples that an epoch consumes.
             global_batch_size: samples per step.
         """
+        self._of_section = partial(
+            LearningRate, section, samples_per_epoch=samples_per_epoch, global_batch_size=global_batch_size
+        )
+        self._parts: dict[str, LearningRate] = {}
         self._function = SCHEDULES[section["name"]]
         self._options = {key: section[key] for key in section if key not in ("name", *COMMON_OPTIONS)}
         self._duration = duration
@@ -121,8 +126,13 @@ class LearningRate:
             )
             self._warmup_share = min(warmup / run, 1.0)
 
-    def factor(self, progress: Progress) -> float:
-        """The factor for the step that begins at `progress`."""
+    def factor(self, progress: Progress, until: str | None = None) -> float:
+        """The factor for the step that begins at `progress`; with `until`, as if the run ended then, and 0 from there on."""
+        if until is not None:
+            if until not in self._parts:
+                self._parts[until] = self._of_section(Duration.parse(until))
+            part = self._parts[until]
+            return 0.0 if part._duration.is_over(progress, self._samples_per_epoch) else part.factor(progress)
         if self._warmup:
             risen = self._warmup.elapsed(progress, self._samples_per_epoch)
             if risen < 1:

@@ -22,12 +22,14 @@ from shardstep.datasets.manifest import manifest_bytes
 from shardstep.datasets.order import window_of
 from shardstep.datasets.reader import Reader
 from shardstep.trainer import checkpoint, data, launcher, machine, runtime
+from shardstep.trainer.average import Average, averaged
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.clip import Clip
 from shardstep.trainer.data import Data
 from shardstep.trainer.display import Display
 from shardstep.trainer.evaluate import Evaluation, TestBatches, evaluate
 from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, SETTLED, Resume, begin, find_resume, is_run
+from shardstep.trainer.freeze import Freezer
 from shardstep.trainer.lock import hold
 from shardstep.trainer.losses import Objective, build_objective, check_outputs
 from shardstep.trainer.metrics import Metrics, cut_lines
@@ -82,6 +84,8 @@ class Run:
     learning_rate: LearningRate
     base_lr: float
     clip: Clip
+    average: Average
+    freezer: Freezer
     every: Every
     metrics: Metrics
     display: Display
@@ -102,15 +106,17 @@ class Run:
             self.watchdog.beat(self.state.progress.step, "evaluating")
             return self.requests.check()
 
-        evaluation = evaluate(
-            self.accelerator,
-            self.state.module,
-            self.test_batches,
-            self.objective,
-            self.data.test.manifest.samples,
-            self.data.num_classes,
-            stop_requested,
-        )
+        with averaged(self.state):
+            evaluation = evaluate(
+                self.accelerator,
+                self.state.module,
+                self.test_batches,
+                self.objective,
+                self.data.test.manifest.samples,
+                self.data.num_classes,
+                self.recipe.eval,
+                stop_requested,
+            )
         self.requests.restart()
         return evaluation
 
@@ -152,6 +158,8 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
 
     accelerator, state = together(world, lambda: prepare(recipe, module))
     _settle_buckets(accelerator, state, objective, loaded)
+    average = Average(recipe.average, plan)
+    average.begin(state)
     state.fingerprint, state.test_fingerprint = train.manifest.fingerprint, test.manifest.fingerprint
     for problem in resume.passed_over:
         display.warn(f"passed over, because it is not whole: {problem}")
@@ -177,6 +185,10 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         launcher.allocation(), lambda: saver.longest_s, share_done=lambda: plan.share_done(state.progress)
     )
 
+    def rewrap() -> None:
+        state.model = runtime.rewrap(accelerator, state.model)
+        _settle_buckets(accelerator, state, objective, loaded)
+
     def tell_outlook(line: dict[str, Any]) -> None:
         outlook = time_limit.early_outlook()
         if outlook:
@@ -198,6 +210,8 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         learning_rate=LearningRate(recipe.schedule, plan.duration, plan.samples_per_epoch, plan.global_batch_size),
         base_lr=float(recipe.optimizer["lr"]),
         clip=Clip(recipe.train.clip_norm, recipe.train.clip_value),
+        average=average,
+        freezer=Freezer(state.optimizer.param_groups, plan.samples_per_epoch, rewrap),
         every=Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every))),
         metrics=Metrics(
             accelerator, folder / "metrics.jsonl", state, listeners, display.warn, not objective.reconstructs

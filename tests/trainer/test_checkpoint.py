@@ -296,6 +296,21 @@ CASES: dict[str, dict[str, Any]] = {
     "micro-steps": {"train": {"max_micro_batch": 4}},
     "streamed": {"data": {"mode": "stream", "augment": ["flip"]}},
     "batch norm": {"model": {"name": "whitening_cnn", "widths": [8, 8]}},
+    "frozen after a while": {
+        "optimizer": {
+            "name": "adam",
+            "lr": 0.001,
+            "groups": [{"match": "*.bias", "until": "5 steps"}, {"match": "1.weight", "until": "7 steps"}],
+        },
+        "schedule": {"name": "linear"},
+    },
+    "ema": {"average": {"name": "ema", "decay": 0.9}},
+    "lookahead": {"average": {"name": "lookahead", "every": "4 steps", "rise": 1.0}},
+    "filter_muon and a sum": {
+        "model": {"name": "whitening_cnn", "widths": [8, 8]},
+        "optimizer": {"name": "sgd", "lr": 0.01, "groups": [{"ndim": 4, "name": "filter_muon", "renormalize": True}]},
+        "loss": {"name": "cross_entropy", "reduction": "sum"},
+    },
     "stochastic depth": {"model": {"name": "convnet", "dropout": 0.5}, "loss": {"name": "nll"}},
 }
 

@@ -10,6 +10,7 @@ import torch
 
 from shardstep.configs.components import resolve
 from shardstep.configs.errors import InputError
+from shardstep.trainer.muon import orthogonalize
 from shardstep.trainer.optimizers import (
     CANNOT_WORK,
     COMMON_OPTIONS,
@@ -128,7 +129,7 @@ def test_every_optimizer_of_torch_is_known_or_refused() -> None:
         for name, value in vars(torch.optim).items()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
     } - {"optimizer"}
-    assert names == set(OPTIMIZERS) | set(CANNOT_WORK)
+    assert names | {"filter_muon"} == set(OPTIMIZERS) | set(CANNOT_WORK)
 
 
 def model() -> torch.nn.Module:
@@ -321,3 +322,72 @@ def test_rprop_does_not_follow_a_schedule() -> None:
     section, _ = resolve("optimizer", {"name": "rprop"}, OPTIMIZERS, COMMON_OPTIONS)
     assert not check_schedule_has_effect(section, {"name": "constant", "warmup": None})
     assert "no effect" in check_schedule_has_effect(section, {"name": "cosine", "warmup": None})[0]
+
+
+def test_filter_muon() -> None:
+    """Against the iteration written out for one matrix at a time, in float64, on filters of two shapes."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(torch.nn.Conv2d(a, b, 3, bias=False) for a, b in ((2, 4), (4, 4), (4, 60)))).double()
+    section = {"name": "filter_muon", "lr": 0.1, "momentum": 0.6, "ns_steps": 3, "renormalize": True, "nesterov": True}
+    optimizer = build_optimizer(DEFAULTS | section | {"weight_decay": 0.01, "decay_biases_and_norms": True}, net)
+    expected = [layer.weight.detach().clone() for layer in net]  # type: ignore[union-attr]
+    velocity = [torch.zeros_like(weight) for weight in expected]
+    for _ in range(3):
+        gradients = [torch.randn_like(weight) for weight in expected]
+        for place, (layer, gradient) in enumerate(zip(net, gradients, strict=True)):
+            layer.weight.grad = gradient.clone()
+            velocity[place] = 0.6 * velocity[place] + gradient
+            x = (gradient + 0.6 * velocity[place]).flatten(1)
+            x = x / (x.norm() + 1e-7)
+            for _ in range(3):
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            weight = expected[place]
+            weight = weight * len(weight) ** 0.5 / weight.norm()
+            expected[place] = weight * (1 - 0.1 * 0.01) - 0.1 * x.view_as(weight)
+        optimizer.step()
+        for layer, weight in zip(net, expected, strict=True):
+            torch.testing.assert_close(layer.weight, weight, rtol=1e-9, atol=1e-12)
+
+
+def test_orthogonalize_keeps_directions_and_evens_out_lengths() -> None:
+    matrix = torch.randn(1, 6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    u, _, v = torch.linalg.svd(matrix[0], full_matrices=False)
+    inner = u.T @ orthogonalize(matrix, 5)[0] @ v.T
+    assert (inner - torch.diag(inner.diagonal())).abs().max() < 1e-9
+    assert 0.6 < inner.diagonal().min() < inner.diagonal().max() < 1.3
+
+
+def test_filter_muon_refuses_vectors() -> None:
+    with pytest.raises(InputError, match=r"parameters of shape \(3,\); give it the filters beside another optimizer"):
+        build_optimizer(
+            DEFAULTS
+            | {
+                "name": "filter_muon",
+                "lr": 0.1,
+                "momentum": 0.6,
+                "ns_steps": 3,
+                "renormalize": True,
+                "nesterov": True,
+                "weight_decay": 0.0,
+            },
+            model(),
+        )
+
+
+@pytest.mark.parametrize(("group", "problem"), [
+    ({"match": "*", "until": "soon"}, "optimizer.groups[0].until: 'soon' is not a duration"),
+    ({"until": "3 epochs"}, "must be a mapping with match"),
+])  # fmt: skip
+def test_until_is_checked(group: dict, problem: str) -> None:
+    assert problem in check_optimizer(DEFAULTS | {"name": "sgd", "groups": [group]})[0]
+
+
+def test_something_must_be_left_to_train() -> None:
+    section = DEFAULTS | {
+        "name": "sgd",
+        "lr": 0.1,
+        "groups": [{"ndim": 1, "until": "1 epochs"}, {"ndim": 2, "until": "2 epochs"}],
+    }
+    with pytest.raises(InputError, match="take every parameter"):
+        build_optimizer(section, model())

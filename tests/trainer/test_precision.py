@@ -38,7 +38,9 @@ def test_what_is_behind_is_tried_no_further(monkeypatch: pytest.MonkeyPatch) -> 
     PASSES.clear()
     monkeypatch.setattr(time, "perf_counter", lambda: Clocked.now_s)
     choices = [Compute(number, layout) for number in ("bf16", "fp32") for layout in ("channels_last", "contiguous")]  # type: ignore[arg-type]
-    objective = build_objective({"name": "cross_entropy", "label_smoothing": 0.0}, {"name": "clocked"})
+    objective = build_objective(
+        {"name": "cross_entropy", "label_smoothing": 0.0, "reduction": "mean"}, {"name": "clocked"}
+    )
     images, labels = torch.randn(4, 3, 4, 4), torch.randint(0, 10, (4,))
     seconds = precision.measure(choices, Clocked(), objective, images, labels)
     # Limits of 2, 1.2 and 1.1 times 0.14 s
@@ -49,7 +51,9 @@ def test_what_is_behind_is_tried_no_further(monkeypatch: pytest.MonkeyPatch) -> 
 def test_one_that_is_left_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     PASSES.clear()
     monkeypatch.setattr(time, "perf_counter", lambda: Clocked.now_s)
-    objective = build_objective({"name": "cross_entropy", "label_smoothing": 0.0}, {"name": "clocked"})
+    objective = build_objective(
+        {"name": "cross_entropy", "label_smoothing": 0.0, "reduction": "mean"}, {"name": "clocked"}
+    )
     images, labels = torch.randn(4, 3, 4, 4), torch.randint(0, 10, (4,))
     choices = [Compute("bf16", "channels_last"), Compute("fp32", "channels_last")]
     precision.measure(choices, Clocked(), objective, images, labels)

@@ -95,3 +95,11 @@ def test_every_schedule_is_finite_over_a_run_and_past_it() -> None:
         section, problems = resolve("schedule", {"name": name, **options.get(name, {})}, SCHEDULES, COMMON_OPTIONS)
         assert not problems
         assert all(math.isfinite(value) for value in factors(section, steps=60)), name
+
+
+def test_a_part_that_ends_early_has_the_whole_schedule_until_then() -> None:
+    rate = LearningRate(DEFAULTS | {"name": "linear", "final": 0.0}, Duration.parse("4 epochs"), N, B)
+    # 1 epoch is 10 steps: a tenth less with each of them, then nothing
+    found = [rate.factor(at(step), "1 epochs") for step in (0, 5, 9, 10, 39)]
+    assert found == pytest.approx([1, 0.5, 0.1, 0, 0])
+    assert rate.factor(at(20)) == pytest.approx(0.5)

@@ -82,6 +82,12 @@ def test_the_same_curve_for_other_settings(shards: Path, tmp_path: Path) -> None
         "streamed": steps | {"data": {"mode": "stream", "workers": 2, "lanes": 3, "window_shards": 2}},
         "whole batch": {"train": {"duration": "25 steps", "global_batch_size": "full", "max_micro_batch": 16}},
         "last batch dropped": {"data": {"last_batch": "drop"}, "train": {"duration": "26 steps"}},
+        "a sum, and parts frozen after a while": {
+            "loss": {"name": "cross_entropy", "reduction": "sum"},
+            "optimizer": {"name": "sgd", "lr": 0.002, "groups": [{"match": "1.*", "until": "0.5 epochs"}]},
+            "train": {"duration": "26 steps", "global_batch_size": 13},
+        },
+        "lookahead": {"average": {"name": "lookahead", "every": "3 steps"}, "train": {"duration": "26 steps"}},
         "few samples a step": {"train": {"duration": "26 steps", "global_batch_size": 4}},
     }
     found = {world: curves(tmp_path, shards, world, cases) for world in WORLDS}

@@ -4,6 +4,8 @@ Page 2018 (How to Train Your ResNet) and Jordan 2024, arXiv 2404.00498: a frozen
 images decorrelates its inputs, so that the layers behind it can learn at high rates from the first step.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -43,14 +45,14 @@ class WhiteningConv(nn.Conv2d):
 class Group(nn.Sequential):
     """Convolution, 2x2 max-pooling, convolution, each with batch norm: halves the height and width."""
 
-    def __init__(self, inputs: int, outputs: int, activation: Activation, norm_momentum: float):
+    def __init__(self, inputs: int, outputs: int, activation: Activation, norm: Callable[[int], nn.Module]):
         super().__init__(
             _conv(inputs, outputs),
             nn.MaxPool2d(2),
-            nn.BatchNorm2d(outputs, momentum=norm_momentum),
+            norm(outputs),
             activation_layer(activation),
             _conv(outputs, outputs),
-            nn.BatchNorm2d(outputs, momentum=norm_momentum),
+            norm(outputs),
             activation_layer(activation),
         )
 
@@ -64,7 +66,7 @@ class WhiteningCnn(nn.Module):
         num_classes: int,
         widths: tuple[int, ...],
         activation: Activation,
-        norm_momentum: float,
+        norm: Callable[[int], nn.Module],
         output_scale: float,
         output_activation: OutputActivation,
     ):
@@ -73,10 +75,7 @@ class WhiteningCnn(nn.Module):
         self.activation = activation_layer(activation)
         sizes = [self.whitening.out_channels, *widths]
         self.groups = nn.Sequential(
-            *(
-                Group(inputs, outputs, activation, norm_momentum)
-                for inputs, outputs in zip(sizes[:-1], widths, strict=True)
-            )
+            *(Group(inputs, outputs, activation, norm) for inputs, outputs in zip(sizes[:-1], widths, strict=True))
         )
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
         self.output_scale = output_scale
@@ -98,7 +97,10 @@ def whitening_cnn(
     widths: tuple[int, ...] = (32, 64, 128),
     activation: Activation = "gelu",
     norm_momentum: float = 0.4,
+    norm_eps: float = 1e-5,
+    norm_scale: bool = True,
     output_scale: float = 0.125,
+    unit_head: bool = False,
     output_activation: OutputActivation = "none",
 ) -> nn.Module:
     """Frozen 2x2 whitening convolution, then one group of two 3x3 convolutions per width, each halving the image.
@@ -109,7 +111,10 @@ def whitening_cnn(
         widths: channels of the groups.
         activation: everywhere.
         norm_momentum: weight of the newest batch in the running statistics of batch norm, in torch's sense.
+        norm_eps: what batch norm adds to variances.
+        norm_scale: whether batch norm trains a scale beside its bias.
         output_scale: factor on the logits.
+        unit_head: begin with a last layer whose weights have a standard deviation of 1.
         output_activation: none gives logits.
 
     Raises:
@@ -118,7 +123,17 @@ def whitening_cnn(
     if not widths:
         raise ValueError("widths must name at least one group")
     check_size(image_shape, 2 ** (len(widths) + 1) + 1)  # 2x2 places at the end: batch norm wants more than one value
-    return WhiteningCnn(image_shape[0], num_classes, widths, activation, norm_momentum, output_scale, output_activation)
+
+    def norm(channels: int) -> nn.Module:
+        layer = nn.BatchNorm2d(channels, eps=norm_eps, momentum=norm_momentum)
+        layer.weight.requires_grad_(norm_scale)
+        return layer
+
+    model = WhiteningCnn(image_shape[0], num_classes, widths, activation, norm, output_scale, output_activation)
+    if unit_head:
+        with torch.no_grad():
+            model.head.weight.div_(model.head.weight.std())
+    return model
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:

@@ -1,0 +1,94 @@
+"""Averages of the weights, held to their equations, and what a run does with them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shardstep.configs.durations import Duration, Progress
+from shardstep.trainer.average import Average, averaged
+from shardstep.trainer.checkpoint import TrainState
+from shardstep.trainer.plan import Plan
+from tests.runs import read_lines, train_ranks, write_recipe
+
+PLAN = Plan(10, 40, 1, 1, Duration.parse("4 steps"))
+WALK = [1.0, 3.0, -2.0, 5.0]  # the weight after each of four steps; 0 before the first
+
+
+def follow(section: dict) -> tuple[list[float], list[float]]:
+    """The average after each step, and the weight that training goes on from."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(module.weight)
+    state = TrainState(module, module, optimizer=None)  # type: ignore[arg-type]
+    average = Average(section, PLAN)
+    average.begin(state)
+    slow, fast = [], []
+    for weight in WALK:
+        before, state.progress = state.progress, PLAN.advance(state.progress, 10)
+        torch.nn.init.constant_(module.weight, weight)
+        average.update(state, before)
+        assert state.average is not None
+        slow.append(state.average["weight"].item())
+        fast.append(module.weight.item())
+    return slow, fast
+
+
+def test_ema() -> None:
+    # 0.5 * 0 + 0.5 * 1 = 0.5; 0.5 * 0.5 + 0.5 * 3 = 1.75; 0.875 - 1 = -0.125; -0.0625 + 2.5 = 2.4375
+    slow, fast = follow({"name": "ema", "decay": 0.5, "rise": 0.0, "every": "1 steps"})
+    assert slow == [0.5, 1.75, -0.125, 2.4375]
+    assert fast == WALK
+
+
+def test_lookahead_goes_on_from_the_average_every_second_step() -> None:
+    # after step 2: 0.5 * 0 + 0.5 * 3; after step 4: 0.5 * 1.5 + 0.5 * 5
+    slow, fast = follow({"name": "lookahead", "decay": 0.5, "rise": 0.0, "every": "2 steps"})
+    assert slow == [0, 1.5, 1.5, 3.25]
+    assert fast == [1.0, 1.5, -2.0, 3.25]
+
+
+def test_a_decay_that_rises_ends_at_its_value() -> None:
+    # 0.5 * (1/4)^2 = 1/32, 1/8, 9/32, 1/2 of what there was
+    expected, value = [], 0.0
+    for decay, weight in zip((1 / 32, 1 / 8, 9 / 32, 1 / 2), WALK, strict=True):
+        value = decay * value + (1 - decay) * weight
+        expected.append(value)
+    slow, _ = follow({"name": "ema", "decay": 0.5, "rise": 2.0, "every": "1 steps"})
+    assert slow == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_weights_are_themselves_again_after_a_look_at_the_average() -> None:
+    module = torch.nn.Linear(1, 1)
+    shifted = {name: value.detach() + 1 for name, value in module.named_parameters()}
+    state = TrainState(module, module, optimizer=None, average=shifted)  # type: ignore[arg-type]
+    own = module.weight.detach().clone()
+
+    def fail_on_the_average() -> None:
+        with averaged(state):
+            assert torch.equal(module.weight, own + 1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_on_the_average()
+    assert torch.equal(module.weight, own)
+
+
+def test_the_average_is_what_is_evaluated_and_kept(shards: Path, tmp_path: Path) -> None:
+    """With a decay of 1 it stays where it began: the run ends as it was before its first step, on 1 and 3 ranks."""
+    for world_size in (1, 3):
+        folder = tmp_path / str(world_size)
+        recipe = write_recipe(folder, shards, average={"name": "ema", "decay": 1.0}, train={"duration": "5 steps"})
+        train_ranks(world_size, recipe)
+        path = sorted((folder / "run" / "checkpoints").glob("step-*"))[-1]
+        final, kept = load_file(folder / "run" / "model.safetensors"), load_file(path / "average.safetensors")
+        trained = load_file(path / "model.safetensors")
+        assert all(torch.equal(final[name], kept[name]) for name in final)
+        assert not all(torch.equal(final[name], trained[name]) for name in final)
+        losses = [line["loss"] for line in read_lines(folder / "run" / "metrics.jsonl") if line["kind"] == "train"]
+        assert json.loads((folder / "run" / "summary.json").read_text())["eval"]["loss"] > losses[-1]
+
+
+def test_progress_is_counted_in_steps() -> None:
+    assert PLAN.share_done(Progress(1, 0, 10, 10)) == 0.25

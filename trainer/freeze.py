@@ -1,0 +1,33 @@
+"""Parameters whose time is over: frozen between two steps, so that the backward pass ends before them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from shardstep.configs.durations import Duration, Progress
+
+
+class Freezer:
+    """Freezes parameter groups of an optimizer that have a duration `until`."""
+
+    def __init__(self, groups: list[dict[str, Any]], samples_per_epoch: int, rewrap: Callable[[], None]):
+        """
+        Args:
+            groups: of the optimizer.
+            samples_per_epoch: samples that an epoch consumes.
+            rewrap: called after parameters were frozen: DDP counts on the gradients of all that it was given.
+        """
+        self._pending = [(Duration.parse(group["until"]), group["params"]) for group in groups if "until" in group]
+        self._samples_per_epoch = samples_per_epoch
+        self._rewrap = rewrap
+
+    def freeze_due(self, progress: Progress) -> None:
+        """Freeze what is to be frozen before the step that begins at `progress`. All ranks, at the same step."""
+        due = [pair for pair in self._pending if pair[0].is_over(progress, self._samples_per_epoch)]
+        if not due:
+            return
+        for pair in due:
+            self._pending.remove(pair)
+            for parameter in pair[1]:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        self._rewrap()
