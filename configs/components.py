@@ -122,6 +122,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "probability": (0, 1),
     "pixels": (0, math.inf),
     "size": (1, math.inf),
+    "epochs": (1, math.inf),
     "brightness": (0, 1),
     "contrast": (0, 1),
     "saturation": (0, 1),

@@ -1,8 +1,9 @@
 """A recipe's name and overrides to a checked Recipe: YAML, then `section.key=value`, all problems at once."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,25 @@ from shardstep.configs.files import write_whole
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 
 _SECTIONS = {section.name: section for section in dataclasses.fields(Recipe)}
+_ON_DEVICE = {"on_cpu": "cpu", "on_cuda": "cuda"}
+"""Parts of a recipe file that count on one kind of device only; they hold sections, like the file itself."""
 
 
 @dataclass
 class Loaded:
-    """A recipe as far as it could be read; `problems` says what could not, `notes` what the person should know."""
+    """A recipe as far as it could be read.
+
+    Attributes:
+        recipe: without what it says for one kind of device only.
+        problems: what could not be read.
+        notes: what the person should know.
+        for_device: the recipe for a device (cpu or cuda), or None where it is the same for all.
+    """
 
     recipe: Recipe
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    for_device: Callable[[str], "Loaded"] | None = None
 
 
 def recipe_names() -> list[str]:
@@ -47,30 +58,30 @@ def find_recipe(name: str) -> Path:
     raise InputError(f"no recipe {name!r}: neither a file nor one of ours; {neighbours(name, recipe_names())}")
 
 
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> Loaded:
+def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = None) -> Loaded:
     """Read a recipe and apply overrides of the form section.key=value.
+
+    Args:
+        name: a path, or the name of a recipe in configs/.
+        overrides: the last word.
+        device: cpu or cuda, for what the recipe says of this kind alone; it comes before the overrides.
 
     Raises:
         InputError: the recipe cannot be found, or is not YAML. What is wrong inside it comes back as problems.
     """
-    path = find_recipe(name)
+    path, overrides = find_recipe(name), list(overrides)
     loaded = Loaded(Recipe())
     config = OmegaConf.structured(Recipe)
 
     written = _read_yaml(path)
-    for section, content in written.items():
-        if section not in _SECTIONS:
-            loaded.problems.append(f"{section} is not a section; {neighbours(str(section), _SECTIONS)}")
-        elif not isinstance(content, dict):
-            loaded.problems.append(f"{section} must be a mapping of keys to values, not {content!r}")
-        elif section in OPEN_SECTIONS:
-            if all(isinstance(key, str) for key in content):
-                config[section] = content
-            else:
-                loaded.problems.append(f"{section} must map names to values, not {content}")
-        else:
-            for key, value in content.items():
-                _set(config, section, str(key), value, loaded.problems)
+    on_device = {part: written.pop(part) for part in _ON_DEVICE if part in written}
+    _apply(config, written, loaded.problems)
+    for part, content in on_device.items():
+        problems: list[str] = []
+        _apply(config if _ON_DEVICE[part] == device else config.copy(), content, problems)
+        loaded.problems += [f"{part}: {problem}" for problem in problems]
+    if on_device and device is None:
+        loaded.for_device = partial(load_recipe, name, overrides)
 
     settings = [_split_override(text, loaded.problems) for text in overrides]
     # Names first: what the recipe says about the old choice is dropped, what the command line says is for the new.
@@ -100,6 +111,26 @@ def recipe_text(recipe: Recipe) -> str:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe so that load_recipe gives it back."""
     write_whole(path, recipe_text(recipe).encode())
+
+
+def _apply(config: DictConfig, written: Any, problems: list[str]) -> None:
+    """Put sections into a recipe. An open section is replaced, unless it gives no name: then it adds to what is there."""
+    if not isinstance(written, dict):
+        problems.append(f"it must hold sections (train, optimizer, ...), not {written!r}")
+        return
+    for section, content in written.items():
+        if section not in _SECTIONS:
+            problems.append(f"{section} is not a section; {neighbours(str(section), [*_SECTIONS, *_ON_DEVICE])}")
+        elif not isinstance(content, dict):
+            problems.append(f"{section} must be a mapping of keys to values, not {content!r}")
+        elif section in OPEN_SECTIONS:
+            if all(isinstance(key, str) for key in content):
+                config[section] = content if "name" in content else OmegaConf.merge(config[section], content)
+            else:
+                problems.append(f"{section} must map names to values, not {content}")
+        else:
+            for key, value in content.items():
+                _set(config, section, str(key), value, problems)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

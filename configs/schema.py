@@ -68,7 +68,7 @@ class TrainConfig:
     duration: str = "10 epochs"
     """Length of training, in epochs (fractions allowed) or steps."""
     precision: Precision = "auto"
-    """Of the forward and backward pass; weights stay in fp32. auto measures a step of each and takes the fastest."""
+    """Of the forward and backward pass; see also weights. auto measures a step of each and takes the fastest."""
     memory_format: MemoryFormat = "auto"
     """Layout of images and convolution weights; auto is measured together with the precision."""
     max_micro_batch: int = 2048
@@ -87,6 +87,10 @@ class TrainConfig:
     """With on_nan=skip: the run ends at one more."""
     timeout_s: float = 1800
     """Seconds that a rank waits for the others in a collective before it gives up."""
+    weights: Literal["fp32", "half"] = "fp32"
+    """half keeps weights, gradients and optimizer in the format of train.precision, all but batch norm; no scaler."""
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    """torch.compile's mode for the training pass, compiled before the first step; the last two use CUDA graphs."""
 
 
 @dataclass

@@ -1,17 +1,19 @@
 """Batch transforms on uint8 pixels, on the device that the batch is on.
 
-Each takes images of shape (batch, height, width, channels) and Draws, and returns images of the same shape and type;
-the images it was given may be changed.
+Each takes images of shape (batch, height, width, channels) and Draws, and returns such images, of the same size but for
+`shrink`; the images it was given may be changed.
 What happens to a sample depends on (seed, epoch, its global position), never on the batch or rank it is in. Keyword
 arguments are the transform's options in a recipe: `data.augment=[flip, {name: translate, pixels: 2}]`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from shardstep.datasets.draws import Draws
 
@@ -58,6 +60,18 @@ def cutout(images: Tensor, draws: Draws, *, size: int = 8) -> Tensor:
     return images.masked_fill(inside.unsqueeze(3), 0)
 
 
+def shrink(images: Tensor, draws: Draws, *, size: int, epochs: int) -> Tensor:
+    """Scale images to `size` x `size` pixels in the first `epochs` epochs, which then take a fraction of the time.
+
+    Bilinear with antialiasing. Put it last: what comes behind would work on fewer pixels. Howard 2018 and Page 2018 raise the
+    size as training goes on.
+    """
+    if draws.epoch >= epochs:
+        return images
+    small = functional.interpolate(images.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
+    return small.permute(0, 2, 3, 1).contiguous()
+
+
 def color_jitter(
     images: Tensor, draws: Draws, *, brightness: float = 0.2, contrast: float = 0.2, saturation: float = 0.2
 ) -> Tensor:
@@ -79,6 +93,7 @@ TRANSFORMS: dict[str, Callable[..., Tensor]] = {
     "alternating_flip": alternating_flip,
     "translate": translate,
     "cutout": cutout,
+    "shrink": shrink,
     "color_jitter": color_jitter,
 }
 
@@ -93,7 +108,9 @@ def build_transforms(sections: Sequence[dict[str, Any]]) -> list[Transform]:
 
 def smallest_side(section: dict[str, Any]) -> int:
     """The smallest height and width in pixels that a transform can work on."""
-    return int(section["pixels"]) + 1 if section["name"] == "translate" else 1
+    if section["name"] == "translate":
+        return int(section["pixels"]) + 1
+    return int(section["size"]) if section["name"] == "shrink" else 1
 
 
 def _mirror(images: Tensor, chosen: Tensor) -> Tensor:
@@ -143,9 +160,12 @@ class Normalize:
     def __call__(self, images: Tensor) -> Tensor:
         values = torch.empty(images.shape, dtype=torch.float32, device=images.device)
         part = self._part or max(len(images), 1)
-        for target, source in zip(values.flatten(1).split(part), images.flatten(1).split(part), strict=True):
-            target.copy_(source)  # a conversion of its own: addcmul on two types would make a copy first
-            torch.addcmul(self._shift, target, self._scale, out=target)
+        numbers = math.prod(images.shape[1:])  # fewer than prepared for, if the images were shrunk
+        scale, shift = self._scale[:numbers], self._shift[:numbers]
+        for start in range(0, len(images), part):
+            target = values[start : start + part].flatten(1)
+            target.copy_(images[start : start + part].flatten(1))  # addcmul on two types would make a copy first
+            torch.addcmul(shift, target, scale, out=target)
         return values.permute(0, 3, 1, 2)
 
     def undo(self, images: Tensor) -> Tensor:

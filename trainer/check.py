@@ -9,15 +9,17 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import Loaded
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import TRANSFORMS
-from shardstep.trainer import average, losses, models, optimizers, schedules
+from shardstep.trainer import average, losses, models, optimizers, runtime, schedules
 
 
 def check_recipe(loaded: Loaded) -> Recipe:
-    """Resolve every option of a recipe and check what can be checked without data and ranks.
+    """Resolve every option of a recipe, for the device at hand, and check what can be checked without data and ranks.
 
     Raises:
         InputError: with all problems, those found while loading included.
     """
+    if loaded.for_device:
+        loaded = loaded.for_device(runtime.choose_device(loaded.recipe.train.device))
     recipe, problems = loaded.recipe, list(loaded.problems)
     sections = (
         ("model", models.models_for(str(recipe.model.get("name"))), models.COMMON_OPTIONS),
@@ -120,6 +122,8 @@ def _check_numbers(recipe: Recipe) -> list[str]:
             f"run.hang_timeout={recipe.run.hang_timeout} must be below train.timeout_s={recipe.train.timeout_s}, or the "
             f"collectives give up first, and say nothing of who hangs"
         )
+    if recipe.train.weights == "half" and recipe.train.precision not in ("bf16", "fp16"):
+        problems.append(f"train.weights=half needs train.precision=bf16 or fp16, not {recipe.train.precision}")
     sure = recipe.eval.sure_above
     if sure is not None and not 0 < sure <= 1:
         problems.append(f"eval.sure_above={sure} must be a probability, above 0 and at most 1; null turns it off")

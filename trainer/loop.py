@@ -116,6 +116,6 @@ def train_step(
     bad = bad_steps.is_bad(accelerator, state, sums)  # all ranks agree
     if not bad:
         clip(accelerator, state)
-        state.optimizer.step()
-    state.optimizer.zero_grad()
+        runtime.step(state.optimizer)
+    state.optimizer.optimizer.zero_grad()
     return None if bad else sums

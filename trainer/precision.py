@@ -61,6 +61,16 @@ def _lacks_bf16_lstm(cpu: Cpu) -> bool:
     return cpu.vectors in ("AVX", "AVX2")
 
 
+def halve(module: nn.Module, precision: str) -> None:
+    """Keep a model's weights in a half format, all but batch norm's, whose sums need more; images are converted, too."""
+    dtype = DTYPES[precision]
+    for part in module.modules():
+        if not isinstance(part, nn.modules.batchnorm._BatchNorm):
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+    module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
+
+
 def candidates(
     precision: Precision, memory_format: MemoryFormat, module: nn.Module, device: torch.device, cpu: Cpu
 ) -> list[Compute]:

@@ -131,13 +131,32 @@ def wrap(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> t
     return model, prepared
 
 
-def rewrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """Wrap a model anew after parameters were frozen: DDP would wait for their gradients."""
-    if not isinstance(model, DistributedDataParallel):
+def rewrap(model: nn.Module, mode: str) -> nn.Module:
+    """Wrap a model anew after parameters were frozen: DDP would wait for their gradients.
+
+    Args:
+        model: wrapped, and perhaps compiled.
+        mode: of train.compile.
+    """
+    wrapped = getattr(model, "_orig_mod", model)
+    if not isinstance(wrapped, DistributedDataParallel):
         return model
-    again = DistributedDataParallel(model.module, gradient_as_bucket_view=True)
+    again = DistributedDataParallel(wrapped.module, gradient_as_bucket_view=True)
     again.broadcast_buffers = False
-    return again
+    return compiled(again, mode)
+
+
+def step(optimizer: AcceleratedOptimizer) -> None:
+    """Let an optimizer step, through Accelerate's wrapper only where a scaler is.
+
+    Without one it adds nothing but a search on disk for a library that is not there, twice a step, 0.3 ms (Accelerate 1.15).
+    """
+    (optimizer if optimizer.scaler is not None else optimizer.optimizer).step()
+
+
+def compiled(model: nn.Module, mode: str) -> nn.Module:
+    """A wrapped model whose passes are compiled when they are first made; mode is that of train.compile."""
+    return model if mode == "none" else torch.compile(model, mode=mode, dynamic=False)  # type: ignore[return-value]
 
 
 def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Module:
@@ -146,21 +165,20 @@ def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Modul
     return accelerator.prepare_model(module.to(accelerator.device), device_placement=False, evaluation_mode=True)
 
 
-def settle_buckets(
+def warm_up(
     accelerator: Accelerator, model: nn.Module, backward_loss: Callable[[Tensor], Tensor], images: Tensor
 ) -> None:
-    """One pass whose gradient is thrown away, so that a resumed run adds up gradients in the order of the first one.
+    """One pass whose gradient is thrown away, and that leaves no trace in the model.
 
-    DDP arranges its buckets anew after its first backward pass; from three ranks on, gloo then sums in another order.
+    It compiles what is to be compiled. And DDP arranges its buckets anew after its first backward pass; from three ranks on,
+    gloo then sums in another order: so a resumed run adds up gradients in the order of the first one.
 
     Args:
-        accelerator: the world; with one rank there is nothing to do.
+        accelerator: the world.
         model: wrapped.
         backward_loss: of the model's outputs.
-        images: a small batch.
+        images: a batch.
     """
-    if accelerator.num_processes == 1:
-        return
     kept = [buffer.clone() for buffer in model.buffers()]
     accelerator.backward(backward_loss(model(images)))
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """A checked recipe and a world to a Run: everything that the loop uses, built in one place."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -9,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from torch import nn
+from torch import Tensor, nn
 
 from shardstep.configs.durations import Duration
 from shardstep.configs.errors import InputError
@@ -17,7 +18,7 @@ from shardstep.configs.files import write_whole
 from shardstep.configs.load import save_recipe
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import Normalize, build_transforms
-from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
+from shardstep.datasets.batches import OrderConfig, TrainBatches, micro_pieces, test_batches
 from shardstep.datasets.manifest import manifest_bytes
 from shardstep.datasets.order import window_of
 from shardstep.datasets.reader import Reader
@@ -42,6 +43,7 @@ from shardstep.trainer.precision import (
     Compute,
     candidates,
     check_precision,
+    halve,
     measure,
 )
 from shardstep.trainer.preempt import Requests, StopRequest
@@ -70,7 +72,11 @@ class Every:
 
 @dataclass
 class Run:
-    """One training run, ready to go; `probed_s`: measured seconds per step of each precision and layout there was."""
+    """One training run, ready to go.
+
+    `initialized_s`: seconds that data-dependent initialisation took; `probed_s`: seconds per step of each precision and
+    layout that were tried.
+    """
 
     recipe: Recipe
     folder: Path
@@ -96,6 +102,7 @@ class Run:
     time_limit: TimeLimit
     watchdog: Watchdog
     sample_log: SampleLog | None
+    initialized_s: float
     probed_s: dict[Compute, float]
 
     def evaluate(self) -> Evaluation | None:
@@ -153,11 +160,12 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     recipe.data.mode = runtime.broadcast_object(world, data.choose_mode(recipe.data, train, test, world.device))
     loaded = together(world, lambda: data.load(recipe, train, test, world.device))
     module = together(world, lambda: initial_model(recipe, loaded, world.device, display, resume.path is not None))
+    initialized_s = together(world, lambda: initialize(module, loaded, world.device))
     objective = build_objective(recipe.loss, recipe.model)
     probed_s = _settle_compute(world, recipe, module, objective, loaded, plan, display)
 
     accelerator, state = together(world, lambda: prepare(recipe, module))
-    _settle_buckets(accelerator, state, objective, loaded)
+    together(world, lambda: _warm_up(recipe, accelerator, state, objective, loaded, plan))
     average = Average(recipe.average, plan)
     average.begin(state)
     state.fingerprint, state.test_fingerprint = train.manifest.fingerprint, test.manifest.fingerprint
@@ -186,8 +194,8 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     )
 
     def rewrap() -> None:
-        state.model = runtime.rewrap(accelerator, state.model)
-        _settle_buckets(accelerator, state, objective, loaded)
+        state.model = runtime.rewrap(state.model, recipe.train.compile)
+        _warm_up(recipe, accelerator, state, objective, loaded, plan)
 
     def tell_outlook(line: dict[str, Any]) -> None:
         outlook = time_limit.early_outlook()
@@ -224,6 +232,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         time_limit=time_limit,
         watchdog=Watchdog(runtime.Board(world), folder, recipe.run.hang_timeout, request, display.tell),
         sample_log=SampleLog(folder, accelerator.process_index, train) if recipe.log.sample_keys else None,
+        initialized_s=initialized_s,
         probed_s=probed_s,
     )
 
@@ -261,16 +270,34 @@ def initial_model(
         fresh = load_pretrained(recipe.model["name"], module, recipe.model["pretrained"])
         display.note(f"pretrained weights are loaded; {', '.join(fresh) or 'nothing'} begins anew")
     module = module.to(device)
-    first = np.arange(min(_INITIALIZE_SAMPLES, loaded.train.manifest.samples))
-    images = loaded.normalize(loaded.train_reader.read(first[:2])[0].to(device))
+    images = loaded.normalize(loaded.train_reader.read(np.arange(min(2, loaded.train.manifest.samples)))[0].to(device))
     with torch.no_grad():
         module.eval()
         check_outputs(recipe.loss, module(images).float(), images)
+        _check_shrunk(recipe, module, images)
         module.train()
-    initialize = getattr(module, "initialize", None)
-    if initialize:  # depends on the data, and on nothing that differs between ranks
-        initialize(loaded.normalize(loaded.train_reader.read(first)[0].to(device)))
     return module
+
+
+def initialize(module: nn.Module, loaded: Data, device: torch.device) -> float:
+    """Set the weights that depend on the data, and on nothing that differs between ranks; returns the seconds it took."""
+    began = time.perf_counter()
+    if hasattr(module, "initialize"):
+        first = np.arange(min(_INITIALIZE_SAMPLES, loaded.train.manifest.samples))
+        module.initialize(loaded.normalize(loaded.train_reader.read(first)[0].to(device)))
+        next(module.parameters()).sum().item()  # waits for the device
+    return time.perf_counter() - began
+
+
+def _check_shrunk(recipe: Recipe, module: nn.Module, images: Tensor) -> None:
+    for size in [entry["size"] for entry in recipe.data.augment if entry["name"] == "shrink"]:
+        try:
+            module(nn.functional.interpolate(images, (size, size)))
+        except RuntimeError:
+            raise InputError(
+                f"data.augment: shrink with size={size}: model.name={recipe.model['name']} cannot take images of "
+                f"{size}x{size} beside larger ones"
+            ) from None
 
 
 def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]:
@@ -279,18 +306,41 @@ def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]
     Raises:
         InputError: the optimizer's options do not fit the model.
     """
-    accelerator = runtime.build_accelerator(recipe.train.precision)
-    module = module.to(memory_format=MEMORY_FORMATS[recipe.train.memory_format])
+    config = recipe.train
+    if config.weights == "half":
+        halve(module, config.precision)
+    accelerator = runtime.build_accelerator("fp32" if config.weights == "half" else config.precision)
+    module = module.to(memory_format=MEMORY_FORMATS[config.memory_format])
     optimizer = build_optimizer(recipe.optimizer, module, has_scaler=accelerator.scaler is not None)
     model, prepared = runtime.wrap(accelerator, module, optimizer)
+    model = runtime.compiled(model, config.compile)
     return accelerator, TrainState(module, model, prepared, accelerator.scaler)
 
 
-def _settle_buckets(accelerator: Accelerator, state: TrainState, objective: Objective, loaded: Data) -> None:
+def _warm_up(
+    recipe: Recipe, accelerator: Accelerator, state: TrainState, objective: Objective, loaded: Data, plan: Plan
+) -> None:
+    """Take the passes that set things up, and leave no trace: DDP's first, and one of each shape if the model is compiled."""
     channels, height, width = loaded.image_shape
-    images = torch.zeros(2, channels, height, width, device=accelerator.device)
-    labels = torch.zeros(2, dtype=torch.long, device=accelerator.device)
-    runtime.settle_buckets(accelerator, state.model, lambda outputs: objective.loss(outputs, images, labels), images)
+    shapes: set[tuple[int, int, int]] = set()
+    if recipe.train.compile != "none":
+        shrunk = [entry["size"] for entry in recipe.data.augment if entry["name"] == "shrink"]
+        for batch_size in {plan.global_batch_size, plan.samples_per_epoch % plan.global_batch_size} - {0}:
+            pieces = micro_pieces(batch_size, accelerator.process_index, plan.world_size, recipe.train.max_micro_batch)
+            sides = [(height, width), *((size, size) for size in shrunk)]
+            shapes |= {(stop - start, *side) for start, stop in pieces for side in sides if stop > start}
+
+    def take_a_pass(samples: int, height: int, width: int) -> None:
+        images = torch.zeros(samples, channels, height, width, device=accelerator.device)
+        images = images.contiguous(memory_format=MEMORY_FORMATS[recipe.train.memory_format])
+        labels = torch.zeros(samples, dtype=torch.long, device=accelerator.device)
+        runtime.warm_up(accelerator, state.model, lambda outputs: objective.loss(outputs, images, labels), images)
+
+    for shape in sorted(shapes):
+        with accelerator.no_sync(state.model):  # ranks may have another number of shapes
+            take_a_pass(*shape)
+    if plan.world_size > 1:
+        take_a_pass(*(max(shapes) if shapes else (2, height, width)))
 
 
 def make_test_batches(

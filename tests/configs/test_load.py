@@ -201,3 +201,40 @@ def test_every_key_is_documented() -> None:
             for field, text in zip(body[::2], body[1::2], strict=True):
                 assert isinstance(field, ast.AnnAssign)
                 assert isinstance(text, ast.Expr)
+
+
+DEVICES = """
+model: {name: mlp}
+optimizer: {name: sgd, lr: 0.1, momentum: 0.9}
+train: {global_batch_size: 500}
+on_cpu:
+  train: {global_batch_size: 250}
+  optimizer: {lr: 0.2}
+on_cuda:
+  optimizer: {name: adam}
+"""
+
+
+def test_what_counts_on_one_kind_of_device(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(DEVICES)
+    loaded = load_recipe(str(tmp_path / "recipe.yaml"), ["train.duration=1 epochs"])
+    assert loaded.recipe.train.global_batch_size == 500
+    assert loaded.for_device
+    cpu, cuda = (loaded.for_device(device).recipe for device in ("cpu", "cuda"))
+    assert (cpu.train.global_batch_size, cuda.train.global_batch_size) == (250, 500)
+    assert cpu.optimizer == {"name": "sgd", "lr": 0.2, "momentum": 0.9}
+    assert cuda.optimizer == {"name": "adam"}  # another name keeps nothing of the old one
+    assert cpu.train.duration == cuda.train.duration == "1 epochs"
+    given = load_recipe(str(tmp_path / "recipe.yaml"), ["train.global_batch_size=7"])
+    assert given.for_device
+    assert given.for_device("cpu").recipe.train.global_batch_size == 7
+
+
+def test_mistakes_are_found_whatever_the_device_is(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        DEVICES.replace("{global_batch_size: 250}", "{global_batch_sizes: 250}") + "  trian: {duration: 1 epochs}\n"
+    )
+    assert load_recipe(str(tmp_path / "recipe.yaml")).problems == [
+        "on_cpu: train.global_batch_sizes is not a key; did you mean global_batch_size?",
+        "on_cuda: trian is not a section; did you mean train?",
+    ]

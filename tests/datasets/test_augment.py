@@ -10,6 +10,7 @@ from shardstep.datasets.augment import (
     color_jitter,
     cutout,
     flip,
+    shrink,
     translate,
 )
 from shardstep.datasets.draws import Draws
@@ -24,7 +25,10 @@ def draws(positions: torch.Tensor | None = None, count: int = 64, epoch: int = 0
     return Draws(3, epoch, index, index + 1000)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+SAME_SIZE = [name for name in TRANSFORMS if name != "shrink"]
+
+
+@pytest.mark.parametrize("name", SAME_SIZE)
 def test_a_sample_is_transformed_the_same_in_any_batch(name: str) -> None:
     whole = TRANSFORMS[name](images(64), draws())
     for part in (slice(0, 1), slice(7, 20), slice(63, 64)):
@@ -34,12 +38,12 @@ def test_a_sample_is_transformed_the_same_in_any_batch(name: str) -> None:
     assert whole.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", SAME_SIZE)
 def test_an_empty_batch_stays_empty(name: str) -> None:
     assert TRANSFORMS[name](images(0), draws(count=0)).shape == (0, 6, 5, 3)
 
 
-@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "alternating_flip"])
+@pytest.mark.parametrize("name", [name for name in SAME_SIZE if name != "alternating_flip"])
 def test_epochs_differ(name: str) -> None:
     assert not torch.equal(TRANSFORMS[name](images(64), draws()), TRANSFORMS[name](images(64), draws(epoch=1)))
 
@@ -128,3 +132,24 @@ def test_normalize(count: int) -> None:
     assert torch.allclose(result.double(), expected, atol=1e-6)
     if count:
         assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_shrink() -> None:
+    images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    images[0, :2, :2], images[0, 2:, 2:] = 40, 200
+    small = shrink(images, draws(count=2, epoch=1), size=2, epochs=2)
+    assert small.shape == (2, 2, 2, 3)
+    assert small.dtype == torch.uint8
+    # one quarter is 40 and one 200; antialiasing lets each look a little beyond its edge
+    assert small[0, 0, 0, 0] < small[0, 1, 1, 0]
+    assert small[1].max() == 0
+    assert torch.equal(shrink(images[1:], draws(count=1, epoch=1), size=2, epochs=2), small[1:])
+    assert shrink(images, draws(count=2, epoch=2), size=2, epochs=2) is images
+
+
+def test_normalize_takes_smaller_images() -> None:
+    images = torch.randint(0, 256, (3, 2, 2, 3), dtype=torch.uint8)
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    cpu = torch.device("cpu")
+    whole, small = (Normalize(mean, std, (side, side, 3), cpu)(images) for side in (4, 2))
+    assert torch.equal(whole, small)

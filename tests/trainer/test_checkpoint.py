@@ -304,6 +304,10 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "schedule": {"name": "linear"},
     },
+    "half weights": {
+        "model": {"name": "whitening_cnn", "widths": [8, 8]},
+        "train": {"precision": "bf16", "weights": "half"},
+    },
     "ema": {"average": {"name": "ema", "decay": 0.9}},
     "lookahead": {"average": {"name": "lookahead", "every": "4 steps", "rise": 1.0}},
     "filter_muon and a sum": {
