@@ -107,7 +107,7 @@ def train_step(
     for micro_step, micro in enumerate(batch.micro_batches, start=1):
         synchronised = micro_step == batch.num_micro_steps
         with nullcontext() if synchronised else accelerator.no_sync(state.model):
-            outputs = state.model(micro.images)  # (b, C, H, W) -> (b, K)
+            outputs = runtime.forward(state.model, micro.images)  # (b, C, H, W) -> (b, K)
             micro_loss = objective.loss(outputs, micro.images, micro.labels)  # a sum, not a mean
             accelerator.backward(micro_loss * (accelerator.num_processes / objective.divisor(batch.size)))
         with torch.no_grad():

@@ -154,6 +154,11 @@ def step(optimizer: AcceleratedOptimizer) -> None:
     (optimizer if optimizer.scaler is not None else optimizer.optimizer).step()
 
 
+def forward(model: nn.Module, images: Tensor) -> Any:
+    """A training pass of a wrapped model. Without samples it is not compiled: torch (2.15) fails in a convolution's backward."""
+    return model(images) if len(images) else getattr(model, "_orig_mod", model)(images)
+
+
 def compiled(model: nn.Module, mode: str) -> nn.Module:
     """A wrapped model whose passes are compiled when they are first made; mode is that of train.compile."""
     return model if mode == "none" else torch.compile(model, mode=mode, dynamic=False)  # type: ignore[return-value]

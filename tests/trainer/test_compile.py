@@ -1,0 +1,27 @@
+"""Training passes that torch.compile has made, against those that it has not."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.runs import train_lines, train_ranks, write_recipe
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_same_curve_compiled(shards: Path, tmp_path: Path, world_size: int) -> None:
+    """With a batch that is short, one that a rank has no part of, and parameters that are frozen on the way."""
+    curves = []
+    for mode in ("none", "default"):
+        recipe = write_recipe(
+            tmp_path / mode,
+            shards,
+            model={"name": "whitening_cnn", "widths": [4, 4]},
+            optimizer={"name": "sgd", "lr": 0.05, "groups": [{"match": "whitening.bias", "until": "3 steps"}]},
+            train={"global_batch_size": 50, "duration": "6 steps", "compile": mode},  # 101 samples: 50, 50 and 1
+        )
+        train_ranks(world_size, recipe)
+        curves.append([line["loss"] for line in train_lines(tmp_path / mode / "run")])
+        assert json.loads((tmp_path / mode / "run" / "summary.json").read_text())["step"] == 6
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
