@@ -155,7 +155,7 @@ def step(optimizer: AcceleratedOptimizer) -> None:
 
 
 def forward(model: nn.Module, images: Tensor) -> Any:
-    """A training pass of a wrapped model. Without samples it is not compiled: torch (2.15) fails in a convolution's backward."""
+    """A training pass of a wrapped model. Without samples it is not compiled: convolutions would fail (torch 2.15)."""
     return model(images) if len(images) else getattr(model, "_orig_mod", model)(images)
 
 

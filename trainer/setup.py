@@ -336,9 +336,15 @@ def _warm_up(
         labels = torch.zeros(samples, dtype=torch.long, device=accelerator.device)
         runtime.warm_up(accelerator, state.model, lambda outputs: objective.loss(outputs, images, labels), images)
 
-    for shape in sorted(shapes):
-        with accelerator.no_sync(state.model):  # ranks may have another number of shapes
-            take_a_pass(*shape)
+    try:
+        for shape in sorted(shapes):
+            with accelerator.no_sync(state.model):  # ranks may have another number of shapes
+                take_a_pass(*shape)
+    except RuntimeError as error:
+        raise InputError(
+            f"train.compile={recipe.train.compile} fails ({str(error).strip().splitlines()[0]}): use none; or, on a CPU, see "
+            f"that there is a C++ compiler (g++)"
+        ) from None
     if plan.world_size > 1:
         take_a_pass(*(max(shapes) if shapes else (2, height, width)))
 
