@@ -9,11 +9,10 @@ import io
 import os
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardstep.launch.bench_tables import Table, in_turn, rate, seconds, whole_number
+from shardstep.launch.bench_tables import Table, importable, in_turn, rate, seconds, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +100,7 @@ def _small_images(shards: "ShardFolder", count: int, folder: Path, repeats: int)
     }
     notes = ["the last four end with the same augmented and normalised batches of 512"]
     for library, make in (("streaming", _mosaic_streaming), ("litdata", _litdata)):
-        if find_spec(library):
+        if importable(library):
             works[f"{library}, torchvision transforms, DataLoader"] = make(shards, files, folder)
         else:
             notes.append(f"{library} is not installed")

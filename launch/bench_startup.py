@@ -10,11 +10,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from shardstep.launch.bench_tables import Table, in_turn, seconds
+from shardstep.launch.bench_tables import Table, importable, in_turn, seconds
 
 _OWN_IMPORTS = "import shardstep.launch.train, shardstep.trainer.loop, shardstep.trainer.setup"
 _FIRST_STEP = "import sys; from shardstep.launch.bench_startup import first_step; first_step(sys.argv[1:])"
@@ -59,7 +58,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
         works["quickstart, to its first step"] = _start("quickstart", folder, quickstart)
     else:
         notes.append("quickstart is left out: its shards are not there (data.train=DIR data.test=DIR say where)")
-    if find_spec("lightning"):
+    if importable("lightning"):
         works["Lightning: a linear layer, to its first step"] = _python(folder, _LIGHTNING)
     else:
         notes.append("Lightning is not installed")

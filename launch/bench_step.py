@@ -2,11 +2,10 @@
 
 import argparse
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardstep.launch.bench_tables import Table, in_turn, whole_number
+from shardstep.launch.bench_tables import Table, importable, in_turn, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
     """Images per second of each loop, a table per batch size."""
     precision = given.precision or _faster_precision(folder)
-    notes = [] if find_spec("lightning") else ["Lightning is not installed"]
+    with_lightning = importable("lightning")
+    notes = [] if with_lightning else ["Lightning is not installed"]
     tables = []
     for batch_size in given.batches:
         steps = max(2, given.images // batch_size)
@@ -45,7 +45,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
             "bare loop": lambda size=batch_size, count=steps: _bare_loop(size, count, precision),
             "shardstep": lambda size=batch_size, count=steps: _trainer(folder, size, count, precision),
         }
-        if find_spec("lightning"):
+        if with_lightning:
             works["Lightning"] = lambda size=batch_size, count=steps: _lightning(folder, size, count, precision)
         values = in_turn(works, given.repeats)
         title = f"article_cnn, Adam, {precision}, batch {batch_size}, {steps} steps after as many to warm up"

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,6 +44,15 @@ def whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
     return int(text)
+
+
+def importable(library: str) -> bool:
+    """Whether an alternative is installed, whole."""
+    try:
+        import_module(library)
+    except ImportError:
+        return False
+    return True
 
 
 def in_turn(works: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
