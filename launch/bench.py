@@ -1,13 +1,12 @@
 """Measure the loaders, the training step and the start, each beside plain alternatives in the same session.
 
-    shardstep bench loader [--images DIR] [--repeats N] [--json PATH|-]
-    shardstep bench step [--repeats N] [--json PATH|-]
-    shardstep bench checkpoint [--repeats N] [--json PATH|-]
-    shardstep bench startup [section.key=value ...] [--repeats N] [--json PATH|-]
+    shardstep bench loader [--images DIR] [--clock cpu]
+    shardstep bench step [--batches SIZE ...]
+    shardstep bench checkpoint
+    shardstep bench startup [section.key=value ...] [--clock cpu]
 
-Each is a module launch/bench_NAME.py with `add_options(parser)` and `measure(given, folder)`, which returns tables. An
-alternative that is not installed is left out, with a word. Figures are medians with their range over the repeats;
-machines differ and are noisy, so look at the ratios.
+All take --repeats N and --json PATH, with - for stdout. Each is a module launch/bench_NAME.py with `add_options(parser)`
+and `measure(given, folder)`, which returns tables. An alternative that is not installed is left out, with a word.
 """
 
 import argparse

@@ -7,12 +7,11 @@ cold reads beside reading the same files from end to end, and a run's first star
 import argparse
 import io
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardstep.launch.bench_tables import Table, importable, in_turn, rate, seconds, whole_number
+from shardstep.launch.bench_tables import Table, add_clock_option, importable, in_turn, rate, seconds, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +28,7 @@ _RESIDENT_EPOCHS = 4  # an epoch from memory is too short to time
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what this benchmark can be told."""
+    add_clock_option(parser)
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="shards of small images (default: 5,000 synthetic ones, 32x32)"
     )
@@ -56,20 +56,20 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
     small = open_shards(given.images)
     large = _large_jpegs(given.jpegs, folder)
     return [
-        _small_images(small, min(given.samples, small.manifest.samples), folder, given.repeats),
-        _large_images(large, given.repeats),
+        _small_images(small, min(given.samples, small.manifest.samples), folder, given),
+        _large_images(large, given),
         _cold_reads(small, f"small images, {small.manifest.bytes / 1e6:,.0f} MB", given.repeats),
         _cold_reads(
             large, f"JPEGs of {_JPEG_WIDTH}x{_JPEG_HEIGHT}, {large.manifest.bytes / 1e6:,.0f} MB", given.repeats
         ),
-        _starts(small, folder, given.repeats),
+        _starts(small, folder, given),
     ]
 
 
 # --- small images -----------------------------------------------------------------------------------------------------
 
 
-def _small_images(shards: "ShardFolder", count: int, folder: Path, repeats: int) -> Table:
+def _small_images(shards: "ShardFolder", count: int, folder: Path, given: argparse.Namespace) -> Table:
     import numpy as np
     import torch
 
@@ -98,15 +98,16 @@ def _small_images(shards: "ShardFolder", count: int, folder: Path, repeats: int)
         "array in memory, torchvision transforms, DataLoader": _images_in_memory(shards, everything, count),
         "webdataset, torchvision transforms, DataLoader": _plain_webdataset(shards, count),
     }
-    notes = ["the last four end with the same augmented and normalised batches of 512"]
+    notes = ["resident, stream with decoding and all below them end with augmented, normalised batches of 512"]
     for library, make in (("streaming", _mosaic_streaming), ("litdata", _litdata)):
         if importable(library):
             works[f"{library}, torchvision transforms, DataLoader"] = make(shards, files, folder)
         else:
             notes.append(f"{library} is not installed")
     height, width, _ = stream.image_shape
-    values = in_turn({name: rate(work) for name, work in works.items()}, repeats)
-    title = f"{'/'.join(shards.manifest.encodings)} images of {width}x{height}, one core, {count:,} a repeat"
+    values = in_turn({name: rate(work, given.clock) for name, work in works.items()}, given.repeats)
+    kind = "/".join(shards.manifest.encodings)
+    title = f"{kind} images of {width}x{height}, one core, {count:,} a repeat, {given.clock} time"
     return Table(title, "images/s", values, "torchvision ImageFolder + DataLoader", notes)
 
 
@@ -271,7 +272,7 @@ def _large_jpegs(count: int, folder: Path) -> "ShardFolder":
     return open_shards(folder / "large")
 
 
-def _large_images(shards: "ShardFolder", repeats: int) -> Table:
+def _large_images(shards: "ShardFolder", given: argparse.Namespace) -> Table:
     import numpy as np
 
     from shardstep.datasets.images import decode
@@ -288,9 +289,9 @@ def _large_images(shards: "ShardFolder", repeats: int) -> Table:
         "stream: the same, resized to 224": lambda: sum(len(resized.read(batch)[1]) for batch in batches),
         "PIL from memory, resized to 224 by torchvision": lambda: sum(1 for file in files if transform(_pil(file))),
     }
-    values = in_turn({name: rate(work) for name, work in works.items()}, repeats)
+    values = in_turn({name: rate(work, given.clock) for name, work in works.items()}, given.repeats)
     size = sum(map(len, files)) / len(files) / 1000
-    title = f"jpg images of {_JPEG_WIDTH}x{_JPEG_HEIGHT}, {size:.0f} KB, one core, {len(ids):,} a repeat"
+    title = f"jpg images of {_JPEG_WIDTH}x{_JPEG_HEIGHT}, {size:.0f} KB, one core, {len(ids):,} a repeat, {given.clock} time"
     return Table(title, "images/s", values, "the decoder alone: OpenCV")
 
 
@@ -370,7 +371,7 @@ def _announced_batches(order: Any, reader: "Reader") -> Iterator["np.ndarray"]:
 # --- starts -----------------------------------------------------------------------------------------------------------
 
 
-def _starts(shards: "ShardFolder", folder: Path, repeats: int) -> Table:
+def _starts(shards: "ShardFolder", folder: Path, given: argparse.Namespace) -> Table:
     """Seconds until a resident set can be read: decoded and kept, or checked and mapped."""
     import torch
 
@@ -379,10 +380,7 @@ def _starts(shards: "ShardFolder", folder: Path, repeats: int) -> Table:
 
     before, cache = os.environ.get("SHARDSTEP_CACHE"), folder / "cache"
 
-    def start() -> float:
-        began = time.perf_counter()
-        load_resident(open_shards(shards.path), None, torch.device("cpu"))
-        return time.perf_counter() - began
+    start = seconds(lambda: load_resident(open_shards(shards.path), None, torch.device("cpu")), given.clock)
 
     def first_start() -> float:
         for path in cache.glob("*"):
@@ -391,11 +389,14 @@ def _starts(shards: "ShardFolder", folder: Path, repeats: int) -> Table:
 
     os.environ["SHARDSTEP_CACHE"] = str(cache)
     try:
-        values = in_turn({"first start: decode and keep": first_start, "later start: check and map": start}, repeats)
+        works = {"first start: decode and keep": first_start, "later start: check and map": start}
+        values = in_turn(works, given.repeats)
     finally:
         del os.environ["SHARDSTEP_CACHE"]
         if before is not None:
             os.environ["SHARDSTEP_CACHE"] = before
     cores = len(os.sched_getaffinity(0))
-    title = f"start of a resident set of {shards.manifest.samples:,} images, decoded by {cores} threads"
+    title = (
+        f"start of a resident set of {shards.manifest.samples:,} images, decoded by {cores} threads, {given.clock} time"
+    )
     return Table(title, "s", values, "first start: decode and keep")

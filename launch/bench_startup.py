@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from shardstep.launch.bench_tables import Table, importable, in_turn, seconds
+from shardstep.launch.bench_tables import Table, add_clock_option, importable, in_turn, seconds
 
 _OWN_IMPORTS = "import shardstep.launch.train, shardstep.trainer.loop, shardstep.trainer.setup"
 _FIRST_STEP = "import sys; from shardstep.launch.bench_startup import first_step; first_step(sys.argv[1:])"
@@ -38,6 +38,7 @@ lightning.Trainer(accelerator="cpu", max_steps=2, logger=False, enable_checkpoin
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what this benchmark can be told."""
+    add_clock_option(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="for quickstart, such as data.train=DIR"
     )
@@ -62,8 +63,8 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
         works["Lightning: a linear layer, to its first step"] = _python(folder, _LIGHTNING)
     else:
         notes.append("Lightning is not installed")
-    values = in_turn({name: seconds(work) for name, work in works.items()}, given.repeats)
-    return [Table("from a command on, warm files", "s", values, "import torch", notes)]
+    values = in_turn({name: seconds(work, given.clock) for name, work in works.items()}, given.repeats)
+    return [Table(f"from a command on, warm files, {given.clock} time", "s", values, "import torch", notes)]
 
 
 def first_step(arguments: list[str]) -> NoReturn:

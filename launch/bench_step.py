@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from shardstep.trainer.setup import Run
 
-_IMAGES = 4096
+_IMAGES = 2048
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

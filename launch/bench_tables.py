@@ -7,6 +7,7 @@ side says more than either figure.
 import argparse
 import json
 import os
+import resource
 import statistics
 import sys
 import time
@@ -66,24 +67,42 @@ def in_turn(works: Mapping[str, Callable[[], float]], repeats: int) -> dict[str,
     return values
 
 
-def rate(work: Callable[[], int]) -> Callable[[], float]:
+def cpu_seconds() -> float:
+    """CPU time of this process and of those it has waited for: what is left of a clock where others use the core too."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_seconds}
+
+
+def add_clock_option(parser: argparse.ArgumentParser) -> None:
+    """Let a benchmark of works on one core count CPU time, which does not grow while others have the core."""
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: for a busy machine (default: %(default)s)"
+    )
+
+
+def rate(work: Callable[[], int], clock: str = "wall") -> Callable[[], float]:
     """A work that returns how many it did, as one that returns how many a second."""
+    now = CLOCKS[clock]
 
     def measured() -> float:
-        began = time.perf_counter()
+        began = now()
         done = work()
-        return done / (time.perf_counter() - began)
+        return done / (now() - began)
 
     return measured
 
 
-def seconds(work: Callable[[], object]) -> Callable[[], float]:
+def seconds(work: Callable[[], object], clock: str = "wall") -> Callable[[], float]:
     """A work, as one that returns how many seconds it took."""
+    now = CLOCKS[clock]
 
     def measured() -> float:
-        began = time.perf_counter()
+        began = now()
         work()
-        return time.perf_counter() - began
+        return now() - began
 
     return measured
 

@@ -16,7 +16,7 @@ TINY = {
     "loader": ["--samples", "40", "--jpegs", "4"],
     "step": ["--batches", "8", "--images", "16", "--precision", "fp32"],
     "checkpoint": ["--steps", "3"],
-    "startup": [],
+    "startup": ["--clock", "cpu"],
 }
 ROWS = {  # those that need nothing but our own requirements
     "loader": ["resident: gather, flip, translate, normalise", "stream: decode, flip, translate, normalise",
