@@ -84,7 +84,10 @@ def _decode_all(stream: StreamReader, shape: tuple[int, ...], path: Path, name: 
         pixels[ids[0] : ids[-1] + 1] = stream.read(ids)[0].numpy()
         return len(ids)
 
-    with progress_bar(f"decoding {name}", shape[0], "images") as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (
+        progress_bar(f"decoding {name}", shape[0], "images") as advance,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
         for done in pool.map(decode, range(0, shape[0], _DECODE_TOGETHER)):
             advance(done)
     pixels.flush()

@@ -58,7 +58,7 @@ def index_shards(
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise InputError(f"no .tar files in {folder}")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         scans = list(pool.map(lambda number: _scan(number, paths[number], advance), range(len(paths))))
     problems = [problem for scan in scans for problem in scan.problems] + _repeated_keys(scans)
     entries = np.concatenate([scan.entries for scan in scans])

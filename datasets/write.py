@@ -120,7 +120,7 @@ def _encoded(images: Source, order: np.ndarray) -> Iterator[bytes]:
         return [encode_png(content) if isinstance(content, np.ndarray) else content for content in contents]
 
     tasks = iter(np.split(order, range(_ENCODE_TOGETHER, len(order), _ENCODE_TOGETHER)))
-    workers = os.cpu_count() or 1
+    workers = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
         pending = [pool.submit(encode, task) for task in islice(tasks, 2 * workers)]
         while pending:

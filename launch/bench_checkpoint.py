@@ -1,0 +1,40 @@
+"""Steps of the article's net with and without a checkpoint every 50 of them."""
+
+import argparse
+import time
+from pathlib import Path
+
+from shardstep.launch.bench_step import article_run
+from shardstep.launch.bench_tables import Table, in_turn, whole_number
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what this benchmark can be told."""
+    parser.add_argument("--steps", type=whole_number, default=200, help="to time in each repeat (default: %(default)s)")
+
+
+def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
+    """Steps per second of both."""
+    values = in_turn(
+        {
+            "no checkpoint": lambda: _steps_per_s(folder, given.steps, "1000 epochs"),
+            "a checkpoint every 50 steps": lambda: _steps_per_s(folder, given.steps, "50 steps"),
+        },
+        given.repeats,
+    )
+    return [Table(f"article_cnn, Adam, batch 16, {given.steps} steps", "steps/s", values, "no checkpoint")]
+
+
+def _steps_per_s(folder: Path, steps: int, checkpoints: str) -> float:
+    """Without the last save, for which a run waits."""
+    from shardstep.trainer import loop
+
+    run = article_run(
+        folder, f"train.duration={steps + 1} steps", "log.every=1000 steps", f"checkpoint.every={checkpoints}"
+    )
+    marks: list[float] = []
+    run.display.advance = lambda step: marks.append(time.perf_counter())  # type: ignore[method-assign]
+    loop.train(run)
+    run.watchdog.stop()
+    run.saver.wait(lambda: None)
+    return (len(marks) - 1) / (marks[-1] - marks[0])

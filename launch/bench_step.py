@@ -1,0 +1,185 @@
+"""The trainer's loop beside one written by hand, and Lightning's where it is installed, on the article's net."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardstep.launch.bench_tables import Table, importable, in_turn, whole_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shardstep.trainer.setup import Run
+
+_IMAGES = 2048
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what this benchmark can be told."""
+    parser.add_argument(
+        "--batches",
+        type=whole_number,
+        nargs="+",
+        default=[16, 256],
+        metavar="SIZE",
+        help="global batches (default: 16 256)",
+    )
+    parser.add_argument(
+        "--images", type=whole_number, default=3000, help="to time in each repeat (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precision", choices=["bf16", "fp32"], help="of all loops (default: what is faster here for the trainer)"
+    )
+
+
+def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
+    """Images per second of each loop, a table per batch size."""
+    precision = given.precision or _faster_precision(folder)
+    with_lightning = importable("lightning")
+    notes = [] if with_lightning else ["Lightning is not installed"]
+    tables = []
+    for batch_size in given.batches:
+        steps = max(2, given.images // batch_size)
+        works = {
+            "bare loop": lambda size=batch_size, count=steps: _bare_loop(size, count, precision),
+            "shardstep": lambda size=batch_size, count=steps: _trainer(folder, size, count, precision),
+        }
+        if with_lightning:
+            works["Lightning"] = lambda size=batch_size, count=steps: _lightning(folder, size, count, precision)
+        values = in_turn(works, given.repeats)
+        title = f"article_cnn, Adam, {precision}, batch {batch_size}, {steps} steps after as many to warm up"
+        tables.append(Table(title, "images/s", values, "bare loop", notes))
+    return tables
+
+
+def article_run(folder: Path, *overrides: str) -> "Run":
+    """A new run of the article's net on synthetic images, which are made in `folder` if they are not there."""
+    from shardstep.configs.load import load_recipe
+    from shardstep.datasets.write import write_shards
+    from shardstep.trainer import runtime, setup
+    from shardstep.trainer.check import check_recipe
+    from shardstep.trainer.display import Display
+
+    for split, count in (("train", _IMAGES), ("test", 16)):
+        if not (folder / split).exists():
+            write_shards(f"synthetic:{count}", split, folder / split)
+    number = len(list(folder.glob("run*")))
+    recipe = check_recipe(load_recipe("article_cnn", [
+        f"run.dir={folder / f'run{number}'}", f"data.train={folder / 'train'}", f"data.test={folder / 'test'}",
+        "eval.every=1000 epochs", "train.memory_format=channels_last", *overrides,
+    ]))  # fmt: skip
+    return setup.build(runtime.start(recipe.train), recipe, Display(enabled=False))
+
+
+def _faster_precision(folder: Path) -> str:
+    """bf16 or fp32, as the trainer's own probe chooses at the smallest batch."""
+    run = article_run(folder, "train.precision=auto", "train.global_batch_size=16", "train.duration=1 steps")
+    run.watchdog.stop()
+    return "bf16" if run.recipe.train.precision == "bf16" else "fp32"
+
+
+def _trainer(folder: Path, batch_size: int, steps: int, precision: str) -> float:
+    """Images per second of the real loop over its last `steps` steps, logging included."""
+    from shardstep.trainer import loop
+
+    run = article_run(
+        folder, f"train.global_batch_size={batch_size}", f"train.duration={2 * steps} steps",
+        f"train.precision={precision}", f"log.every={steps} steps", "checkpoint.every=1000 epochs",
+    )  # fmt: skip
+    loop.train(run)
+    run.watchdog.stop()
+    return float(run.metrics.last_train["samples_per_s"])
+
+
+def _bare_loop(batch_size: int, steps: int, precision: str) -> float:
+    """Images per second of what one would write by hand: no ranks, no checkpoints, no metrics."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, optimizer = _article_net(device)
+    images, labels = _images_and_labels(device)
+    began = 0.0
+    for step in range(2 * steps):
+        if step == steps:
+            began = time.perf_counter()
+        batch, targets = _random_batch(images, labels, batch_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            outputs = model(batch)
+        loss = torch.nn.functional.cross_entropy(outputs.float(), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    loss.item()  # waits for the device
+    return steps * batch_size / (time.perf_counter() - began)
+
+
+def _lightning(folder: Path, batch_size: int, steps: int, precision: str) -> float:
+    """Images per second of Lightning's Trainer, without its logger, bar and checkpoints, on the bare loop's batches."""
+    import logging
+    import warnings
+
+    import lightning
+    import torch
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images, labels = _images_and_labels(torch.device("cpu"))
+    marks = []
+
+    class Batches(torch.utils.data.IterableDataset):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            while True:
+                yield _random_batch(images, labels, batch_size)
+
+    class Article(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.optimizer = _article_net(torch.device("cpu"))
+
+        def training_step(self, batch, index):  # type: ignore[no-untyped-def]
+            return torch.nn.functional.cross_entropy(self.net(batch[0]).float(), batch[1])
+
+        def on_train_batch_end(self, outputs, batch, index):  # type: ignore[no-untyped-def]
+            if index + 1 in (steps, 2 * steps):
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                marks.append(time.perf_counter())
+
+        def configure_optimizers(self):  # type: ignore[no-untyped-def]
+            return self.optimizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of how many workers a loader should have, and the like
+        trainer = lightning.Trainer(
+            accelerator=device.type, devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true",
+            max_steps=2 * steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=folder,
+        )  # fmt: skip
+        trainer.fit(Article(), torch.utils.data.DataLoader(Batches(), batch_size=None))
+    return steps * batch_size / (marks[1] - marks[0])
+
+
+def _article_net(device):  # type: ignore[no-untyped-def]
+    import torch
+
+    from shardstep.trainer.models.article_cnn import article_cnn
+
+    torch.manual_seed(0)
+    model = article_cnn((3, 32, 32), 10).to(device).to(memory_format=torch.channels_last)
+    return model, torch.optim.Adam(model.parameters(), lr=0.001)
+
+
+def _images_and_labels(device):  # type: ignore[no-untyped-def]
+    import torch
+
+    images = torch.randint(0, 256, (_IMAGES, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (_IMAGES,), device=device)
+    return images.to(device, memory_format=torch.channels_last), labels
+
+
+def _random_batch(images: "Tensor", labels: "Tensor", batch_size: int) -> tuple["Tensor", "Tensor"]:
+    import torch
+
+    chosen = torch.randint(0, len(images), (batch_size,), device=images.device)
+    return (images[chosen].float() / 255 - 0.1307) / 0.3081, labels[chosen]

@@ -1,0 +1,210 @@
+"""Works to tables: each measured in turn in one session, medians with their range, ratios of pairs, text and JSON.
+
+Machines differ and are noisy. Works that are measured in turn meet the same moods, so the ratio of two that ran side by
+side says more than either figure.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+_OTHER_LIBRARIES = ("lightning", "litdata", "mosaicml-streaming", "numpy", "opencv-python-headless", "pillow")
+_NAME_WIDTH = 62
+
+
+@dataclass(frozen=True)
+class Table:
+    """What came out of a benchmark.
+
+    Attributes:
+        title: what was measured, on what.
+        unit: of the values, such as images/s or s.
+        rows: name of a work -> its values, one per repeat, in the order of the repeats.
+        reference: the row that the others are divided by.
+        notes: lines that belong below it, such as what was left out and why.
+    """
+
+    title: str
+    unit: str
+    rows: dict[str, list[float]]
+    reference: str
+    notes: list[str] = field(default_factory=list)
+
+
+def whole_number(text: str) -> int:
+    """An option's value that counts something, from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return int(text)
+
+
+def importable(library: str) -> bool:
+    """Whether an alternative is installed, whole."""
+    try:
+        import_module(library)
+    except ImportError:
+        return False
+    return True
+
+
+def in_turn(works: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Values of some works, each called once without being counted, then all in turn `repeats` times."""
+    for work in works.values():
+        work()
+    values: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            values[name].append(work())
+    return values
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of those it has waited for: what is left of a clock where others use the core too."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_seconds}
+
+
+def add_clock_option(parser: argparse.ArgumentParser) -> None:
+    """Let a benchmark of works on one core count CPU time, which does not grow while others have the core."""
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: for a busy machine (default: %(default)s)"
+    )
+
+
+def rate(work: Callable[[], int], clock: str = "wall") -> Callable[[], float]:
+    """A work that returns how many it did, as one that returns how many a second."""
+    now = CLOCKS[clock]
+
+    def measured() -> float:
+        began = now()
+        done = work()
+        return done / (now() - began)
+
+    return measured
+
+
+def seconds(work: Callable[[], object], clock: str = "wall") -> Callable[[], float]:
+    """A work, as one that returns how many seconds it took."""
+    now = CLOCKS[clock]
+
+    def measured() -> float:
+        began = now()
+        work()
+        return now() - began
+
+    return measured
+
+
+def paired_ratios(table: Table, row: str) -> list[float]:
+    """A row's values, each divided by the reference's value of the same repeat."""
+    return [value / base for value, base in zip(table.rows[row], table.rows[table.reference], strict=True)]
+
+
+def print_table(table: Table, out: TextIO) -> None:
+    """Write a table for people: median, range, and the median ratio of pairs with its range."""
+    print(f"\n{table.title}", file=out)
+    heads = f"{table.unit:>12}{'range':>22}{'ratio':>8}{'range':>17}"
+    print(f"  {'':<{_NAME_WIDTH}}{heads}", file=out)
+    for name, values in table.rows.items():
+        ratios = paired_ratios(table, name)
+        spans = [f"{_figure(min(found))} to {_figure(max(found))}" for found in (values, ratios)]
+        print(
+            f"  {name:<{_NAME_WIDTH}}{_figure(statistics.median(values)):>12}{spans[0]:>22}"
+            f"{_figure(statistics.median(ratios)):>8}{spans[1]:>17}",
+            file=out,
+        )
+    print(f"  ratio: to {table.reference!r}; n = {len(table.rows[table.reference])}", file=out)
+    for note in table.notes:
+        print(f"  {note}", file=out)
+
+
+def report(command: str, tables: list[Table], json_path: str | None) -> None:
+    """Print tables below the machine they come from, and write them as JSON to a file, or to stdout for `-`.
+
+    With `-` the text goes to stderr, so that stdout is JSON alone.
+    """
+    machine = hardware()
+    out = sys.stderr if json_path == "-" else sys.stdout
+    print(_machine_line(machine), file=out)
+    for table in tables:
+        print_table(table, out)
+    if json_path is not None:
+        text = json.dumps({"command": command, **machine, "tables": [as_json(table) for table in tables]}, indent=1)
+        if json_path == "-":
+            print(text)
+        else:
+            Path(json_path).write_text(text + "\n")
+
+
+def as_json(table: Table) -> dict[str, Any]:
+    """A table as plain values."""
+    rows = []
+    for name, values in table.rows.items():
+        ratios = paired_ratios(table, name)
+        rows.append({
+            "name": name,
+            "values": values, "median": statistics.median(values), "lowest": min(values), "highest": max(values),
+            "ratio": statistics.median(ratios), "ratio_lowest": min(ratios), "ratio_highest": max(ratios),
+        })  # fmt: skip
+    return {
+        "title": table.title,
+        "unit": table.unit,
+        "reference": table.reference,
+        "repeats": len(table.rows[table.reference]),
+        "rows": rows,
+        "notes": table.notes,
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures were measured on: `hardware` and `versions`."""
+    import torch
+
+    from shardstep.trainer import machine
+
+    cpu = machine.read_cpu()
+    found = machine.versions()
+    for name in _OTHER_LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "hardware": {
+            "cpu": cpu.name,
+            "vectors": cpu.vectors,
+            "bf16_units": cpu.bf16_units,
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+            "memory_gb": round(machine.memory_bytes() / 1e9),
+            "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        },
+        "versions": found,
+    }
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    has, versions = machine["hardware"], machine["versions"]
+    units = f", bf16 units: {has['bf16_units']}" if has["bf16_units"] else ", no bf16 units"
+    return (
+        f"{has['cpu']} ({has['vectors']}{units}), {has['cores']} cores, {has['threads']} threads, "
+        f"GPUs: {', '.join(has['gpus']) or 'none'}; Python {versions['python']}, torch {versions['torch']}"
+    )
+
+
+def _figure(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"

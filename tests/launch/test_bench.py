@@ -1,0 +1,115 @@
+"""The benchmarks run, on tiny inputs, and say what they promise; how fast anything is, is not tested."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from shardstep.launch import bench
+from shardstep.launch.bench_tables import Table, as_json, importable, in_turn, paired_ratios, print_table
+from shardstep.launch.cli import run
+
+TINY = {
+    "loader": ["--samples", "40", "--jpegs", "4"],
+    "step": ["--batches", "8", "--images", "16", "--precision", "fp32"],
+    "checkpoint": ["--steps", "3"],
+    "startup": ["--clock", "cpu"],
+}
+ROWS = {  # those that need nothing but our own requirements
+    "loader": ["resident: gather, flip, translate, normalise", "stream: decode, flip, translate, normalise",
+               "torchvision ImageFolder + DataLoader", "webdataset, torchvision transforms, DataLoader",
+               "stream: index, pread, crc32, decode", "the files one after the other", "stream, all shards shuffled together",
+               "first start: decode and keep", "later start: check and map"],
+    "step": ["bare loop", "shardstep"],
+    "checkpoint": ["no checkpoint", "a checkpoint every 50 steps"],
+    "startup": ["import torch", "shardstep --help", "smoke: a small recipe, to its first step"],
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves its shards to the collector
+@pytest.mark.parametrize("name", TINY)
+def test_a_benchmark_runs_and_its_json_has_what_it_promises(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no shards of quickstart here
+    assert bench.main([name, "--repeats", "1", "--json", str(tmp_path / "found.json"), *TINY[name]]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["command"] == f"bench {name}"
+    assert found["hardware"].keys() == {"cpu", "vectors", "bf16_units", "cores", "threads", "memory_gb", "gpus"}
+    assert {"python", "torch", "accelerate", "torchvision", "webdataset", "shardstep"} <= found["versions"].keys()
+    rows = {row["name"]: row for table in found["tables"] for row in table["rows"]}
+    assert not set(ROWS[name]) - rows.keys()
+    assert all(row["median"] > 0 and row["ratio"] > 0 and len(row["values"]) == 1 for row in rows.values())
+    text = capsys.readouterr().out
+    assert all(row in text for row in rows)
+    left_out = [note for table in found["tables"] for note in table["notes"] if "not installed" in note]
+    libraries = {"loader": ["streaming", "litdata"], "step": ["lightning"], "startup": ["lightning"]}.get(name, [])
+    assert len(left_out) == sum(not importable(library) for library in libraries)
+
+
+def test_every_benchmark_is_tested_here() -> None:
+    assert {"loader", "step", "checkpoint", "startup"} <= TINY.keys()
+    assert not TINY.keys() - bench.BENCHMARKS.keys()
+
+
+def test_json_alone_is_on_stdout(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table("a thing", "s", {"one": [1.0]}, "one")
+    monkeypatch.setitem(sys.modules, "shardstep.launch.bench_step", _benchmark([table]))
+    assert bench.main(["step", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["tables"][0]["title"] == "a thing"
+    assert "a thing" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--repeats", "0"], "0 is not a whole number from 1"),
+        (["loader", "--images", "nowhere"], "no shards in nowhere"),
+        (["startup", "data.trian=x"], "data.trian"),
+        (["startup", "optimizer.name=sdg"], "sdg"),
+    ],
+)
+def test_bad_input_is_one_clear_message(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = run(bench.main, arguments)
+    except SystemExit as ending:  # of argparse
+        code = int(ending.code or 0)
+    assert code == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_works_are_warmed_up_once_and_then_measured_in_turn() -> None:
+    calls: list[str] = []
+
+    def work(name: str) -> Any:
+        def measured() -> float:
+            calls.append(name)
+            return float(len(calls))
+
+        return measured
+
+    values = in_turn({"a": work("a"), "b": work("b")}, 2)
+    assert calls == ["a", "b", "a", "b", "a", "b"]
+    assert values == {"a": [3, 5], "b": [4, 6]}
+
+
+def test_ratios_are_of_pairs() -> None:
+    # pairs 20/10, 30/20 and 80/40: 2, 1.5 and 2, whose median is 2, whereas the medians' ratio is 30/20 = 1.5
+    table = Table("", "images/s", {"plain": [10, 20, 40], "ours": [20, 30, 80]}, "plain")
+    assert paired_ratios(table, "ours") == [2, 1.5, 2]
+    row = as_json(table)["rows"][1]
+    assert (row["median"], row["lowest"], row["highest"]) == (30, 20, 80)
+    assert (row["ratio"], row["ratio_lowest"], row["ratio_highest"]) == (2, 1.5, 2)
+    print_table(table, sys.stdout)
+
+
+def _benchmark(tables: list[Table]) -> ModuleType:
+    module = ModuleType("shardstep.launch.bench_step")
+    module.__dict__.update(add_options=lambda parser: None, measure=lambda given, folder: tables)
+    return module
