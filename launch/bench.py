@@ -23,6 +23,7 @@ BENCHMARKS = {
     "step": "the trainer against a bare PyTorch loop, on the article's net",
     "checkpoint": "steps with and without a checkpoint every 50 of them",
     "startup": "from the command to the first optimizer step",
+    "record": "a recipe with one seed after another, timed as speed records are",
 }
 
 
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
     modules = {name: import_module(f"shardstep.launch.bench_{name}") for name in BENCHMARKS}
     for name, what in BENCHMARKS.items():
         command = commands.add_parser(name, help=what, description=modules[name].__doc__)
-        command.add_argument("--repeats", type=whole_number, default=7, help="(default: %(default)s)")
+        command.add_argument("--repeats", "--runs", type=whole_number, default=7, help="(default: %(default)s)")
         command.add_argument("--json", metavar="PATH", help="write the figures there as JSON; - is stdout")
         modules[name].add_options(command)
     given = parser.parse_args(arguments)

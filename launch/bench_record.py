@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardstep.launch.bench_tables import Table, whole_number
+from shardstep.launch.bench_tables import Table
 
 _NEVER = ("log.every=1000000 epochs", "eval.every=1000000 epochs", "checkpoint.every=1000000 epochs")
 
@@ -32,21 +32,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `shardstep bench record`."""
     parser.add_argument("recipe", nargs="?", default="speedrun94", help="(default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--runs", type=whole_number, default=5, help="with the seeds 0, 1, ... (default: %(default)s)")
 
 
 def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
-    """Train `given.runs` times, and make tables of it."""
+    """Train with the seeds 0, 1, ..., and make tables of it."""
     from shardstep.configs.errors import InputError
 
     _train(given.recipe, [*given.overrides, "run.seed=0", "train.duration=3 steps"], folder / "warm-up")
     runs = []
-    for seed in range(given.runs):
+    for seed in range(given.repeats):
         timed = _train(given.recipe, [*given.overrides, f"run.seed={seed}"], folder / f"seed{seed}")
         if timed is None:
             raise InputError(f"recipe {given.recipe} reconstructs images: it has no accuracy to keep a record of")
         runs.append(timed)
-    accuracies, seconds = [run.accuracy for run in runs], [run.seconds for run in runs]
+    accuracies, seconds = [100 * run.accuracy for run in runs], [run.seconds for run in runs]
     title = f"{given.recipe} {' '.join(given.overrides)}".strip()
     parts = {
         "initialisation, training and evaluation": seconds,
@@ -55,7 +54,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
         "evaluation, with all views": [run.evaluate_s for run in runs],
     }
     return [
-        Table(f"{title}: test accuracy", "of 1", {"accuracy": accuracies}, "accuracy", [_spread(accuracies)]),
+        Table(f"{title}: test accuracy", "%", {"accuracy": accuracies}, "accuracy", [_spread(accuracies)]),
         Table(f"{title}: time", "s", parts, "initialisation, training and evaluation", []),
     ]
 
@@ -83,5 +82,5 @@ def _train(name: str, overrides: list[str], folder: Path) -> Timed | None:
 def _spread(accuracies: list[float]) -> str:
     mean, count = statistics.mean(accuracies), len(accuracies)
     if count == 1:
-        return f"mean {mean:.2%}, one run"
-    return f"mean {mean:.2%}, standard error {statistics.stdev(accuracies) / count**0.5:.2%}, {count} runs"
+        return f"mean {mean:.2f} %, one run"
+    return f"mean {mean:.2f} %, standard error {statistics.stdev(accuracies) / count**0.5:.2f} %, {count} runs"

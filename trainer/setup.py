@@ -282,9 +282,10 @@ def initial_model(
 def initialize(module: nn.Module, loaded: Data, device: torch.device) -> float:
     """Set the weights that depend on the data, and on nothing that differs between ranks; returns the seconds it took."""
     began = time.perf_counter()
-    if hasattr(module, "initialize"):
+    set_weights = getattr(module, "initialize", None)
+    if set_weights:
         first = np.arange(min(_INITIALIZE_SAMPLES, loaded.train.manifest.samples))
-        module.initialize(loaded.normalize(loaded.train_reader.read(first)[0].to(device)))
+        set_weights(loaded.normalize(loaded.train_reader.read(first)[0].to(device)))
         next(module.parameters()).sum().item()  # waits for the device
     return time.perf_counter() - began
 

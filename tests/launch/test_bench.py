@@ -17,6 +17,7 @@ TINY = {
     "step": ["--batches", "8", "--images", "16", "--precision", "fp32"],
     "checkpoint": ["--steps", "3"],
     "startup": ["--clock", "cpu"],
+    "record": ["smoke", "train.duration=2 steps", "eval.views=mirror"],
 }
 ROWS = {  # those that need nothing but our own requirements
     "loader": ["resident: gather, flip, translate, normalise", "stream: decode, flip, translate, normalise",
@@ -26,6 +27,7 @@ ROWS = {  # those that need nothing but our own requirements
     "step": ["bare loop", "shardstep"],
     "checkpoint": ["no checkpoint", "a checkpoint every 50 steps"],
     "startup": ["import torch", "shardstep --help", "smoke: a small recipe, to its first step"],
+    "record": ["accuracy", "initialisation, training and evaluation", "training", "evaluation, with all views"],
 }  # fmt: skip
 
 
@@ -51,7 +53,7 @@ def test_a_benchmark_runs_and_its_json_has_what_it_promises(
 
 
 def test_every_benchmark_is_tested_here() -> None:
-    assert {"loader", "step", "checkpoint", "startup"} <= TINY.keys()
+    assert {"loader", "step", "checkpoint", "startup", "record"} <= TINY.keys()
     assert not TINY.keys() - bench.BENCHMARKS.keys()
 
 
