@@ -86,6 +86,10 @@ class TrainConfig:
     """With on_nan=skip: the run ends at one more."""
     timeout_s: float = 1800
     """Seconds that a rank waits for the others in a collective before it gives up."""
+    all_reduce: Literal["buckets", "flat"] = "buckets"
+    """How ranks share gradients: DDP's buckets, on their way during the backward pass; flat: all at once, after it."""
+    compress: Literal["none", "bf16", "fp16", "powersgd"] = "none"
+    """How gradients travel between ranks; pays on slow networks, and ranks then agree less closely. none is exact."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from torch import nn
+from torch import Tensor, nn
 
 from shardstep.configs.durations import Duration
 from shardstep.configs.errors import InputError
@@ -46,6 +46,7 @@ from shardstep.trainer.preempt import Requests, StopRequest
 from shardstep.trainer.sample_log import SampleLog
 from shardstep.trainer.saver import Saver
 from shardstep.trainer.schedules import LearningRate
+from shardstep.trainer.sharing import sharing_problems, sharing_warnings
 from shardstep.trainer.skip import BadSteps
 from shardstep.trainer.time_limit import TimeLimit
 from shardstep.trainer.tracking import WandbTracker
@@ -151,7 +152,9 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     probed_s = _settle_compute(world, recipe, module, objective, loaded, plan, display)
 
     accelerator, state = together(world, lambda: prepare(recipe, module))
-    _settle_buckets(accelerator, state, objective, loaded)
+    for warning in together(world, lambda: _check_sharing(recipe, world, resume.path is not None)):
+        display.warn(warning)
+    wrap_model(accelerator, recipe, state, objective, loaded.image_shape)
     state.fingerprint, state.test_fingerprint = train.manifest.fingerprint, test.manifest.fingerprint
     for problem in resume.passed_over:
         display.warn(f"passed over, because it is not whole: {problem}")
@@ -260,7 +263,7 @@ def initial_model(
 
 
 def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]:
-    """Wrap a model and a new optimizer for it in Accelerate's, in the recipe's precision and memory format.
+    """Accelerate's view of the world, and a state with a new optimizer, in the recipe's precision and memory format.
 
     Raises:
         InputError: the optimizer's options do not fit the model.
@@ -268,15 +271,44 @@ def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]
     accelerator = runtime.build_accelerator(recipe.train.precision)
     module = module.to(memory_format=MEMORY_FORMATS[recipe.train.memory_format])
     optimizer = build_optimizer(recipe.optimizer, module, has_scaler=accelerator.scaler is not None)
-    model, prepared = runtime.wrap(accelerator, module, optimizer)
-    return accelerator, TrainState(module, model, prepared, accelerator.scaler)
+    return accelerator, TrainState(module, module, runtime.wrap_optimizer(accelerator, optimizer), accelerator.scaler)
 
 
-def _settle_buckets(accelerator: Accelerator, state: TrainState, objective: Objective, loaded: Data) -> None:
-    channels, height, width = loaded.image_shape
-    images = torch.zeros(2, channels, height, width, device=accelerator.device)
+def wrap_model(
+    accelerator: Accelerator,
+    recipe: Recipe,
+    state: TrainState,
+    objective: Objective,
+    image_shape: tuple[int, int, int],
+) -> None:
+    """Let the ranks share the gradients of a state's model; again when parameters have been frozen or set free. All ranks.
+
+    Args:
+        accelerator: the world.
+        recipe: checked and settled.
+        state: between two steps; its `model` is wrapped anew around its `module`.
+        objective: whose gradient it is.
+        image_shape: (channels, height, width).
+    """
+    images = torch.zeros(2, *image_shape, device=accelerator.device)
     labels = torch.zeros(2, dtype=torch.long, device=accelerator.device)
-    runtime.settle_buckets(accelerator, state.model, lambda outputs: objective.loss(outputs, images, labels), images)
+
+    def loss_of(outputs: Tensor) -> Tensor:
+        return objective.loss(outputs, images, labels)
+
+    state.model = runtime.wrap_model(accelerator, state.module, recipe.train, loss_of, images, before=state.model)
+
+
+def _check_sharing(recipe: Recipe, world: PartialState, resumed: bool) -> list[str]:
+    """What to warn of in the way that ranks share gradients, once the precision is settled.
+
+    Raises:
+        InputError: it cannot work.
+    """
+    problems = sharing_problems(recipe.train)
+    if problems:
+        raise InputError("\n".join(problems))
+    return sharing_warnings(recipe.train, world.num_processes, resumed)
 
 
 def make_test_batches(
