@@ -190,8 +190,11 @@ def average_gradients(model: nn.Module) -> None:
 def _ddp_options(module: nn.Module, config: TrainConfig) -> DistributedDataParallelKwargs:
     """For Accelerate. static_graph stays off: it saves a search for unused parameters that is off already."""
     powersgd = {"matrix_approximation_rank": POWERSGD_RANK, "start_powerSGD_iter": POWERSGD_START}
+    num_bytes = gradient_bytes(module)
+    # PowerSGD's hook waits for collectives in the callbacks of others: two buckets would block both of gloo's threads for ever.
+    one_bucket_mb = (num_bytes >> 20) + 1
     return DistributedDataParallelKwargs(
-        bucket_cap_mb=bucket_mb(gradient_bytes(module)),
+        bucket_cap_mb=one_bucket_mb if config.compress == "powersgd" else bucket_mb(num_bytes),
         gradient_as_bucket_view=True,
         comm_hook=_DDP_HOOKS[config.compress],
         comm_state_option=powersgd if config.compress == "powersgd" else {},
@@ -244,7 +247,8 @@ def _autocast_fp16_on_cpu(accelerator: Accelerator, module: nn.Module) -> None:
 
 
 def _undo_autocast(module: nn.Module) -> None:
-    """Give a model the forward pass that it had before it was wrapped."""
+    """Give a model the forward pass that it had before it was wrapped, and let Accelerate wrap it again."""
+    module.__dict__.pop("_is_accelerate_prepared", None)
     original = module.__dict__.pop("_original_forward", None)
     if original is not None:
         module.forward = original
