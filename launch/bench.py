@@ -3,6 +3,7 @@
     shardstep bench loader [--images DIR] [--repeats N]
     shardstep bench step [--repeats N]
     shardstep bench checkpoint [--repeats N]
+    shardstep bench scaling [--repeats N] [--cluster NAME] [--workload NAME] [--gpus N,N] [--json]
 
 Figures are medians with their range over the repeats; machines differ and are noisy, so look at the ratios.
 """
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from shardstep.launch import bench_scaling
 from shardstep.launch.cli import run as run_command
 
 
@@ -28,7 +30,12 @@ def main(arguments: list[str]) -> int:
     checkpoint = commands.add_parser("checkpoint", help="steps with and without a checkpoint every 50 of them")
     for command in (loader, step, checkpoint):
         command.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
+    bench_scaling.add_arguments(
+        commands.add_parser("scaling", help="what more ranks give: measured here, and by a model")
+    )
     given = parser.parse_args(arguments)
+    if given.command == "scaling":
+        return bench_scaling.main(given)
     with tempfile.TemporaryDirectory(prefix="shardstep-bench-") as folder:
         {"loader": _loader, "step": _step, "checkpoint": _checkpoint}[given.command](given, Path(folder))
     return 0

@@ -191,7 +191,7 @@ def _ddp_options(module: nn.Module, config: TrainConfig) -> DistributedDataParal
     """For Accelerate. static_graph stays off: it saves a search for unused parameters that is off already."""
     powersgd = {"matrix_approximation_rank": POWERSGD_RANK, "start_powerSGD_iter": POWERSGD_START}
     num_bytes = gradient_bytes(module)
-    # PowerSGD's hook waits for collectives in the callbacks of others: two buckets would block both of gloo's threads for ever.
+    # PowerSGD's hook waits for collectives in the callbacks of others: with two buckets, both of gloo's threads would wait.
     one_bucket_mb = (num_bytes >> 20) + 1
     return DistributedDataParallelKwargs(
         bucket_cap_mb=one_bucket_mb if config.compress == "powersgd" else bucket_mb(num_bytes),
