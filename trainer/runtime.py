@@ -190,11 +190,8 @@ def average_gradients(model: nn.Module) -> None:
 def _ddp_options(module: nn.Module, config: TrainConfig) -> DistributedDataParallelKwargs:
     """For Accelerate. static_graph stays off: it saves a search for unused parameters that is off already."""
     powersgd = {"matrix_approximation_rank": POWERSGD_RANK, "start_powerSGD_iter": POWERSGD_START}
-    num_bytes = gradient_bytes(module)
-    # PowerSGD's hook waits for collectives in the callbacks of others: with two buckets, both of gloo's threads would wait.
-    one_bucket_mb = (num_bytes >> 20) + 1
     return DistributedDataParallelKwargs(
-        bucket_cap_mb=one_bucket_mb if config.compress == "powersgd" else bucket_mb(num_bytes),
+        bucket_cap_mb=bucket_mb(gradient_bytes(module), config.compress),
         gradient_as_bucket_view=True,
         comm_hook=_DDP_HOOKS[config.compress],
         comm_state_option=powersgd if config.compress == "powersgd" else {},

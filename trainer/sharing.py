@@ -19,13 +19,27 @@ def gradient_bytes(module: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in module.parameters() if value.requires_grad)
 
 
-def bucket_mb(num_bytes: int) -> int:
+def bucket_mb(num_bytes: int, compress: str) -> int:
     """MiB of DDP's buckets for so many bytes of gradients.
 
     A bucket is reduced while the layers before it compute. torch's default of 25 MiB would make one bucket of a small net,
     whose reduction could only begin when the last gradient is there; 1 MiB in a large net would pay a latency for each.
     """
+    if compress == "powersgd":
+        # One for all: its hook waits for collectives in the callbacks of others, and with two buckets both of gloo's threads
+        # would wait for ever (torch 2.15).
+        return (num_bytes >> 20) + 1
     return _SMALL_BUCKET_MB if num_bytes <= _SMALL_NET_MB << 20 else _LARGE_BUCKET_MB
+
+
+def describe_sharing(config: TrainConfig, module: nn.Module) -> str:
+    """How the ranks share the gradients of a model, in a line."""
+    num_bytes = gradient_bytes(module)
+    how = (
+        "in one buffer" if config.all_reduce == "flat" else f"in buckets of {bucket_mb(num_bytes, config.compress)} MiB"
+    )
+    compressed = "" if config.compress == "none" else f", which travel as {config.compress}"
+    return f"{num_bytes / 1e6:.3g} MB a step, all-reduced {how}{compressed}"
 
 
 def sharing_problems(config: TrainConfig) -> list[str]:

@@ -64,8 +64,9 @@ def test_one_buffer_for_each_number_format() -> None:
 
 
 def test_small_nets_have_small_buckets() -> None:
-    assert bucket_mb(1_200_000) == 1  # the article's net
-    assert bucket_mb(102_000_000) == 25  # ResNet-50
+    assert bucket_mb(1_200_000, "none") == 1  # the article's net
+    assert bucket_mb(102_000_000, "bf16") == 25  # ResNet-50
+    assert bucket_mb(102_000_000, "powersgd") == 98  # all of it: 97.3 MiB
 
 
 # --- the same curve ---------------------------------------------------------------------------------------------------
@@ -253,8 +254,9 @@ def test_powersgd_says_that_it_begins_anew(shards: Path, tmp_path: Path) -> None
         tmp_path, shards, train={"compress": "powersgd", "duration": "4 steps"}, checkpoint={"every": "2 steps"}
     )
     run_ranks(2, train_until, str(recipe), 3)
-    (code, _, message), (_, _, silence) = run_ranks(2, failure_of, str(recipe))
+    (code, output, message), (_, _, silence) = run_ranks(2, failure_of, str(recipe))
     assert code == 0
+    assert "all-reduced in buckets of 1 MiB, which travel as powersgd" in output
     assert "train.compress=powersgd begins anew" in message
     assert silence == ""
 
