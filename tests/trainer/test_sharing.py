@@ -16,7 +16,7 @@ from tests.runs import failure_of, train_lines, train_ranks, train_until, write_
 from tests.trainer.test_world import curves, largest_difference
 
 FLAT = {"all_reduce": "flat"}
-WIDE = {"name": "mlp", "hidden": [128, 512, 512, 16]}  # 1.5, 0.25, 1 and 0.03 MiB: three buckets of DDP, or more
+WIDE = {"name": "mlp", "hidden": [64, 512, 512, 512, 16]}  # 0.75, 0.13, 1, 1, 0.03 and 0.001 MiB of gradients
 
 
 # --- one flat buffer, without ranks -----------------------------------------------------------------------------------
@@ -155,9 +155,9 @@ def count_reductions(recipe: str, count: int) -> list[int]:
     [
         ({"all_reduce": "flat"}, 1),
         ({"all_reduce": "flat", "compress": "bf16", "max_micro_batch": 5}, 1),
-        # gradients come from the last layer to the first: 16 and 512-512 are 1.03 MiB, 128-512 and the first 1.75
-        ({"max_micro_batch": 5}, 2),
-        ({"compress": "fp16"}, 2),
+        # gradients come from the last layer to the first: 0.001 + 0.03 + 1 MiB, then 1, then 0.13 + 0.75
+        ({"max_micro_batch": 5}, 3),
+        ({"compress": "fp16"}, 3),
     ],
 )
 def test_reductions_of_a_step(shards: Path, tmp_path: Path, train: dict[str, Any], expected: int) -> None:
@@ -178,7 +178,7 @@ def freeze_on_the_way(recipe: str) -> tuple[list[int], list[list[float]], bool]:
     from shardstep.trainer import setup
 
     run = build_run(recipe)
-    module = run.state.module
+    module, still_held = run.state.module, run.state.model
     counted = take_steps(run, 1)
     for value in module[1].parameters():
         value.requires_grad_(False)
@@ -186,11 +186,12 @@ def freeze_on_the_way(recipe: str) -> tuple[list[int], list[list[float]], bool]:
     before = [value.detach().clone() for value in module.parameters()]
     counted += take_steps(run, 1)
     moved = [(value - old).flatten().tolist() for value, old in zip(module.parameters(), before, strict=True)]
+    del still_held  # whoever kept the first wrapper did no harm
     inner = module.__dict__.get("_original_forward")
     return counted, moved, inner is not None and inner.__func__ is type(module).forward
 
 
-@pytest.mark.parametrize(("all_reduce", "expected"), [("buckets", 2), ("flat", 1)])
+@pytest.mark.parametrize(("all_reduce", "expected"), [("buckets", 3), ("flat", 1)])
 def test_parameters_can_be_frozen_on_the_way(shards: Path, tmp_path: Path, all_reduce: str, expected: int) -> None:
     recipe = write_recipe(
         tmp_path, shards, model=WIDE, optimizer={"name": "sgd", "lr": 0.5}, train={"all_reduce": all_reduce}
