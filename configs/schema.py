@@ -91,6 +91,10 @@ class TrainConfig:
     """half keeps weights, gradients and optimizer in the format of train.precision, all but batch norm; no scaler."""
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     """torch.compile's mode for the training pass, compiled before the first step; the last two use CUDA graphs."""
+    all_reduce: Literal["buckets", "flat"] = "buckets"
+    """How ranks share gradients: DDP's buckets, on their way during the backward pass; flat: all at once, after it."""
+    compress: Literal["none", "bf16", "fp16", "powersgd"] = "none"
+    """How gradients travel between ranks; pays on slow networks, and ranks then agree less closely. none is exact."""
 
 
 @dataclass

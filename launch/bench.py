@@ -4,8 +4,10 @@
     shardstep bench step [--batches SIZE ...]
     shardstep bench checkpoint
     shardstep bench startup [section.key=value ...] [--clock cpu]
+    shardstep bench record [RECIPE [section.key=value ...]]
+    shardstep bench scaling [--cluster NAME] [--workload NAME] [--gpus N,N]
 
-All take --repeats N and --json PATH, with - for stdout. Each is a module launch/bench_NAME.py with `add_options(parser)`
+All but scaling take --repeats N and --json PATH, with - for stdout, and are a module launch/bench_NAME.py with `add_options(parser)`
 and `measure(given, folder)`, which returns tables. An alternative that is not installed is left out, with a word.
 """
 
@@ -15,6 +17,7 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
+from shardstep.launch import bench_scaling
 from shardstep.launch.bench_tables import report, whole_number
 from shardstep.launch.cli import run as run_command
 
@@ -37,7 +40,12 @@ def main(arguments: list[str]) -> int:
         command.add_argument("--repeats", "--runs", type=whole_number, default=7, help="(default: %(default)s)")
         command.add_argument("--json", metavar="PATH", help="write the figures there as JSON; - is stdout")
         modules[name].add_options(command)
+    bench_scaling.add_arguments(
+        commands.add_parser("scaling", help="what more ranks give: measured here, and by a model of a cluster")
+    )
     given = parser.parse_args(arguments)
+    if given.command == "scaling":  # a model beside the figures: no table of works
+        return bench_scaling.main(given)
     with tempfile.TemporaryDirectory(prefix="shardstep-bench-") as folder:
         tables = modules[given.command].measure(given, Path(folder))
     report(f"bench {given.command}", tables, given.json)

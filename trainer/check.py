@@ -10,6 +10,7 @@ from shardstep.configs.load import Loaded
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import TRANSFORMS
 from shardstep.trainer import average, losses, models, optimizers, runtime, schedules
+from shardstep.trainer.sharing import sharing_problems
 
 
 def check_recipe(loaded: Loaded) -> Recipe:
@@ -47,6 +48,7 @@ def check_recipe(loaded: Loaded) -> Recipe:
 
     recipe.data.augment, found = _resolve_augment(recipe.data.augment)
     problems += found + _check_durations(recipe) + _check_numbers(recipe) + _check_normalize(recipe)
+    problems += sharing_problems(recipe.train)
     if not problems:
         problems += optimizers.check_schedule_has_effect(recipe.optimizer, recipe.schedule)
     if problems:

@@ -9,6 +9,7 @@ from shardstep.datasets.order import window_of
 from shardstep.trainer.models.batch_norm import SyncBatchNorm2d
 from shardstep.trainer.plan import Plan
 from shardstep.trainer.setup import Run
+from shardstep.trainer.sharing import describe_sharing
 from shardstep.trainer.time_limit import time_text
 
 
@@ -59,6 +60,7 @@ def describe(run: Run) -> list[str]:
             f"{plan.global_batch_size} = {ranks} x {_count(plan.micro_steps, 'micro-step')} "
             f"of at most {largest_micro_batch}",
         ),
+        *([("gradients", describe_sharing(recipe.train, run.state.module))] if plan.world_size > 1 else []),
         ("duration", f"{plan.duration}{f' = {plan.total_steps} steps' if per_epoch else ''}{per_epoch}"),
         *([("time", f"the allocation ends in {time_text(remaining_s)}")] if remaining_s is not None else []),
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),

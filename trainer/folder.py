@@ -25,7 +25,7 @@ _MATHEMATICS = {
     "run": ["seed"],
     "data": ["augment", "normalize", "resize", "lanes", "window_shards", "last_batch"],
     "train": [
-        *("global_batch_size", "precision", "weights", "memory_format", "compile"),
+        *("global_batch_size", "precision", "weights", "memory_format", "compile", "compress"),
         *("clip_norm", "clip_value", "duration", "on_nan"),
     ],
 }

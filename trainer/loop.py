@@ -91,7 +91,7 @@ def train_step(
     """Take one optimizer step on one global batch.
 
     The gradient is that of the mean loss (or its sum) over the whole batch, for shares of any size: each micro-batch
-    contributes its sum times world_size / batch size, and DDP divides by world_size when it averages over the ranks.
+    contributes its sum times world_size / batch size, and the average over the ranks divides by world_size.
 
     Returns:
         This rank's sums over its share: loss and correct predictions; float64, shape (2,), on the device. None if the
@@ -113,6 +113,7 @@ def train_step(
         with torch.no_grad():
             sums[0] += micro_loss
             sums[1] += objective.correct(outputs, micro.labels)
+    runtime.average_gradients(state.model)  # of train.all_reduce=flat; DDP has done it in the last backward pass
     bad = bad_steps.is_bad(accelerator, state, sums)  # all ranks agree
     if not bad:
         clip(accelerator, state)

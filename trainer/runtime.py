@@ -9,13 +9,18 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -24,8 +29,16 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.schema import TrainConfig
 from shardstep.trainer import launcher
 from shardstep.trainer.eager import defer_compiler
+from shardstep.trainer.sharing import POWERSGD_RANK, POWERSGD_START, FlatGradients, bucket_mb, gradient_bytes
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_DDP_HOOKS = {
+    "none": DDPCommunicationHookType.NO,
+    "bf16": DDPCommunicationHookType.BF16,
+    "fp16": DDPCommunicationHookType.FP16,
+    "powersgd": DDPCommunicationHookType.POWER_SGD,
+}
+_SENT_AS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(wanted: str) -> str:
@@ -107,7 +120,6 @@ def build_accelerator(precision: str) -> Accelerator:
         mixed_precision=half,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever the environment says
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.distributed_type not in _SUPPORTED:
         raise InputError(
@@ -119,31 +131,111 @@ def build_accelerator(precision: str) -> Accelerator:
     return accelerator
 
 
-def wrap(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """Wrap a model, on its device, in DDP (with several ranks) and autocast, and its optimizer in Accelerate's."""
+def wrap_optimizer(accelerator: Accelerator, optimizer: Optimizer) -> AcceleratedOptimizer:
+    """Wrap an optimizer in Accelerate's, which knows the scaler."""
+    return accelerator.prepare_optimizer(optimizer)
+
+
+def wrap_model(
+    accelerator: Accelerator,
+    module: nn.Module,
+    config: TrainConfig,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    batches: list[Tensor],
+    before: nn.Module | None = None,
+) -> nn.Module:
+    """Wrap a model so that the ranks share its gradients, with autocast, and compile it; the weights are rank 0's. All ranks.
+
+    To be called again when parameters have been frozen, or set free: neither DDP nor a flat buffer notices by itself.
+
+    With several ranks there is one pass whose gradient is thrown away, so that a resumed run adds up gradients in the order
+    of the first one: DDP arranges its buckets anew after its first backward pass; from three ranks on, gloo then sums in
+    another order.
+
+    Args:
+        accelerator: the world.
+        module: bare, on its device, without gradients.
+        config: the recipe's train section, for all_reduce, compress and compile.
+        loss_of: of the model's outputs for images.
+        batches: of images; the first for that pass, and one of each shape to come for the compiler.
+        before: what the last call gave for this model; it cannot be used any more.
+    """
+    before = _uncompiled(before) if before else None
+    if isinstance(before, DistributedDataParallel):
+        before._remove_autograd_hooks()  # or both would reduce
+    _undo_autocast(module)
     _autocast_fp16_on_cpu(accelerator, module)
+    alone = accelerator.num_processes == 1
+    is_flat = config.all_reduce == "flat" and not alone
+    accelerator.ddp_handler = _ddp_options(module, config)
     # Left where it is: to see whether it may be moved, Accelerate would import all of torch's distributed tensors, 0.7 s.
-    model, prepared = accelerator.prepare(module, optimizer, device_placement=[False, True])
+    model = accelerator.prepare_model(module, device_placement=False, evaluation_mode=is_flat)
     if isinstance(model, DistributedDataParallel):
         # Buffers are averaged before evaluation; broadcasting them at every forward pass would cost a collective.
         # The attribute, because the argument's name changes between torch versions.
         model.broadcast_buffers = False
-    return model, prepared
+    if is_flat:
+        _broadcast_weights(module)
+        model = FlatGradients(model, lambda values: _average(values, _SENT_AS[config.compress]))
+    if config.compile != "none":
+        model = cast(nn.Module, torch.compile(model, mode=config.compile, dynamic=False))
+        for images in batches:
+            with accelerator.no_sync(model):  # ranks may have another number of shapes
+                _throw_away_a_pass(accelerator, model, loss_of, images)
+    if not alone:
+        _throw_away_a_pass(accelerator, model, loss_of, batches[0])
+    return model
 
 
-def rewrap(model: nn.Module, mode: str) -> nn.Module:
-    """Wrap a model anew after parameters were frozen: DDP would wait for their gradients.
+def average_gradients(model: nn.Module) -> None:
+    """Share the gradients of a step, unless DDP has done so in its last backward pass. All ranks."""
+    wrapped = _uncompiled(model)
+    if isinstance(wrapped, FlatGradients):
+        wrapped.average_gradients()
 
-    Args:
-        model: wrapped, and perhaps compiled.
-        mode: of train.compile.
-    """
-    wrapped = getattr(model, "_orig_mod", model)
-    if not isinstance(wrapped, DistributedDataParallel):
-        return model
-    again = DistributedDataParallel(wrapped.module, gradient_as_bucket_view=True)
-    again.broadcast_buffers = False
-    return compiled(again, mode)
+
+def _ddp_options(module: nn.Module, config: TrainConfig) -> DistributedDataParallelKwargs:
+    """For Accelerate. static_graph stays off: it saves a search for unused parameters that is off already."""
+    powersgd = {"matrix_approximation_rank": POWERSGD_RANK, "start_powerSGD_iter": POWERSGD_START}
+    return DistributedDataParallelKwargs(
+        bucket_cap_mb=bucket_mb(gradient_bytes(module), config.compress),
+        gradient_as_bucket_view=True,
+        comm_hook=_DDP_HOOKS[config.compress],
+        comm_state_option=powersgd if config.compress == "powersgd" else {},
+    )
+
+
+def _broadcast_weights(module: nn.Module) -> None:
+    """What DDP does when it wraps: hosts may have computed first weights that differ in their last bits."""
+    with torch.no_grad():
+        for value in (*module.parameters(), *module.buffers()):
+            sent = value.contiguous()
+            dist.broadcast(sent, src=0)
+            value.copy_(sent)
+
+
+def _average(values: Tensor, sent_as: torch.dtype | None) -> None:
+    """Replace a tensor by its mean over all ranks; it travels in the format given."""
+    sent = values if sent_as is None else values.to(sent_as)
+    sent /= dist.get_world_size()  # before the sum, which fp16 might not hold
+    dist.all_reduce(sent)
+    if sent is not values:
+        values.copy_(sent)
+
+
+def _throw_away_a_pass(
+    accelerator: Accelerator, model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], images: Tensor
+) -> None:
+    """Settle the order in which gradients are added up; the model stays as it is."""
+    kept = [buffer.clone() for buffer in model.buffers()]
+    accelerator.backward(loss_of(model(images), images))
+    with torch.no_grad():
+        for buffer, before in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(before)
+    wrapped = _uncompiled(model)
+    if isinstance(wrapped, FlatGradients):
+        wrapped.lay_out()
+    model.zero_grad()
 
 
 def step(optimizer: AcceleratedOptimizer) -> None:
@@ -156,12 +248,11 @@ def step(optimizer: AcceleratedOptimizer) -> None:
 
 def forward(model: nn.Module, images: Tensor) -> Any:
     """A training pass of a wrapped model. Without samples it is not compiled: convolutions would fail (torch 2.15)."""
-    return model(images) if len(images) else getattr(model, "_orig_mod", model)(images)
+    return model(images) if len(images) else _uncompiled(model)(images)
 
 
-def compiled(model: nn.Module, mode: str) -> nn.Module:
-    """A wrapped model whose passes are compiled when they are first made; mode is that of train.compile."""
-    return model if mode == "none" else torch.compile(model, mode=mode, dynamic=False)  # type: ignore[return-value]
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
 
 
 def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Module:
@@ -170,32 +261,19 @@ def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Modul
     return accelerator.prepare_model(module.to(accelerator.device), device_placement=False, evaluation_mode=True)
 
 
-def warm_up(
-    accelerator: Accelerator, model: nn.Module, backward_loss: Callable[[Tensor], Tensor], images: Tensor
-) -> None:
-    """One pass whose gradient is thrown away, and that leaves no trace in the model.
-
-    It compiles what is to be compiled. And DDP arranges its buckets anew after its first backward pass; from three ranks on,
-    gloo then sums in another order: so a resumed run adds up gradients in the order of the first one.
-
-    Args:
-        accelerator: the world.
-        model: wrapped.
-        backward_loss: of the model's outputs.
-        images: a batch.
-    """
-    kept = [buffer.clone() for buffer in model.buffers()]
-    accelerator.backward(backward_loss(model(images)))
-    with torch.no_grad():
-        for buffer, before in zip(model.buffers(), kept, strict=True):
-            buffer.copy_(before)
-    model.zero_grad()
-
-
 def _autocast_fp16_on_cpu(accelerator: Accelerator, module: nn.Module) -> None:
     """What Accelerate does for the formats that it supports on a CPU."""
     if accelerator.device.type == "cpu" and accelerator.scaler is not None:
+        module.__dict__["_original_forward"] = module.forward
         module.forward = torch.autocast("cpu", torch.float16)(module.forward)
+
+
+def _undo_autocast(module: nn.Module) -> None:
+    """Give a model the forward pass that it had before it was wrapped, and let Accelerate wrap it again."""
+    module.__dict__.pop("_is_accelerate_prepared", None)
+    original = module.__dict__.pop("_original_forward", None)
+    if original is not None:
+        module.forward = original
 
 
 def check_world(world: PartialState) -> None:

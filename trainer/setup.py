@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -50,6 +51,7 @@ from shardstep.trainer.preempt import Requests, StopRequest
 from shardstep.trainer.sample_log import SampleLog
 from shardstep.trainer.saver import Saver
 from shardstep.trainer.schedules import LearningRate
+from shardstep.trainer.sharing import sharing_problems, sharing_warnings
 from shardstep.trainer.skip import BadSteps
 from shardstep.trainer.time_limit import TimeLimit
 from shardstep.trainer.tracking import WandbTracker
@@ -165,7 +167,10 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     probed_s = _settle_compute(world, recipe, module, objective, loaded, plan, display)
 
     accelerator, state = together(world, lambda: prepare(recipe, module))
-    together(world, lambda: _warm_up(recipe, accelerator, state, objective, loaded, plan))
+    for warning in together(world, lambda: _check_sharing(recipe, world, resume.path is not None)):
+        display.warn(warning)
+    wrap = partial(wrap_model, accelerator, recipe, state, objective, loaded, plan)
+    wrap()
     average = Average(recipe.average, plan)
     average.begin(state)
     state.fingerprint, state.test_fingerprint = train.manifest.fingerprint, test.manifest.fingerprint
@@ -193,10 +198,6 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         launcher.allocation(), lambda: saver.longest_s, share_done=lambda: plan.share_done(state.progress)
     )
 
-    def rewrap() -> None:
-        state.model = runtime.rewrap(state.model, recipe.train.compile)
-        _warm_up(recipe, accelerator, state, objective, loaded, plan)
-
     def tell_outlook(line: dict[str, Any]) -> None:
         outlook = time_limit.early_outlook()
         if outlook:
@@ -219,7 +220,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         base_lr=float(recipe.optimizer["lr"]),
         clip=Clip(recipe.train.clip_norm, recipe.train.clip_value),
         average=average,
-        freezer=Freezer(state.optimizer.param_groups, plan.samples_per_epoch, rewrap),
+        freezer=Freezer(state.optimizer.param_groups, plan.samples_per_epoch, wrap),
         every=Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every))),
         metrics=Metrics(
             accelerator, folder / "metrics.jsonl", state, listeners, display.warn, not objective.reconstructs
@@ -302,7 +303,7 @@ def _check_shrunk(recipe: Recipe, module: nn.Module, images: Tensor) -> None:
 
 
 def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]:
-    """Wrap a model and a new optimizer for it in Accelerate's, in the recipe's precision and memory format.
+    """Accelerate's view of the world, and a state with a new optimizer, in the recipe's precision and memory format.
 
     Raises:
         InputError: the optimizer's options do not fit the model.
@@ -313,41 +314,66 @@ def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]
     accelerator = runtime.build_accelerator("fp32" if config.weights == "half" else config.precision)
     module = module.to(memory_format=MEMORY_FORMATS[config.memory_format])
     optimizer = build_optimizer(recipe.optimizer, module, has_scaler=accelerator.scaler is not None)
-    model, prepared = runtime.wrap(accelerator, module, optimizer)
-    model = runtime.compiled(model, config.compile)
-    return accelerator, TrainState(module, model, prepared, accelerator.scaler)
+    return accelerator, TrainState(module, module, runtime.wrap_optimizer(accelerator, optimizer), accelerator.scaler)
 
 
-def _warm_up(
-    recipe: Recipe, accelerator: Accelerator, state: TrainState, objective: Objective, loaded: Data, plan: Plan
+def wrap_model(
+    accelerator: Accelerator, recipe: Recipe, state: TrainState, objective: Objective, loaded: Data, plan: Plan
 ) -> None:
-    """Take the passes that set things up, and leave no trace: DDP's first, and one of each shape if the model is compiled."""
-    channels, height, width = loaded.image_shape
-    shapes: set[tuple[int, int, int]] = set()
-    if recipe.train.compile != "none":
-        shrunk = [entry["size"] for entry in recipe.data.augment if entry["name"] == "shrink"]
-        for batch_size in {plan.global_batch_size, plan.samples_per_epoch % plan.global_batch_size} - {0}:
-            pieces = micro_pieces(batch_size, accelerator.process_index, plan.world_size, recipe.train.max_micro_batch)
-            sides = [(height, width), *((size, size) for size in shrunk)]
-            shapes |= {(stop - start, *side) for start, stop in pieces for side in sides if stop > start}
+    """Let the ranks share the gradients of a state's model; again when parameters have been frozen or set free. All ranks.
 
-    def take_a_pass(samples: int, height: int, width: int) -> None:
-        images = torch.zeros(samples, channels, height, width, device=accelerator.device)
-        images = images.contiguous(memory_format=MEMORY_FORMATS[recipe.train.memory_format])
-        labels = torch.zeros(samples, dtype=torch.long, device=accelerator.device)
-        runtime.warm_up(accelerator, state.model, lambda outputs: objective.loss(outputs, images, labels), images)
+    Args:
+        accelerator: the world.
+        recipe: checked and settled.
+        state: between two steps; its `model` is wrapped anew around its `module`.
+        objective: whose gradient it is.
+        loaded: the data, for the shape of its images.
+        plan: for the sizes of batches.
+
+    Raises:
+        InputError: the model cannot be compiled here.
+    """
+    device, layout = accelerator.device, MEMORY_FORMATS[recipe.train.memory_format]
+    channels, height, width = loaded.image_shape
+    shapes = {(2, height, width)}
+    if recipe.train.compile != "none":
+        sides = [(height, width), *((entry["size"],) * 2 for entry in recipe.data.augment if entry["name"] == "shrink")]
+        sizes = {plan.global_batch_size, plan.samples_per_epoch % plan.global_batch_size} - {0}
+        pieces = [
+            micro_pieces(size, accelerator.process_index, plan.world_size, recipe.train.max_micro_batch)
+            for size in sizes
+        ]
+        counts = {stop - start for found in pieces for start, stop in found} - {0}
+        shapes = {(count, *side) for count in counts for side in sides} or shapes
+    batches = [
+        torch.zeros(count, channels, *side, device=device).contiguous(memory_format=layout)
+        for count, *side in sorted(shapes)
+    ]
+
+    def loss_of(outputs: Tensor, images: Tensor) -> Tensor:
+        return objective.loss(outputs, images, torch.zeros(len(images), dtype=torch.long, device=device))
 
     try:
-        for shape in sorted(shapes):
-            with accelerator.no_sync(state.model):  # ranks may have another number of shapes
-                take_a_pass(*shape)
+        state.model = runtime.wrap_model(accelerator, state.module, recipe.train, loss_of, batches, before=state.model)
     except RuntimeError as error:
+        if recipe.train.compile == "none":
+            raise
         raise InputError(
             f"train.compile={recipe.train.compile} fails ({str(error).strip().splitlines()[0]}): use none; or, on a CPU, see "
             f"that there is a C++ compiler (g++)"
         ) from None
-    if plan.world_size > 1:
-        take_a_pass(*(max(shapes) if shapes else (2, height, width)))
+
+
+def _check_sharing(recipe: Recipe, world: PartialState, resumed: bool) -> list[str]:
+    """What to warn of in the way that ranks share gradients, once the precision is settled.
+
+    Raises:
+        InputError: it cannot work.
+    """
+    problems = sharing_problems(recipe.train)
+    if problems:
+        raise InputError("\n".join(problems))
+    return sharing_warnings(recipe.train, world.num_processes, resumed)
 
 
 def make_test_batches(

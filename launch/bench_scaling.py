@@ -1,0 +1,289 @@
+"""Measure what a second rank is worth here, and say what more would give: `shardstep bench scaling`.
+
+One rank with two threads against two gloo ranks with one thread each, on the article's net, in turn; then the parts of a
+step, and the model of docs/scaling.md: first beside what was measured, then for a named cluster.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from shardstep.configs.errors import InputError, TrainingFailed
+from shardstep.launch.cli import leave
+from shardstep.launch.ranks import start_ranks
+
+_TARGET = 0.95  # of the images/s of one rank with two threads
+_REDUCED_BYTES = (4, 64 << 10, 1 << 20, 4 << 20, 16 << 20)
+_REDUCTIONS = 30
+_BYTES_PER_GRADIENT = 4
+_TRAIN = Path(__file__).with_name("train.py")
+_ONE, _TWO, _APART = "1 rank x 2 threads", "2 ranks x 1 thread", "2 runs x 1 thread, apart"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--repeats", type=int, default=5, help="of every measurement, in turn (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="that are timed in each run (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=512, help="images of a step (default: %(default)s)")
+    parser.add_argument("--all-reduce", choices=("buckets", "flat"), default="buckets", help="as train.all_reduce")
+    parser.add_argument("--cluster", default="a100", help="whose links are used: a100, h100 (default: %(default)s)")
+    parser.add_argument(
+        "--workload", default="record94", help="record94, record94_captured, resnet50 (default: %(default)s)"
+    )
+    parser.add_argument("--gpus", default="1,8,64,512", help="numbers of ranks to predict (default: %(default)s)")
+    parser.add_argument("--predict-only", action="store_true", help="measure nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(given: argparse.Namespace) -> int:
+    """Measure, predict and print; returns the exit code.
+
+    Raises:
+        InputError: an option makes no sense.
+        TrainingFailed: a run that was to be timed did not end well.
+    """
+    from shardstep.trainer.scaling import prediction_rows
+
+    ranks = _check(given)
+    found: dict[str, Any] = {} if given.predict_only else _measure(given)
+    rows = prediction_rows(given.workload, given.cluster, ranks)
+    if given.json:
+        predictions = [{"batch": batch, "step_s": row.step_s, **asdict(row)} for batch, row in rows]
+        print(
+            json.dumps(found | {"cluster": given.cluster, "workload": given.workload, "predictions": predictions}),
+            flush=True,
+        )
+        return 0
+    if found:
+        _print_measured(given, found)
+    print(f"model: {given.workload} on {given.cluster} (published parts, see docs/scaling.md)")
+    print("\n".join(table(rows)))
+    too_many = [count for count in ranks if ("kept", count) not in [(batch, row.ranks) for batch, row in rows]]
+    if too_many:
+        print(f"a kept batch has not an image for each of {', '.join(map(str, too_many))} ranks")
+    return 0
+
+
+def table(rows: "Sequence[tuple[str, Prediction]]") -> list[str]:  # type: ignore[name-defined] # noqa: F821
+    """Lines of a table of predictions, as docs/scaling.md has it."""
+    lines = [
+        "| global batch | ranks | images a rank | compute, ms | all-reduce, ms | waits for it, ms | images/s | efficiency |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {batch} | {row.ranks} | {row.images_per_rank} | {1000 * row.compute_s:.2f} | {1000 * row.all_reduce_s:.2f} | "
+        f"{1000 * row.exposed_s:.2f} | {row.images_per_s:,.0f} | {row.efficiency:.1%} |"
+        for batch, row in rows
+    ]
+
+
+def _check(given: argparse.Namespace) -> list[int]:
+    from shardstep.configs.components import neighbours
+    from shardstep.trainer.scaling import CLUSTERS, WORKLOADS
+
+    problems = [
+        f"--{key} {value}: {neighbours(value, known)}"
+        for key, value, known in (("cluster", given.cluster, CLUSTERS), ("workload", given.workload, WORKLOADS))
+        if value not in known
+    ]
+    problems += [
+        f"--{key} {value} must be at least {least}"
+        for key, value, least in (("repeats", given.repeats, 1), ("steps", given.steps, 1), ("batch", given.batch, 2))
+        if value < least
+    ]
+    parts = given.gpus.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        problems.append(f"--gpus {given.gpus} must be whole numbers from 1 with commas between them, such as 8,64,512")
+    if problems:
+        raise InputError.from_problems("shardstep bench scaling", problems)
+    return [int(part) for part in parts]
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
+
+
+def _measure(given: argparse.Namespace) -> dict[str, Any]:
+    """Figures of this machine: images/s of each way, the parts of a step, and the model's opinion of two ranks."""
+    from importlib import metadata
+
+    from shardstep.datasets.write import write_shards
+    from shardstep.trainer import machine, scaling
+
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        print("note: one core only: two ranks share it, and the ratio says nothing", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="shardstep-bench-") as name:
+        folder = Path(name)
+        for split, count in (("train", 4 * given.batch), ("test", 16)):
+            write_shards(f"synthetic:{count}", split, folder / split)
+        options = _settle(given, folder)
+        rates: dict[str, list[float]] = {_ONE: [], _TWO: [], _APART: []}
+        for _ in range(given.repeats):  # in turn, so that a machine's moods meet all
+            rates[_ONE].append(_train(given, folder, options))
+            rates[_TWO].append(_train(given, folder, options, "--nproc", "2"))
+            rates[_APART].append(_train_apart(given, folder, options, cores))
+        reductions = _time_all_reduces(folder)
+        gradients = _count_gradients(folder)
+
+    ratios = [two / one for one, two in zip(rates[_ONE], rates[_TWO], strict=True)]
+    link = scaling.fit_link(reductions, ranks=2)
+    share_s = given.batch / statistics.median(
+        rates[_APART]
+    )  # of a step on half the batch, on a machine that is as busy
+    workload = scaling.Workload(
+        given.batch,
+        _BYTES_PER_GRADIENT * gradients,
+        image_s=share_s / -(-given.batch // 2),
+        bucket_bytes=None if given.all_reduce == "flat" else float(1 << 20),
+    )
+    here = scaling.Cluster(2, link, link, start_s=0.0)
+    predicted = scaling.predict(workload, here, 2)
+    measured_s = given.batch / statistics.median(rates[_TWO])
+    return {
+        "machine": {
+            "cpu": machine.read_cpu().name,
+            "cores": len(cores),
+            "torch": metadata.version("torch"),
+            "platform": platform.platform(),
+        },
+        "settings": options | {"batch": given.batch, "all_reduce": given.all_reduce, "steps": given.steps},
+        "images_per_s": rates,
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "target": _TARGET},
+        "parts": {
+            "compute_s_per_image": workload.image_s,
+            "gradient_bytes": workload.gradient_bytes,
+            "all_reduce_s": {str(size): seconds for size, seconds in reductions.items()},
+            "latency_s": link.latency_s,
+            "bytes_per_s": link.bytes_per_s,
+        },
+        "two_ranks": {
+            "predicted_step_s": predicted.step_s,
+            "measured_step_s": measured_s,
+            "error": predicted.step_s / measured_s - 1,
+        },
+    }
+
+
+def _settle(given: argparse.Namespace, folder: Path) -> dict[str, str]:
+    """A first run, which is not counted: warms files and chooses the number format that all others use."""
+    from shardstep.configs.load import load_recipe
+
+    _train(given, folder, {})
+    config = load_recipe(str(folder / "run" / "config.yaml")).recipe.train
+    return {"precision": config.precision, "memory_format": config.memory_format}
+
+
+def _train(given: argparse.Namespace, folder: Path, options: dict[str, str], *more: str) -> float:
+    return _finish([_start(given, folder, "run", options, *more)], folder)
+
+
+def _train_apart(given: argparse.Namespace, folder: Path, options: dict[str, str], cores: list[int]) -> float:
+    """Two runs on half the batch each, at the same time, on a core of their own: what two ranks would do without talking."""
+    half = f"train.global_batch_size={-(-given.batch // 2)}"
+    return _finish(
+        [_start(given, folder, f"run{place}", options, half, core=cores[place % len(cores)]) for place in (0, 1)],
+        folder,
+    )
+
+
+def _start(
+    given: argparse.Namespace, folder: Path, name: str, options: dict[str, str], *more: str, core: int | None = None
+) -> tuple[str, "subprocess.Popen[str]"]:
+    overrides = [
+        f"run.dir={folder / name}", "run.resume=never", f"data.train={folder / 'train'}", f"data.test={folder / 'test'}",
+        "data.mode=resident", f"train.global_batch_size={given.batch}", f"train.duration={2 * given.steps} steps",
+        f"log.every={given.steps} steps", "eval.every=1000 epochs", "checkpoint.every=1000 epochs", "train.device=cpu",
+        f"train.all_reduce={given.all_reduce if '--nproc' in more else 'buckets'}",
+        *(f"train.{key}={value}" for key, value in options.items()), *more,
+    ]  # fmt: skip
+    pin = [] if core is None else ["taskset", "--cpu-list", str(core)]
+    process = subprocess.Popen(
+        [*pin, sys.executable, str(_TRAIN), "article_cnn", *overrides],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return name, process
+
+
+def _finish(started: list[tuple[str, "subprocess.Popen[str]"]], folder: Path) -> float:
+    """Wait for runs; returns the images per second of all together over their last logged steps."""
+    total = 0.0
+    for name, process in started:
+        _, errors = process.communicate()
+        if process.returncode:
+            last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            raise TrainingFailed(f"a run that was to be timed did not end well: {last}")
+        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        total += [line["samples_per_s"] for line in lines if line["kind"] == "train"][-1]
+    return total
+
+
+def _count_gradients(folder: Path) -> int:
+    import math
+
+    from safetensors import safe_open
+
+    with safe_open(folder / "run" / "model.safetensors", "numpy") as weights:  # of the article's net: all are trained
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+
+
+def _time_all_reduces(folder: Path) -> dict[int, float]:
+    """Median seconds of an all-reduce between two ranks here, by size in bytes."""
+    path = folder / "all_reduces.json"
+    code = start_ranks(2, [sys.executable, __file__, str(path)])
+    if code:
+        raise TrainingFailed(f"the ranks that were to time all-reduces ended with exit code {code}")
+    return {int(size): seconds for size, seconds in json.loads(path.read_text()).items()}
+
+
+def _time_as_rank(path: Path) -> int:
+    """What each of these two ranks does."""
+    from shardstep.configs.schema import TrainConfig
+    from shardstep.trainer import runtime
+
+    world = runtime.start(TrainConfig(device="cpu"))
+    medians = {size: statistics.median(runtime.time_all_reduce(world, size, _REDUCTIONS)) for size in _REDUCED_BYTES}
+    if world.is_main_process:
+        path.write_text(json.dumps(medians))
+    world.wait_for_everyone()
+    return 0
+
+
+def _print_measured(given: argparse.Namespace, found: dict[str, Any]) -> None:
+    host, ratio, parts, two = found["machine"], found["ratio"], found["parts"], found["two_ranks"]
+    print(
+        f"article_cnn, {found['settings']['precision']}, global batch {given.batch}, {given.all_reduce} "
+        f"({host['cpu']}, {host['cores']} cores, torch {host['torch']}; {time.strftime('%Y-%m-%d')})"
+    )
+    print(f"  {'':<30}{'images/s':>10}{'range':>20}   n = {given.repeats}")
+    for name, rates in found["images_per_s"].items():
+        print(f"  {name:<30}{statistics.median(rates):>10,.1f}{f'{min(rates):,.1f} to {max(rates):,.1f}':>20}")
+    print(
+        f"  {_TWO} / {_ONE}: median of the paired ratios {ratio['median']:.3f}, {ratio['min']:.3f} to {ratio['max']:.3f} "
+        f"(target {_TARGET})\n"
+    )
+    print("parts of a step on two ranks")
+    print(f"  compute      {1e3 * parts['compute_s_per_image']:.3f} ms an image, on one thread beside another rank's")
+    print(f"  gradients    {parts['gradient_bytes']:,.0f} bytes")
+    print(f"  all-reduce   {1e6 * parts['latency_s']:,.0f} us a message, {parts['bytes_per_s'] / 1e9:.2f} GB/s")
+    for size, seconds in parts["all_reduce_s"].items():
+        print(f"               {int(size):>12,} bytes in {1e3 * seconds:.3f} ms")
+    print(
+        f"  a step       {two['predicted_step_s']:.3f} s predicted, {two['measured_step_s']:.3f} s measured: "
+        f"{two['error']:+.1%}\n"
+    )
+
+
+if __name__ == "__main__":
+    leave(_time_as_rank(Path(sys.argv[1])))
