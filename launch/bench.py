@@ -7,8 +7,9 @@
     shardstep bench record [RECIPE [section.key=value ...]]
     shardstep bench scaling [--cluster NAME] [--workload NAME] [--gpus N,N]
 
-All but scaling take --repeats N and --json PATH, with - for stdout, and are a module launch/bench_NAME.py with `add_options(parser)`
-and `measure(given, folder)`, which returns tables. An alternative that is not installed is left out, with a word.
+All take --repeats N and --json, for which all but scaling want a path, or - for stdout. Each is a module
+launch/bench_NAME.py with `add_options(parser)` and `measure(given, folder)`, which returns tables. An alternative that is not
+installed is left out, with a word.
 """
 
 import argparse

@@ -160,7 +160,7 @@ def wrap_model(
         batches: of images; the first for that pass, and one of each shape to come for the compiler.
         before: what the last call gave for this model; it cannot be used any more.
     """
-    before = _uncompiled(before) if before else None
+    before = _uncompiled(before) if before is not None else None
     if isinstance(before, DistributedDataParallel):
         before._remove_autograd_hooks()  # or both would reduce
     _undo_autocast(module)

@@ -182,7 +182,7 @@ def freeze_on_the_way(recipe: str) -> tuple[list[int], list[list[float]], bool]:
     counted = take_steps(run, 1)
     for value in module[1].parameters():
         value.requires_grad_(False)
-    setup.wrap_model(run.accelerator, run.recipe, run.state, run.objective, run.data.image_shape)
+    setup.wrap_model(run.accelerator, run.recipe, run.state, run.objective, run.data, run.plan)
     before = [value.detach().clone() for value in module.parameters()]
     counted += take_steps(run, 1)
     moved = [(value - old).flatten().tolist() for value, old in zip(module.parameters(), before, strict=True)]
@@ -220,7 +220,9 @@ def wrap_other_weights(all_reduce: str) -> list[float]:
     module = nn.Linear(2, 2)
     nn.init.constant_(module.weight, rank + 1)
     nn.init.constant_(module.bias, rank + 3)
-    runtime.wrap_model(runtime.build_accelerator("fp32"), module, config, torch.sum, torch.ones(1, 2))
+    runtime.wrap_model(
+        runtime.build_accelerator("fp32"), module, config, lambda outputs, images: outputs.sum(), [torch.ones(1, 2)]
+    )
     return [*module.weight.flatten().tolist(), *module.bias.tolist()]
 
 
