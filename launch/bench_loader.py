@@ -23,7 +23,7 @@ _BATCH = 512
 _PAD = 2  # pixels of translation
 _JPEG_HEIGHT, _JPEG_WIDTH = 375, 500
 _READ_BYTES = 1 << 20
-_RESIDENT_EPOCHS = 4  # an epoch from memory is too short to time
+_MORE_FROM_MEMORY = 10  # times as many images: as few as others read are too short to time
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -85,15 +85,15 @@ def _small_images(shards: "ShardFolder", count: int, folder: Path, given: argpar
     batch = torch.zeros(min(_BATCH, count), everything[0].numel())
 
     def copy() -> int:
-        copies = [batch.clone() for _ in range(_RESIDENT_EPOCHS * count // len(batch))]
+        copies = [batch.clone() for _ in range(_MORE_FROM_MEMORY * count // len(batch))]
         return sum(map(len, copies))
 
     works: dict[str, Callable[[], int]] = {
         "a copy of such batches in float32: the memory's limit": copy,
-        "resident: gather, flip, translate, normalise": _epochs(resident, shards, count, _RESIDENT_EPOCHS),
+        "resident: gather, flip, translate, normalise": _batches(resident, shards, _MORE_FROM_MEMORY * count),
         "stream: index, pread, crc32; no decode": lambda: sum(1 for sample in ids if stream.read_bytes(sample)),
         "the decoder alone: OpenCV": lambda: sum(1 for file in files if decode(file, shards.manifest.image_mode).size),
-        "stream: decode, flip, translate, normalise": _epochs(stream, shards, count, 1),
+        "stream: decode, flip, translate, normalise": _batches(stream, shards, count),
         "torchvision ImageFolder + DataLoader": _image_folder(shards, files, folder, count),
         "array in memory, torchvision transforms, DataLoader": _images_in_memory(shards, everything, count),
         "webdataset, torchvision transforms, DataLoader": _plain_webdataset(shards, count),
@@ -111,8 +111,8 @@ def _small_images(shards: "ShardFolder", count: int, folder: Path, given: argpar
     return Table(title, "images/s", values, "torchvision ImageFolder + DataLoader", notes)
 
 
-def _epochs(reader: "Reader", shards: "ShardFolder", count: int, epochs: int) -> Callable[[], int]:
-    """Epochs of `count` images through all that training does to them."""
+def _batches(reader: "Reader", shards: "ShardFolder", count: int) -> Callable[[], int]:
+    """The next `count` images of a training set, or some more, through all that training does to them."""
     import torch
 
     from shardstep.datasets.augment import Normalize, build_transforms
@@ -122,8 +122,8 @@ def _epochs(reader: "Reader", shards: "ShardFolder", count: int, epochs: int) ->
     batches = TrainBatches(
         reader,
         OrderConfig(shards.samples_per_shard, 0, 1, None),
-        global_batch_size=min(_BATCH, count),
-        samples_per_epoch=count,
+        global_batch_size=_BATCH,
+        samples_per_epoch=shards.manifest.samples,
         rank=0,
         world_size=1,
         max_micro_batch=_BATCH,
@@ -136,7 +136,7 @@ def _epochs(reader: "Reader", shards: "ShardFolder", count: int, epochs: int) ->
 
     def work() -> int:
         seen = 0
-        while seen < epochs * count:
+        while seen < count:
             seen += sum(len(micro.labels) for micro in next(batches).micro_batches)
         return seen
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,7 @@ def test_a_benchmark_runs_and_its_json_has_what_it_promises(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)  # no shards of quickstart here
+    monkeypatch.setattr(f"shardstep.launch.bench_{name}.in_turn", once)  # warming up is tested below
     assert bench.main([name, "--repeats", "1", "--json", str(tmp_path / "found.json"), *TINY[name]]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["command"] == f"bench {name}"
@@ -50,6 +52,10 @@ def test_a_benchmark_runs_and_its_json_has_what_it_promises(
     left_out = [note for table in found["tables"] for note in table["notes"] if "not installed" in note]
     libraries = {"loader": ["streaming", "litdata"], "step": ["lightning"], "startup": ["lightning"]}.get(name, [])
     assert len(left_out) == sum(not importable(library) for library in libraries)
+
+
+def once(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    return {name: [work() for _ in range(repeats)] for name, work in works.items()}
 
 
 def test_every_benchmark_is_tested_here() -> None:
