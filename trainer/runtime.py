@@ -158,8 +158,9 @@ def wrap_model(
         config: the recipe's train section, for all_reduce and compress.
         backward_loss: of the model's outputs for `images`.
         images: a small batch.
-        before: what the last call gave for this model; it cannot be used any more.
+        before: what the last call gave for this model; it cannot be used any more. Each rank keeps its own buffers then.
     """
+    own_buffers = [buffer.clone() for buffer in module.buffers()] if before not in (None, module) else []
     if isinstance(before, DistributedDataParallel):
         before._remove_autograd_hooks()  # or both would reduce
     _undo_autocast(module)
@@ -178,6 +179,9 @@ def wrap_model(
         model = FlatGradients(model, lambda values: _average(values, _SENT_AS[config.compress]))
     if not alone:
         _throw_away_a_pass(accelerator, model, backward_loss, images)
+    with torch.no_grad():
+        for buffer, own in zip(module.buffers(), own_buffers, strict=False):
+            buffer.copy_(own)
     return model
 
 
