@@ -158,9 +158,10 @@ def wrap_model(
         config: the recipe's train section, for all_reduce, compress and compile.
         loss_of: of the model's outputs for images.
         batches: of images; the first for that pass, and one of each shape to come for the compiler.
-        before: what the last call gave for this model; it cannot be used any more.
+        before: what the last call gave for this model; it cannot be used any more. Each rank keeps its own buffers then.
     """
-    before = _uncompiled(before) if before is not None else None
+    before = None if before is None or before is module else _uncompiled(before)
+    own_buffers = [buffer.clone() for buffer in module.buffers()] if before is not None else []
     if isinstance(before, DistributedDataParallel):
         before._remove_autograd_hooks()  # or both would reduce
     _undo_autocast(module)
@@ -184,6 +185,9 @@ def wrap_model(
                 _throw_away_a_pass(accelerator, model, loss_of, images)
     if not alone:
         _throw_away_a_pass(accelerator, model, loss_of, batches[0])
+    with torch.no_grad():
+        for buffer, own in zip(module.buffers(), own_buffers, strict=False):
+            buffer.copy_(own)
     return model
 
 

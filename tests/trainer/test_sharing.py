@@ -126,6 +126,7 @@ def build_run(recipe: str) -> Any:
     checked = check_recipe(load_recipe(recipe))
     run = setup.build(runtime.start(checked.train), checked, Display(enabled=False))
     run.watchdog.stop()
+    run.metrics.close()
     return run
 
 
@@ -138,8 +139,9 @@ def take_steps(run: Any, count: int) -> list[int]:
     batches, found = run.batches.from_position(0, 0), []
     for _ in range(count):
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            batch = next(batches)
             loop.train_step(
-                run.accelerator, run.state, next(batches), run.objective, 1.0, run.clip, run.bad_steps, run.seed
+                run.accelerator, run.state, batch, run.objective, run.learning_rate, run.clip, run.bad_steps, run.seed
             )
         found.append(sum(event.name == "gloo:all_reduce" for event in profiled.events()))
     return found
@@ -210,25 +212,36 @@ def test_autocast_is_put_on_once(shards: Path, tmp_path: Path, precision: str) -
     assert [once for _, _, once in run_ranks(2, freeze_on_the_way, str(recipe))] == [True, True]
 
 
-def wrap_other_weights(all_reduce: str) -> list[float]:
-    """Runs in a rank: the weights of a model that is another on each rank, once it is wrapped."""
+def wrap_other_weights(all_reduce: str) -> tuple[list[float], list[float]]:
+    """Runs in a rank: the weights of a model that is another on each rank, and batch norm's mean when it is wrapped again."""
     from shardstep.configs.schema import TrainConfig
     from shardstep.trainer import runtime
 
     config = TrainConfig(device="cpu", all_reduce=all_reduce)  # type: ignore[arg-type]
     rank = runtime.start(config).process_index
-    module = nn.Linear(2, 2)
-    nn.init.constant_(module.weight, rank + 1)
-    nn.init.constant_(module.bias, rank + 3)
-    runtime.wrap_model(
-        runtime.build_accelerator("fp32"), module, config, lambda outputs, images: outputs.sum(), [torch.ones(1, 2)]
-    )
-    return [*module.weight.flatten().tolist(), *module.bias.tolist()]
+    norm = nn.BatchNorm1d(2)
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), norm)
+    nn.init.constant_(module[0].weight, rank + 1)
+    nn.init.constant_(norm.running_mean, rank + 3)
+    accelerator = runtime.build_accelerator("fp32")
+    batches = [torch.ones(2, 2)]
+
+    def loss_of(outputs: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        return outputs.sum()
+
+    model = runtime.wrap_model(accelerator, module, config, loss_of, batches, before=module)
+    first = [*module[0].weight.flatten().tolist(), *norm.running_mean.tolist()]
+    norm.running_mean.fill_(rank + 5)
+    module[0].weight.requires_grad_(False)
+    runtime.wrap_model(accelerator, module, config, loss_of, batches, before=model)
+    return first, norm.running_mean.tolist()
 
 
 @pytest.mark.parametrize("all_reduce", ["buckets", "flat"])
-def test_all_ranks_begin_with_the_weights_of_rank_0(all_reduce: str) -> None:
-    assert run_ranks(2, wrap_other_weights, all_reduce) == [[1.0, 1.0, 1.0, 1.0, 3.0, 3.0]] * 2
+def test_all_ranks_begin_with_the_weights_of_rank_0_and_keep_their_own_statistics(all_reduce: str) -> None:
+    ranks = run_ranks(2, wrap_other_weights, all_reduce)
+    assert [first for first, _ in ranks] == [[1.0, 1.0, 1.0, 1.0, 3.0, 3.0]] * 2
+    assert [later for _, later in ranks] == [[5.0, 5.0], [6.0, 6.0]]
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
