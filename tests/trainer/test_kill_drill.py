@@ -24,5 +24,5 @@ def test_killed_at_random_moments_on_several_ranks(shards: Path, tmp_path: Path)
     generator, kills, number = random.Random(0), 0, 0
     while kills < 40:
         world_size = (2, 3, 1)[number % 3]
-        kills += drill(tmp_path / str(number), shards, world_size, random_moments(generator, 15, 3.0))
+        kills += drill(tmp_path / str(number), shards, world_size, random_moments(generator, 15))
         number += 1
