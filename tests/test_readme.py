@@ -16,7 +16,7 @@ from tests.datasets.test_sources import png
 
 FROM_THE_DOCUMENTS = "docs/from-the-documents.md"
 SLURM = "slurm/README.md"
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", FROM_THE_DOCUMENTS, SLURM]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", FROM_THE_DOCUMENTS, "docs/performance.md", SLURM]
 README = (ROOT / "README.md").read_text()
 
 
