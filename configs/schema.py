@@ -86,6 +86,8 @@ class TrainConfig:
     """With on_nan=skip: the run ends at one more."""
     timeout_s: float = 1800
     """Seconds that a rank waits for the others in a collective before it gives up."""
+    max_wall_s: Optional[float] = None  # noqa: UP045
+    """Seconds of training, without evaluations, after which the run ends as at its duration's end, whichever comes first."""
 
 
 @dataclass
@@ -124,6 +126,8 @@ class LogConfig:
     """Tags in Weights & Biases."""
     sample_keys: bool = False
     """Write what each rank consumes to samples-rankN.jsonl: epoch, step, position and key of every sample."""
+    grad_norm: bool = False
+    """Give train lines the 2-norm of the global batch's gradient, before clipping. Reads every gradient at each step."""
 
 
 @dataclass

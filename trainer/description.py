@@ -40,6 +40,7 @@ def describe(run: Run) -> list[str]:
         f"rate {entry.get('lr', run.base_lr):g}"
         for entry in recipe.optimizer["groups"]
     )
+    limit = f", or {plan.max_train_s:g} s of training" if plan.max_train_s is not None else ""
     remaining_s = run.time_limit.remaining_s()
     facts = [
         ("world", f"{ranks}, {processor}"),
@@ -59,7 +60,7 @@ def describe(run: Run) -> list[str]:
             f"{plan.global_batch_size} = {ranks} x {_count(plan.micro_steps, 'micro-step')} "
             f"of at most {largest_micro_batch}",
         ),
-        ("duration", f"{plan.duration}{f' = {plan.total_steps} steps' if per_epoch else ''}{per_epoch}"),
+        ("duration", f"{plan.duration}{f' = {plan.total_steps} steps' if per_epoch else ''}{per_epoch}{limit}"),
         *([("time", f"the allocation ends in {time_text(remaining_s)}")] if remaining_s is not None else []),
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
     ]
