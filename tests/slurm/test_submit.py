@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from shardstep.configs.errors import InputError
+from shardstep.launch.grid import points_of
 from shardstep.launch.job_script import Job, job_name, render, sbatch_word
-from shardstep.launch.submit import main, points_of, seconds_of
+from shardstep.launch.submit import main, seconds_of
 from tests.conftest import ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
