@@ -24,7 +24,16 @@ SETTLED = (("data", "mode"), ("train", "precision"), ("train", "memory_format"),
 _MATHEMATICS = {
     "run": ["seed"],
     "data": ["augment", "normalize", "resize", "lanes", "window_shards", "last_batch"],
-    "train": ["global_batch_size", "precision", "memory_format", "clip_norm", "clip_value", "duration", "on_nan", "max_wall_s"],
+    "train": [
+        "global_batch_size",
+        "precision",
+        "memory_format",
+        "clip_norm",
+        "clip_value",
+        "duration",
+        "on_nan",
+        "max_wall_s",
+    ],
 }
 _ORDER = ("run.seed", "data.lanes", "data.window_shards")  # what decides where in an epoch a sample comes
 

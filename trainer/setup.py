@@ -206,9 +206,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         display=display,
         tracker=tracker,
         bad_steps=BadSteps(recipe.train),
-        requests=Requests(
-            request, folder, world.is_main_process, runtime.agree(world), time_limit, plan.max_train_s
-        ),
+        requests=Requests(request, folder, world.is_main_process, runtime.agree(world), time_limit, plan.max_train_s),
         saver=saver,
         time_limit=time_limit,
         watchdog=Watchdog(runtime.Board(world), folder, recipe.run.hang_timeout, request, display.tell),
