@@ -4,46 +4,22 @@ import json
 import math
 import textwrap
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from shardstep.configs.files import write_whole
-from shardstep.launch.comparison import Comparison
-from shardstep.launch.compare_page import document, page
+from shardstep.launch.compare_page import Answer, document, page
 from shardstep.launch.compare_plots import PLOTS
+from shardstep.launch.comparison import Comparison
 from shardstep.launch.differences import CONFIDENCE, compare_groups, mean_interval, sentences
 from shardstep.launch.outcomes import Outcome, Variant, final_accuracy, record
 from shardstep.trainer.machine import read_cpu, versions
 
+_COST = ("train_s", "step")
 _WIDTH = 80  # of a terminal
 _TARGET_SHARE = 0.9  # of the best mean accuracy, where no target is given
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a comparison has found, ready to be shown.
-
-    Attributes:
-        title, command: what was compared.
-        facts: of budget, data, hardware and versions, by what they are.
-        columns, rows: the table.
-        search: the table of the search for rates; empty without one.
-        words: which differences are real.
-        notes: how to read the table, and which runs did not end well.
-        plots: file names, with what each shows.
-    """
-
-    title: str
-    command: str
-    facts: dict[str, str]
-    columns: list[str]
-    rows: list[list[str]]
-    search: list[list[str]]
-    words: list[str]
-    notes: list[str]
-    plots: dict[str, str]
 
 
 def write_answer(comparison: Comparison, variants: list[Variant], doc: Path | None) -> list[Path]:
@@ -145,8 +121,7 @@ def _row(variant: Variant, target: float | None) -> list[str]:
         final_accuracy(variant),
         _mean([outcome.seconds_per_epoch for outcome in variant.finished], lambda value: f"{value:.3g}"),
         _mean([outcome.last.epoch for outcome in variant.finished if outcome.last], lambda value: f"{value:.3g}"),
-        _mean([cost and cost["train_s"] for cost in costs], lambda value: f"{value:.0f}"),
-        _mean([cost and cost["step"] for cost in costs], lambda value: f"{value:.0f}"),
+        *(_mean([cost[key] if cost else None for cost in costs], lambda value: f"{value:.0f}") for key in _COST),
         memory,
         rate,
     ]

@@ -2,10 +2,7 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from shardstep.launch.answer import Answer
+from dataclasses import dataclass
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --soft: #666; --line: #ddd; --paper: #fff; }
@@ -24,7 +21,32 @@ pre { overflow-x: auto; padding: .7rem 1rem; border: 1px solid var(--line); bord
 """
 
 
-def page(answer: "Answer", plots: Mapping[str, str]) -> str:
+@dataclass(frozen=True)
+class Answer:
+    """What a comparison has found, ready to be shown.
+
+    Attributes:
+        title, command: what was compared.
+        facts: of budget, data, hardware and versions, by what they are.
+        columns, rows: the table.
+        search: the table of the search for rates; empty without one.
+        words: which differences are real.
+        notes: how to read the table, and which runs did not end well.
+        plots: file names, with what each shows.
+    """
+
+    title: str
+    command: str
+    facts: dict[str, str]
+    columns: list[str]
+    rows: list[list[str]]
+    search: list[list[str]]
+    words: list[str]
+    notes: list[str]
+    plots: dict[str, str]
+
+
+def page(answer: Answer, plots: Mapping[str, str]) -> str:
     """One HTML page, everything inside it.
 
     Args:
@@ -59,7 +81,7 @@ def page(answer: "Answer", plots: Mapping[str, str]) -> str:
     )
 
 
-def document(answer: "Answer", pictures: Mapping[str, str]) -> str:
+def document(answer: Answer, pictures: Mapping[str, str]) -> str:
     """The same as Markdown, for docs/.
 
     Args:

@@ -30,7 +30,7 @@ class Plot:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
-        settings = {
+        settings: dict[Any, Any] = {
             **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _GREY),
             "svg.fonttype": "none",  # text stays text
             "svg.hashsalt": self.shows,  # ids that are the same at each drawing, and differ between plots

@@ -96,12 +96,12 @@ def read_outcome(folder: Path, log: Path | None = None) -> Outcome:
     summary = _read_json(folder / "summary.json")
     status = summary.get("status")
     if not (folder / "config.yaml").is_file():
-        complaint = _last_complaint(log)
+        complaint = last_complaint(log)
         return Outcome(str(folder), "unfinished" if complaint else "missing", complaint)
-    lines = _read_lines(folder / "metrics.jsonl")
+    lines = read_lines(folder / "metrics.jsonl")
     curve = [_point(line) for line in lines if line["kind"] == "eval"]
     if status != "finished":
-        complaint = _last_complaint(log)
+        complaint = last_complaint(log)
         has_left_numbers = bool(lines) and lines[-1].get("loss") is None
         for_good = status == "failed" and (has_left_numbers or "NaN or infinite" in complaint)
         state: State = "failed" if for_good else "unfinished"
@@ -197,7 +197,7 @@ def _point(line: dict[str, Any]) -> Point:
     return Point(line["step"], line["epoch"], line["samples"], train_s, *values)
 
 
-def _last_complaint(log: Path | None) -> str:
+def last_complaint(log: Path | None) -> str:
     """The last line by which a process said what was wrong."""
     if log is None or not log.is_file():
         return ""
@@ -214,7 +214,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that are whole."""
     found = []
     for text in path.read_text().splitlines() if path.is_file() else ():
         try:
