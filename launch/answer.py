@@ -53,14 +53,15 @@ def write_answer(comparison: Comparison, variants: list[Variant], doc: Path | No
 def make_answer(comparison: Comparison, variants: list[Variant], target: float | None) -> Answer:
     """Put into words and cells what the runs have shown."""
     groups = {variant.name: variant.accuracies for variant in variants if variant.accuracies}
-    # failed variants last
-    ranked = sorted(variants, key=lambda v: -fmean(v.accuracies) if v.accuracies else math.inf)
+    ranked = sorted(variants, key=lambda v: -fmean(v.accuracies) if v.accuracies else math.inf)  # failed ones last
+    rows = [_row(variant, target) for variant in ranked]
+    used = [place for place in range(len(rows[0])) if any(row[place] for row in rows)]
     return Answer(
         title=f"{comparison.arguments[0]}: {', '.join(variant.name for variant in variants)}",
         command=comparison.command,
         facts=_facts(comparison, variants),
-        columns=_columns(target),
-        rows=[_row(variant, target) for variant in ranked],
+        columns=[_columns(target)[place] for place in used],
+        rows=[[row[place] for place in used] for row in rows],
         search=_search_rows(variants, comparison.tune),
         words=sentences(groups),
         notes=[*_notes(comparison, target), *_complaints(variants)],
@@ -188,11 +189,14 @@ def _notes(comparison: Comparison, target: float | None) -> list[str]:
 
 
 def _complaints(variants: list[Variant]) -> list[str]:
+    """Which runs did not end well, those of a variant together that say the same."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for variant in variants:
+        for seed, outcome in variant.seeds.items():
+            if outcome.state != "finished":
+                found.setdefault((variant.name, outcome.reason or outcome.state), []).append(str(seed))
     return [
-        f"{variant.name}, seed {seed}: {outcome.reason or outcome.state}"
-        for variant in variants
-        for seed, outcome in variant.seeds.items()
-        if outcome.state != "finished"
+        f"{name}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}: {reason}" for (name, reason), seeds in found.items()
     ]
 
 

@@ -10,12 +10,13 @@ _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem;
        margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.wide { overflow-x: auto; } .wide svg { width: 100%; height: auto; min-width: 34rem; }
+.wide { overflow-x: auto; } .wide svg { max-width: 100%; min-width: 30rem; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
 .left td, .left th { text-align: left; white-space: normal; }
-pre { overflow-x: auto; padding: .7rem 1rem; border: 1px solid var(--line); border-radius: 6px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem 1rem;
+      border: 1px solid var(--line); border-radius: 6px; }
 .note, figcaption { color: var(--soft); font-size: .9rem; } figure { margin: 1rem 0; }
 @media print { body { margin: 0; max-width: none; } figure, table { break-inside: avoid; } }
 """

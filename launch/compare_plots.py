@@ -88,6 +88,8 @@ def _draw_final(plt: Any, variants: Sequence[Variant], target: float | None) -> 
         )
     axis.set_yticks(range(len(finished)), [variant.name for variant in finished])
     axis.set(xlabel="final test accuracy, %: each seed, mean and 95 % confidence interval")
+    low, high = axis.get_xlim()
+    axis.set_xlim(max(low, 0), min(high, 100))  # an interval of few seeds may promise more than there is
     axis.margins(y=0.5 / max(len(finished), 1))
     axis.grid(axis="x", alpha=0.2)
     return figure
