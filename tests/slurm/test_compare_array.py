@@ -31,7 +31,7 @@ def test_the_search_comes_first(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tuned = script(capsys, "--tune", "optimizer.lr", "--trials", "2")
-    assert "run.dir=out/adam/rate-0.001" in tuned
+    assert "run.dir=out/adam/rate-0.01" in tuned
     assert "run.dir=out/adam/0" not in tuned
 
 
