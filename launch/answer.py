@@ -179,6 +179,8 @@ def _notes(comparison: Comparison, target: float | None) -> list[str]:
         notes.append(
             f"s to {100 * target:.0f} %, steps: at the first evaluation that reaches it, (k/n) if only k of n runs did."
         )
+    if "s of training" in comparison.budget.text:
+        notes.append("A run ends with the step in which its time is up: long steps take more than the budget.")
     if comparison.tune:
         notes.append(
             f"{comparison.tune}: the rate of lowest training loss over the last fifth of a run's samples, under the same "
