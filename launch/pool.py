@@ -47,7 +47,7 @@ def run_tasks(
     """
     began_s = time.monotonic()
     waiting, running = list(tasks), dict[int, tuple[Task, subprocess.Popen[bytes], float]]()
-    longest_s, interrupts = 0.0, 0
+    longest_s, interrupts, told = 0.0, 0, False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupts
@@ -66,6 +66,10 @@ def run_tasks(
             if not running:
                 break
             time.sleep(_POLL_S)
+            if interrupts and not told:
+                names = ", ".join(task.name for task, _, _ in running.values())
+                print(f"{names}: saving after this step; Ctrl-C again ends without it", file=sys.stderr, flush=True)
+                told = True
             for slot, (task, process, started_s) in list(running.items()):
                 if process.poll() is not None:
                     seconds = time.monotonic() - started_s
