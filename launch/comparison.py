@@ -57,7 +57,7 @@ class Comparison:
             return {}
         rates = rate_grid(base, self.trials)
         found = {rate: self._outcome(name, f"rate-{rate:g}") for rate in rates}
-        extra = next_rate(losses_of(found)) if all(outcome.state in _OVER for outcome in found.values()) else None
+        extra = next_rate(losses_of(found), base) if all(outcome.state in _OVER for outcome in found.values()) else None
         if extra is not None:
             found[extra] = self._outcome(name, f"rate-{extra:g}")
         return dict(sorted(found.items()))

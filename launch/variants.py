@@ -83,14 +83,13 @@ def rate_grid(base: float, trials: int, factor: float = RATE_FACTOR) -> list[flo
     return [_round(base * factor ** (place - (trials - 1) // 2)) for place in range(trials)]
 
 
-def next_rate(losses: dict[float, float], factor: float = RATE_FACTOR) -> float | None:
-    """The rate by which to extend a search whose best is at an edge; None if it is not, or if nothing has worked."""
+def next_rate(losses: dict[float, float], base: float, factor: float = RATE_FACTOR) -> float | None:
+    """The rate by which to extend a search around `base` whose best is at an edge; None if it is not, or nothing worked."""
     rates, best = sorted(losses), best_rate(losses)
-    if best is None or len(rates) < 2:
+    if best is None or rates[0] < best < rates[-1]:
         return None
-    if best == rates[0]:
-        return _round(best / factor)
-    return _round(best * factor) if best == rates[-1] else None
+    place = round(math.log(best / base, factor))  # counted from `base`, so that rounding does not add up
+    return _round(base * factor ** (place - 1 if best == rates[0] else place + 1))
 
 
 def best_rate(losses: dict[float, float]) -> float | None:

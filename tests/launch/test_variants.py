@@ -89,11 +89,11 @@ def test_rates() -> None:
 
 
 def test_a_search_goes_on_at_an_edge_only() -> None:
-    losses = {0.1: 2.0, 0.3: 1.0, 1.0: 3.0}
-    assert (best_rate(losses), next_rate(losses)) == (0.3, None)
-    assert next_rate(losses | {1.0: 0.5}) == 3.16
-    assert next_rate(losses | {0.1: 0.5}) == 0.0316
-    assert next_rate(losses | {1.0: math.inf}) is None
-    assert best_rate(dict.fromkeys(losses, math.inf)) is None
-    assert next_rate(dict.fromkeys(losses, math.inf)) is None
+    losses = {0.316: 2.0, 1.0: 1.0, 3.16: 3.0}
+    assert (best_rate(losses), next_rate(losses, base=1)) == (1.0, None)
+    assert next_rate(losses | {3.16: 0.5}, base=1) == 10  # not 3.16 x sqrt(10) = 9.99
+    assert next_rate(losses | {0.316: 0.5}, base=1) == 0.1
+    assert next_rate(losses | {3.16: math.inf}, base=1) is None
+    nothing_worked = dict.fromkeys(losses, math.inf)
+    assert (best_rate(nothing_worked), next_rate(nothing_worked, base=1)) == (None, None)
     assert best_rate({}) is None
