@@ -95,6 +95,8 @@ class TrainConfig:
     """How ranks share gradients: DDP's buckets, on their way during the backward pass; flat: all at once, after it."""
     compress: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     """How gradients travel between ranks; pays on slow networks, and ranks then agree less closely. none is exact."""
+    max_wall_s: Optional[float] = None  # noqa: UP045
+    """Seconds of training, without evaluations, after which the run ends as at its duration's end, whichever comes first."""
 
 
 @dataclass
@@ -137,6 +139,8 @@ class LogConfig:
     """Tags in Weights & Biases."""
     sample_keys: bool = False
     """Write what each rank consumes to samples-rankN.jsonl: epoch, step, position and key of every sample."""
+    grad_norm: bool = False
+    """Give train lines the 2-norm of the global batch's gradient, before clipping. Reads every gradient at each step."""
 
 
 @dataclass

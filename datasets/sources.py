@@ -16,7 +16,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.error import HTTPError
@@ -61,6 +61,15 @@ class Source:
         """The file name extension of an image; pixels become PNG."""
         suffix = PurePosixPath(self.name(number)).suffix.lstrip(".").lower()
         return suffix if suffix in EXTENSIONS else "png"
+
+    def only(self, numbers: np.ndarray) -> "Source":
+        """The images of some numbers, in that order."""
+        return replace(
+            self,
+            labels=self.labels[numbers],
+            read=lambda number: self.read(int(numbers[number])),
+            name=lambda number: self.name(int(numbers[number])),
+        )
 
 
 def open_source(source: str, split: str) -> Source:

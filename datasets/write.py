@@ -28,7 +28,12 @@ _ENCODE_TOGETHER = 64  # images per task of the pool
 
 
 def write_shards(
-    source: str, split: str, out: Path, samples_per_shard: int = SAMPLES_PER_SHARD, seed: int = 0
+    source: str,
+    split: str,
+    out: Path,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    seed: int = 0,
+    limit: int | None = None,
 ) -> Manifest:
     """Write one split of a source as WebDataset shards with a manifest and an index.
 
@@ -38,15 +43,35 @@ def write_shards(
         out: folder to make; it must not hold anything yet.
         samples_per_shard: samples per tar; the last one holds the rest.
         seed: of the shuffle. Shards sorted by class would spoil every windowed order.
+        limit: how many images to choose, by the seed and as many of each class as there can be; None takes all.
 
     Raises:
         InputError: the source cannot be read, or `out` is taken.
     """
     if samples_per_shard < 1:
         raise InputError(f"{samples_per_shard} samples per shard: write at least 1")
+    if limit is not None and limit < 1:
+        raise InputError(f"a limit of {limit} images: choose at least 1")
     out = out.expanduser().resolve()
     with node_lock(out.parent / f".{out.name}.lock"):
-        return _write_locked(open_source(source, split), split, out, samples_per_shard, seed)
+        return _write_locked(open_source(source, split), split, out, samples_per_shard, seed, limit)
+
+
+def balanced_choice(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """Numbers of `limit` images, chosen by a seed, equally many of each class or one more; of one that is too small, all.
+
+    Choices of the same seed are nested: a smaller one is a part of a larger one.
+
+    Raises:
+        InputError: there are fewer images.
+    """
+    if limit > len(labels):
+        raise InputError(f"a limit of {limit:,} images, but there are {len(labels):,}: leave it out to write all")
+    shuffled = permutation(len(labels), (seed, 0), (1, 0, 0))
+    shuffled = shuffled[np.argsort(labels[shuffled], kind="stable")]  # class by class
+    begins = np.searchsorted(labels[shuffled], labels[shuffled])
+    turn = np.arange(len(labels)) - begins  # of an image in its class
+    return np.sort(shuffled[np.argsort(turn, kind="stable")[:limit]])  # first turns of all classes, then second ones
 
 
 def make_missing_shards(source: str, split: str, out: Path) -> bool:
@@ -71,9 +96,13 @@ def make_missing_shards(source: str, split: str, out: Path) -> bool:
         return True
 
 
-def _write_locked(images: Source, split: str, out: Path, samples_per_shard: int, seed: int) -> Manifest:
+def _write_locked(
+    images: Source, split: str, out: Path, samples_per_shard: int, seed: int, limit: int | None = None
+) -> Manifest:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; nothing was written. Remove it or choose another folder")
+    if limit is not None:
+        images = images.only(balanced_choice(images.labels, limit, seed))
     count = len(images.labels)
     for suffix, files in images.ignored.items():
         print(f"left out: {files:,} files with {suffix}; kept are {', '.join(EXTENSIONS)}", file=sys.stderr)
@@ -85,6 +114,7 @@ def _write_locked(images: Source, split: str, out: Path, samples_per_shard: int,
         with progress_bar(f"writing {out}", count, "images") as advance:
             _write_tars(images, permutation(count, (seed, 0), (0, 0, 0)), partial, split, samples_per_shard, advance)
         made = {"source": images.description, "split": split, "seed": seed, "samples_per_shard": samples_per_shard}
+        made |= {} if limit is None else {"limit": limit}
         with progress_bar(f"checking {out}", count, "images") as advance:
             manifest = index_shards(partial, made, images.classes, advance)
         for file in partial.iterdir():

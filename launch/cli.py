@@ -16,6 +16,8 @@ COMMANDS = {
     "train": "train a model from a recipe",
     "evaluate": "evaluate a run's final weights on a test set",
     "submit": "submit a recipe to Slurm",
+    "compare": "compare optimizers, or any other keys, under equal budgets",
+    "same": "show that a run is the same on any number of ranks",
     "shards": "write, verify, index and inspect data sets",
     "checkpoints": "list and verify the checkpoints of a run",
     "doctor": "look whether a run would go well here, and how to mend what would break it",

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Literal
 
+from shardstep.launch.grid import file_name
+
 Launcher = Literal["torchrun", "accelerate", "srun"]
 
 
@@ -106,7 +108,7 @@ def sbatch_word(value: str) -> str:
 
 def job_name(run_name: str) -> str:
     """A run's name with nothing in it that a file name or a log's pattern could mistake."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", run_name).strip("_.-")[:64] or "shardstep"
+    return file_name(run_name)
 
 
 def _body(launcher: str, settings: dict[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Write, check and inspect data sets of WebDataset shards.
 
-shardstep shards write --source SRC --split train --out DIR [--samples-per-shard N] [--seed S]
+shardstep shards write --source SRC --split train --out DIR [--samples-per-shard N] [--seed S] [--limit N]
 shardstep shards verify DIR
 shardstep shards info DIR
 shardstep shards index DIR [--classes a,b,c] [--force]
@@ -34,7 +34,10 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--split", choices=["train", "test"], default="train", help="(default: train)")
     write.add_argument("--out", type=Path, required=True, help="folder to make")
     write.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="(default: %(default)s)")
-    write.add_argument("--seed", type=int, default=0, help="of the shuffle (default: 0)")
+    write.add_argument("--seed", type=int, default=0, help="of the shuffle, and of --limit's choice (default: 0)")
+    write.add_argument(
+        "--limit", type=int, metavar="N", help="write N images, equally many of each class (default: all)"
+    )
     for name, what in (("verify", "compare every byte with the manifest"), ("info", "print counts, classes and sizes")):
         commands.add_parser(name, help=what).add_argument("dir", type=Path)
     index = commands.add_parser("index", help="make manifest.json and index for tars that are there")
@@ -55,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 def _write(given: argparse.Namespace) -> int:
     from shardstep.datasets.write import write_shards
 
-    manifest = write_shards(given.source, given.split, given.out, given.samples_per_shard, given.seed)
+    manifest = write_shards(given.source, given.split, given.out, given.samples_per_shard, given.seed, given.limit)
     print(f"{given.out}: {manifest.samples:,} images in {len(manifest.shards)} shards, {manifest.bytes:,} bytes")
     return 0
 

@@ -10,7 +10,6 @@ and goes on when Slurm starts it again; one that is cancelled saves and ends.
 """
 
 import argparse
-import itertools
 import re
 import shlex
 import shutil
@@ -26,6 +25,7 @@ from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import Recipe
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
+from shardstep.launch.grid import names_of, points_of
 from shardstep.launch.job_script import Job, job_name, render
 
 _TIME = re.compile(r"\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2}")
@@ -53,29 +53,54 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str]) -> int:
     """Submit, or print the script; returns the exit code."""
-    parser = _make_parser()
-    given, unknown = parser.parse_known_intermixed_args(arguments)
-    parser.check_unknown(unknown)
+    given = _parse(arguments)
     points = points_of(given.over)
     if not points and _ARRAY.fullmatch(given.array):  # an index is a seed
         points = [[f"run.seed={index}"] for index in range(_last_index(given.array) + 1)]
     recipe = _check(given, points)
     tasks = [[*point, place] for point, place in zip(points, places_of(points, recipe, given.overrides), strict=True)]
-    command = f"shardstep submit {shlex.join(arguments)}"
-    script = render(_job(given, recipe, len(points)), [given.recipe, *given.overrides], tasks, command)
+    return _submit(given, recipe, tasks, f"shardstep submit {shlex.join(arguments)}")
+
+
+def submit_tasks(arguments: list[str], tasks: list[list[str]], command: str) -> int:
+    """Submit a job array of given tasks, or print its script; returns the exit code.
+
+    Args:
+        arguments: as `shardstep submit` takes them, without --over.
+        tasks: what each adds to the recipe's overrides, its run.dir among it.
+        command: that this comes from, for the script's head.
+
+    Raises:
+        InputError: something would fail later.
+    """
+    given = _parse(arguments)
+    if given.over:
+        raise InputError("--over is the comparison's own: give it before --slurm, not in it")
+    return _submit(given, _check(given, tasks), tasks, command)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _make_parser()
+    given, unknown = parser.parse_known_intermixed_args(arguments)
+    parser.check_unknown(unknown)
+    return given
+
+
+def _submit(given: argparse.Namespace, recipe: Recipe, tasks: list[list[str]], command: str) -> int:
+    script = render(_job(given, recipe, len(tasks)), [given.recipe, *given.overrides], tasks, command)
     if given.dry_run:
         print(script, end="")
         return 0
 
     job_id = _sbatch(script, Path(given.log_folder))
-    where = f"{given.log_folder}/{job_name(recipe.run.name)}-{job_id}{'_*' if points else ''}.log"
+    where = f"{given.log_folder}/{job_name(recipe.run.name)}-{job_id}{'_*' if tasks else ''}.log"
     world = f"{_count(given.nodes, 'node')} x {_count(given.ranks_per_node, 'rank')}"
-    print(f"job {job_id}: {recipe.run.name} on {world}{f', {len(points)} tasks' if points else ''}; it logs to {where}")
+    print(f"job {job_id}: {recipe.run.name} on {world}{f', {len(tasks)} tasks' if tasks else ''}; it logs to {where}")
     if not given.follow:
         return 0
     from shardstep.launch.follow import follow
 
-    return follow(job_id, None if points else Path(recipe.run.dir))
+    return follow(job_id, None if tasks else Path(recipe.run.dir))
 
 
 def _make_parser() -> _Parser:
@@ -118,30 +143,11 @@ def _make_parser() -> _Parser:
     return parser
 
 
-def points_of(over: list[str]) -> list[list[str]]:
-    """The grid of `KEY=A,B,...` options: a list of overrides for each combination.
-
-    Raises:
-        InputError: one is not of that form.
-    """
-    axes = []
-    for text in over:
-        key, equals, values = text.partition("=")
-        parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", values)  # a comma in brackets separates nothing
-        if not (equals and "." in key and parts):
-            raise InputError(f"--over {text!r} is not of the form section.key=value,value,...")
-        axes.append([f"{key}={value}" for value in parts])
-    return [list(point) for point in itertools.product(*axes)] if axes else []
-
-
 def places_of(points: list[list[str]], recipe: Recipe, overrides: list[str]) -> list[str]:
     """For each task of an array, the override that gives it a folder of its own."""
-    names = ["-".join(job_name(setting.partition("=")[2]) for setting in point) for point in points]
-    if len(set(names)) < len(names):  # values that differ in nothing that a folder's name may hold
-        names = [f"{number}-{name}" for number, name in enumerate(names)]
     has_folder = any(text.startswith("run.dir=") for text in overrides)
     base = f"run.dir={recipe.run.dir}" if has_folder else f"run.name={recipe.run.name}"
-    return [f"{base}-{name}" for name in names]
+    return [f"{base}-{name}" for name in names_of(points)]
 
 
 def _check(given: argparse.Namespace, points: list[list[str]]) -> Recipe:

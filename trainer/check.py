@@ -112,6 +112,13 @@ def _check_numbers(recipe: Recipe) -> list[str]:
     for key, limit in (("clip_norm", recipe.train.clip_norm), ("clip_value", recipe.train.clip_value)):
         if limit is not None and not limit > 0:
             problems.append(f"train.{key}={limit} must be above 0; null turns it off")
+    if recipe.train.max_wall_s is not None and not recipe.train.max_wall_s > 0:
+        problems.append(f"train.max_wall_s={recipe.train.max_wall_s} must be above 0; null turns it off")
+    if recipe.train.max_wall_s is not None and recipe.schedule.get("name") in schedules.ENDS_WITH_RUN:
+        problems.append(
+            f"schedule.name={recipe.schedule['name']} is drawn over train.duration, which train.max_wall_s may cut short, so "
+            f"that the rate would not come to its end: use schedule.name=constant, step, multistep or exponential"
+        )
     if recipe.train.clip_norm is not None and recipe.train.clip_value is not None:
         problems.append("train.clip_norm and train.clip_value exclude each other")
     for key, place in (("train", recipe.data.train), ("test", recipe.data.test)):

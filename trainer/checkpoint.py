@@ -70,6 +70,7 @@ class TrainState:
         starts: of every process of the run so far: the step it began at, its number of ranks, and when.
         best: step and figures of the best evaluation, None before the first.
         evaluation_s: seconds of the longest evaluation so far.
+        evaluating_s: seconds of all evaluations, which are a part of wall_s.
         evaluation_due: whether a stop came before the evaluation that belongs to `progress`.
         skipped_steps: steps that were left out because their loss was no number.
         sums: per rank, loss and correct predictions since the last evaluation.
@@ -90,11 +91,17 @@ class TrainState:
     starts: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     evaluation_s: float = 0.0
+    evaluating_s: float = 0.0
     evaluation_due: bool = False
     skipped_steps: int = 0
     sums: list[list[float]] = field(default_factory=list)
     samples_in_sums: int = 0
     wandb_id: str | None = None
+
+    @property
+    def train_s(self) -> float:
+        """Seconds of training, without evaluations, over all restarts."""
+        return self.wall_s - self.evaluating_s
 
 
 _FACTS = (
@@ -105,6 +112,7 @@ _FACTS = (
     "starts",
     "best",
     "evaluation_s",
+    "evaluating_s",
     "evaluation_due",
     "skipped_steps",
     "sums",
@@ -315,6 +323,7 @@ def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set
     try:
         facts = json.loads((path / STATE).read_bytes())
         progress, scaler = Progress(**facts.pop("progress")), facts.pop("scaler")
+        facts.setdefault("evaluating_s", 0.0)  # of no consequence unless train.max_wall_s is given
         values = {name: facts[name] for name in _FACTS}
         optimizer = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
         _load_optimizer(state.optimizer, optimizer)

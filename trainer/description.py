@@ -41,6 +41,7 @@ def describe(run: Run) -> list[str]:
         f"rate {entry.get('lr', run.base_lr):g}"
         for entry in recipe.optimizer["groups"]
     )
+    limit = f", or {plan.max_train_s:g} s of training" if plan.max_train_s is not None else ""
     remaining_s = run.time_limit.remaining_s()
     facts = [
         ("world", f"{ranks}, {processor}"),
@@ -61,7 +62,7 @@ def describe(run: Run) -> list[str]:
             f"of at most {largest_micro_batch}",
         ),
         *([("gradients", describe_sharing(recipe.train, run.state.module))] if plan.world_size > 1 else []),
-        ("duration", f"{plan.duration}{f' = {plan.total_steps} steps' if per_epoch else ''}{per_epoch}"),
+        ("duration", f"{plan.duration}{f' = {plan.total_steps} steps' if per_epoch else ''}{per_epoch}{limit}"),
         *([("time", f"the allocation ends in {time_text(remaining_s)}")] if remaining_s is not None else []),
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
     ]

@@ -26,7 +26,7 @@ _MATHEMATICS = {
     "data": ["augment", "normalize", "resize", "lanes", "window_shards", "last_batch"],
     "train": [
         *("global_batch_size", "precision", "weights", "memory_format", "compile", "compress"),
-        *("clip_norm", "clip_value", "duration", "on_nan"),
+        *("clip_norm", "clip_value", "duration", "max_wall_s", "on_nan"),
     ],
 }
 _ORDER = ("run.seed", "data.lanes", "data.window_shards")  # what decides where in an epoch a sample comes

@@ -41,7 +41,7 @@ def train(run: Run) -> Outcome:
     state, plan, metrics, requests = run.state, run.plan, run.metrics, run.requests
     clock = Stopwatch(already_s=state.wall_s)
     evaluation = evaluate_now(run, clock) if state.evaluation_due else None  # a stop came in its place
-    over = plan.is_over(state.progress)
+    over = plan.is_over(state.progress) or plan.is_out_of_time(state.train_s)
     if over or requests.stop:
         return Outcome(stopped=not over or state.evaluation_due, evaluation=evaluation)
 
@@ -58,14 +58,14 @@ def train(run: Run) -> Outcome:
         state.progress = after = plan.advance(before, batch.size)
         state.lr = run.base_lr * run.learning_rate.factor(before)
         run.average.update(state, before)
-        over = plan.is_over(after)
+        requests.check(train_s=clock.seconds() - state.evaluating_s)  # all ranks, about twice a second
+        over = plan.is_over(after) or requests.out_of_time
 
         waited_s = run.batches.wait_s - waited_before_s
         metrics.add(sums, batch.size, waited_s, state.optimizer.step_was_skipped)  # stays on the device
         run.display.advance(after.step)
         if over or plan.is_due(run.every.log, before, after):
             metrics.write_train(state, plan.epochs(after), sums, batch.size)  # all ranks reduce, rank 0 writes
-        requests.check()  # all ranks, about twice a second
         improved = False
         if over or plan.is_due(run.every.evaluation, before, after):
             evaluation = evaluate_now(run, clock)  # all ranks; nothing if they are to stop

@@ -16,6 +16,7 @@ from torch import Tensor
 from shardstep.configs.errors import TrainingFailed
 from shardstep.configs.files import write_whole
 from shardstep.trainer.checkpoint import TrainState
+from shardstep.trainer.clip import Clip
 from shardstep.trainer.evaluate import Evaluation
 from shardstep.trainer.runtime import gather_rows, reduce_sums
 
@@ -33,6 +34,7 @@ class Metrics:
         listeners: list[Callable[[dict[str, Any]], None]],
         warn: Callable[[str], None],
         has_accuracy: bool = True,
+        clip: Clip | None = None,
     ):
         """
         Args:
@@ -42,9 +44,10 @@ class Metrics:
             listeners: called on rank 0 with every line.
             warn: told when lines cannot be written.
             has_accuracy: whether predictions can be correct; a reconstruction cannot.
+            clip: knows the gradient's norm, if the recipe asks for it.
         """
         self._accelerator = accelerator
-        self._has_accuracy = has_accuracy
+        self._has_accuracy, self._clip = has_accuracy, clip
         self._lines = LineFile(path, warn) if accelerator.is_main_process else None
         self._listeners = listeners
         own = state.sums[accelerator.process_index] if state.sums else [0.0, 0.0]
@@ -113,6 +116,8 @@ class Metrics:
             "data_wait_share": round(self._window_wait_s / self._window_s, 4),
         }
         self._window_samples, self._window_s, self._window_wait_s = 0, 0.0, 0.0
+        if self._clip and self._clip.norm_before is not None:
+            line["grad_norm"] = None if sums is None else self._clip.norm_before.item()
         if self._skipped_updates:
             line["skipped_updates"] = self._skipped_updates  # by fp16's scaler, since this process started
         if state.skipped_steps:
@@ -148,6 +153,7 @@ class Metrics:
             "train_accuracy": train_accuracy if self._has_accuracy else None,
             "per_class_accuracy": evaluation.per_class_accuracy,
             "wall_s": round(state.wall_s, 3),
+            "train_s": round(state.train_s, 3),
         }
         if not (math.isfinite(evaluation.loss) and math.isfinite(train_loss)):
             self._record(line)

@@ -16,7 +16,9 @@ def evaluate_now(run: Run, clock: Stopwatch) -> Evaluation | None:
     run.requests.restart()
     stop = run.requests.check(state.evaluation_s)  # all ranks; one that cannot finish in time is not begun
     evaluation = None if stop else run.evaluate()
-    state.evaluation_s = max(state.evaluation_s, clock.seconds() - began)  # of one that was broken off: at least
+    spent_s = clock.seconds() - began
+    state.evaluating_s += spent_s
+    state.evaluation_s = max(state.evaluation_s, spent_s)  # of one that was broken off: at least
     if evaluation is None:
         return None
     state.evaluation_due = False

@@ -19,6 +19,7 @@ class Plan:
         world_size: number of ranks.
         micro_steps: backward passes per rank and full step.
         duration: of the run.
+        max_train_s: seconds of training at which the run ends before its duration is over; None without a limit.
     """
 
     global_batch_size: int
@@ -26,6 +27,7 @@ class Plan:
     world_size: int
     micro_steps: int
     duration: Duration
+    max_train_s: float | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,8 +60,12 @@ class Plan:
         return min(1.0, done / float(all_of_it)) if all_of_it else 1.0
 
     def is_over(self, progress: Progress) -> bool:
-        """Whether the run has reached its end."""
+        """Whether the duration has passed."""
         return self.duration.is_over(progress, self.samples_per_epoch)
+
+    def is_out_of_time(self, train_s: float) -> bool:
+        """Whether so many seconds of training are all that the run may take."""
+        return self.max_train_s is not None and train_s >= self.max_train_s
 
     def is_due(self, every: Duration, before: Progress, after: Progress) -> bool:
         """Whether something that happens `every` so often falls on the step between two states."""
@@ -95,4 +101,5 @@ def make_plan(config: TrainConfig, num_samples: int, drop_last: bool, world_size
         world_size=world_size,
         micro_steps=len(micro_pieces(size, 0, world_size, config.max_micro_batch)),
         duration=Duration.parse(config.duration),
+        max_train_s=config.max_wall_s,
     )

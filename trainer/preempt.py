@@ -67,7 +67,15 @@ class StopRequest:
 class Requests:
     """What all ranks have agreed to do. `stop` and `save` change between two calls of `check`, on all ranks alike."""
 
-    def __init__(self, request: StopRequest, folder: Path, is_main: bool, agree: Agree, time_limit: TimeLimit):
+    def __init__(
+        self,
+        request: StopRequest,
+        folder: Path,
+        is_main: bool,
+        agree: Agree,
+        time_limit: TimeLimit,
+        max_train_s: float | None = None,
+    ):
         """
         Args:
             request: this process's.
@@ -75,13 +83,15 @@ class Requests:
             is_main: whether this is rank 0.
             agree: exchanges numbers with the other ranks.
             time_limit: of the allocation; rank 0 asks it.
+            max_train_s: of the recipe; rank 0's clock counts.
         """
         self._request, self._folder, self._is_main, self._agree = request, folder, is_main, agree
-        self._time_limit = time_limit
+        self._time_limit, self._max_train_s = time_limit, max_train_s
         self._calls, self._previous_call, self._next_call = 0, 0, 1
         self._previous_s, self._pause = time.monotonic(), 0
         self.stop = False
         self.save = False
+        self.out_of_time = False  # the run's own: it ends as if its duration were over
         self.reason = ""  # of the stop, as far as this rank knows
         self.by_person = False  # whether somebody has put the file STOP there
 
@@ -89,28 +99,36 @@ class Requests:
         """Look again at the next call: what follows takes another time than what was before."""
         self._next_call, self._pause = self._calls + 1, 0
 
-    def check(self, evaluation_s: float = 0.0) -> bool:
+    def check(self, evaluation_s: float = 0.0, train_s: float = 0.0) -> bool:
         """Called equally often on every rank; talks to the others about twice a second. Returns `stop`.
 
         Args:
             evaluation_s: how long what comes next will take; if the allocation ends before, that is a reason to stop.
+            train_s: seconds of training so far; where they do not pass, as in an evaluation, 0.
         """
         self._calls += 1
         if self.stop or self._calls < self._next_call:
             return self.stop
-        stop, save, out_of_time = self._request.has_come(), False, False
+        stop, save, job_ends, out_of_time = self._request.has_come(), False, False, False
         passed_s = time.monotonic() - self._previous_s
         if self._is_main:
             # os.path: a mount that is gone has no such file, and is no reason to end
             self.by_person = os.path.exists(self._folder / STOP_FILE)
             save = os.path.exists(self._folder / SAVE_FILE)
             self._time_limit.looked(passed_s)
-            out_of_time = self._time_limit.is_near(evaluation_s)
-            stop = stop or self.by_person or out_of_time
+            job_ends = self._time_limit.is_near(evaluation_s)
+            stop = stop or self.by_person or job_ends
         seconds_per_call = passed_s / (self._calls - self._previous_call)
         # At most twice as many as before, from one on: the first calls may come faster than the steps that follow.
-        pause = max(1, min(int(_INTERVAL_S / max(seconds_per_call, 1e-6)), 2 * self._pause, _MOST_CALLS))
-        agreed_stop, agreed_save, self._pause = self._agree([int(stop), int(save), pause if self._is_main else 0])
+        interval_s = _INTERVAL_S
+        if self._is_main and self._max_train_s is not None and train_s:
+            out_of_time = train_s >= self._max_train_s
+            interval_s = min(interval_s, self._max_train_s - train_s)  # the next look comes no later than the end
+        pause = max(1, min(int(interval_s / max(seconds_per_call, 1e-6)), 2 * self._pause, _MOST_CALLS))
+        agreed_stop, agreed_save, agreed_end, self._pause = self._agree(
+            [int(stop), int(save), int(out_of_time), pause if self._is_main else 0]
+        )
+        self.out_of_time = self.out_of_time or bool(agreed_end)
         self._previous_s, self._previous_call, self._next_call = (
             time.monotonic(),
             self._calls,
@@ -119,7 +137,7 @@ class Requests:
         self.stop, self.save = bool(agreed_stop), bool(agreed_save)
         if self.stop:
             others = f"a file {STOP_FILE}" if self.by_person else "another rank"
-            self.reason = self._request.reason or ("the allocation's end" if out_of_time else others)
+            self.reason = self._request.reason or ("the allocation's end" if job_ends else others)
         return self.stop
 
     def obeyed(self) -> None:

@@ -92,6 +92,9 @@ SCHEDULES: dict[str, Callable[..., float]] = {
     "one_cycle": one_cycle,
 }
 
+ENDS_WITH_RUN = ("cosine", "linear", "one_cycle")
+"""Those that need to know when the run will end."""
+
 COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"warmup": (str | None, None), "warmup_start": (float, 0.0)}
 """Options of every schedule: type and default. warmup: duration of a straight rise from warmup_start times the rate."""
 

@@ -193,6 +193,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         tracker = WandbTracker(recipe, folder, display.warn, state.wandb_id)
         state.wandb_id = tracker.run_id
         listeners.append(tracker.log)
+    clip = Clip(recipe.train.clip_norm, recipe.train.clip_value, measures=recipe.log.grad_norm)
     saver = Saver(folder / "checkpoints", recipe.checkpoint.keep, display.warn, state.best)
     time_limit = TimeLimit(
         launcher.allocation(), lambda: saver.longest_s, share_done=lambda: plan.share_done(state.progress)
@@ -218,17 +219,17 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         objective=objective,
         learning_rate=LearningRate(recipe.schedule, plan.duration, plan.samples_per_epoch, plan.global_batch_size),
         base_lr=float(recipe.optimizer["lr"]),
-        clip=Clip(recipe.train.clip_norm, recipe.train.clip_value),
+        clip=clip,
         average=average,
         freezer=Freezer(state.optimizer.param_groups, plan.samples_per_epoch, wrap),
         every=Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every))),
         metrics=Metrics(
-            accelerator, folder / "metrics.jsonl", state, listeners, display.warn, not objective.reconstructs
+            accelerator, folder / "metrics.jsonl", state, listeners, display.warn, not objective.reconstructs, clip
         ),
         display=display,
         tracker=tracker,
         bad_steps=BadSteps(recipe.train),
-        requests=Requests(request, folder, world.is_main_process, runtime.agree(world), time_limit),
+        requests=Requests(request, folder, world.is_main_process, runtime.agree(world), time_limit, plan.max_train_s),
         saver=saver,
         time_limit=time_limit,
         watchdog=Watchdog(runtime.Board(world), folder, recipe.run.hang_timeout, request, display.tell),

@@ -28,6 +28,7 @@ def write_summary(run: Run, status: str, evaluation: Evaluation | None) -> dict[
         if evaluation
         else None,
         "wall_s": round(state.wall_s, 3),
+        "train_s": round(state.train_s, 3),
         "restarts": max(len(state.starts) - 1, 0),
         "best": state.best,
         "data": {

@@ -13,7 +13,7 @@ from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.reader import StreamReader
 from shardstep.datasets.scan import index_shards
 from shardstep.datasets.sources import open_source
-from shardstep.datasets.write import make_missing_shards, write_shards
+from shardstep.datasets.write import balanced_choice, make_missing_shards, write_shards
 from tests.datasets.test_sources import make_tree, png
 from tests.datasets.test_tar import write_tar
 
@@ -236,3 +236,27 @@ def test_a_source_without_splits_is_not_used_for_both(tmp_path: Path) -> None:
     make_tree(tmp_path / "tree")
     with pytest.raises(InputError, match="both sets would hold the same images"):
         make_missing_shards(str(tmp_path / "tree" / "train"), "test", tmp_path / "out")
+
+
+def test_a_choice_is_balanced_seeded_and_nested() -> None:
+    labels = np.array([0] * 50 + [1] * 3 + [2] * 30)
+    chosen = balanced_choice(labels, 20, seed=0)
+    # turns go round the classes: 3 of each, then class 1 is used up: 9 + 11 of two classes
+    assert np.bincount(labels[chosen]).tolist() == [9, 3, 8]
+    assert len(set(chosen.tolist())) == 20
+    assert np.array_equal(chosen, balanced_choice(labels, 20, seed=0))
+    assert not np.array_equal(chosen, balanced_choice(labels, 20, seed=1))
+    assert set(balanced_choice(labels, 10, seed=0)) < set(chosen)
+    assert np.array_equal(balanced_choice(labels, 83, seed=0), np.arange(83))
+
+
+def test_a_limit_writes_so_many_of_the_same_images(tmp_path: Path) -> None:
+    manifest = write_shards("synthetic:200", "train", tmp_path / "few", samples_per_shard=30, limit=70)
+    assert (manifest.samples, manifest.made["limit"]) == (70, 70)
+    assert set(manifest.samples_per_class) == {7}
+    write_shards("synthetic:200", "train", tmp_path / "all", samples_per_shard=30)
+    few, every = (open_shards(tmp_path / name) for name in ("few", "all"))
+    assert set(few.index["crc32"].tolist()) < set(every.index["crc32"].tolist())
+    for limit, told in ((0, "choose at least 1"), (201, "but there are 200: leave it out")):
+        with pytest.raises(InputError, match=told):
+            write_shards("synthetic:200", "train", tmp_path / "none", limit=limit)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from shardstep.configs.errors import InputError
+from shardstep.launch.grid import points_of
 from shardstep.launch.job_script import Job, job_name, render, sbatch_word
-from shardstep.launch.submit import main, points_of, seconds_of
+from shardstep.launch.submit import main, seconds_of
 from tests.conftest import ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,7 +39,12 @@ ARGUMENTS = ["quickstart", 'run.name=it\'s $(touch x) `y` "z"; rm -rf *', "train
 def test_scripts_are_as_they_were(name: str) -> None:
     """After a change that is meant: SHARDSTEP_GOLDEN=write pytest tests/slurm/test_submit.py, and read the diff."""
     job, points = JOBS[name]
-    script, path = render(job, ARGUMENTS, points, "shardstep submit ..."), GOLDEN / f"{name}.sbatch"
+    check_golden(name, render(job, ARGUMENTS, points, "shardstep submit ..."))
+
+
+def check_golden(name: str, script: str) -> None:
+    """Compare a script with the one that is kept under this name, or keep it there, if the environment says so."""
+    path = GOLDEN / f"{name}.sbatch"
     if os.environ.get("SHARDSTEP_GOLDEN") == "write":
         path.write_text(script)
     before = path.read_text()

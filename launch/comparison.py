@@ -1,0 +1,271 @@
+"""A comparison: which runs it has, which are still missing, and whether a folder holds the same one."""
+
+import argparse
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardstep.configs.errors import InputError
+from shardstep.configs.files import write_whole
+from shardstep.configs.load import load_recipe, recipe_text
+from shardstep.configs.schema import Recipe
+from shardstep.launch.outcomes import Outcome, Variant, optimizer_memory, read_outcome
+from shardstep.launch.pool import Task
+from shardstep.launch.variants import SEARCH_SEED, Budget, best_rate, next_rate, rate_grid, read_variants
+from shardstep.trainer import launcher
+
+PLAN_NAME = "comparison.json"
+_MEASURED = (("train", "precision"), ("train", "memory_format"))  # what `auto` measures: once for all runs
+_OVER = ("finished", "failed")  # states in which a run stays
+
+
+@dataclass
+class Comparison:
+    """What is to be run, and where.
+
+    Attributes:
+        arguments: of every run: the recipe and the overrides that all variants share.
+        variants: overrides by name.
+        base_rates: of each variant, where the search begins; None without --tune.
+        tune: the key that is searched, empty for none.
+        settled: choices of `auto`, as overrides, once the first run has made them.
+        rates: of each variant's runs with seeds, once the first of them has begun.
+        digests: of each variant's resolved recipe.
+    """
+
+    folder: Path
+    command: str
+    arguments: list[str]
+    budget: Budget
+    variants: dict[str, list[str]]
+    seeds: int
+    tune: str
+    trials: int
+    target: float | None
+    base_rates: dict[str, float | None]
+    digests: dict[str, str]
+    settled: list[str]
+    rates: dict[str, float]
+
+    def search(self, name: str) -> dict[float, Outcome]:
+        """The runs of a variant's search by rate: those of the first grid, and what extended it."""
+        base = self.base_rates[name]
+        if base is None:
+            return {}
+        rates = rate_grid(base, self.trials)
+        found = {rate: self._outcome(name, f"rate-{rate:g}") for rate in rates}
+        extra = next_rate(losses_of(found), base) if all(outcome.state in _OVER for outcome in found.values()) else None
+        if extra is not None:
+            found[extra] = self._outcome(name, f"rate-{extra:g}")
+        return dict(sorted(found.items()))
+
+    def rate(self, name: str) -> float | None:
+        """The rate of a variant's runs: the best that was found, the recipe's own where none is."""
+        if name in self.rates:
+            return self.rates[name]
+        return best_rate(losses_of(self.search(name))) or self.base_rates[name]
+
+    def search_tasks(self) -> list[Task]:
+        """The runs that the search still needs, as far as that is known."""
+        return [
+            self._task(name, f"rate-{rate:g}", [f"{self.tune}={rate:g}", f"run.seed={SEARCH_SEED}"])
+            for name in self.variants
+            for rate, outcome in self.search(name).items()
+            if outcome.state not in _OVER
+        ]
+
+    def seed_tasks(self) -> list[Task]:
+        """The runs with seeds that are still to be made: all variants with the first seed, then with the next."""
+        tasks = []
+        for seed in range(self.seeds):
+            for name in self.variants:
+                if self._outcome(name, str(seed)).state not in _OVER:
+                    rate = self.rate(name) if self.tune else None
+                    tuned = [f"{self.tune}={rate:g}"] if rate is not None else []
+                    tasks.append(self._task(name, str(seed), [*tuned, f"run.seed={seed}"]))
+        return tasks
+
+    def results(self) -> list[Variant]:
+        """What there is now, of every variant."""
+        return [
+            Variant(
+                name,
+                overrides,
+                self.rate(name),
+                {seed: self._outcome(name, str(seed)) for seed in range(self.seeds)},
+                self.search(name),
+                self._memory(name),
+            )
+            for name, overrides in self.variants.items()
+        ]
+
+    def fix_rates(self) -> None:
+        """Keep to the rates as they are now: runs of one variant must not differ in it."""
+        found = {name: self.rate(name) for name in self.variants}
+        self.rates = {name: rate for name, rate in found.items() if rate is not None}
+        self.save()
+
+    def settle(self) -> None:
+        """Take what the first run has measured for `auto`, so that all compute alike."""
+        first = next(iter(self.variants))
+        for place in sorted((self.folder / first).glob("*/config.yaml")):
+            recipe = load_recipe(str(place)).recipe
+            self.settled = [f"{section}.{key}={getattr(getattr(recipe, section), key)}" for section, key in _MEASURED]
+            self.save()
+            return
+
+    def save(self) -> None:
+        """Write down what is compared, so that a later command can see whether it means the same."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / PLAN_NAME, (json.dumps(self.record(), indent=1) + "\n").encode())
+
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        return {
+            "command": self.command,
+            "arguments": self.arguments,
+            "budget": self.budget.text,
+            "tune": self.tune,
+            "trials": self.trials,
+            "settled": self.settled,
+            "rates": self.rates,
+            "digests": self.digests,
+        }
+
+    def log(self, name: str, run: str) -> Path:
+        """Where what a run prints is kept."""
+        return self.folder / name / f"{run}.log"
+
+    def _outcome(self, name: str, run: str) -> Outcome:
+        return read_outcome(self.folder / name / run, self.log(name, run))
+
+    def _memory(self, name: str) -> float | None:
+        runs = [str(seed) for seed in range(self.seeds) if self._outcome(name, str(seed)).last]
+        return optimizer_memory(self.folder / name / runs[0]) if runs else None
+
+    def _task(self, name: str, run: str, added: list[str]) -> Task:
+        place = [f"run.dir={self.folder / name / run}", f"run.name={name}-{run}"]
+        overrides = [*self.arguments[1:], *self.settled, *self.variants[name], *self.budget.overrides, *added, *place]
+        return Task(f"{name} {run}", [self.arguments[0], *overrides], self.log(name, run))
+
+
+def losses_of(search: dict[float, Outcome]) -> dict[float, float]:
+    """The training loss at each rate, infinite where training failed."""
+    return {rate: math.inf if outcome.train_loss is None else outcome.train_loss for rate, outcome in search.items()}
+
+
+def prepare(given: argparse.Namespace, command: str) -> Comparison:
+    """Check everything that can be checked before the first run.
+
+    Raises:
+        InputError: with all problems: of the options, of each variant's recipe, or because DIR holds another comparison.
+    """
+    problems = [
+        f"--{name} {value} must be at least {least}"
+        for name, least in (("seeds", 1), ("trials", 2), ("parallel", 1))
+        if (value := getattr(given, name)) is not None and value < least
+    ]
+    if given.trials is not None and not given.tune:
+        problems.append("--trials has no effect without --tune KEY, such as optimizer.lr")
+    if given.target is not None and not 0 < given.target < 1:
+        problems.append(f"--target {given.target:g} is an accuracy: between 0 and 1")
+    if given.within is not None and not given.within > 0:
+        problems.append(f"--within {given.within:g} is a number of minutes above 0")
+    if given.slurm is not None and (given.parallel != 1 or given.within is not None):
+        problems.append("--parallel and --within have no effect with --slurm: give --slurm '--array ...%P --time T'")
+    taken = [text for text in given.overrides if text.startswith(("run.dir=", "run.name=", "run.resume=", "run.seed="))]
+    if taken:
+        problems.append(
+            f"{', '.join(taken)}: a comparison gives its runs folders and seeds itself; see --out and --seeds"
+        )
+    if launcher.is_launched():
+        problems.append("compare starts processes itself: leave out torchrun, accelerate launch and srun")
+    if problems:
+        raise InputError.from_problems("nothing was begun", problems)
+
+    budget, variants = Budget.parse(given.budget), read_variants(given.over, given.variants)
+    recipes = {}
+    for name, overrides in variants.items():
+        try:
+            recipes[name] = _check([given.recipe, *given.overrides, *overrides, *budget.overrides])
+        except InputError as error:
+            problems.append(f"variant {name}: {error}")
+    base_rates: dict[str, float | None] = dict.fromkeys(variants)
+    for name, recipe in recipes.items() if given.tune else ():
+        rate = _number(recipe, given.tune)
+        base_rates[name] = rate
+        if rate is None:
+            problems.append(f"variant {name}: --tune {given.tune} is no number above 0 in this recipe")
+    if problems:
+        raise InputError.from_problems("nothing was begun", problems)
+    first = next(iter(recipes.values()))
+    folder = given.out or Path("runs") / f"compare-{load_recipe(given.recipe).recipe.run.name}"
+    comparison = Comparison(
+        folder=folder,
+        command=command,
+        arguments=[given.recipe, *given.overrides],
+        budget=budget if given.budget else Budget(first.train.duration, ()),
+        variants=variants,
+        seeds=given.seeds,
+        tune=given.tune or "",
+        trials=given.trials or 3,
+        target=given.target,
+        base_rates=base_rates,
+        digests={name: hashlib.sha256(recipe_text(recipe).encode()).hexdigest() for name, recipe in recipes.items()},
+        settled=[],
+        rates={},
+    )
+    _check_same_comparison(comparison)
+    return comparison
+
+
+def _check(arguments: list[str]) -> Recipe:
+    from shardstep.trainer.check import check_recipe
+    from shardstep.trainer.losses import build_objective
+
+    recipe = check_recipe(load_recipe(arguments[0], arguments[1:]))
+    if build_objective(recipe.loss, recipe.model).reconstructs:
+        raise InputError(f"loss.name={recipe.loss['name']} has no accuracy to compare")
+    return recipe
+
+
+def _check_same_comparison(comparison: Comparison) -> None:
+    """Refuse a folder of another comparison; take over what is settled in one that goes on.
+
+    Raises:
+        InputError: it is another.
+    """
+    path = comparison.folder / PLAN_NAME
+    if not path.is_file():
+        if comparison.folder.exists() and any(comparison.folder.iterdir()):
+            raise InputError(f"--out {comparison.folder} holds other files than a comparison's: choose another folder")
+        return
+    try:
+        saved, new = json.loads(path.read_text()), comparison.record()
+        differences = [
+            f"{key}: {saved[key]} -> {new[key]}" for key in ("budget", "tune", "trials") if saved[key] != new[key]
+        ]
+        differences += [
+            f"variant {name} has other values than its runs there"
+            for name, digest in new["digests"].items()
+            if saved["digests"].get(name, digest) != digest
+        ]
+        comparison.settled, comparison.rates = list(saved["settled"]), dict(saved["rates"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): give another --out, or remove the file") from None
+    if differences:
+        raise InputError.from_problems(
+            f"{comparison.folder} holds another comparison. Give another --out; more --seeds or variants may be added to it",
+            differences,
+        )
+
+
+def _number(recipe: Recipe, key: str) -> float | None:
+    """The value of a section.key in a recipe, if it is a number above 0."""
+    section, _, name = key.partition(".")
+    content = getattr(recipe, section, None)
+    value = content.get(name) if isinstance(content, dict) else getattr(content, name, None)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else None

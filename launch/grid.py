@@ -1,0 +1,36 @@
+"""Grids of values: `--over KEY=A,B,...` options to the overrides of each combination, and to names for them."""
+
+import itertools
+import re
+from collections.abc import Sequence
+
+from shardstep.configs.errors import InputError
+
+
+def points_of(over: Sequence[str]) -> list[list[str]]:
+    """The grid of `KEY=A,B,...` options: a list of overrides for each combination.
+
+    Raises:
+        InputError: one is not of that form.
+    """
+    axes = []
+    for text in over:
+        key, equals, values = text.partition("=")
+        parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", values)  # a comma in brackets separates nothing
+        if not (equals and "." in key and parts):
+            raise InputError(f"--over {text!r} is not of the form section.key=value,value,...")
+        axes.append([f"{key}={value}" for value in parts])
+    return [list(point) for point in itertools.product(*axes)] if axes else []
+
+
+def names_of(points: Sequence[Sequence[str]]) -> list[str]:
+    """A name for each point, of its values: different ones, and fit for folders."""
+    names = ["-".join(file_name(setting.partition("=")[2]) for setting in point) for point in points]
+    if len(set(names)) < len(names):  # values that differ in nothing that a folder's name may hold
+        names = [f"{number}-{name}" for number, name in enumerate(names)]
+    return names
+
+
+def file_name(text: str) -> str:
+    """A text with nothing in it that a file's name or a log's pattern could mistake."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_.-")[:64] or "shardstep"

@@ -1,0 +1,124 @@
+"""What a comparison compares: `--over` grids and files of variants, budgets, and rates to search."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shardstep.configs.components import neighbours
+from shardstep.configs.durations import Duration
+from shardstep.configs.errors import InputError
+from shardstep.launch.grid import file_name, names_of, points_of
+
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+_ENDLESS = "1000000 epochs"
+RATE_FACTOR = math.sqrt(10)
+SEARCH_SEED = 10_000
+"""Of the search's runs; no run of the comparison itself has it, so that no result was chosen by its own luck."""
+
+
+def read_variants(over: Sequence[str], file: str | None) -> dict[str, list[str]]:
+    """The variants by name: the overrides that make each.
+
+    Args:
+        over: `KEY=A,B,...`; several make a grid.
+        file: YAML that maps names to lists of overrides: a path, or the name of one in configs/compare/.
+
+    Raises:
+        InputError: there is none, both are given, or the file is not of that form.
+    """
+    if bool(over) == bool(file):
+        raise InputError("give --over KEY=A,B,... (several make a grid) or --variants FILE, to say what to compare")
+    if file is None:
+        points = points_of(over)
+        return dict(zip(names_of(points), points, strict=True))
+    path = _find(file)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    problems = _problems(content)
+    if problems:
+        raise InputError.from_problems(f"{path} is no file of variants (name: [section.key=value, ...])", problems)
+    return content
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each run may use up: in words, and as overrides."""
+
+    text: str
+    overrides: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Budget":
+        """Read "3 epochs", "500 steps", "120 s", "2 min" or "1 h"; None is the recipe's own duration.
+
+        Raises:
+            InputError: it is none of these.
+        """
+        if text is None:
+            return cls("the recipe's own duration", ())
+        match = _TIME.fullmatch(text.strip())
+        if match:
+            seconds = float(match[1]) * _SECONDS[match[2]]
+            return cls(f"{seconds:g} s of training", (f"train.max_wall_s={seconds:g}", f"train.duration={_ENDLESS}"))
+        try:
+            duration = Duration.parse(text)
+        except InputError:
+            raise InputError(
+                f'--budget {text!r}: write epochs, steps or a time: "3 epochs", "500 steps", "120 s", "2 min"'
+            ) from None
+        return cls(str(duration), (f"train.duration={duration}",))
+
+
+def rate_grid(base: float, trials: int, factor: float = RATE_FACTOR) -> list[float]:
+    """Rates around `base`, each `factor` times the one before, to three digits: an odd number has it in the middle."""
+    return [_round(base * factor ** (place - (trials - 1) // 2)) for place in range(trials)]
+
+
+def next_rate(losses: dict[float, float], base: float, factor: float = RATE_FACTOR) -> float | None:
+    """The rate by which to extend a search around `base` whose best is at an edge; None if it is not, or nothing worked."""
+    rates, best = sorted(losses), best_rate(losses)
+    if best is None or rates[0] < best < rates[-1]:
+        return None
+    place = round(math.log(best / base, factor))  # counted from `base`, so that rounding does not add up
+    return _round(base * factor ** (place - 1 if best == rates[0] else place + 1))
+
+
+def best_rate(losses: dict[float, float]) -> float | None:
+    """The rate of the lowest loss; None if every loss is infinite."""
+    best = min(losses, key=losses.__getitem__, default=None)
+    return best if best is not None and math.isfinite(losses[best]) else None
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def _find(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    folder = Path(str(resources.files("shardstep.configs"))) / "compare"
+    ours = {path.stem: path for path in folder.glob("*.yaml")}
+    if name in ours:
+        return ours[name]
+    raise InputError(f"--variants {name!r} is neither a file nor one of ours; {neighbours(name, ours)}")
+
+
+def _problems(content: Any) -> list[str]:
+    if not isinstance(content, dict) or not content:
+        return [f"it holds {type(content).__name__ if content else 'nothing'}"]
+    problems = []
+    for name, overrides in content.items():
+        if not isinstance(name, str) or file_name(name) != name:
+            problems.append(f"{name!r} is to be a folder's name: letters, digits, - and _")
+        if not isinstance(overrides, list) or not all(isinstance(text, str) and "=" in text for text in overrides):
+            problems.append(f"{name}: {overrides!r} is no list of section.key=value")
+    return problems

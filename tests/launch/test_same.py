@@ -1,0 +1,100 @@
+"""`shardstep same`: one and two ranks train alike, and a planted difference is found at its step."""
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from shardstep.configs.errors import InputError, TrainingFailed
+from shardstep.launch.same import compare, main
+from tests.launch.test_launch import BIN
+from tests.runs import read_lines, train_ranks, write_recipe
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs of 8 steps on 1 and 2 ranks. Read only."""
+    folders = {}
+    for ranks in (1, 2):
+        place = tmp_path_factory.mktemp(f"ranks{ranks}")
+        train_ranks(ranks, write_recipe(place, shards), "log.grad_norm=true")
+        folders[ranks] = place / "run"
+    return folders
+
+
+def test_one_and_two_ranks(runs: dict[int, Path]) -> None:
+    gap = compare(runs[1], runs[2], tolerance=1e-5)
+    assert gap.parts_at is None
+    assert 0 < gap.largest < 1e-5  # sums in another order
+    assert compare(runs[1], runs[1], tolerance=1e-5).largest == 0
+
+
+def changed(run: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a run whose train lines are changed."""
+    lines = read_lines(run / "metrics.jsonl")
+    for line in lines:
+        if line["kind"] == "train":
+            change(line)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_file(load_file(run / "model.safetensors"), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("key", ["loss", "grad_norm"])
+def test_a_planted_difference_is_found_at_its_step(key: str, runs: dict[int, Path], tmp_path: Path) -> None:
+    def plant(line: dict[str, Any]) -> None:
+        line[key] *= {5: 1 + 1e-4, 7: 1 + 3e-4}.get(line["step"], 1)
+
+    gap = compare(runs[1], changed(runs[2], tmp_path, plant), tolerance=1e-5)
+    assert gap.parts_at == 5
+    assert getattr(gap, key) == pytest.approx(3e-4, rel=0.1)
+
+
+def test_what_is_missing_is_a_difference(runs: dict[int, Path], tmp_path: Path) -> None:
+    def plant(line: dict[str, Any]) -> None:
+        if line["step"] == 3:
+            line["loss"] = None
+
+    gap = compare(runs[1], changed(runs[2], tmp_path, plant), tolerance=1e-5)
+    assert (gap.loss, gap.parts_at) == (math.inf, 3)
+
+
+def test_weights_are_compared(runs: dict[int, Path], tmp_path: Path) -> None:
+    folder = changed(runs[1], tmp_path, lambda line: None)
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    weights[name] *= 1.001
+    save_file(weights, folder / "model.safetensors")
+    gap = compare(runs[1], folder, tolerance=1e-5)
+    assert (gap.loss, gap.parts_at) == (0, None)
+    assert gap.weights == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_dropout_is_told_as_the_reason(shards: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, shards, model={"name": "convnet"}))
+    command = [str(BIN / "shardstep"), "same", recipe, "--ranks", "1,2", "--steps", "3"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1, result.stderr
+    assert "2 ranks differ by more than 1e-05" in result.stdout
+    assert all(f"model.{name}=0" in result.stdout for name in ("dropout", "feature_dropout"))
+    row = next(line for line in result.stdout.splitlines() if line.startswith("2 "))
+    assert row.split()[-1] == "1"  # from the first step on
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--ranks", "1"], "must be two or more different numbers"),
+        (["--ranks", "1,two"], "must be two or more different numbers"),
+        (["--ranks", "0,1", "--steps", "0", "--tolerance", "0"], "3 problems"),
+        (["optimizer.lrr=1"], "optimizer.lrr"),
+    ],
+)
+def test_bad_input(options: list[str], told: str, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises((InputError, TrainingFailed), match=told):
+        main([str(write_recipe(tmp_path, shards)), *options])

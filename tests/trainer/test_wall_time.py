@@ -1,0 +1,113 @@
+"""train.max_wall_s: a run that ends after some seconds of training; and the gradient's norm in train lines."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from shardstep.configs.errors import InputError
+from shardstep.configs.load import load_recipe
+from shardstep.trainer.check import check_recipe
+from shardstep.trainer.preempt import Requests, StopRequest
+from shardstep.trainer.time_limit import TimeLimit
+from tests.distributed import run_ranks
+from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
+
+STEP_S, EVALUATION_S, LIMIT_S = 0.05, 0.7, 1.5
+
+
+def slowly(recipe: str, *overrides: str) -> tuple[int, str, str]:
+    """Runs in a rank: each step takes STEP_S at least, each evaluation EVALUATION_S."""
+    from shardstep.trainer import loop, setup
+
+    step_function, evaluate_function = loop.train_step, setup.evaluate
+
+    def step(*arguments: Any) -> Any:
+        time.sleep(STEP_S)
+        return step_function(*arguments)
+
+    def evaluate(*arguments: Any) -> Any:
+        time.sleep(EVALUATION_S)
+        return evaluate_function(*arguments)
+
+    loop.train_step, setup.evaluate = step, evaluate
+    return failure_of(recipe, *overrides)
+
+
+def test_training_ends_after_its_seconds_on_all_ranks(shards: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"eval": {"every": "10 steps"}, "checkpoint": {"every": "100000 steps"}}
+    recipe = str(write_recipe(tmp_path, shards, **sections))
+    limits = ["train.duration=100000 epochs", f"train.max_wall_s={LIMIT_S}"]
+    assert [code for code, _, _ in run_ranks(2, slowly, recipe, *limits)] == [0, 0]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["kind"] for line in lines[-2:]] == ["train", "eval"]  # as at the end of a duration
+    assert lines[-1]["step"] == lines[-2]["step"] == summary["step"] > 1
+    evaluations = sum(line["kind"] == "eval" for line in lines)
+    # evaluations do not count; the last step began before the limit
+    assert LIMIT_S <= summary["train_s"] < summary["wall_s"] - evaluations * EVALUATION_S * 0.99
+    assert lines[-1]["train_s"] == pytest.approx(summary["train_s"], abs=0.3)
+
+    ((code, out, _),) = run_ranks(1, failure_of, recipe, *limits)
+    assert code == 0
+    assert "nothing to do" in out
+    ((code, _, err),) = run_ranks(1, failure_of, recipe, limits[0], f"train.max_wall_s={2 * LIMIT_S}")
+    assert code == 2  # it is a part of what the run is
+    assert "train.max_wall_s: 1.5 -> 3.0" in err
+
+
+def test_the_clock_is_looked_at_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 20 ms: looks come every half second, but the limit of 10.01 s is met by the very next step."""
+    now, looks = [0.0], [0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def agree(numbers: list[int]) -> list[int]:
+        looks[0] += 1
+        return numbers
+
+    unlimited = TimeLimit(None, save_s=lambda: None, share_done=lambda: 0.0)
+    requests = Requests(StopRequest(), tmp_path, True, agree, unlimited, max_train_s=10.01)
+    while not requests.out_of_time:
+        now[0] += 0.02
+        requests.check(train_s=now[0])
+    assert now[0] == pytest.approx(10.02)
+    assert looks[0] < 40
+    other = Requests(StopRequest(), tmp_path, False, lambda numbers: [0, 0, 1, 1], unlimited, max_train_s=10.01)
+    other.check(train_s=0.1)  # rank 0's clock counts
+    assert other.out_of_time
+    assert not other.stop  # which is the run's end, and no request to go on later
+
+
+def test_a_schedule_that_needs_the_end_is_refused() -> None:
+    for name in ("cosine", "linear", "one_cycle"):
+        with pytest.raises(InputError, match=f"schedule.name={name} is drawn over train.duration"):
+            check_recipe(load_recipe("digits", [f"schedule.name={name}", "train.max_wall_s=5"]))
+    check_recipe(load_recipe("digits", ["schedule.name=constant", "schedule.warmup=5 steps", "train.max_wall_s=5"]))
+    with pytest.raises(InputError, match="train.max_wall_s=0.0 must be above 0"):
+        check_recipe(load_recipe("digits", ["schedule.name=constant", "train.max_wall_s=0"]))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_train_lines_have_the_gradients_norm_before_clipping(world_size: int, shards: Path, tmp_path: Path) -> None:
+    """SGD with rate 1 moves the weights by the gradient: the norm of what two steps differ in is that of the second's."""
+    folders = []
+    for steps in (1, 2):
+        folders.append(tmp_path / str(steps))
+        recipe = write_recipe(folders[-1], shards, optimizer={"name": "sgd", "lr": 1.0})
+        train_ranks(world_size, recipe, f"train.duration={steps} steps", "log.grad_norm=true")
+    one, two = (load_file(folder / "run" / "model.safetensors") for folder in folders)
+    moved = sum(float((two[name] - one[name]).square().sum()) for name in one) ** 0.5
+    norm = train_lines(folders[1] / "run")[1]["grad_norm"]
+    assert norm == pytest.approx(moved, rel=1e-4)
+    clipped = write_recipe(tmp_path / "clipped", shards, optimizer={"name": "sgd", "lr": 1.0}, log={"grad_norm": True})
+    train_ranks(world_size, clipped, "train.duration=1 steps", f"train.clip_norm={norm / 1000}")
+    assert train_lines(tmp_path / "clipped" / "run")[0]["grad_norm"] == train_lines(folders[0] / "run")[0]["grad_norm"]
+
+
+def test_without_being_asked_for_there_is_no_norm(shards: Path, tmp_path: Path) -> None:
+    train_ranks(1, write_recipe(tmp_path, shards), "train.duration=1 steps")
+    assert "grad_norm" not in train_lines(tmp_path / "run")[0]
