@@ -78,6 +78,7 @@ def main(arguments: list[str]) -> int:
         outcome = loop.train(run)
         display.stop()
         is_safe = run.saver.wait(lambda: run.watchdog.beat(run.state.progress.step, "saving"))  # rank 0 writes
+        run.timer.mark("checkpoint")
         if outcome.stopped:
             return _stop(run, is_safe, under_agent)
         evaluation = outcome.evaluation
@@ -173,6 +174,7 @@ def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore
     from shardstep.trainer.average import averaged
     from shardstep.trainer.checkpoint import write_weights
     from shardstep.trainer.summary import write_summary
+    from shardstep.trainer.timing import time_table
 
     folder, classes = run.folder, run.data.train.manifest.classes
     run.metrics.close()
@@ -187,6 +189,8 @@ def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore
     if run.tracker:
         run.tracker.finish(written)
 
+    for text in time_table(written["time_s"]):
+        run.display.note(text)
     shares = "" if evaluation.accuracy is None else f"accuracy {evaluation.accuracy:.2%}, top-5 {evaluation.top5:.2%}, "
     run.display.note(
         f"done: test {shares}loss {evaluation.loss:.4f} on {evaluation.samples:,} images after {run.state.wall_s:.0f} s"

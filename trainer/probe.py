@@ -83,7 +83,15 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
     batch = next(iter(run.batches.from_position(0, 0)))
     try:
         sums = loop.train_step(
-            run.accelerator, state, batch, run.objective, run.learning_rate, run.clip, run.bad_steps, run.seed
+            run.accelerator,
+            state,
+            batch,
+            run.objective,
+            run.learning_rate,
+            run.clip,
+            run.bad_steps,
+            run.seed,
+            run.timer,
         )
     except torch.OutOfMemoryError as error:
         text = str(error).splitlines()[0].rstrip(".").replace(". ", "; ")

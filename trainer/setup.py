@@ -18,7 +18,7 @@ from shardstep.configs.files import write_whole
 from shardstep.configs.load import save_recipe
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import Normalize, build_transforms
-from shardstep.datasets.batches import OrderConfig, TrainBatches, micro_pieces, test_batches
+from shardstep.datasets.batches import GlobalBatch, OrderConfig, TrainBatches, micro_pieces, test_batches
 from shardstep.datasets.manifest import manifest_bytes
 from shardstep.datasets.order import window_of
 from shardstep.datasets.reader import Reader
@@ -52,6 +52,7 @@ from shardstep.trainer.saver import Saver
 from shardstep.trainer.schedules import LearningRate
 from shardstep.trainer.skip import BadSteps
 from shardstep.trainer.time_limit import TimeLimit
+from shardstep.trainer.timing import Timer
 from shardstep.trainer.tracking import WandbTracker
 from shardstep.trainer.watchdog import Watchdog
 
@@ -102,6 +103,7 @@ class Run:
     time_limit: TimeLimit
     watchdog: Watchdog
     sample_log: SampleLog | None
+    timer: Timer
     initialized_s: float
     probed_s: dict[Compute, float]
 
@@ -126,6 +128,14 @@ class Run:
             )
         self.requests.restart()
         return evaluation
+
+    def begin_step(self, batch: GlobalBatch, step: int) -> GlobalBatch:
+        """The same batch, watched by those who want to know what becomes of it."""
+        batch = self.watchdog.watch(batch, step)
+        if self.sample_log:
+            batch = self.sample_log.watch(batch, step)  # each rank writes its own file
+        self.timer.begin_step()
+        return batch
 
     @property
     def seed(self) -> int:
@@ -232,6 +242,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         time_limit=time_limit,
         watchdog=Watchdog(runtime.Board(world), folder, recipe.run.hang_timeout, request, display.tell),
         sample_log=SampleLog(folder, accelerator.process_index, train) if recipe.log.sample_keys else None,
+        timer=Timer(accelerator.device.type),
         initialized_s=initialized_s,
         probed_s=probed_s,
     )
