@@ -192,16 +192,18 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     state.starts.append({"step": state.progress.step, "world_size": world.num_processes, "time": now})
     _claim_folder(accelerator, resume.path is None, recipe, loaded, state, display)
 
-    listeners: list[Callable[[dict[str, Any]], None]] = [lambda line: display.line(line, plan.total_steps)]
+    listeners: list[Callable[[dict[str, Any]], None]] = [display.line]
     tracker = None
     if recipe.log.wandb != "disabled" and accelerator.is_main_process:
         tracker = WandbTracker(recipe, folder, display.warn, state.wandb_id)
         state.wandb_id = tracker.run_id
         listeners.append(tracker.log)
-    saver = Saver(folder / "checkpoints", recipe.checkpoint.keep, display.warn, state.best)
+    saver = Saver(folder / "checkpoints", recipe.checkpoint.keep, display.warn, state.best, [display.saved])
     time_limit = TimeLimit(
         launcher.allocation(), lambda: saver.longest_s, share_done=lambda: plan.share_done(state.progress)
     )
+
+    every = Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every)))
 
     def rewrap() -> None:
         state.model = runtime.rewrap(state.model, recipe.train.compile)
@@ -230,9 +232,16 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         clip=Clip(recipe.train.clip_norm, recipe.train.clip_value),
         average=average,
         freezer=Freezer(state.optimizer.param_groups, plan.samples_per_epoch, rewrap),
-        every=Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every))),
+        every=every,
         metrics=Metrics(
-            accelerator, folder / "metrics.jsonl", state, listeners, display.warn, not objective.reconstructs
+            accelerator,
+            folder / "metrics.jsonl",
+            state,
+            plan,
+            every.evaluation,
+            listeners,
+            display.warn,
+            not objective.reconstructs,
         ),
         display=display,
         tracker=tracker,
