@@ -133,6 +133,10 @@ class LogConfig:
     """Tags in Weights & Biases."""
     sample_keys: bool = False
     """Write what each rank consumes to samples-rankN.jsonl: epoch, step, position and key of every sample."""
+    wandb_artifacts: Literal["none", "weights", "checkpoints"] = "none"
+    """Files for Weights & Biases: none, the final weights, or these and every checkpoint."""
+    tensorboard: bool = False
+    """Write the curves for TensorBoard, too, below tensorboard/ in the run's folder."""
 
 
 @dataclass

@@ -23,6 +23,7 @@ from shardstep.launch.metric_lines import MetricLines
 from shardstep.trainer.display import Display
 from shardstep.trainer.lock import is_held
 from shardstep.trainer.status import describe_line, span
+from shardstep.trainer.wandb_file import sync_note
 
 _POLL_S = 1.0
 _QUIET_S = (
@@ -89,6 +90,8 @@ def _follow(watched: "Watched", display: Display) -> int:
         if state in _CODES:
             display.stop()
             display.note(watched.closing(state, display.status.step))
+            if to_sync := sync_note(watched.folder):
+                display.note(to_sync)
             return _CODES[state]
         display.remark(_remark(watched, state))
         time.sleep(_POLL_S)
@@ -118,7 +121,7 @@ class Watched:
         Raises:
             InputError: it is no run, or not one that this version can read.
         """
-        self._folder, self._config = folder, folder / "config.yaml"
+        self.folder, self._config = folder, folder / "config.yaml"
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}" if not folder.exists() else f"{folder} is no folder")
         if not self._config.is_file():
@@ -141,7 +144,7 @@ class Watched:
         summary, begun_at_s = self._summary(), self._modified(self._config)
         if summary and summary.written_at_s >= begun_at_s:
             return summary.content["status"]
-        if self.silent_s() < _SETTLING_S or is_held(self._folder):
+        if self.silent_s() < _SETTLING_S or is_held(self.folder):
             return "running"
         if summary and summary.content["step"] >= step:  # started again, with nothing to do
             return summary.content["status"]
@@ -167,12 +170,12 @@ class Watched:
 
     def find_checkpoint(self, display: Display) -> None:
         """Let a display know the newest checkpoint."""
-        found = [path for path in self._folder.glob("checkpoints/step-*") if path.name[5:].isdigit()]
+        found = [path for path in self.folder.glob("checkpoints/step-*") if path.name[5:].isdigit()]
         if found:
             display.saved(max(found))
 
     def _summary(self) -> _Summary | None:
-        path = self._folder / "summary.json"
+        path = self.folder / "summary.json"
         try:
             content = json.loads(path.read_text())
             known = content["status"] in _CODES and content["step"] >= 0

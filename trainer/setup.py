@@ -36,6 +36,7 @@ from shardstep.trainer.losses import Objective, build_objective, check_outputs
 from shardstep.trainer.metrics import Metrics, cut_lines
 from shardstep.trainer.models import build_model
 from shardstep.trainer.optimizers import build_optimizer
+from shardstep.trainer.origin import facts_of
 from shardstep.trainer.plan import Plan, make_plan
 from shardstep.trainer.precision import (
     MEMORY_FORMATS,
@@ -53,7 +54,7 @@ from shardstep.trainer.schedules import LearningRate
 from shardstep.trainer.skip import BadSteps
 from shardstep.trainer.time_limit import TimeLimit
 from shardstep.trainer.timing import Timer
-from shardstep.trainer.tracking import WandbTracker
+from shardstep.trainer.tracking import Trackers, start_trackers
 from shardstep.trainer.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -96,7 +97,7 @@ class Run:
     every: Every
     metrics: Metrics
     display: Display
-    tracker: WandbTracker | None
+    trackers: Trackers
     bad_steps: BadSteps
     requests: Requests
     saver: Saver
@@ -193,12 +194,15 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     _claim_folder(accelerator, resume.path is None, recipe, loaded, state, display)
 
     listeners: list[Callable[[dict[str, Any]], None]] = [display.line]
-    tracker = None
-    if recipe.log.wandb != "disabled" and accelerator.is_main_process:
-        tracker = WandbTracker(recipe, folder, display.warn, state.wandb_id)
-        state.wandb_id = tracker.run_id
-        listeners.append(tracker.log)
-    saver = Saver(folder / "checkpoints", recipe.checkpoint.keep, display.warn, state.best, [display.saved])
+    trackers = Trackers([], display.warn)
+    if accelerator.is_main_process:
+        trackers = start_trackers(
+            recipe, folder, state, lambda: facts_of(accelerator.device, world.num_processes), display.warn
+        )
+        listeners.append(trackers.log)
+    saver = Saver(
+        folder / "checkpoints", recipe.checkpoint.keep, display.warn, state.best, [display.saved, trackers.saved]
+    )
     time_limit = TimeLimit(
         launcher.allocation(), lambda: saver.longest_s, share_done=lambda: plan.share_done(state.progress)
     )
@@ -244,7 +248,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
             not objective.reconstructs,
         ),
         display=display,
-        tracker=tracker,
+        trackers=trackers,
         bad_steps=BadSteps(recipe.train),
         requests=Requests(request, folder, world.is_main_process, runtime.agree(world), time_limit),
         saver=saver,

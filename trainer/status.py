@@ -1,11 +1,13 @@
 """What is known of a run that goes on: lines of metrics.jsonl in, text for terminals and logs out. No torch here."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from shardstep.trainer.time_limit import time_text
 
 Line = dict[str, Any]
+_NO_CURVES = ("step", "time", "total_steps", "left_s")
 
 
 @dataclass
@@ -78,6 +80,20 @@ def describe_line(line: Line) -> str:
     return "  ".join(
         filter(None, [*parts, f"step {_of(line)}", f"{line['memory_mb']:,} MB", f"{span(line['left_s'])} left"])
     )
+
+
+def scalars_of(line: Line) -> dict[str, float]:
+    """The numbers of a line that make a curve, as trackers name them: <kind>/<name>."""
+    return {
+        f"{line['kind']}/{key}": value
+        for key, value in line.items()
+        if isinstance(value, (int, float)) and key not in _NO_CURVES
+    }
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """The pictures that a finished run has left."""
+    return sorted(folder.glob("*.png"))
 
 
 def span(seconds: float) -> str:
