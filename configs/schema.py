@@ -91,6 +91,8 @@ class TrainConfig:
     """half keeps weights, gradients and optimizer in the format of train.precision, all but batch norm; no scaler."""
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     """torch.compile's mode for the training pass, compiled before the first step; the last two use CUDA graphs."""
+    profile: str = ""
+    """Steps to leave a profile of in the run's folder, such as "steps 10-20"; empty for none. They are slower than others."""
 
 
 @dataclass

@@ -77,6 +77,7 @@ def main(arguments: list[str]) -> int:
     try:
         run.requests.check()
         outcome = loop.train(run)
+        run.profiler.end()
         display.stop()
         is_safe = run.saver.wait(lambda: run.watchdog.beat(run.state.progress.step, "saving"))  # rank 0 writes
         run.timer.mark("checkpoint")

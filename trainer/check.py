@@ -10,7 +10,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import Loaded
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import TRANSFORMS
-from shardstep.trainer import average, losses, models, optimizers, runtime, schedules
+from shardstep.trainer import average, losses, models, optimizers, profiler, runtime, schedules
 
 
 def check_recipe(loaded: Loaded) -> Recipe:
@@ -82,6 +82,10 @@ def _check_durations(recipe: Recipe) -> list[str]:
             Duration.parse(text)
         except InputError as error:
             problems.append(f"{key}: {error}")
+    try:
+        profiler.parse_steps(recipe.train.profile)
+    except InputError as error:
+        problems.append(f"train.profile: {error}")
     return problems
 
 

@@ -48,6 +48,7 @@ from shardstep.trainer.precision import (
     measure,
 )
 from shardstep.trainer.preempt import Requests, StopRequest
+from shardstep.trainer.profiler import Profiler, parse_steps
 from shardstep.trainer.sample_log import SampleLog
 from shardstep.trainer.saver import Saver
 from shardstep.trainer.schedules import LearningRate
@@ -105,6 +106,7 @@ class Run:
     watchdog: Watchdog
     sample_log: SampleLog | None
     timer: Timer
+    profiler: Profiler
     initialized_s: float
     probed_s: dict[Compute, float]
 
@@ -135,6 +137,7 @@ class Run:
         batch = self.watchdog.watch(batch, step)
         if self.sample_log:
             batch = self.sample_log.watch(batch, step)  # each rank writes its own file
+        self.profiler.begin_step(step)
         self.timer.begin_step()
         return batch
 
@@ -256,6 +259,13 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         watchdog=Watchdog(runtime.Board(world), folder, recipe.run.hang_timeout, request, display.tell),
         sample_log=SampleLog(folder, accelerator.process_index, train) if recipe.log.sample_keys else None,
         timer=Timer(accelerator.device.type),
+        profiler=Profiler(
+            parse_steps(recipe.train.profile),
+            folder / "profile",
+            accelerator.process_index,
+            world.device.type == "cuda",
+            display.note,
+        ),
         initialized_s=initialized_s,
         probed_s=probed_s,
     )

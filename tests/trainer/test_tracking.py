@@ -2,19 +2,23 @@
 
 import json
 import os
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from shardstep.trainer import tracking
 from shardstep.trainer.tracking import Trackers
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, train_until, write_recipe
+from tests.trainer.test_display import slowly
 from tests.trainer.test_train import read_wandb
 
 # --- any tracker ------------------------------------------------------------------------------------------------------
@@ -286,3 +290,30 @@ def artifacts(piece: Path) -> list[tuple[str, set[str]]]:
                 contents |= set(json.loads(Path(artifact.manifest.manifest_file_path).read_text()))
             found.append((artifact.name, contents))
     return found
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+def test_a_run_outlives_the_service_of_wandb(name: str, shards: Path, tmp_path: Path) -> None:
+    """Killed, it takes nothing more; frozen, it never answers again."""
+    recipe = write_recipe(tmp_path, shards, log={"wandb": "offline"})
+    script = slowly(tmp_path)
+    script.write_text("from shardstep.trainer import tracking\ntracking._FINISH_S = 2.0\n" + script.read_text())
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    lines = tmp_path / "run" / "metrics.jsonl"
+    while not (lines.is_file() and len(read_lines(lines)) > 2):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    (service,) = (child for child in psutil.Process(process.pid).children(recursive=True) if "wandb" in child.name())
+    service.send_signal(getattr(signal, name))
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if service.is_running():
+            service.kill()
+    assert process.returncode == 0, output
+    assert len(train_lines(tmp_path / "run")) == 8
+    assert output.count("warning: wandb") == 1
+    assert "metrics.jsonl has everything" in output
+    assert "done: test accuracy" in output
