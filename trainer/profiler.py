@@ -11,6 +11,7 @@ from shardstep.configs.errors import InputError
 
 _PATTERN = re.compile(r"steps? (\d+)(?:\s*-\s*(\d+))?")
 _MOST_ROWS = 100  # of the table
+_MOST_ALLOCATIONS = 100_000  # in a snapshot: several KB each
 
 
 def parse_steps(text: str) -> tuple[int, int] | None:
@@ -93,7 +94,7 @@ class Profiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._on_gpu:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history()
+            torch.cuda.memory._record_memory_history(max_entries=_MOST_ALLOCATIONS)
         self._profile = torch.profiler.profile(
             activities=activities, profile_memory=True, record_shapes=True, acc_events=True
         )

@@ -298,20 +298,23 @@ def test_a_run_outlives_the_service_of_wandb(name: str, shards: Path, tmp_path: 
     recipe = write_recipe(tmp_path, shards, log={"wandb": "offline"})
     script = slowly(tmp_path)
     script.write_text("from shardstep.trainer import tracking\ntracking._FINISH_S = 2.0\n" + script.read_text())
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    with (tmp_path / "output").open("w") as file:  # no pipe: the service would hold it open
+        process = subprocess.Popen([sys.executable, str(script), str(recipe)], stdout=file, stderr=file)
     lines = tmp_path / "run" / "metrics.jsonl"
     while not (lines.is_file() and len(read_lines(lines)) > 2):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, (tmp_path / "output").read_text()
         time.sleep(0.05)
-    (service,) = (child for child in psutil.Process(process.pid).children(recursive=True) if "wandb" in child.name())
-    service.send_signal(getattr(signal, name))
+    services = [child for child in psutil.Process(process.pid).children(recursive=True) if "wandb" in child.name()]
+    assert services
+    for service in services:
+        service.send_signal(getattr(signal, name))
     try:
-        output, _ = process.communicate(timeout=60)
+        process.wait(60)
     finally:
-        if service.is_running():
+        process.kill()
+        for service in filter(psutil.Process.is_running, services):
             service.kill()
+    output = (tmp_path / "output").read_text()
     assert process.returncode == 0, output
     assert len(train_lines(tmp_path / "run")) == 8
     assert output.count("warning: wandb") == 1
