@@ -63,9 +63,11 @@ def _show_once(watched: "Watched", display: Display) -> int:
     for text in (display.status.place(now_s).strip(), *display.status.rows(now_s)):
         display.note(text)
     state = watched.state(display.status.step)
-    display.note(
-        watched.closing(state, display.status.step) if state in _CODES else _remark(watched, state) or "running"
-    )
+    what, since_s = _remark(watched, state)
+    if state in _CODES:
+        display.note(watched.closing(state, display.status.step))
+    else:
+        display.note(f"{what} {span(since_s)}" if what else "running")
     return 0
 
 
@@ -93,18 +95,18 @@ def _follow(watched: "Watched", display: Display) -> int:
             if to_sync := sync_note(watched.folder):
                 display.note(to_sync)
             return _CODES[state]
-        display.remark(_remark(watched, state))
+        display.remark(*_remark(watched, state))
         time.sleep(_POLL_S)
 
 
-def _remark(watched: "Watched", state: State) -> str:
-    """What must be said of a run that has not ended: that nothing moves, if so."""
+def _remark(watched: "Watched", state: State) -> tuple[str, float]:
+    """What must be said of a run that has not ended, and since how many seconds: that nothing moves, if so."""
     silent_s = watched.silent_s()
     if state == "gone":
-        return f"no process is in this run, and it left no word how it ended: killed {span(silent_s)} ago?"
+        return "no process is in this run, and it left no word: killed? No news for", silent_s
     if silent_s > watched.quiet_s():
-        return f"no news for {span(silent_s)}"
-    return ""
+        return "no news for", silent_s
+    return "", 0.0
 
 
 @dataclass

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from shardstep.trainer.status import Status, describe_line
+from shardstep.trainer.status import Status, describe_line, span
 
 _PLAIN_INTERVAL_S = 10  # between lines about training steps where there is no terminal; evaluations always get one
 _REDRAWN_PER_S = 2
@@ -76,11 +76,16 @@ class Display:
         with contextlib.suppress(OSError):  # it may be deleted by now
             self.status.saved(int(path.name.removeprefix("step-")), path.stat().st_mtime)
 
-    def remark(self, text: str) -> None:
-        """Show something below the figures for as long as it is true; a line where there is no terminal."""
-        if text and text != self._remark and not self._live:
-            self._timed(text)
-        self._remark = text
+    def remark(self, what: str, since_s: float = 0.0) -> None:
+        """Show something below the figures for as long as it is true, and since when; once where there is no terminal.
+
+        Args:
+            what: empty when it is true no longer.
+            since_s: seconds.
+        """
+        said, self._remark = self._remark, f"{what} {span(since_s)}" if what else ""
+        if what and not said.startswith(what) and not self._live:
+            self._timed(self._remark)
 
     def stop(self) -> None:
         """Close the live area."""

@@ -56,7 +56,7 @@ class TensorBoardTracker:
     def log(self, line: Line) -> None:
         """Write the numbers of a line of metrics.jsonl."""
         for name, value in scalars_of(line).items():
-            self._writer.add_scalar(name, value, line["step"], walltime=line["time"])
+            self._writer.add_scalar(name, value, line["step"], walltime=line.get("time"))  # older versions wrote none
 
     def saved(self, path: Path) -> None:
         """Checkpoints stay where they are."""

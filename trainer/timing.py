@@ -38,7 +38,8 @@ class Timer:
         self.steps = 0
         self._device_s: dict[str, float] = dict.fromkeys(_ON_DEVICE, 0.0)
         self._sampled = 0
-        self._events: list[tuple[Activity, Any]] | None = None
+        self._events: list[tuple[Activity, Any]] | None = None  # of the step under way, if it is a sample
+        self._pending: list[tuple[Activity, Any]] = []  # of a sample that the device is still at
         self._mark = time.perf_counter()
 
     def start(self) -> None:
@@ -57,19 +58,21 @@ class Timer:
         """A training step begins; what was before it is no part of it."""
         self.mark("other")
         if self._on_gpu:
+            self._pending, self._events = self._events or self._pending, None
             self._read_events()
-            if self.steps % _SAMPLED_STEPS == 0:
+            if self.steps % _SAMPLED_STEPS == 0 and not self._pending:
                 self._events = [("other", _recorded_event())]
         self.steps += 1
 
     def _read_events(self) -> None:
-        events, self._events = self._events, None
-        if not events or not events[-1][1].query():  # the device is still at it: this sample is lost
+        """Read a sample, once the device has come to its end."""
+        if not self._pending or not self._pending[-1][1].query():
             return
         self._sampled += 1
-        for (_, before), (activity, event) in pairwise(events):
+        for (_, before), (activity, event) in pairwise(self._pending):
             if activity in self._device_s:
                 self._device_s[activity] += before.elapsed_time(event) / 1000  # ms
+        self._pending = []
 
     def time_s(self, to_device_s: float, augment_s: float, exposed_s: float | None) -> dict[str, float]:
         """Seconds by activity, as they stand in summary.json; `total` is their sum.

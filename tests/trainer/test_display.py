@@ -166,3 +166,15 @@ def test_plain_lines_come_every_ten_seconds(
     line_by_line(monkeypatch, moments)(lines)
     shown = re.findall(r"step (\d+)/", capsys.readouterr().out)
     assert shown == ["0", "3", "5"]
+
+
+def test_a_remark_is_made_once_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    from shardstep.trainer.display import Display
+
+    display = Display(enabled=True)
+    for seconds in range(60, 65):
+        display.remark("no news for", seconds)
+    display.remark("")
+    display.remark("no news for", 70)
+    shown = [line[10:] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["no news for 60 s", "no news for 70 s"]
