@@ -97,6 +97,8 @@ class TrainConfig:
     """How gradients travel between ranks; pays on slow networks, and ranks then agree less closely. none is exact."""
     max_wall_s: Optional[float] = None  # noqa: UP045
     """Seconds of training, without evaluations, after which the run ends as at its duration's end, whichever comes first."""
+    profile: str = ""
+    """Steps to leave a profile of in the run's folder, such as "steps 10-20"; empty for none. They are slower than others."""
 
 
 @dataclass
@@ -141,6 +143,10 @@ class LogConfig:
     """Write what each rank consumes to samples-rankN.jsonl: epoch, step, position and key of every sample."""
     grad_norm: bool = False
     """Give train lines the 2-norm of the global batch's gradient, before clipping. Reads every gradient at each step."""
+    wandb_artifacts: Literal["none", "weights", "checkpoints"] = "none"
+    """Files for Weights & Biases: none, the final weights, or these and every checkpoint."""
+    tensorboard: bool = False
+    """Write the curves for TensorBoard, too, below tensorboard/ in the run's folder."""
 
 
 @dataclass

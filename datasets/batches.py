@@ -132,6 +132,8 @@ class TrainBatches:
         self._announced: set[tuple[int, int]] = set()
         self.wait_s = 0.0
         """Seconds spent waiting for and preparing data since the start."""
+        self.to_device_s, self.augment_s = 0.0, 0.0
+        """Parts of it: handing batches to the device, and transforming them; as the host sees it."""
 
     def from_position(self, epoch: int, position: int) -> Iterator[GlobalBatch]:
         """Yield global batches for ever, starting at a position of an epoch."""
@@ -174,8 +176,10 @@ class TrainBatches:
         while True:
             began = time.perf_counter()
             piece, sample_ids, images, labels = next(pieces)
+            read = time.perf_counter()
             images = images.to(self._device, non_blocking=True)
             labels = labels.to(self._device, non_blocking=True)
+            on_device = time.perf_counter()
             if self._transforms and len(images):
                 positions = torch.arange(piece.start, piece.stop, device=self._device)
                 ids = torch.from_numpy(sample_ids).to(self._device, non_blocking=True)
@@ -183,7 +187,10 @@ class TrainBatches:
                 for transform in self._transforms:
                     images = transform(images, draws)
             images = self._normalize(images).contiguous(memory_format=self._memory_format)
-            self.wait_s += time.perf_counter() - began
+            ready = time.perf_counter()
+            self.wait_s += ready - began
+            self.to_device_s += on_device - read
+            self.augment_s += ready - on_device
             yield MicroBatch(images, labels, np.arange(piece.start, piece.stop), sample_ids)
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "same": "show that a run is the same on any number of ranks",
     "shards": "write, verify, index and inspect data sets",
     "checkpoints": "list and verify the checkpoints of a run",
+    "watch": "show how a run is doing, from its folder",
     "doctor": "look whether a run would go well here, and how to mend what would break it",
     "bench": "measure the loader and the training step against plain PyTorch",
 }

@@ -1,14 +1,13 @@
 """A submitted job, shown until it ends: its state in Slurm, and the progress of its run."""
 
-import contextlib
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from shardstep.launch.cli import FAILED, INTERRUPTED
+from shardstep.launch.metric_lines import MetricLines
+from shardstep.trainer.status import describe_line
 
 _POLL_S = 2.0
 _PROGRESS_S = 10.0  # between lines about training steps; evaluations always get one
@@ -30,7 +29,7 @@ def follow(job_id: str, folder: Path | None) -> int:
         0 if the job completed, its own exit code if it had one, else 1.
     """
     told, shown_s, silence = "", 0.0, 0
-    lines = _MetricLines(folder / "metrics.jsonl") if folder else None
+    lines = MetricLines(folder, begin_at="end") if folder else None
     try:
         while True:
             tasks = _tasks(job_id)
@@ -45,7 +44,7 @@ def follow(job_id: str, folder: Path | None) -> int:
             for line in lines.new() if lines else ():
                 if line["kind"] == "eval" or time.monotonic() - shown_s > _PROGRESS_S:
                     shown_s = time.monotonic()
-                    print(f"{time.strftime('%H:%M:%S')}  {progress(line)}", flush=True)
+                    print(f"{time.strftime('%H:%M:%S')}  {describe_line(line)}", flush=True)
             if not tasks or all(task["JobState"] in _ENDED for task in tasks):
                 return exit_code(tasks)
             time.sleep(_POLL_S)
@@ -69,15 +68,6 @@ def describe(tasks: list[dict[str, str]]) -> str:
     return ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
 
 
-def progress(line: dict[str, Any]) -> str:
-    """A line of metrics.jsonl in a few words."""
-    where, accuracy = f"epoch {line['epoch']:.4g}  step {line['step']}", line.get("accuracy")
-    if line["kind"] == "eval":
-        return f"{where}  test loss {line['loss']:.4f}{'' if accuracy is None else f'  accuracy {accuracy:.2%}'}"
-    loss = "left out" if line["loss"] is None else f"{line['loss']:.4f}"
-    return f"{where}  loss {loss}  {line['samples_per_s']:,.0f} images/s"
-
-
 def exit_code(tasks: list[dict[str, str]]) -> int:
     """Of the first task that did not complete; 0 if all did, 1 if nothing is known."""
     if not tasks:
@@ -86,30 +76,6 @@ def exit_code(tasks: list[dict[str, str]]) -> int:
         if task["JobState"] != "COMPLETED":
             return int(task.get("ExitCode", "1:0").split(":")[0]) or FAILED
     return 0
-
-
-class _MetricLines:
-    """What has been appended to a metrics.jsonl, whole lines only."""
-
-    def __init__(self, path: Path):
-        self._path, self._offset = path, path.stat().st_size if path.is_file() else 0
-
-    def new(self) -> list[dict[str, Any]]:
-        try:
-            if self._path.stat().st_size < self._offset:  # cut, as a resumed run does
-                self._offset = self._path.stat().st_size
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                content = file.read()
-        except OSError:
-            return []
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        found = []
-        for line in whole.splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the file was cut and has grown again since the last look
-                found.append(json.loads(line))
-        return [line for line in found if isinstance(line, dict) and line.get("kind") in ("train", "eval")]
 
 
 def _tasks(job_id: str) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ accelerate launch --multi_gpu --num_processes 2 launch/train.py [RECIPE] [sectio
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe, recipe_names
@@ -76,8 +77,10 @@ def main(arguments: list[str]) -> int:
     try:
         run.requests.check()
         outcome = loop.train(run)
+        run.profiler.end()
         display.stop()
         is_safe = run.saver.wait(lambda: run.watchdog.beat(run.state.progress.step, "saving"))  # rank 0 writes
+        run.timer.mark("checkpoint")
         if outcome.stopped:
             return _stop(run, is_safe, under_agent)
         evaluation = outcome.evaluation
@@ -142,8 +145,7 @@ def _stop(run: "setup.Run", is_safe: bool, under_agent: bool) -> int:  # type: i
         if outlook:
             run.display.note(outlook)
         run.watchdog.stop()
-        if run.tracker:
-            run.tracker.finish(written, failed=not is_safe)
+        _close_trackers(run, written, failed=not is_safe)
     # No rank leaves before the state is safe: its exit would end the others under srun.
     is_safe = runtime.broadcast_object(run.accelerator.state, is_safe)
     runtime.stop(run.accelerator)
@@ -173,6 +175,7 @@ def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore
     from shardstep.trainer.average import averaged
     from shardstep.trainer.checkpoint import write_weights
     from shardstep.trainer.summary import write_summary
+    from shardstep.trainer.timing import time_table
 
     folder, classes = run.folder, run.data.train.manifest.classes
     run.metrics.close()
@@ -184,9 +187,10 @@ def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore
             run.display.warn(f"not all pictures could be drawn: {error}")
             pictures = []
     written = write_summary(run, "finished", evaluation)  # last: it says that all the rest is there
-    if run.tracker:
-        run.tracker.finish(written)
+    _close_trackers(run, written)
 
+    for text in time_table(written["time_s"]):
+        run.display.note(text)
     shares = "" if evaluation.accuracy is None else f"accuracy {evaluation.accuracy:.2%}, top-5 {evaluation.top5:.2%}, "
     run.display.note(
         f"done: test {shares}loss {evaluation.loss:.4f} on {evaluation.samples:,} images after {run.state.wall_s:.0f} s"
@@ -206,11 +210,15 @@ def _fail(run: "setup.Run", error: BaseException) -> None:  # type: ignore[name-
     if run.accelerator.is_main_process:
         written = _summarise(run, "failed")
         run.watchdog.stop()
-        if run.tracker:
-            run.tracker.finish(written, failed=True)
+        _close_trackers(run, written, failed=True)
 
 
-def _summarise(run: "setup.Run", status: str) -> dict[str, object]:  # type: ignore[name-defined] # noqa: F821
+def _close_trackers(run: "setup.Run", written: dict[str, Any], failed: bool = False) -> None:  # type: ignore[name-defined] # noqa: F821
+    for note in run.trackers.finish(written, failed):
+        run.display.note(note)
+
+
+def _summarise(run: "setup.Run", status: str) -> dict[str, Any]:  # type: ignore[name-defined] # noqa: F821
     """Write the summary of a run that has not come to its end; that it cannot be written is not what the person must know."""
     from shardstep.trainer.summary import write_summary
 

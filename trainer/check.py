@@ -1,5 +1,6 @@
 """A loaded recipe to one that can be run: options resolved, values and combinations checked, all problems at once."""
 
+import importlib.util
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import Loaded
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import TRANSFORMS
-from shardstep.trainer import average, losses, models, optimizers, runtime, schedules
+from shardstep.trainer import average, losses, models, optimizers, profiler, runtime, schedules
 from shardstep.trainer.sharing import sharing_problems
 
 
@@ -83,6 +84,10 @@ def _check_durations(recipe: Recipe) -> list[str]:
             Duration.parse(text)
         except InputError as error:
             problems.append(f"{key}: {error}")
+    try:
+        profiler.parse_steps(recipe.train.profile)
+    except InputError as error:
+        problems.append(f"train.profile: {error}")
     return problems
 
 
@@ -146,6 +151,10 @@ def _check_numbers(recipe: Recipe) -> list[str]:
         problems.append(f"train.timeout_s={recipe.train.timeout_s} must be above 0, and a number of seconds")
     if batch == "full" and recipe.data.last_batch == "drop":
         problems.append("data.last_batch=drop has no effect with train.global_batch_size=full: an epoch is one batch")
+    if recipe.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        problems.append("log.tensorboard=true, but TensorBoard is not installed: pip install 'shardstep[tensorboard]'")
+    if recipe.log.wandb == "disabled" and recipe.log.wandb_artifacts != "none":
+        problems.append(f"log.wandb_artifacts={recipe.log.wandb_artifacts} has no effect with log.wandb=disabled")
     names = [entry.get("name") for entry in recipe.data.augment]
     if "flip" in names and "alternating_flip" in names:
         problems.append("data.augment: flip undoes what alternating_flip arranges; keep one of them")

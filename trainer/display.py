@@ -1,12 +1,25 @@
-"""What the person at the terminal sees: notes, a live bar on a terminal, plain lines elsewhere. Rank 0 only."""
+"""What the person at the terminal sees: notes, a calm live area on a terminal, timed lines elsewhere. Rank 0 only.
 
+Where output is no terminal, as in a batch job's log, or NO_COLOR is set, there are plain lines: one with every evaluation,
+and one about training every ten seconds.
+"""
+
+import contextlib
+import os
 import time
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from shardstep.trainer.status import Status, describe_line, span
 
 _PLAIN_INTERVAL_S = 10  # between lines about training steps where there is no terminal; evaluations always get one
+_REDRAWN_PER_S = 2
 
 
 class Display:
@@ -16,67 +29,84 @@ class Display:
         self._enabled = enabled
         self._console = Console(highlight=False)
         self._errors = Console(stderr=True, highlight=False)
-        self._bar: Progress | None = None
+        self._live: Live | None = None
         self._last_plain_s = -float("inf")
+        self._remark = ""
+        self.status = Status()
 
     def note(self, text: str = "") -> None:
         """Print a line."""
         if self._enabled:
-            (self._bar.console if self._bar else self._console).print(text, markup=False, soft_wrap=True)
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Print a warning to stderr."""
         if self._enabled:
-            (self._bar.console if self._bar else self._errors).print(f"warning: {text}", markup=False, soft_wrap=True)
+            (self._console if self._live else self._errors).print(f"warning: {text}", markup=False, soft_wrap=True)
 
     def tell(self, text: str) -> None:
         """Print to stderr, on any rank: what this rank alone knows."""
-        self._errors.print(text, markup=False, soft_wrap=True)
+        (self._console if self._live else self._errors).print(text, markup=False, soft_wrap=True)
 
     def start(self, total_steps: int, done_steps: int) -> None:
-        """Open the bar, if there is a terminal."""
-        if self._enabled and self._console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                TaskProgressColumn(),
-                TimeRemainingColumn(),
+        """Open the live area, if there is a terminal for it."""
+        self.status.total_steps, self.status.step = total_steps, done_steps
+        if self._enabled and self.is_live():
+            self._live = Live(
+                get_renderable=self._area, console=self._console, refresh_per_second=_REDRAWN_PER_S, transient=True
             )
-            self._bar = Progress(*columns, console=self._console, expand=True)
-            self._bar.start()
-            self._bar.add_task("starting", total=total_steps, completed=done_steps)
+            self._live.start()
+            self._console.show_cursor(True)  # a run that is killed could not bring it back
 
     def advance(self, step: int) -> None:
-        """Move the bar to a step."""
-        if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=step)
+        """Note that a step is done; drawn when it is time."""
+        self.status.step = step
 
-    def line(self, line: dict[str, Any], total_steps: int) -> None:
+    def line(self, line: dict[str, Any]) -> None:
         """Show a line of metrics.jsonl."""
-        if not self._enabled:
-            return
+        self.status.take(line)
         if line["kind"] == "eval":
-            known = line["accuracy"] is not None
-            accuracy = f"accuracy {line['accuracy']:.2%}  (train {_percent(line['train_accuracy'])})  " if known else ""
-            self.note(
-                f"epoch {line['epoch']:<6.4g} step {line['step']}/{total_steps}  test loss {line['loss']:.4f}  "
-                f"{accuracy}{line['wall_s']:.0f} s"
-            )
-            return
-        loss = "left out" if line["loss"] is None else f"{line['loss']:.4f}"
-        text = f"epoch {line['epoch']:<6.4g} loss {loss}  {line['samples_per_s']:,.0f} images/s  rate {line['lr']:.3g}"
-        if self._bar:
-            self._bar.update(self._bar.task_ids[0], description=text)
-        elif time.monotonic() - self._last_plain_s >= _PLAIN_INTERVAL_S:
+            (self.note if self._live else self._timed)(describe_line(line))  # without the time it fits 80 columns
+        elif not self._live and time.monotonic() - self._last_plain_s >= _PLAIN_INTERVAL_S:
             self._last_plain_s = time.monotonic()
-            self.note(f"{text}  step {line['step']}/{total_steps}")
+            self._timed(describe_line(line))
+
+    def saved(self, path: Path) -> None:
+        """Note a checkpoint that is whole, by its folder."""
+        with contextlib.suppress(OSError):  # it may be deleted by now
+            self.status.saved(int(path.name.removeprefix("step-")), path.stat().st_mtime)
+
+    def remark(self, what: str, since_s: float = 0.0) -> None:
+        """Show something below the figures for as long as it is true, and since when; once where there is no terminal.
+
+        Args:
+            what: empty when it is true no longer.
+            since_s: seconds.
+        """
+        said, self._remark = self._remark, f"{what} {span(since_s)}" if what else ""
+        if what and not said.startswith(what) and not self._live:
+            self._timed(self._remark)
 
     def stop(self) -> None:
-        """Close the bar."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        """Close the live area."""
+        if self._live:
+            self._live.stop()
+            self._live = None
 
+    def is_live(self) -> bool:
+        """Whether there is a terminal to draw on. FORCE_COLOR and the like make none of a file."""
+        file = self._console.file
+        return file.isatty() and not self._console.is_dumb_terminal and not os.environ.get("NO_COLOR")
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"
+    def _timed(self, text: str) -> None:
+        self.note(f"{time.strftime('%H:%M:%S')}  {text}")
+
+    def _area(self) -> RenderableType:
+        now_s, status = time.time(), self.status
+        head = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True)
+        bar = ProgressBar(total=max(status.total_steps, 1), completed=status.step)
+        head.add_row(bar, Text(status.place(now_s), no_wrap=True))
+        rows = [*status.rows(now_s), *([self._remark] if self._remark else [])]
+        return Group(head, *(Text(row, no_wrap=True, overflow="ellipsis") for row in rows))

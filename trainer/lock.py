@@ -40,7 +40,7 @@ def hold(folder: Path, warn: Callable[[str], None], patience_s: float = 0.0) -> 
     if (place.st_dev, place.st_ino) in _held:
         file.close()
         return False
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + max(patience_s, _RETRY_S)  # who only looks whether it is held has it for a moment
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,6 +64,18 @@ def hold(folder: Path, warn: Callable[[str], None], patience_s: float = 0.0) -> 
         file.write(f"process {os.getpid()} on {platform.node()} since {now}\n")
         file.flush()
     return True
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process, here or on another machine that shares the file system, holds the lock of a run's folder."""
+    try:
+        with (folder / LOCK_NAME).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file is closed, at once
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or no locks
+        return False
+    return False
 
 
 def _holder(file: IO[str]) -> str:

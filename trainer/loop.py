@@ -22,6 +22,7 @@ from shardstep.trainer.occasional import evaluate_now, save
 from shardstep.trainer.schedules import LearningRate
 from shardstep.trainer.setup import Run
 from shardstep.trainer.skip import BadSteps
+from shardstep.trainer.timing import Timer
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def train(run: Run) -> Outcome:
     """
     state, plan, metrics, requests = run.state, run.plan, run.metrics, run.requests
     clock = Stopwatch(already_s=state.wall_s)
+    run.timer.start()
     evaluation = evaluate_now(run, clock) if state.evaluation_due else None  # a stop came in its place
     over = plan.is_over(state.progress) or plan.is_out_of_time(state.train_s)
     if over or requests.stop:
@@ -49,11 +51,17 @@ def train(run: Run) -> Outcome:
     for batch in run.batches.from_position(state.progress.epoch, state.progress.position):
         before, waited_before_s = state.progress, run.batches.wait_s
         run.freezer.freeze_due(before)  # once in a while, all ranks
-        batch = run.watchdog.watch(batch, before.step + 1)
-        if run.sample_log:
-            batch = run.sample_log.watch(batch, before.step + 1)  # each rank writes its own file
+        batch = run.begin_step(batch, before.step + 1)
         sums = train_step(
-            run.accelerator, state, batch, run.objective, run.learning_rate, run.clip, run.bad_steps, run.seed
+            run.accelerator,
+            state,
+            batch,
+            run.objective,
+            run.learning_rate,
+            run.clip,
+            run.bad_steps,
+            run.seed,
+            run.timer,
         )
         state.progress = after = plan.advance(before, batch.size)
         state.lr = run.base_lr * run.learning_rate.factor(before)
@@ -87,6 +95,7 @@ def train_step(
     clip: Clip,
     bad_steps: BadSteps,
     seed: int,
+    timer: Timer,
 ) -> Tensor | None:
     """Take one optimizer step on one global batch.
 
@@ -105,18 +114,24 @@ def train_step(
 
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for micro_step, micro in enumerate(batch.micro_batches, start=1):
+        timer.mark("data")
         synchronised = micro_step == batch.num_micro_steps
         with nullcontext() if synchronised else accelerator.no_sync(state.model):
             outputs = runtime.forward(state.model, micro.images)  # (b, C, H, W) -> (b, K)
             micro_loss = objective.loss(outputs, micro.images, micro.labels)  # a sum, not a mean
+            timer.mark("forward")
             accelerator.backward(micro_loss * (accelerator.num_processes / objective.divisor(batch.size)))
+            timer.mark("backward")
         with torch.no_grad():
             sums[0] += micro_loss
             sums[1] += objective.correct(outputs, micro.labels)
+        timer.mark("other")
     runtime.average_gradients(state.model)  # of train.all_reduce=flat; DDP has done it in the last backward pass
+    timer.mark("communication")
     bad = bad_steps.is_bad(accelerator, state, sums)  # all ranks agree
     if not bad:
         clip(accelerator, state)
         runtime.step(state.optimizer)
     state.optimizer.optimizer.zero_grad()
+    timer.mark("optimizer")
     return None if bad else sums

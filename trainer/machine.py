@@ -3,6 +3,7 @@
 import array
 import os
 import platform
+import resource
 import shutil
 import socket
 import struct
@@ -70,6 +71,15 @@ def parse_cpu(text: str) -> Cpu:
 def memory_bytes() -> int:
     """Of the whole machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory now; on systems without /proc, the most it has held so far."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def shared_memory_bytes() -> int | None:

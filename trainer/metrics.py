@@ -13,13 +13,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from shardstep.configs.durations import Duration
 from shardstep.configs.errors import TrainingFailed
 from shardstep.configs.files import write_whole
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.clip import Clip
 from shardstep.trainer.evaluate import Evaluation
+from shardstep.trainer.machine import resident_bytes
+from shardstep.trainer.plan import Plan
 from shardstep.trainer.runtime import gather_rows, reduce_sums
 
+_RECENT = 0.3  # weight of the newest log step in the pace from which the time left is reckoned
 _REMEDY = "Try a lower optimizer.lr, a schedule.warmup, train.clip_norm=1.0, or train.precision=fp32"
 
 
@@ -31,6 +35,8 @@ class Metrics:
         accelerator: Accelerator,
         path: Path,
         state: TrainState,
+        plan: Plan,
+        evaluate_every: Duration,
         listeners: list[Callable[[dict[str, Any]], None]],
         warn: Callable[[str], None],
         has_accuracy: bool = True,
@@ -41,6 +47,7 @@ class Metrics:
             accelerator: the world.
             path: metrics.jsonl; what is in it already was written by this run before it was resumed.
             state: of the run, with what was counted before.
+            plan, evaluate_every: what the run is to do, for the time that is left.
             listeners: called on rank 0 with every line.
             warn: told when lines cannot be written.
             has_accuracy: whether predictions can be correct; a reconstruction cannot.
@@ -48,6 +55,7 @@ class Metrics:
         """
         self._accelerator = accelerator
         self._has_accuracy, self._clip = has_accuracy, clip
+        self._plan, self._evaluate_every, self._pace = plan, evaluate_every, 0.0  # samples per second
         self._lines = LineFile(path, warn) if accelerator.is_main_process else None
         self._listeners = listeners
         own = state.sums[accelerator.process_index] if state.sums else [0.0, 0.0]
@@ -104,7 +112,10 @@ class Metrics:
             loss, accuracy = (total / size).tolist()  # waits for the device: only on log steps
         self._window_s += time.perf_counter() - self._mark
         self.restart_clock()
-        line = {
+        rate = self._window_samples / self._window_s
+        self._pace = _RECENT * rate + (1 - _RECENT) * (self._pace or rate)
+        left_s = self._plan.left_s(state.progress, self._pace, self._evaluate_every, state.evaluation_s)
+        line: dict[str, Any] = {
             "kind": "train",
             "step": state.progress.step,
             "epoch": round(epoch, 6),
@@ -112,8 +123,12 @@ class Metrics:
             "loss": loss,
             "accuracy": accuracy if self._has_accuracy else None,
             "lr": state.lr,
-            "samples_per_s": round(self._window_samples / self._window_s, 1),
+            "samples_per_s": round(rate, 1),
             "data_wait_share": round(self._window_wait_s / self._window_s, 4),
+            "memory_mb": round(self._memory_bytes() / 1e6),  # of rank 0
+            "total_steps": self._plan.total_steps,
+            "left_s": round(left_s, 1),
+            "time": round(time.time(), 3),
         }
         self._window_samples, self._window_s, self._window_wait_s = 0, 0.0, 0.0
         if self._clip and self._clip.norm_before is not None:
@@ -154,6 +169,8 @@ class Metrics:
             "per_class_accuracy": evaluation.per_class_accuracy,
             "wall_s": round(state.wall_s, 3),
             "train_s": round(state.train_s, 3),
+            "total_steps": self._plan.total_steps,
+            "time": round(time.time(), 3),
         }
         if not (math.isfinite(evaluation.loss) and math.isfinite(train_loss)):
             self._record(line)
@@ -172,6 +189,11 @@ class Metrics:
         """Close the file."""
         if self._lines:
             self._lines.close()
+
+    def _memory_bytes(self) -> int:
+        """The most that the GPU has held, or what this process holds now."""
+        device = self._accelerator.device
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
     def _write(self, line: dict[str, Any]) -> None:
         self._record(line)

@@ -13,9 +13,11 @@ def evaluate_now(run: Run, clock: Stopwatch) -> Evaluation | None:
     state, plan, metrics = run.state, run.plan, run.metrics
     state.evaluation_due = True
     began = clock.seconds()
+    run.timer.mark("other")
     run.requests.restart()
     stop = run.requests.check(state.evaluation_s)  # all ranks; one that cannot finish in time is not begun
     evaluation = None if stop else run.evaluate()
+    run.timer.mark("evaluation")
     spent_s = clock.seconds() - began
     state.evaluating_s += spent_s
     state.evaluation_s = max(state.evaluation_s, spent_s)  # of one that was broken off: at least
@@ -39,6 +41,7 @@ def evaluate_now(run: Run, clock: Stopwatch) -> Evaluation | None:
 def save(run: Run, clock: Stopwatch) -> None:
     """Begin to save the state as it is now; the next steps need not wait for the disk. All ranks."""
     state, metrics, accelerator = run.state, run.metrics, run.accelerator
+    run.timer.mark("other")
     run.watchdog.beat(state.progress.step, "saving")
     metrics.give_sums(state)  # all ranks gather
     state.wall_s = clock.seconds()
@@ -50,3 +53,4 @@ def save(run: Run, clock: Stopwatch) -> None:
         run.requests.obeyed()
     run.requests.restart()
     metrics.restart_clock()
+    run.timer.mark("checkpoint")

@@ -59,6 +59,22 @@ class Plan:
         )
         return min(1.0, done / float(all_of_it)) if all_of_it else 1.0
 
+    def samples_in(self, duration: Duration) -> float:
+        """How many samples a duration takes; where it counts steps, as if all batches were full."""
+        return float(duration.value) * (self.samples_per_epoch if duration.unit == "epochs" else self.global_batch_size)
+
+    def left_s(self, progress: Progress, samples_per_s: float, evaluate_every: Duration, evaluation_s: float) -> float:
+        """About how many seconds the rest of the run takes, with its evaluations.
+
+        Args:
+            progress: how far it has come.
+            samples_per_s: while it trains.
+            evaluate_every: time between evaluations; there is always one at the end.
+            evaluation_s: that one takes.
+        """
+        samples = (1 - self.share_done(progress)) * self.samples_in(self.duration)
+        return samples / samples_per_s + math.ceil(samples / self.samples_in(evaluate_every)) * evaluation_s
+
     def is_over(self, progress: Progress) -> bool:
         """Whether the duration has passed."""
         return self.duration.is_over(progress, self.samples_per_epoch)

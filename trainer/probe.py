@@ -74,7 +74,7 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
             setattr(recipe.data, split, str(folder / split))
     recipe.run.dir, recipe.run.resume, recipe.run.allow_changes = str(folder / "run"), "never", []
     recipe.run.hang_timeout, recipe.data.mode = None, "stream"
-    recipe.log.wandb, recipe.log.sample_keys = "disabled", False
+    recipe.log.wandb, recipe.log.tensorboard, recipe.log.sample_keys = "disabled", False, False
     began = time.perf_counter()
     run = setup.build(world, recipe, Display(enabled=False))
     state, setup_s = run.state, time.perf_counter() - began
@@ -83,7 +83,15 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
     batch = next(iter(run.batches.from_position(0, 0)))
     try:
         sums = loop.train_step(
-            run.accelerator, state, batch, run.objective, run.learning_rate, run.clip, run.bad_steps, run.seed
+            run.accelerator,
+            state,
+            batch,
+            run.objective,
+            run.learning_rate,
+            run.clip,
+            run.bad_steps,
+            run.seed,
+            run.timer,
         )
     except torch.OutOfMemoryError as error:
         text = str(error).splitlines()[0].rstrip(".").replace(". ", "; ")

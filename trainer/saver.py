@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,23 @@ THREAD_NAME = "saver"
 class Saver:
     """Writes snapshots in a thread, one at a time, on rank 0. A failure is told, and training goes on."""
 
-    def __init__(self, folder: Path, keep: int, warn: Callable[[str], None], best: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        warn: Callable[[str], None],
+        best: dict[str, Any] | None = None,
+        listeners: Sequence[Callable[[Path], None]] = (),
+    ):
         """
         Args:
             folder: of the checkpoints.
             keep: how many of the newest stay.
             warn: told when one cannot be saved.
             best: step and score of the best evaluation so far, as TrainState has it.
+            listeners: called, in the saver's thread, with each checkpoint that is whole and on disk.
         """
-        self._folder, self._keep, self._warn = folder, keep, warn
+        self._folder, self._keep, self._warn, self._listeners = folder, keep, warn, listeners
         self._best_step = best["step"] if best else None  # of the best that is on disk
         self._thread: threading.Thread | None = None
         self._succeeded = True
@@ -47,7 +55,7 @@ class Saver:
     def _write(self, snapshot: Snapshot) -> None:
         best, began = snapshot.facts["best"], time.monotonic()
         try:
-            checkpoint.write(snapshot, self._folder)
+            path = checkpoint.write(snapshot, self._folder)
             self.longest_s = max(self.longest_s or 0.0, time.monotonic() - began)
         except Exception as error:  # a full disk, a mount that is gone: whatever it is, the next one may succeed
             self._succeeded = False
@@ -57,6 +65,8 @@ class Saver:
         self._succeeded = True
         if best and best["step"] == snapshot.step:
             self._best_step = snapshot.step
+        for listener in self._listeners:
+            listener(path)
         try:
             checkpoint.prune(self._folder, self._keep, self._best_step)
         except OSError as error:

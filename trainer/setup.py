@@ -19,7 +19,7 @@ from shardstep.configs.files import write_whole
 from shardstep.configs.load import save_recipe
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import Normalize, build_transforms
-from shardstep.datasets.batches import OrderConfig, TrainBatches, micro_pieces, test_batches
+from shardstep.datasets.batches import GlobalBatch, OrderConfig, TrainBatches, micro_pieces, test_batches
 from shardstep.datasets.manifest import manifest_bytes
 from shardstep.datasets.order import window_of
 from shardstep.datasets.reader import Reader
@@ -37,6 +37,7 @@ from shardstep.trainer.losses import Objective, build_objective, check_outputs
 from shardstep.trainer.metrics import Metrics, cut_lines
 from shardstep.trainer.models import build_model
 from shardstep.trainer.optimizers import build_optimizer
+from shardstep.trainer.origin import facts_of
 from shardstep.trainer.plan import Plan, make_plan
 from shardstep.trainer.precision import (
     MEMORY_FORMATS,
@@ -48,13 +49,15 @@ from shardstep.trainer.precision import (
     measure,
 )
 from shardstep.trainer.preempt import Requests, StopRequest
+from shardstep.trainer.profiler import Profiler, parse_steps
 from shardstep.trainer.sample_log import SampleLog
 from shardstep.trainer.saver import Saver
 from shardstep.trainer.schedules import LearningRate
 from shardstep.trainer.sharing import sharing_problems, sharing_warnings
 from shardstep.trainer.skip import BadSteps
 from shardstep.trainer.time_limit import TimeLimit
-from shardstep.trainer.tracking import WandbTracker
+from shardstep.trainer.timing import Timer
+from shardstep.trainer.tracking import Trackers, start_trackers
 from shardstep.trainer.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -97,13 +100,15 @@ class Run:
     every: Every
     metrics: Metrics
     display: Display
-    tracker: WandbTracker | None
+    trackers: Trackers
     bad_steps: BadSteps
     requests: Requests
     saver: Saver
     time_limit: TimeLimit
     watchdog: Watchdog
     sample_log: SampleLog | None
+    timer: Timer
+    profiler: Profiler
     initialized_s: float
     probed_s: dict[Compute, float]
 
@@ -128,6 +133,15 @@ class Run:
             )
         self.requests.restart()
         return evaluation
+
+    def begin_step(self, batch: GlobalBatch, step: int) -> GlobalBatch:
+        """The same batch, watched by those who want to know what becomes of it."""
+        batch = self.watchdog.watch(batch, step)
+        if self.sample_log:
+            batch = self.sample_log.watch(batch, step)  # each rank writes its own file
+        self.profiler.begin_step(step)
+        self.timer.begin_step()
+        return batch
 
     @property
     def seed(self) -> int:
@@ -187,17 +201,22 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     state.starts.append({"step": state.progress.step, "world_size": world.num_processes, "time": now})
     _claim_folder(accelerator, resume.path is None, recipe, loaded, state, display)
 
-    listeners: list[Callable[[dict[str, Any]], None]] = [lambda line: display.line(line, plan.total_steps)]
-    tracker = None
-    if recipe.log.wandb != "disabled" and accelerator.is_main_process:
-        tracker = WandbTracker(recipe, folder, display.warn, state.wandb_id)
-        state.wandb_id = tracker.run_id
-        listeners.append(tracker.log)
+    listeners: list[Callable[[dict[str, Any]], None]] = [display.line]
+    trackers = Trackers([], display.warn)
+    if accelerator.is_main_process:
+        trackers = start_trackers(
+            recipe, folder, state, lambda: facts_of(accelerator.device, world.num_processes), display.warn
+        )
+        listeners.append(trackers.log)
     clip = Clip(recipe.train.clip_norm, recipe.train.clip_value, measures=recipe.log.grad_norm)
-    saver = Saver(folder / "checkpoints", recipe.checkpoint.keep, display.warn, state.best)
+    saver = Saver(
+        folder / "checkpoints", recipe.checkpoint.keep, display.warn, state.best, [display.saved, trackers.saved]
+    )
     time_limit = TimeLimit(
         launcher.allocation(), lambda: saver.longest_s, share_done=lambda: plan.share_done(state.progress)
     )
+
+    every = Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every)))
 
     def tell_outlook(line: dict[str, Any]) -> None:
         outlook = time_limit.early_outlook()
@@ -222,18 +241,34 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         clip=clip,
         average=average,
         freezer=Freezer(state.optimizer.param_groups, plan.samples_per_epoch, wrap),
-        every=Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every))),
+        every=every,
         metrics=Metrics(
-            accelerator, folder / "metrics.jsonl", state, listeners, display.warn, not objective.reconstructs, clip
+            accelerator,
+            folder / "metrics.jsonl",
+            state,
+            plan,
+            every.evaluation,
+            listeners,
+            display.warn,
+            not objective.reconstructs,
+            clip,
         ),
         display=display,
-        tracker=tracker,
+        trackers=trackers,
         bad_steps=BadSteps(recipe.train),
         requests=Requests(request, folder, world.is_main_process, runtime.agree(world), time_limit, plan.max_train_s),
         saver=saver,
         time_limit=time_limit,
         watchdog=Watchdog(runtime.Board(world), folder, recipe.run.hang_timeout, request, display.tell),
         sample_log=SampleLog(folder, accelerator.process_index, train) if recipe.log.sample_keys else None,
+        timer=Timer(accelerator.device.type),
+        profiler=Profiler(
+            parse_steps(recipe.train.profile),
+            folder / "profile",
+            accelerator.process_index,
+            world.device.type == "cuda",
+            display.note,
+        ),
         initialized_s=initialized_s,
         probed_s=probed_s,
     )

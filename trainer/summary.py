@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from shardstep.configs.files import write_whole
+from shardstep.trainer import runtime
 from shardstep.trainer.evaluate import Evaluation
 from shardstep.trainer.setup import Run
 
@@ -29,6 +30,9 @@ def write_summary(run: Run, status: str, evaluation: Evaluation | None) -> dict[
         else None,
         "wall_s": round(state.wall_s, 3),
         "train_s": round(state.train_s, 3),
+        "time_s": run.timer.time_s(
+            run.batches.to_device_s, run.batches.augment_s, runtime.exposed_share_s(run.state.model)
+        ),
         "restarts": max(len(state.starts) - 1, 0),
         "best": state.best,
         "data": {

@@ -1,103 +1,150 @@
-"""Weights & Biases on rank 0: a copy of what metrics.jsonl holds. A tracker that fails is left behind, never the run."""
+"""Copies of metrics.jsonl for Weights & Biases and TensorBoard, on rank 0. A tracker may fail, never the run.
 
-import dataclasses
-import json
+Each works in a thread of its own, behind a queue: training waits for none. One that raises, that lets too much pile up, or
+that does not come to its end, is left out with one warning; metrics.jsonl has everything.
+"""
+
+import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from shardstep.configs.schema import Recipe
-from shardstep.trainer.wandb_file import logged_steps
+from shardstep.trainer.checkpoint import TrainState
+from shardstep.trainer.tensorboard_tracker import TensorBoardTracker
+from shardstep.trainer.wandb_tracker import WandbTracker
 
-_FINISH_S = 30.0  # to send what is left
+Line = dict[str, Any]
+
+_START_S = 100.0  # to begin; wandb gives up after 90 s without its server
+_FINISH_S = 30.0  # without a movement, to take what waits and to close
+_FINISH_AT_MOST_S = 120.0
+_MOST_WAITING = 10_000  # lines
 
 
-class WandbTracker:
-    """One run in Weights & Biases, online or as files below the run's folder."""
+class Tracker(Protocol):
+    """Where a copy of a run's figures goes. Called in one thread; whatever it raises, it is left out."""
 
-    def __init__(self, recipe: Recipe, folder: Path, warn: Callable[[str], None], run_id: str | None = None):
-        """
-        Args:
-            recipe: with the settings of its log section, and as the run's config.
-            folder: of the run, whose metrics.jsonl is cut at the step from which it goes on.
-            warn: told once if wandb fails; after that, nothing more is sent.
-            run_id: of the run in Weights & Biases that this one continues.
-        """
-        self._warn = warn
-        self._run: Any = None
-        self.run_id = run_id
-        self._sent: dict[str, int] = {}  # by kind of line, the last step of the offline files from before
-        self._guard(lambda: self._start(recipe, folder))
-        if run_id and recipe.log.wandb == "offline":
-            self._guard(lambda: self._catch_up(folder))
+    name: str
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Send a line of metrics.jsonl as <kind>/<name> at its step, unless it was sent before."""
-        if line["step"] <= self._sent.get(line["kind"], -1):
-            return
-        numbers = {
-            f"{line['kind']}/{key}": value
-            for key, value in line.items()
-            if isinstance(value, (int, float)) and key != "step"
-        }
-        self._guard(lambda: self._run.log(numbers, step=line["step"]))
+    def start(self) -> None:
+        """Open it; metrics.jsonl ends where the run goes on."""
 
-    def finish(self, summary: dict[str, Any], failed: bool = False) -> None:
-        """Close the run with its summary."""
+    def catch_up(self) -> None:
+        """Send what it should have of the run's past, and has not."""
 
-        def close() -> None:
-            self._run.summary.update(summary)
-            self._run.finish(exit_code=int(failed))
+    def log(self, line: Line) -> None:
+        """Send a line of metrics.jsonl."""
 
-        # The service may have been ended by the signal that ends the run, and an answer may never come.
-        closing = threading.Thread(target=self._guard, args=(close,), name="wandb-finish", daemon=True)
-        closing.start()
-        closing.join(_FINISH_S)
-        if closing.is_alive():
-            self._warn(
-                f"wandb has not finished after {_FINISH_S:.0f} s and is left behind; metrics.jsonl has everything"
-            )
+    def saved(self, path: Path) -> None:
+        """Send a checkpoint that is whole, if it wants it."""
 
-    def _start(self, recipe: Recipe, folder: Path) -> None:
-        import wandb  # half a second, and opentelemetry with it: only where it is wanted
+    def finish(self, summary: Line, failed: bool) -> None:
+        """Send what the run has left behind, and close."""
 
-        self._run = wandb.init(
-            project=recipe.log.wandb_project,
-            entity=recipe.log.wandb_entity,
-            name=recipe.run.name,
-            tags=recipe.log.wandb_tags,
-            config=dataclasses.asdict(recipe),
-            dir=str(folder),
-            mode="offline" if recipe.log.wandb == "offline" else "online",
-            id=self.run_id,
-            # offline, pieces with one id become one run when they are synced
-            resume="allow" if self.run_id and recipe.log.wandb == "online" else None,
-        )
-        self.run_id = self._run.id
+    def note(self) -> str:
+        """What the person should know at the end, in a line; empty for nothing."""
 
-    def _catch_up(self, folder: Path) -> None:
-        """Send what a killed process had not yet flushed, and nothing twice. Online, the server sees to that."""
-        own = sorted((folder / "wandb").glob(f"offline-run-*-{self.run_id}/run-{self.run_id}.wandb"))
-        before = [path for path in own if path.parent != Path(self._run.dir).parent]
-        for path in before:
-            for kind, step in logged_steps(path).items():
-                self._sent[kind] = max(step, self._sent.get(kind, -1))
-        lines = folder / "metrics.jsonl"
-        if before and lines.is_file():  # files that are not here any more are in Weights & Biases already
-            for line in lines.read_text().splitlines():
-                self.log(json.loads(line))
 
-    def _guard(self, action: Callable[[], None]) -> None:
-        """Run an action unless an earlier one failed."""
-        if self._warn is _ignore:
-            return
+class Background:
+    """A tracker in a thread of its own."""
+
+    def __init__(self, tracker: Tracker, warn: Callable[[str], None]):
+        """Start the tracker; waits for that, but not for ever. `warn` is told once if it is left out."""
+        self.tracker, self._warn = tracker, warn
+        self._left_out = False
+        self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"tracker-{tracker.name}", daemon=True)
+        self._thread.start()
+        if not self._started.wait(_START_S):
+            self._leave_out(f"has not started after {_START_S:.0f} s")
+
+    def put(self, action: Callable[[], None]) -> None:
+        """Let the tracker's thread do something when it has time. Returns at once."""
+        if self._waiting.qsize() >= _MOST_WAITING:
+            self._leave_out(f"takes nothing any more, {_MOST_WAITING:,} lines wait for it")
+        if not self._left_out:
+            self._waiting.put(action)
+
+    def end(self) -> None:
+        """Wait until all is done; one that stands still for too long is left behind."""
+        self._waiting.put(None)
+        began = moved = time.monotonic()
+        size = self._waiting.qsize()
+        while self._thread.is_alive() and not self._left_out:
+            self._thread.join(timeout=0.2)
+            now = time.monotonic()
+            if self._waiting.qsize() != size:
+                size, moved = self._waiting.qsize(), now
+            if now - moved > _FINISH_S or now - began > _FINISH_AT_MOST_S:
+                self._leave_out(f"has not finished after {now - began:.0f} s")
+
+    def _work(self) -> None:
         try:
-            action()
+            self.tracker.start()
+            self._started.set()
+            self.tracker.catch_up()
+            while not self._left_out and (action := self._waiting.get()):
+                action()
         except Exception as error:  # whatever a tracker raises, training goes on
-            self._warn(f"wandb failed and is left out from here on ({error}); metrics.jsonl has everything")
-            self._warn = _ignore
+            self._leave_out(f"failed ({error})")
+        finally:
+            self._started.set()
+
+    def _leave_out(self, why: str) -> None:
+        if not self._left_out:
+            self._left_out = True
+            self._warn(f"{self.tracker.name} {why}, and is left out from here on; metrics.jsonl has everything")
 
 
-def _ignore(message: str) -> None:
-    pass
+class Trackers:
+    """All trackers of a run, each in the background."""
+
+    def __init__(self, trackers: list[Tracker], warn: Callable[[str], None]):
+        """`warn`: told of each that is left out."""
+        self._all = [Background(tracker, warn) for tracker in trackers]
+
+    def log(self, line: Line) -> None:
+        """Send a line of metrics.jsonl to all."""
+        for one in self._all:
+            one.put(lambda tracker=one.tracker: tracker.log(line))  # type: ignore[misc]
+
+    def saved(self, path: Path) -> None:
+        """Offer a checkpoint to all."""
+        for one in self._all:
+            one.put(lambda tracker=one.tracker: tracker.saved(path))  # type: ignore[misc]
+
+    def finish(self, summary: Line, failed: bool = False) -> list[str]:
+        """Close all with the run's summary; returns what the person should know of them."""
+        for one in self._all:
+            one.put(lambda tracker=one.tracker: tracker.finish(summary, failed))  # type: ignore[misc]
+        for one in self._all:
+            one.end()
+        return [note for one in self._all if (note := one.tracker.note())]
+
+
+def start_trackers(
+    recipe: Recipe, folder: Path, state: TrainState, facts: Callable[[], Line], warn: Callable[[str], None]
+) -> Trackers:
+    """Start what the recipe's log section asks for. Called on rank 0, when metrics.jsonl is cut to where the run goes on.
+
+    Args:
+        recipe: of the run.
+        folder: of the run.
+        state: has the id in Weights & Biases of the run that goes on, or gets it.
+        facts: of code and hardware, for what is kept beside the recipe; asked if it is needed.
+        warn: told of a tracker that is left out.
+    """
+    trackers: list[Tracker] = []
+    if recipe.log.tensorboard:
+        trackers.append(TensorBoardTracker(recipe, folder, facts()))
+    if recipe.log.wandb != "disabled":
+        trackers.append(WandbTracker(recipe, folder, facts(), state.wandb_id))
+    started = Trackers(trackers, warn)
+    for tracker in trackers:
+        if isinstance(tracker, WandbTracker):
+            state.wandb_id = tracker.run_id
+    return started

@@ -27,6 +27,21 @@ def logged_steps(path: Path) -> dict[str, int]:
     return steps
 
 
+def unsynced(folder: Path) -> list[Path]:
+    """The pieces of a run, each a folder below its own, that `wandb sync` has not sent."""
+    pieces = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    return [path.parent for path in pieces if not path.with_name(f"{path.name}.synced").exists()]
+
+
+def sync_note(folder: Path) -> str:
+    """How to send what a run has left in offline files; empty if it has sent all."""
+    pieces = unsynced(folder)
+    if not pieces:
+        return ""
+    which = pieces[0] if len(pieces) == 1 else f"{folder / 'wandb'}/offline-run-*"
+    return f"not in Weights & Biases yet; where there is a network: wandb sync {which}"
+
+
 def _records(data: bytes) -> Iterator[bytes]:
     place, parts = _HEAD, b""  # the file itself begins with a head
     while place + _HEAD <= len(data):

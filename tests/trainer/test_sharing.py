@@ -141,7 +141,15 @@ def take_steps(run: Any, count: int) -> list[int]:
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             batch = next(batches)
             loop.train_step(
-                run.accelerator, run.state, batch, run.objective, run.learning_rate, run.clip, run.bad_steps, run.seed
+                run.accelerator,
+                run.state,
+                batch,
+                run.objective,
+                run.learning_rate,
+                run.clip,
+                run.bad_steps,
+                run.seed,
+                run.timer,
             )
         found.append(sum(event.name == "gloo:all_reduce" for event in profiled.events()))
     return found
