@@ -164,9 +164,8 @@ class Normalize:
         part = self._part or max(len(images), 1)
         numbers = math.prod(images.shape[1:])  # fewer than prepared for, if the images were shrunk
         scale, shift = self._scale[:numbers], self._shift[:numbers]
-        for start in range(0, len(images), part):
-            target = values[start : start + part].flatten(1)
-            target.copy_(images[start : start + part].flatten(1))  # addcmul on two types would make a copy first
+        for target, source in zip(values.flatten(1).split(part), images.flatten(1).split(part), strict=True):
+            target.copy_(source)  # a conversion of its own: addcmul on two types would make a copy first
             torch.addcmul(shift, target, scale, out=target)
         return values.permute(0, 3, 1, 2)
 
