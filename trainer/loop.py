@@ -126,8 +126,8 @@ def train_step(
             sums[0] += micro_loss
             sums[1] += objective.correct(outputs, micro.labels)
         timer.mark("other")
-    runtime.average_gradients(state.model)  # of train.all_reduce=flat; DDP has done it in the last backward pass
-    timer.mark("communication")
+    if runtime.average_gradients(state.model):  # with train.all_reduce=flat; DDP has done it in the last backward pass
+        timer.mark("communication")
     bad = bad_steps.is_bad(accelerator, state, sums)  # all ranks agree
     if not bad:
         clip(accelerator, state)

@@ -191,11 +191,12 @@ def wrap_model(
     return model
 
 
-def average_gradients(model: nn.Module) -> None:
-    """Share the gradients of a step, unless DDP has done so in its last backward pass. All ranks."""
+def average_gradients(model: nn.Module) -> bool:
+    """Share the gradients of a step, unless DDP has done so in its last backward pass. All ranks; returns whether it did."""
     wrapped = _uncompiled(model)
     if isinstance(wrapped, FlatGradients):
         wrapped.average_gradients()
+    return isinstance(wrapped, FlatGradients)
 
 
 def _ddp_options(module: nn.Module, config: TrainConfig) -> DistributedDataParallelKwargs:
