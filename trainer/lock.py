@@ -66,6 +66,18 @@ def hold(folder: Path, warn: Callable[[str], None], patience_s: float = 0.0) -> 
     return True
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process, here or on another machine that shares the file system, holds the lock of a run's folder."""
+    try:
+        with (folder / LOCK_NAME).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file is closed, at once
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or no locks
+        return False
+    return False
+
+
 def _holder(file: IO[str]) -> str:
     file.seek(0)
     return file.read().strip() or "another process"
