@@ -17,6 +17,7 @@ def _cv2() -> Any:
     import cv2
 
     cv2.setNumThreads(0)  # parallelism is ours: one image per thread
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it would print, decode() raises
     return cv2
 
 
