@@ -26,6 +26,7 @@ class Trained:
     """A trained model, ready for images.
 
     Attributes:
+        folder: of the run.
         weights: the file that they come from.
         recipe: of the run.
         manifest: of the training set.
@@ -36,6 +37,7 @@ class Trained:
         device: where it is.
     """
 
+    folder: Path
     weights: Path
     recipe: Recipe
     manifest: Manifest
@@ -79,6 +81,7 @@ def open_trained(path: Path, device: Literal["auto", "cpu", "cuda"] = "auto") ->
     load_weights(module, weights)
     image_shape = (height, width, channels)
     return Trained(
+        folder=folder,
         weights=weights,
         recipe=recipe,
         manifest=manifest,
