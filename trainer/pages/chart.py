@@ -156,7 +156,7 @@ def confusion_chart(confusion: np.ndarray, classes: Sequence[str]) -> Html:
     cell = 30.0 if count <= 12 else max(8.0, 360.0 / count)
     longest = min(max(len(name) for name in classes), 12)
     left = 10 + _CHARACTER * longest
-    top = 10 + 0.75 * _CHARACTER * longest
+    top = 18 + 0.75 * _CHARACTER * longest
     named = [name if len(name) <= 12 else name[:11] + "…" for name in classes]
     cells: list[Html] = []
     for row in range(count):
