@@ -246,10 +246,11 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 or 5 times powers of ten between two values; the powers alone where there are many."""
+    """1, 2 or 5 times powers of ten between two values; the powers alone, or some of them, where there are many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) <= 4 else (1,)
-    return [tick for power in powers for factor in factors if low <= (tick := factor * 10.0**power) <= high]
+    every = -(-len(powers) // 7)
+    return [tick for power in powers[::every] for factor in factors if low <= (tick := factor * 10.0**power) <= high]
 
 
 def _label(value: float, percent: bool = False, exact: bool = False) -> str:

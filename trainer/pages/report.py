@@ -223,7 +223,7 @@ def _pairs(studies: list[Study], labels: list[str], key: str) -> list[Series]:
             series.append(Series("training mean", means, 1, "dashed"))
             series.append(Series("test set", test, 0))
         else:
-            series.append(Series("", batches, color, "faint"))
+            series.append(Series("" if test else label, batches, color, "faint"))
             series.append(Series(label, test, color))
     return series
 
