@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> int:
     out = given.out or trained.folder / f"exported{suffix}"
     if out.suffix != suffix:
         raise InputError(f"--out={out} must end in {suffix} for --format={given.format}")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out={out}: there is no folder {out.absolute().parent}")
     if out.resolve() == trained.weights:
         raise InputError(f"--out={out} holds the weights of the run itself: give another name")
     try:

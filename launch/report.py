@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> int:
     out = given.out or (given.runs[0] if len(given.runs) == 1 else Path()) / "report.html"
     if out.is_dir():
         raise InputError(f"--out={out} is a folder: give the name of a file in it, such as {out / 'report.html'}")
+    if given.out and not out.absolute().parent.is_dir():
+        raise InputError(f"--out={out}: there is no folder {out.absolute().parent}")
 
     from shardstep.configs.files import write_whole
     from shardstep.trainer.pages.report import report_page
@@ -45,13 +47,13 @@ def main(arguments: list[str]) -> int:
     if problems:
         raise InputError.from_problems("no report", problems)
     check_comparable(records)
-    studies = [study(folder, given.device) for folder in given.runs]
+    studies = [study(record, given.device) for record in records]
     for one in studies:
         for reason in one.left_out:
             print(f"{one.record.folder}: left out: {reason}")
     content = report_page(studies, datetime.now().astimezone()).encode()
     write_whole(out, content)
-    print(f"{out}: {len(studies)} run{'s' * (len(studies) > 1)}, {len(content) / 1e6:.1f} MB in one file")
+    print(f"{out}: {len(studies)} run{'s' * (len(studies) > 1)}, {len(content) / 1000:,.0f} kB in one file")
     return 0
 
 

@@ -1,7 +1,6 @@
-"""A run's folder to all that a report shows of it: its record, what its model says of the test set, its filters."""
+"""A run's record to all that a report shows of it: what its model says of the test set, and its filters."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ from shardstep.datasets.reader import StreamReader
 from shardstep.trainer.calibration import Bin, reliability
 from shardstep.trainer.filters import first_filters
 from shardstep.trainer.predictions import PREDICTIONS_NAME, Predictions, predict_test_set
-from shardstep.trainer.record import Record, read_record
+from shardstep.trainer.record import Record
 from shardstep.trainer.trained import Trained, open_trained
 
 MOST_MISTAKES = 24
@@ -86,22 +85,17 @@ class Study:
         return written if isinstance(written, list) and len(written) == len(self.classes) else []
 
 
-def study(folder: Path, device: Literal["auto", "cpu", "cuda"]) -> Study:
-    """Look at a run. What its model says of the test set is computed once and kept in the run's folder.
-
-    Raises:
-        InputError: the folder is no run's, or there is no such device.
-    """
-    found = Study(read_record(folder))
-    found.left_out += found.record.left_out
-    if found.record.manifest is None:
+def study(record: Record, device: Literal["auto", "cpu", "cuda"]) -> Study:
+    """Look at a run. What its model says of the test set is computed once and kept in the run's folder."""
+    found = Study(record, left_out=list(record.left_out))
+    if record.manifest is None:
         return found
     try:
-        trained = open_trained(folder, device)
+        trained = open_trained(record.folder, device)
     except InputError as error:
         found.left_out.append(f"what the model says of the test set, and its filters: {error}")
         return found
-    final = trained.weights.parent == folder.resolve()
+    final = trained.weights.parent == trained.folder
     found.weights = "the final weights" if final else f"the checkpoint {trained.weights.parent.name}"
     filters = first_filters(trained.module, trained.image_shape)
     if isinstance(filters, str):
@@ -118,7 +112,7 @@ def _look_at_test_set(found: Study, trained: Trained) -> None:
     except InputError as error:
         found.left_out.append(f"what the model says of the test set: {error}")
         return
-    if not np.isfinite([*predictions.confidence, *predictions.errors]).all():
+    if not (np.isfinite(predictions.confidence).all() and np.isfinite(predictions.errors).all()):
         found.left_out.append("what the model says of the test set: its outputs are not all numbers")
         return
     found.predictions = predictions

@@ -2,6 +2,8 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,10 @@ import pytest
 from shardstep.trainer.calibration import reliability
 from shardstep.trainer.pages.chart import Series, confusion_chart, line_chart, reliability_chart
 from shardstep.trainer.pages.html import page, table, tag
+from shardstep.trainer.pages.report import report_page
+from shardstep.trainer.predictions import Predictions
+from shardstep.trainer.record import read_record
+from shardstep.trainer.study import Study
 from tests.conftest import ROOT
 
 
@@ -102,3 +108,18 @@ def test_dark_and_paper_have_every_colour() -> None:
     names = [set(re.findall(r"(--[\w-]+):", block)) for block in blocks]
     assert len(names) == 3  # light, dark, paper
     assert names[0] == names[1] == names[2]
+
+
+def test_a_page_of_many_classes_stays_small(finished_run: Path) -> None:
+    record, count = read_record(finished_run), 300
+    assert record.manifest is not None
+    record.manifest = replace(record.manifest, classes=[f"kind {label}" for label in range(count)])
+    random = np.random.default_rng(0)
+    labels, predicted = random.integers(0, count, (2, 20_000))
+    predictions = Predictions(labels, predicted, random.random(20_000, dtype=np.float32), np.zeros(0, dtype=np.float32))
+    bins = reliability(predictions.confidence, predictions.correct)
+    text = report_page([Study(record, predictions=predictions, bins=bins)], datetime(2026, 1, 1))
+    assert "Accuracy of the 30 worst of 300 classes" in text
+    assert "Most often taken wrongly: kind " in text
+    assert "confusion matrix" not in text  # 90,000 cells
+    assert len(text) < 60_000

@@ -13,6 +13,7 @@ import yaml
 from shardstep.configs.errors import InputError
 from shardstep.trainer.filters import first_filters
 from shardstep.trainer.predictions import PREDICTIONS_NAME, Predictions, predict_test_set
+from shardstep.trainer.record import read_record
 from shardstep.trainer.study import study
 from shardstep.trainer.trained import find_weights, open_trained
 from tests.runs import train_ranks, write_recipe
@@ -31,7 +32,7 @@ def move_test_set(run: Path, place: str) -> None:
 
 
 def test_predictions_agree_with_the_run(run: Path) -> None:
-    found = study(run, "cpu")
+    found = study(read_record(run), "cpu")
     assert found.left_out == []
     assert found.weights == "the final weights"
     assert found.predictions is not None
@@ -76,7 +77,7 @@ def test_predictions_are_made_once(run: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_test_set_that_is_gone(run: Path) -> None:
     move_test_set(run, "nowhere")
-    found = study(run, "cpu")
+    found = study(read_record(run), "cpu")
     (told,) = found.left_out
     assert told.startswith("what the model says of the test set: no shards in nowhere")
     assert found.per_class_accuracy == found.record.last_evaluation["per_class_accuracy"]
@@ -84,9 +85,9 @@ def test_a_test_set_that_is_gone(run: Path) -> None:
 
 
 def test_predictions_outlive_the_test_set(run: Path) -> None:
-    before = study(run, "cpu")
+    before = study(read_record(run), "cpu")
     move_test_set(run, "nowhere")
-    found = study(run, "cpu")
+    found = study(read_record(run), "cpu")
     assert found.predictions is not None
     assert before.predictions is not None
     assert np.array_equal(found.predictions.predicted, before.predictions.predicted)
@@ -99,7 +100,7 @@ def test_a_folder_that_cannot_be_written_is_no_mistake(run: Path, monkeypatch: p
         raise OSError(30, os.strerror(30))
 
     monkeypatch.setattr("shardstep.trainer.predictions.write_whole", refuse)
-    found = study(run, "cpu")
+    found = study(read_record(run), "cpu")
     assert found.predictions is not None
     assert found.left_out == [
         f"{run / PREDICTIONS_NAME} could not be written, the predictions are made anew next time: Read-only file system"
@@ -109,14 +110,14 @@ def test_a_folder_that_cannot_be_written_is_no_mistake(run: Path, monkeypatch: p
 def test_weights_of_a_run_that_is_not_finished(run: Path) -> None:
     (run / "model.safetensors").unlink()
     (run / "summary.json").unlink()
-    assert study(run, "cpu").weights == "the checkpoint step-00000008"
+    assert study(read_record(run), "cpu").weights == "the checkpoint step-00000008"
     newest = run / "checkpoints" / "step-00000008" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     assert find_weights(run)[0].parent.name == "step-00000004"  # the newest that is whole
     with pytest.raises(InputError, match=r"step-00000008 is not whole: model\.safetensors has"):
         find_weights(newest.parent)
     shutil.rmtree(run / "checkpoints")
-    found = study(run, "cpu")
+    found = study(read_record(run), "cpu")
     assert found.left_out == [
         f"what the model says of the test set, and its filters: {run} has neither model.safetensors nor a whole "
         f"checkpoint yet"
@@ -127,7 +128,7 @@ def test_a_run_of_an_older_format_is_shown_as_far_as_it_goes(run: Path) -> None:
     content = yaml.safe_load((run / "config.yaml").read_text())
     content["train"]["gone"] = 1
     (run / "config.yaml").write_text(yaml.safe_dump(content))
-    found = study(run, "cpu")
+    found = study(read_record(run), "cpu")
     assert found.record.evaluations
     assert len(found.left_out) == 2
     assert "another version of shardstep" in found.left_out[0]
@@ -139,7 +140,7 @@ def test_weights_that_are_no_numbers_are_told(run: Path) -> None:
 
     weights = load_file(run / "model.safetensors")
     save_file(weights | {"head.weight": weights["head.weight"] * torch.nan}, run / "model.safetensors")
-    found = study(run, "cpu")
+    found = study(read_record(run), "cpu")
     assert found.left_out == ["what the model says of the test set: its outputs are not all numbers"]
     assert found.predictions is None
 
@@ -148,7 +149,7 @@ def test_an_autoencoder_shows_its_worst_reconstructions(shards: Path, tmp_path: 
     model = {"name": "autoencoder", "widths": [4, 4]}
     recipe = write_recipe(tmp_path, shards, model=model, loss={"name": "mse"}, train={"duration": "1 epochs"})
     train_ranks(1, recipe)
-    found = study(tmp_path / "run", "cpu")
+    found = study(read_record(tmp_path / "run"), "cpu")
     assert found.left_out == []
     assert found.predictions is not None
     written = json.loads((tmp_path / "run" / "summary.json").read_text())["eval"]["loss"]

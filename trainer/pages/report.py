@@ -137,9 +137,9 @@ def _marked(figure: "_Figure", studies: list[Study]) -> list[Child]:
     """A figure of each run, the best in bold."""
     values = [figure.value(one) for one in studies]
     known = [value for value in values if value is not None]
-    best = figure.best(known) if figure.best and len(known) > 1 else None
+    best = [figure.best(known)] if figure.best and len(known) > 1 else []
     texts = [_UNKNOWN if value is None else figure.text(value) for value in values]
-    return [tag("b", text) if value == best is not None else text for text, value in zip(texts, values, strict=True)]
+    return [tag("b", text) if value in best else text for text, value in zip(texts, values, strict=True)]
 
 
 @dataclass(frozen=True)
