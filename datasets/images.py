@@ -17,6 +17,7 @@ def _cv2() -> Any:
     import cv2
 
     cv2.setNumThreads(0)  # parallelism is ours: one image per thread
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it would print, decode() raises
     return cv2
 
 
@@ -63,17 +64,22 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Scale the shorter side to `size`, cut out the centre. uint8, shape (size, size, channels).
+    """Scale the shorter side to `size`, cut out the centre. uint8, shape (size, size, channels)."""
+    return fill(pixels, size, size)
+
+
+def fill(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scale an image until it just covers a frame, cut out its centre. uint8, shape (height, width, channels).
 
     Shrinking averages areas, enlarging is bilinear.
     """
-    height, width, channels = pixels.shape
-    if (height, width) == (size, size):
+    own_height, own_width, channels = pixels.shape
+    if (own_height, own_width) == (height, width):
         return pixels
     cv2 = _cv2()
-    scale = size / min(height, width)
-    new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
+    scale = max(height / own_height, width / own_width)
+    new_height, new_width = max(height, round(own_height * scale)), max(width, round(own_width * scale))
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     scaled = cv2.resize(pixels, (new_width, new_height), interpolation=way).reshape(new_height, new_width, channels)
-    top, left = (new_height - size) // 2, (new_width - size) // 2
-    return scaled[top : top + size, left : left + size]
+    top, left = (new_height - height) // 2, (new_width - width) // 2
+    return scaled[top : top + height, left : left + width]

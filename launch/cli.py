@@ -22,6 +22,9 @@ COMMANDS = {
     "checkpoints": "list and verify the checkpoints of a run",
     "watch": "show how a run is doing, from its folder",
     "doctor": "look whether a run would go well here, and how to mend what would break it",
+    "report": "make a page of a run, or of several side by side",
+    "predict": "predict the classes of image files",
+    "export": "write a trained model for use elsewhere, and compare it",
     "bench": "measure the loader and the training step against plain PyTorch",
 }
 _FIRST_WORD_S = 1.0  # for the rank whose failure it was

@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.check import check_recipe
     from shardstep.trainer.description import describe
     from shardstep.trainer.display import Display
+    from shardstep.trainer.starts import write_start
 
     under_agent = launcher.has_agent()
     display = Display(enabled=launcher.is_first_rank())
@@ -72,6 +73,8 @@ def main(arguments: list[str]) -> int:
         display.note(text)
 
     was_finished, before = folder.read_summary(run.folder).get("status") == "finished", run.state.progress
+    if world.is_main_process and not (was_finished and run.plan.is_over(before)):
+        write_start(run, arguments)
     request.note_interrupts()
     display.start(run.plan.total_steps, run.state.progress.step)
     try:

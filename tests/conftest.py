@@ -34,3 +34,14 @@ def cifar10_source() -> Path:
     if not source:
         pytest.skip("CIFAR10_SOURCE is not set: no real images here")
     return Path(source)
+
+
+@pytest.fixture(scope="session")
+def finished_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs of a small convolutional network on `shards`. Read only; copy it to change it."""
+    from tests.runs import train_ranks, write_recipe
+
+    folder = tmp_path_factory.mktemp("finished")
+    model = {"name": "whitening_cnn", "widths": [8]}
+    train_ranks(1, write_recipe(folder, shards, model=model, log={"every": "2 steps"}))
+    return folder / "run"

@@ -118,7 +118,9 @@ def load(recipe: Recipe, train: ShardFolder, test: ShardFolder, device: torch.de
                 f"data.augment: {entry['name']} with these options needs images of at least "
                 f"{smallest_side(entry)} pixels a side, these have {width}x{height}"
             )
-    return Data(train, test, train_reader, test_reader, make_normalize(config, train.manifest, train_reader, device))
+    return Data(
+        train, test, train_reader, test_reader, make_normalize(config, train.manifest, train_reader.image_shape, device)
+    )
 
 
 def load_for_evaluation(
@@ -132,11 +134,22 @@ def load_for_evaluation(
     test = open_shards(config.test)
     check_same_task(train, test.manifest, "the run's training set", config.test, config.resize)
     reader = StreamReader(test, config.resize)
-    return test, reader, make_normalize(config, train, reader, device)
+    return test, reader, make_normalize(config, train, reader.image_shape, device)
 
 
-def make_normalize(config: DataConfig, manifest: Manifest, reader: Reader, device: torch.device) -> Normalize:
-    """The normalisation of data.normalize, with the training set's statistics where it says `manifest`.
+def make_normalize(
+    config: DataConfig, manifest: Manifest, image_shape: tuple[int, int, int], device: torch.device
+) -> Normalize:
+    """The normalisation of data.normalize, for images of shape (height, width, channels).
+
+    Raises:
+        InputError: the numbers of channels differ.
+    """
+    return Normalize(*mean_and_std(config, manifest), image_shape, device)
+
+
+def mean_and_std(config: DataConfig, manifest: Manifest) -> tuple[list[float], list[float]]:
+    """What data.normalize means, per channel on the 0..1 scale; the training set's statistics where it says `manifest`.
 
     Raises:
         InputError: the numbers of channels differ.
@@ -152,7 +165,7 @@ def make_normalize(config: DataConfig, manifest: Manifest, reader: Reader, devic
         mean, std = mean * channels, std * channels
     if len(mean) != channels:
         raise InputError(f"data.normalize has {len(mean)} channels, the images have {channels}")
-    return Normalize(mean, std, reader.image_shape, device)
+    return mean, std
 
 
 def _short(manifest: Manifest) -> str:

@@ -14,6 +14,7 @@ from shardstep.configs.errors import InputError
 
 LOCK_NAME = ".lock"
 _RETRY_S = 0.5
+_GLANCE_S = 0.05  # longer than is_held() holds a lock
 _held: dict[tuple[int, int], IO[str]] = {}  # by device and inode: for the life of this process, whatever it runs
 
 
@@ -40,7 +41,7 @@ def hold(folder: Path, warn: Callable[[str], None], patience_s: float = 0.0) -> 
     if (place.st_dev, place.st_ino) in _held:
         file.close()
         return False
-    deadline = time.monotonic() + max(patience_s, _RETRY_S)  # who only looks whether it is held has it for a moment
+    deadline = time.monotonic() + max(patience_s, _GLANCE_S)
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,7 +54,7 @@ def hold(folder: Path, warn: Callable[[str], None], patience_s: float = 0.0) -> 
                     f"run.dir={folder} is in use by {holder}. Wait for its end, ask it to stop with "
                     f"`touch {folder / 'STOP'}`, or give another run.dir or run.name"
                 ) from None
-            time.sleep(_RETRY_S)
+            time.sleep(_RETRY_S if patience_s else _GLANCE_S)
         except OSError as error:  # some network file systems
             warn(f"{path} cannot be locked ({error.strerror}): see to it that no other run writes to this folder")
             break

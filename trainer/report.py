@@ -33,7 +33,7 @@ def draw_all(run: Run, evaluation: Evaluation) -> list[str]:
 
 def draw_curves(metrics_path: Path, picture: Path) -> None:
     """Draw loss and accuracy against epochs from a metrics.jsonl."""
-    plt = _pyplot()
+    plt = pyplot()
     lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     has_accuracy = any(line["accuracy"] is not None for line in lines)
     figure, axes = plt.subplots(1, 1 + has_accuracy, figsize=(5.5 * (1 + has_accuracy), 4), layout="constrained")
@@ -52,7 +52,7 @@ def draw_curves(metrics_path: Path, picture: Path) -> None:
 
 def draw_confusion(confusion: Tensor, classes: list[str], picture: Path) -> None:
     """Draw a confusion matrix (classes, classes): rows are labels, in per cent of each label's samples."""
-    plt = _pyplot()
+    plt = pyplot()
     share = (100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     named = len(classes) <= _MOST_NAMED_CLASSES
     size = max(5.0, 0.55 * len(classes)) if named else 9.0
@@ -96,7 +96,7 @@ def draw_reconstructions(originals: Tensor, reconstructions: Tensor, picture: Pa
 
 def _draw_grid(pixels: Tensor, captions: list[tuple[str, str]], picture: Path) -> None:
     """Draw images (N, H, W, C) uint8, each below its caption and color."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(13, 8), layout="constrained")
     axis.set(xlim=(0, GRID_COLUMNS), ylim=(GRID_ROWS, 0), aspect="equal")
     axis.axis("off")
@@ -132,7 +132,8 @@ def _outputs(run: Run, pixels: Tensor) -> Tensor:
     return run.state.module.eval()(images).float()
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, imported when the first picture is drawn."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed, nor touched

@@ -174,3 +174,13 @@ def test_a_restart_does_not_begin_again(shards: Path, tmp_path: Path, name: str)
     assert not (tmp_path / "run.old2").exists()
     assert run_ranks(1, attempt, str(recipe), {name: "0"})[0][0] == 0
     assert (tmp_path / "run.old2").is_dir()
+
+
+def test_a_glance_at_the_lock_refuses_no_run(tmp_path: Path) -> None:
+    (tmp_path / lock.LOCK_NAME).touch()
+    assert not lock.is_held(tmp_path)
+    glance = (tmp_path / lock.LOCK_NAME).open()
+    fcntl.flock(glance, fcntl.LOCK_SH)  # as is_held() does, a little longer
+    threading.Timer(0.01, glance.close).start()
+    assert lock.hold(tmp_path, warn=pytest.fail)
+    assert lock.is_held(tmp_path)

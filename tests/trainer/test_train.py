@@ -33,6 +33,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
         "train_manifest.json",
         "metrics.jsonl",
         "summary.json",
+        "starts.json",
         "checkpoints",
         "model.safetensors",
         "curves.png",

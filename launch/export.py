@@ -1,0 +1,60 @@
+"""Write a run's model for use elsewhere, load it again, and compare it with the original on real images.
+
+    shardstep export RUN_DIR_OR_CHECKPOINT --format safetensors|torch_export|onnx [--out FILE] [--data DIR]
+
+The file takes uint8 pixels (batch, channels, height, width): normalisation is inside it; its metadata say the rest, under the
+key `shardstep`. It is written only if the largest difference of any output is within a tolerance, which is printed; else the
+exit code is 1. onnx needs the extra `export`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from shardstep.configs.errors import InputError
+from shardstep.launch.cli import FAILED, leave
+from shardstep.launch.cli import run as run_command
+
+
+def main(arguments: list[str]) -> int:
+    """Export; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="shardstep export", description="Write a run's model for use elsewhere.")
+    parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
+    parser.add_argument("--format", choices=["safetensors", "torch_export", "onnx"], required=True)
+    parser.add_argument("--out", type=Path, help="the file (default: exported.<suffix>, in the run's folder)")
+    parser.add_argument("--data", help="shards of images to compare on; by default the run's test set")
+    given = parser.parse_args(arguments)
+
+    from shardstep.trainer.export import FORMATS, ExportFailed, export
+    from shardstep.trainer.trained import open_trained
+
+    suffix = FORMATS[given.format].suffix
+    trained = open_trained(given.run, "cpu")
+    out = given.out or trained.folder / f"exported{suffix}"
+    if out.suffix != suffix:
+        raise InputError(f"--out={out} must end in {suffix} for --format={given.format}")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out={out}: there is no folder {out.absolute().parent}")
+    if out.resolve() == trained.weights:
+        raise InputError(f"--out={out} holds the weights of the run itself: give another name")
+    try:
+        test, reader = trained.open_test_set(given.data)
+    except InputError as error:
+        raise InputError(
+            f"there are no images to compare on, and what is not compared is not exported: {error}. Give --data"
+        ) from None
+    try:
+        found = export(trained, given.format, out, reader, test.manifest.samples)
+    except ExportFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return FAILED
+    print(
+        f"{out}: {out.stat().st_size / 1e6:.2f} MB; loaded again, its outputs differ from the original's by at most "
+        f"{found.largest:.2g} on {found.images} images of {given.data or trained.recipe.data.test} "
+        f"({found.allowed:.2g} is allowed)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    leave(run_command(main, sys.argv[1:]))

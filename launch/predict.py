@@ -1,0 +1,106 @@
+"""Predict the classes of image files with a run's model.
+
+    shardstep predict RUN_DIR_OR_CHECKPOINT FILES_OR_FOLDERS ... [--top K] [--json] [--grid PICTURE] [--device auto|cpu|cuda]
+
+Images of any size and kind are prepared as the run's own were. What cannot be read is named on stderr, and the rest goes on;
+the exit code is 2 if nothing could be read. With --json, each line of stdout is an object: file, prediction, confidence, top.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from shardstep.configs.errors import InputError
+from shardstep.launch.cli import leave
+from shardstep.launch.cli import run as run_command
+
+_MOST_IN_GRID = 96
+_NAME_WIDTH = 48  # of a table's column; a longer name makes its own line longer
+
+
+def main(arguments: list[str]) -> int:
+    """Predict; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="shardstep predict", description="Predict the classes of image files.")
+    parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images, or folders of them")
+    parser.add_argument("--top", type=int, default=3, metavar="K", help="classes to tell of each image (default: 3)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
+    parser.add_argument(
+        "--grid", type=Path, metavar="PICTURE", help="draw the images with their predictions, such as a.png"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
+    given = parser.parse_args(arguments)
+    if given.top < 1:
+        raise InputError(f"--top={given.top} is no number of classes: give 1 or more")
+
+    import numpy as np
+
+    from shardstep.datasets.image_files import find_image_files
+    from shardstep.trainer.file_predictions import predict_files
+    from shardstep.trainer.picture_grid import FORMATS, draw_picture_grid
+    from shardstep.trainer.trained import open_trained
+
+    if given.grid and given.grid.suffix.lstrip(".").lower() not in FORMATS:
+        raise InputError(f"--grid={given.grid} must end in one of {', '.join(FORMATS)}")
+    if given.grid and not given.grid.absolute().parent.is_dir():
+        raise InputError(f"--grid={given.grid}: there is no folder {given.grid.absolute().parent}")
+    trained = open_trained(given.run, given.device)
+    if trained.objective.reconstructs:
+        raise InputError(
+            f"{given.run} reconstructs images: it has no classes to predict. `shardstep report` shows what it does"
+        )
+    classes = trained.manifest.classes
+
+    left_out = 0
+
+    def unreadable(path: Path, reason: str) -> None:
+        nonlocal left_out
+        left_out += 1
+        print(f"left out: {_shown(path)}: {reason}", file=sys.stderr, flush=True)
+
+    files: list[Path] = []
+    for path in given.files:
+        try:
+            files += find_image_files(path)
+        except ValueError as error:
+            unreadable(path, str(error))
+    width = min(_NAME_WIDTH, max((len(_shown(path)) for path in files), default=0))
+    count, drawn = 0, list[tuple[np.ndarray, str]]()
+    for found in predict_files(trained, files, given.top, unreadable):
+        count += 1
+        top = [(classes[label], share) for label, share in found.top]
+        if given.json:
+            print(json.dumps(_object(found.path, top)), flush=True)
+        else:
+            columns = (f"{name} {100 * share:.1f} %" for name, share in top)
+            print(f"{_shown(found.path):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}")
+        if given.grid and len(drawn) < _MOST_IN_GRID:
+            drawn.append((found.pixels, f"{_shown(Path(found.path.name))[-24:]}\n{top[0][0]} {top[0][1]:.0%}"))
+    if not count:
+        raise InputError(f"nothing could be predicted: {left_out} of {left_out} could not be read")
+    if given.grid:
+        draw_picture_grid(drawn, given.grid)
+        part = (
+            f"the first {len(drawn)} of {count} images" if len(drawn) < count else f"{count} image{'s' * (count > 1)}"
+        )
+        print(f"{given.grid}: {part}", file=sys.stderr)
+    return 0
+
+
+def _object(path: Path, top: list[tuple[str, float]]) -> dict[str, object]:
+    return {
+        "file": str(path),
+        "prediction": top[0][0],
+        "confidence": top[0][1],
+        "top": [{"class": name, "probability": share} for name, share in top],
+    }
+
+
+def _shown(path: Path) -> str:
+    """A path that can be printed, whatever bytes are in it."""
+    return str(path).encode(errors="backslashreplace").decode()
+
+
+if __name__ == "__main__":
+    leave(run_command(main, sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""Make one HTML page of a run, or of several side by side.
+
+    shardstep report RUN ... [--out FILE] [--device auto|cpu|cuda]
+
+The page is one file: it needs no network and runs no script. What a model says of its test set is computed the first time and
+kept in the run's folder as predictions.npz. Running, stopped and failed runs have a page too; what cannot be shown is named.
+"""
+
+import argparse
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from shardstep.configs.errors import InputError
+from shardstep.launch.cli import leave
+from shardstep.launch.cli import run as run_command
+
+
+def main(arguments: list[str]) -> int:
+    """Make the page; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="shardstep report", description="Make one HTML page of runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "--out", type=Path, help="the page (default: report.html, in the run's folder if there is one run only)"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
+    given = parser.parse_args(arguments)
+    out = given.out or (given.runs[0] if len(given.runs) == 1 else Path()) / "report.html"
+    if out.is_dir():
+        raise InputError(f"--out={out} is a folder: give the name of a file in it, such as {out / 'report.html'}")
+    if given.out and not out.absolute().parent.is_dir():
+        raise InputError(f"--out={out}: there is no folder {out.absolute().parent}")
+
+    from shardstep.configs.files import write_whole
+    from shardstep.trainer.pages.report import report_page
+    from shardstep.trainer.record import check_comparable, read_record
+    from shardstep.trainer.study import study
+    from shardstep.trainer.trained import find_device
+
+    find_device(given.device)
+    problems, records = [], []
+    for folder in given.runs:
+        try:
+            records.append(read_record(folder))
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError.from_problems("no report", problems)
+    check_comparable(records)
+    studies = [study(record, given.device) for record in records]
+    for one in studies:
+        for reason in one.left_out:
+            print(f"{one.record.folder}: left out: {reason}")
+    content = report_page(studies, datetime.now().astimezone()).encode()
+    write_whole(out, content)
+    print(f"{out}: {len(studies)} run{'s' * (len(studies) > 1)}, {len(content) / 1000:,.0f} kB in one file")
+    return 0
+
+
+if __name__ == "__main__":
+    leave(run_command(main, sys.argv[1:]))

@@ -1,0 +1,55 @@
+"""`shardstep export`: the command around trainer/export.py."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shardstep.launch.cli import run as run_command
+from shardstep.launch.export import main
+from shardstep.trainer import export as exporting
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def test_a_run_and_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "--format", "safetensors"]) == 0
+    assert "differ from the original's by at most" in capsys.readouterr().out
+    assert (run / "exported.safetensors").is_file()
+    checkpoint = run / "checkpoints" / "step-00000004"
+    assert main([str(checkpoint), "--format", "torch_export", "--out", str(tmp_path / "a.pt2")]) == 0
+    assert (tmp_path / "a.pt2").is_file()
+    assert len(list(checkpoint.iterdir())) == 5  # nothing is added to a checkpoint
+
+
+def test_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = ["--format", "safetensors"]
+    assert run_command(main, [str(run), *weights, "--out", str(tmp_path / "a.pt2")]) == 2
+    assert "must end in .safetensors" in capsys.readouterr().err
+    assert run_command(main, [str(run), *weights, "--out", str(run / "model.safetensors")]) == 2
+    assert "holds the weights of the run itself" in capsys.readouterr().err
+    assert run_command(main, [str(tmp_path), *weights]) == 2
+    assert "is neither a run's folder nor a checkpoint" in capsys.readouterr().err
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    test_set, content["data"]["test"] = content["data"]["test"], "nowhere"
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    assert run_command(main, [str(run), *weights]) == 2
+    message = capsys.readouterr().err
+    assert (
+        "there are no images to compare on, and what is not compared is not exported: no shards in nowhere" in message
+    )
+    assert message.count("\n") == 1
+    assert run_command(main, [str(run), *weights, "--data", test_set]) == 0
+
+
+def test_a_difference_is_a_failure(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+    assert run_command(main, [str(run), "--format", "safetensors"]) == 1
+    assert capsys.readouterr().err.startswith("failed: safetensors: loaded again, the outputs differ by up to")
+    assert not (run / "exported.safetensors").exists()

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: elements, charts, and the report of runs."""

@@ -1,0 +1,133 @@
+"""A trained model and a test set to what it says of each sample: computed once, kept beside the run, never trained again."""
+
+import contextlib
+import io
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shardstep.configs.files import write_whole
+from shardstep.datasets.batches import test_batches
+from shardstep.datasets.progress import progress_bar
+from shardstep.datasets.scan import file_sha256
+from shardstep.trainer.trained import Trained
+
+PREDICTIONS_NAME = "predictions.npz"
+_VERSION = "1"
+_ARRAYS = ("labels", "predicted", "confidence", "errors")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of each sample of a test set, in the order of the manifest.
+
+    Attributes:
+        labels: int64 (N,).
+        predicted: int64 (N,), the class with the highest output; empty for reconstruction, like `confidence`.
+        confidence: float32 (N,), the softmax of that output.
+        errors: float32 (N,), each sample's loss if the model reconstructs images, else empty.
+    """
+
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    errors: np.ndarray
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool (N,): whether the prediction is the label."""
+        return self.predicted == self.labels
+
+    @property
+    def accuracy(self) -> float:
+        """Share of samples whose prediction is their label."""
+        return float(self.correct.mean())
+
+    def confusion(self, num_classes: int) -> np.ndarray:
+        """int64 (classes, classes); row: label, column: prediction."""
+        counts = np.bincount(self.labels * num_classes + self.predicted, minlength=num_classes**2)
+        return counts.reshape(num_classes, num_classes)
+
+    def most_confident_mistakes(self, count: int) -> np.ndarray:
+        """Ids of the samples that the model is most sure of and wrong about, the surest first."""
+        wrong = np.flatnonzero(~self.correct)
+        return wrong[np.argsort(-self.confidence[wrong], kind="stable")][:count]
+
+
+def predict_test_set(trained: Trained, cache: Path, tell: Callable[[str], None]) -> Predictions:
+    """Predict every sample of a run's test set, or take what an earlier call has kept.
+
+    Where the test set is gone, what was kept of these weights still counts.
+
+    Args:
+        trained: the model.
+        cache: file that the predictions are kept in; a folder that cannot be written is no mistake.
+        tell: told when they cannot be kept.
+
+    Raises:
+        InputError: the test set cannot be read, and nothing is kept.
+    """
+    weights = file_sha256(trained.weights)
+    try:
+        test, reader = trained.open_test_set()
+    except ValueError:
+        kept = _read(cache, weights, fingerprint=None)
+        if kept is None:
+            raise
+        return kept
+    kept = _read(cache, weights, test.manifest.fingerprint)
+    if kept is not None:
+        return kept
+    parts: list[tuple[np.ndarray, ...]] = []
+    samples = test.manifest.samples
+    with progress_bar(f"predicting {trained.recipe.data.test}", samples, "images") as advance, torch.inference_mode():
+        for images, labels, _ in test_batches(
+            reader,
+            samples,
+            batch_size=trained.recipe.eval.batch_size,
+            rank=0,
+            world_size=1,
+            normalize=trained.normalize,
+            memory_format=torch.contiguous_format,
+            device=trained.device,
+            workers=max(1, trained.recipe.data.workers),
+        ):
+            outputs = trained.module(images).float()  # (B, K), or images
+            if trained.objective.reconstructs:
+                empty = labels[:0]
+                one_by_one = zip(outputs.split(1), images.split(1), strict=True)
+                losses = [trained.objective.evaluation_loss(*pair) for pair in one_by_one]
+                row = (labels, empty, empty, torch.stack(losses))
+            else:
+                confidence, predicted = outputs.softmax(dim=1).max(dim=1)
+                row = (labels, predicted, confidence, labels[:0])
+            parts.append(tuple(values.cpu().numpy() for values in row))
+            advance(len(labels))
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    found = Predictions(columns[0], columns[1], columns[2].astype(np.float32), columns[3].astype(np.float32))
+    _write(found, cache, weights, test.manifest.fingerprint, tell)
+    return found
+
+
+def _write(found: Predictions, cache: Path, weights: str, fingerprint: str, tell: Callable[[str], None]) -> None:
+    stream = io.BytesIO()
+    key = np.array([_VERSION, weights, fingerprint])
+    np.savez_compressed(stream, key=key, **{name: getattr(found, name) for name in _ARRAYS})
+    try:
+        write_whole(cache, stream.getvalue())
+    except OSError as error:
+        tell(f"{cache} could not be written, the predictions are made anew next time: {error.strerror}")
+
+
+def _read(cache: Path, weights: str, fingerprint: str | None) -> Predictions | None:
+    """What is kept of these weights on this test set, or on whichever it was; None if there is nothing, or no whole file."""
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        file = np.load(io.BytesIO(cache.read_bytes()))  # no pickle: arrays of numbers and text
+        key = file["key"].tolist()
+        if key[:2] == [_VERSION, weights] and fingerprint in (None, key[2]):
+            return Predictions(**{name: file[name] for name in _ARRAYS})
+    return None
