@@ -430,7 +430,10 @@ def _facts(one: Study) -> dict[str, Child]:
 def _starts(record: Record) -> str | None:
     if not record.starts:
         return None
-    told = [f"{start.get('time', 'unknown time')} at step {start.get('step', '?')}" for start in record.starts]
+    told = [
+        f"{str(start.get('time', 'unknown time')).replace('T', ' ')} at step {start.get('step', '?')}"
+        for start in record.starts
+    ]
     shown = told if len(told) <= 4 else [told[0], "…", *told[-2:]]
     return "; ".join(shown) if len(told) == 1 else f"{len(told)}: {'; '.join(shown)}"
 
