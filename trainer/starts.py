@@ -2,21 +2,16 @@
 
 import contextlib
 import json
-import os
-import platform
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shardstep.configs.files import write_whole
 from shardstep.trainer import machine
+from shardstep.trainer.origin import commit, hardware
 from shardstep.trainer.setup import Run
 
 STARTS_NAME = "starts.json"
-_GIT_S = 5.0
 
 
 def write_start(run: Run, arguments: list[str]) -> None:
@@ -30,7 +25,7 @@ def write_start(run: Run, arguments: list[str]) -> None:
     parameters = list(run.state.module.parameters())
     start = run.state.starts[-1] | {
         "command": shlex.join(["shardstep", "train", *arguments]),
-        "code": _commit(),
+        "code": commit(),
         "versions": machine.versions(),
         "hardware": hardware(run.accelerator.device),
         "parameters": sum(parameter.numel() for parameter in parameters),
@@ -52,33 +47,3 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
         if isinstance(starts, list):
             return [start for start in starts if isinstance(start, dict)]
     return []
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """This machine and the device of this rank, in numbers and names."""
-    cpu = machine.read_cpu()
-    found: dict[str, Any] = {
-        "system": f"{platform.system()} {platform.release()}",
-        "cpu": cpu.name,
-        "vectors": cpu.vectors,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": machine.memory_bytes(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
-    return found
-
-
-def _commit() -> str | None:
-    """The commit of a checkout that this code runs from, with + where files were changed; None for an installed package."""
-    folder = Path(__file__).resolve().parent
-    if not (folder.parent / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
