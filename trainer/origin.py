@@ -37,7 +37,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The git commit of this code, or, if it is an installed package, of the folder one works in; + says that files changed."""
+    """The git commit of this code, or of the folder one works in if it is an installed package; + says that files changed."""
     code = Path(__file__).resolve().parent.parent
     folder = code if (code / ".git").exists() else Path.cwd()
     command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
