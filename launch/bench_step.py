@@ -89,6 +89,7 @@ def _trainer(folder: Path, batch_size: int, steps: int, precision: str) -> float
     )  # fmt: skip
     loop.train(run)
     run.watchdog.stop()
+    run.saver.wait(lambda: None)
     return float(run.metrics.last_train["samples_per_s"])
 
 

@@ -39,7 +39,7 @@ def train(run: Run) -> Outcome:
     Raises:
         TrainingFailed: the loss became NaN or infinite.
     """
-    state, plan, metrics, requests = run.state, run.plan, run.metrics, run.requests
+    accelerator, state, plan, metrics, requests = run.accelerator, run.state, run.plan, run.metrics, run.requests
     clock = Stopwatch(already_s=state.wall_s)
     run.timer.start()
     evaluation = evaluate_now(run, clock) if state.evaluation_due else None  # a stop came in its place
@@ -53,15 +53,7 @@ def train(run: Run) -> Outcome:
         run.freezer.freeze_due(before)  # once in a while, all ranks
         batch = run.begin_step(batch, before.step + 1)
         sums = train_step(
-            run.accelerator,
-            state,
-            batch,
-            run.objective,
-            run.learning_rate,
-            run.clip,
-            run.bad_steps,
-            run.seed,
-            run.timer,
+            accelerator, state, batch, run.objective, run.learning_rate, run.clip, run.bad_steps, run.seed, run.timer
         )
         state.progress = after = plan.advance(before, batch.size)
         state.lr = run.base_lr * run.learning_rate.factor(before)

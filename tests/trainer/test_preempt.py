@@ -112,9 +112,9 @@ def disturbed(recipe: str, where: str, step: int, disturb: str, rank: int, *over
 def _check_every_time(check: Callable[..., bool]) -> Callable[..., bool]:
     """Steps here take a millisecond; the look at other ranks that is due twice a second comes at each of them."""
 
-    def every_time(requests: Requests, *arguments: Any) -> bool:
+    def every_time(requests: Requests, *arguments: Any, **keywords: Any) -> bool:
         requests._next_call = 0
-        return check(requests, *arguments)
+        return check(requests, *arguments, **keywords)
 
     return every_time
 
