@@ -117,8 +117,8 @@ def drill(folder: Path, shards: Path, world_size: int, moments: list[Moment]) ->
 def random_moments(generator: random.Random, count: int) -> list[Moment]:
     """Half of them in time, half at file operations."""
     return [
-        Moment(share=generator.uniform(0.05, 0.8)) if generator.random() < 0.5
-        else Moment(operation=generator.randint(1, 120))
+        Moment(share=generator.uniform(0.05, 0.45)) if generator.random() < 0.5
+        else Moment(operation=generator.randint(1, 60))
         for _ in range(count)
     ]  # fmt: skip
 
@@ -163,7 +163,7 @@ def main() -> None:
             if kills >= given.kills:
                 break
             world_size = 1 + number % 3
-            kills += drill(folder / str(number), folder / "shards", world_size, random_moments(generator, 30))
+            kills += drill(folder / str(number), folder / "shards", world_size, random_moments(generator, 60))
             print(f"run {number} on {world_size} ranks: equal; {kills} kills so far", flush=True)
 
 

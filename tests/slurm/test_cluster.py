@@ -259,31 +259,6 @@ def test_cancelled_jobs_stay_cancelled(cluster: Cluster) -> None:
         assert restarts_of(submitted) == 0
 
 
-def test_time_limits(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
-    """One job knows that it has a minute, and saves in time; the other's limit is lowered behind its back to the same.
-
-    Neither is told by a signal before Slurm's SIGTERM, with which the time is over. They run at the same time.
-    """
-    job, endless = world("torchrun", nodes=1, ranks_per_node=1, options={"signal": ""}), "train.duration=1000000 steps"
-    unwarned = submit(cluster, tmp_path / "unwarned", shards, job, endless)
-    planning = submit(cluster, tmp_path / "planning", shards, replace(job, time="1"), endless)
-    unwarned.wait_step(0)
-    cluster.sh(["scontrol", "update", f"JobId={unwarned.job}", "TimeLimit=1"])
-
-    cluster.wait_restart(planning.job, 1)
-    log = planning.log()
-    assert "the allocation ends in 1 min" in log
-    assert "stopped by the allocation's end: step" in log
-    assert re.search(r"of the run is done; at this pace the rest takes [\d,]+ more jobs of 1 min", log), log
-    cluster.sh(["scancel", planning.job])
-
-    cluster.wait_restart(unwarned.job, 1, timeout_s=150)
-    assert "stopped by SIGTERM" in unwarned.log()
-    unwarned.wait_step(unwarned.summary()["step"])
-    assert "resuming from" in unwarned.log()
-    cluster.sh(["scancel", unwarned.job])
-
-
 def test_power_cut_of_a_node(cluster: Cluster, shards: Path, tmp_path: Path, undisturbed: Submitted) -> None:
     submitted = submit(cluster, tmp_path, shards, world("torchrun"), "checkpoint.every=200 steps")
     submitted.wait_step(220)
@@ -387,8 +362,24 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def limited(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
+    """Two runs whose time is a minute, which passes while the doctor is at work: they leave it the processors.
+
+    The one knows it, and saves in time; the other's limit is lowered behind its back. Neither is told by a signal before
+    Slurm's SIGTERM, with which the time is over.
+    """
+    job = world("torchrun", nodes=1, ranks_per_node=1, options={"signal": ""}, setup=["renice -n 19 $$ > /dev/null"])
+    folder, endless = tmp_path_factory.mktemp("limited"), "train.duration=1000000 steps"
+    unwarned = submit(cluster, folder / "unwarned", shards, job, endless)
+    planning = submit(cluster, folder / "planning", shards, replace(job, time="1"), endless)
+    unwarned.wait_step(0)
+    cluster.sh(["scontrol", "update", f"JobId={unwarned.job}", "TimeLimit=1"])
+    return {"planning": planning, "unwarned": unwarned}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_doctor_finds(cluster: Cluster, shards: Path, tmp_path: Path, fault: str) -> None:
+def test_doctor_finds(cluster: Cluster, limited: object, shards: Path, tmp_path: Path, fault: str) -> None:
     command, code, told = FAULTS[fault]
     recipe = write_recipe(tmp_path, shards, **SECTIONS)
     places = {
@@ -409,6 +400,22 @@ def test_doctor_finds(cluster: Cluster, shards: Path, tmp_path: Path, fault: str
     for words in told:
         assert words in " ".join(output.split()), output
     assert "Traceback" not in output or "torchrun" in command  # whose agents tell a failure in their way
+
+
+def test_time_limits(cluster: Cluster, limited: dict[str, Submitted]) -> None:
+    planning, unwarned = limited["planning"], limited["unwarned"]
+    cluster.wait_restart(planning.job, 1)
+    log = planning.log()
+    assert "the allocation ends in 1 min" in log
+    assert "stopped by the allocation's end: step" in log
+    assert re.search(r"of the run is done; at this pace the rest takes [\d,]+ more jobs of 1 min", log), log
+    cluster.sh(["scancel", planning.job])
+
+    cluster.wait_restart(unwarned.job, 1, timeout_s=150)
+    assert "stopped by SIGTERM" in unwarned.log()
+    unwarned.wait_step(unwarned.summary()["step"])
+    assert "resuming from" in unwarned.log()
+    cluster.sh(["scancel", unwarned.job])
 
 
 def test_scripts_by_hand(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
