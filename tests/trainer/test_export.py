@@ -43,7 +43,7 @@ def trained(name: str) -> Trained:
     """A model with its first weights, as if it had been trained."""
     recipe = Recipe()
     recipe.model = {"name": name, "sync_batch_norm": False, **OPTIONS.get(name, {})}
-    recipe.loss = {"name": "mse" if name == "autoencoder" else "cross_entropy"}
+    recipe.loss = {"name": "mse" if name == "autoencoder" else "cross_entropy", "reduction": "mean"}
     manifest = Manifest(
         classes=["a", "b", "c"],
         samples=3,
