@@ -22,7 +22,7 @@ from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.drill
 
-STEPS = 800  # of a few milliseconds: a signal that comes when the first are written down still finds the run at work
+STEPS = 700  # of a few milliseconds: a signal that comes when the first are written down still finds the run at work
 LAUNCHERS = ["torchrun", "accelerate", "srun"]
 SECTIONS: dict[str, Any] = {
     "model": {"name": "mlp", "hidden": [16], "dropout": 0.2},
@@ -276,7 +276,9 @@ def test_power_cut_of_a_node(cluster: Cluster, shards: Path, tmp_path: Path, und
 
 def test_requeue_onto_fewer_nodes(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
     """The world shrinks in the middle of an epoch: each sample of every epoch is still seen once."""
-    submitted = submit(cluster, tmp_path, shards, world("torchrun"), "log.sample_keys=true", "train.duration=800 steps")
+    submitted = submit(
+        cluster, tmp_path, shards, world("torchrun"), "log.sample_keys=true", f"train.duration={STEPS} steps"
+    )
     submitted.wait_step(0)
     cluster.sh(["scancel", "-s", "USR1", submitted.job])
     cluster.wait(submitted.job, lambda facts: facts["JobState"] == "PENDING", "the requeue")
@@ -287,7 +289,7 @@ def test_requeue_onto_fewer_nodes(cluster: Cluster, shards: Path, tmp_path: Path
     ]
     assert [start["world_size"] for start in starts] == [4, 2]
     lines = [line for path in (tmp_path / "run").glob("samples-rank*.jsonl") for line in read_lines(path)]
-    epochs = 800 // 13  # 101 samples in batches of 8: 13 steps an epoch
+    epochs = STEPS // 13  # 101 samples in batches of 8: 13 steps an epoch
     seen = Counter((line["epoch"], line["key"]) for line in lines if line["epoch"] < epochs)
     assert len(seen) == 101 * epochs
     assert set(seen.values()) == {1}
@@ -357,7 +359,7 @@ FAULTS = {
     ),
     "an interface that is not there": (_RANK + "export GLOO_SOCKET_IFNAME=ib7; {doctor}", 1, ["no such interface"]),
     "a rank that does not come": (
-        _RANK + '[ "$SLURM_PROCID" != 1 ] || exit 0; {doctor} --timeout 15', 1, ["rank 1 of 2 did not come"],
+        _RANK + '[ "$SLURM_PROCID" != 1 ] || exit 0; {doctor} --timeout 9', 1, ["rank 1 of 2 did not come"],
     ),
 }  # fmt: skip
 
