@@ -14,7 +14,7 @@ from shardstep.configs.errors import InputError
 
 LOCK_NAME = ".lock"
 _RETRY_S = 0.5
-_GLANCE_S = 0.05  # longer than is_held() holds a lock
+_GLANCE_S = 0.05  # between looks where nobody is waited for but is_held(), which has the lock for a moment
 _held: dict[tuple[int, int], IO[str]] = {}  # by device and inode: for the life of this process, whatever it runs
 
 
@@ -41,7 +41,7 @@ def hold(folder: Path, warn: Callable[[str], None], patience_s: float = 0.0) -> 
     if (place.st_dev, place.st_ino) in _held:
         file.close()
         return False
-    deadline = time.monotonic() + max(patience_s, _GLANCE_S)
+    deadline = time.monotonic() + max(patience_s, _RETRY_S)
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
