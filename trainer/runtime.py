@@ -257,14 +257,16 @@ def forward(model: nn.Module, images: Tensor) -> Any:
 
 
 def exposed_share_s(model: nn.Module) -> float | None:
-    """Seconds that DDP's backward pass waits on average for gradients to be shared after its own are there; None without DDP.
+    """Seconds that DDP's backward pass waits on average for other ranks' gradients, after its own are there; None if alone.
 
     From the measurements that DDP takes itself of its first ten passes and of one in a hundred after that.
     """
     wrapped = _uncompiled(model)
     if not isinstance(wrapped, DistributedDataParallel):
         return None
-    measured = wrapped._get_ddp_logging_data()  # nanoseconds
+    measured = wrapped._get_ddp_logging_data()  # times in nanoseconds
+    if measured["world_size"] == 1:
+        return None
     shared_ns = measured.get("avg_backward_comm_time", 0)
     return max(0, shared_ns - measured.get("avg_backward_compute_comm_overlap_time", 0)) / 1e9
 

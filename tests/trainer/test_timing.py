@@ -133,6 +133,8 @@ def test_what_is_shared_while_gradients_are_computed_is_not_waited_for() -> None
     module = torch.nn.Linear(1, 1)
     wrapped = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
     wrapped.__dict__.update(module.__dict__)
-    times = {"avg_backward_comm_time": 5_000_000, "avg_backward_compute_comm_overlap_time": 3_000_000}
+    times = {"world_size": 2, "avg_backward_comm_time": 5_000_000, "avg_backward_compute_comm_overlap_time": 3_000_000}
     wrapped.__dict__["_get_ddp_logging_data"] = lambda: times
     assert exposed_share_s(SimpleNamespace(_orig_mod=wrapped)) == 0.002  # type: ignore[arg-type] # 5 ms, 3 of them at work
+    times["world_size"] = 1
+    assert exposed_share_s(wrapped) is None
