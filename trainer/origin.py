@@ -1,5 +1,6 @@
 """Where a run comes from: the version of the code, and the hardware. For reports and trackers."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -14,9 +15,9 @@ _GIT_S = 5.0
 
 
 def facts_of(device: torch.device, world_size: int) -> dict[str, Any]:
-    """Versions, commit, and the hardware of rank 0."""
+    """Versions, the commit of the folder one works in, and the hardware of rank 0."""
     where = {"host": platform.node(), "ranks": world_size}
-    return {"versions": machine.versions(), "commit": commit(), "hardware": hardware(device) | where}
+    return {"versions": machine.versions(), "commit": commit(Path.cwd()), "hardware": hardware(device) | where}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -36,10 +37,9 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def commit() -> str | None:
-    """The git commit of this code, or of the folder one works in if it is an installed package; + says that files changed."""
-    code = Path(__file__).resolve().parent.parent
-    folder = code if (code / ".git").exists() else Path.cwd()
+@functools.cache
+def commit(folder: Path) -> str | None:
+    """The git commit of a folder, with + where files were changed; None if it is in no repository."""
     command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S)

@@ -12,6 +12,7 @@ from shardstep.trainer.origin import commit, hardware
 from shardstep.trainer.setup import Run
 
 STARTS_NAME = "starts.json"
+_CODE = Path(__file__).resolve().parent.parent
 
 
 def write_start(run: Run, arguments: list[str]) -> None:
@@ -25,7 +26,7 @@ def write_start(run: Run, arguments: list[str]) -> None:
     parameters = list(run.state.module.parameters())
     start = run.state.starts[-1] | {
         "command": shlex.join(["shardstep", "train", *arguments]),
-        "code": commit(),
+        "code": commit(_CODE) if (_CODE / ".git").exists() else None,  # not that of what it may be installed into
         "versions": machine.versions(),
         "hardware": hardware(run.accelerator.device),
         "parameters": sum(parameter.numel() for parameter in parameters),
