@@ -64,13 +64,13 @@ def test_what_is_not_known_is_left_out() -> None:
     assert "accuracy" not in describe_line(LONGEST_EVAL | {"accuracy": None})
 
 
-def slowly(folder: Path) -> Path:
-    """A script that trains, as the command does, at 0.2 s a step."""
+def slowly(folder: Path, step_s: float = 0.2) -> Path:
+    """A script that trains, as the command does, at so many seconds a step."""
     path = folder / "slowly.py"
     path.write_text(
         "import sys, time\nfrom shardstep.launch.cli import leave, run\nfrom shardstep.launch.train import main\n"
         "from shardstep.trainer import loop\nfunction = loop.train_step\n"
-        "def step(*arguments):\n    time.sleep(0.2)\n    return function(*arguments)\n"
+        f"def step(*arguments):\n    time.sleep({step_s})\n    return function(*arguments)\n"
         "loop.train_step = step\nleave(run(main, sys.argv[1:]))\n"
     )
     return path
