@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.datasets.manifest import parse_manifest
     from shardstep.trainer import data, runtime, setup
     from shardstep.trainer.check import check_recipe
-    from shardstep.trainer.checkpoint import AVERAGE, load_weights
+    from shardstep.trainer.checkpoint import load_weights
     from shardstep.trainer.evaluate import evaluate
     from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME
     from shardstep.trainer.losses import build_objective
@@ -45,9 +45,6 @@ def main(arguments: list[str]) -> int:
     height, width, channels = reader.image_shape
     module = setup.together(world, lambda: build_model(recipe.model, (channels, height, width), len(train.classes)))
     setup.together(world, lambda: load_weights(module, weights))
-    average = weights.with_name(AVERAGE)  # a checkpoint has it beside the weights, of a run that keeps one
-    if average.is_file():
-        setup.together(world, lambda: load_weights(module, average, part=True))
     memory_format = MEMORY_FORMATS[recipe.train.memory_format]
     accelerator = runtime.build_accelerator(recipe.train.precision)
     model = runtime.wrap_for_evaluation(accelerator, module.to(memory_format=memory_format))

@@ -376,14 +376,16 @@ def _load_optimizer(optimizer: AcceleratedOptimizer, saved: dict[str, Any]) -> N
         group.update(own)
 
 
-def load_weights(module: nn.Module, path: Path, part: bool = False) -> None:
-    """Load the weights of a safetensors file into a model, all of them or a part.
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load the weights of a safetensors file into a model; of a checkpoint that has an average beside them, that.
 
     Raises:
         InputError: there is no such file, or it holds another model.
     """
     try:
-        module.load_state_dict(safetensors.torch.load_file(path), strict=not part)
+        average = path.with_name(AVERAGE)
+        kept = safetensors.torch.load_file(average) if average.is_file() else {}  # parameters, without buffers
+        module.load_state_dict(safetensors.torch.load_file(path) | kept)
     except FileNotFoundError:
         raise InputError(f"no weights in {path.parent}: {path.name} is missing") from None
     except (OSError, RuntimeError, SafetensorError) as error:

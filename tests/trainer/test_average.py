@@ -11,6 +11,7 @@ from shardstep.configs.durations import Duration, Progress
 from shardstep.trainer.average import Average, averaged
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.plan import Plan
+from shardstep.trainer.trained import open_trained
 from tests.runs import read_lines, train_ranks, write_recipe
 
 PLAN = Plan(10, 40, 1, 1, Duration.parse("4 steps"))
@@ -92,3 +93,12 @@ def test_the_average_is_what_is_evaluated_and_kept(shards: Path, tmp_path: Path)
 
 def test_progress_is_counted_in_steps() -> None:
     assert PLAN.share_done(Progress(1, 0, 10, 10)) == 0.25
+
+
+def test_weights_of_a_checkpoint_are_its_average_where_it_has_one(shards: Path, tmp_path: Path) -> None:
+    """For whoever loads them: evaluate, report, predict and export."""
+    recipe = write_recipe(tmp_path, shards, average={"name": "ema", "decay": 1.0}, train={"duration": "5 steps"})
+    train_ranks(1, recipe)
+    path = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    loaded, kept = open_trained(path, "cpu").module, load_file(path / "average.safetensors")
+    assert all(torch.equal(value, kept[name]) for name, value in loaded.named_parameters())
