@@ -1,6 +1,7 @@
 """Durations in the units people think in: "10 epochs", "8.5 epochs", "200 steps"."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -79,3 +80,14 @@ class Duration:
             return progress.step, self.value.numerator
         done = progress.epoch * samples_per_epoch + progress.position
         return done * self.value.denominator, self.value.numerator * samples_per_epoch
+
+
+def duration_problems(texts: Mapping[str, object]) -> list[str]:
+    """What is wrong with the durations of some keys, each with its key before it."""
+    problems = []
+    for key, text in texts.items():
+        try:
+            Duration.parse(str(text))
+        except InputError as error:
+            problems.append(f"{key}: {error}")
+    return problems

@@ -138,6 +138,12 @@ def _reflect_pad(images: Tensor, pad: int) -> Tensor:
     return padded
 
 
+def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """float64 (channels,) each: pixels from 0 to 255 times the scale plus the shift are (pixels / 255 - mean) / std."""
+    scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
+    return scale, -torch.tensor(mean, dtype=torch.float64) * 255 * scale
+
+
 class Normalize:
     """uint8 pixels (batch, height, width, channels) to (value / 255 - mean) / std, as a (B, C, H, W) view of them.
 
@@ -151,8 +157,7 @@ class Normalize:
         self, mean: Sequence[float], std: Sequence[float], image_shape: tuple[int, int, int], device: torch.device
     ):
         """`mean`, `std`: per channel on the 0..1 scale; `image_shape`: (height, width, channels)."""
-        scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
-        shift = -torch.tensor(mean, dtype=torch.float64) * 255 * scale
+        scale, shift = scale_and_shift(mean, std)
         # One number per value of an image: an inner loop over 3 channels would not be vectorised.
         pixels = image_shape[0] * image_shape[1]
         self._scale = scale.float().repeat(pixels).to(device)

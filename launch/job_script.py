@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Literal
 
-from shardstep.launch.grid import file_name
-
 Launcher = Literal["torchrun", "accelerate", "srun"]
 
 
@@ -104,11 +102,6 @@ def sbatch_word(value: str) -> str:
     if re.fullmatch(r"[\w./:@%+=,&|*!\[\]()~^-]+", value):
         return value
     return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
-
-
-def job_name(run_name: str) -> str:
-    """A run's name with nothing in it that a file name or a log's pattern could mistake."""
-    return file_name(run_name)
 
 
 def _body(launcher: str, settings: dict[str, str]) -> str:

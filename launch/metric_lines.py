@@ -1,12 +1,12 @@
 """What a run appends to its metrics.jsonl, as it comes: for those who follow a run through the file system."""
 
-import json
 import os
 from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
 from shardstep.configs.errors import InputError
+from shardstep.trainer.status import parse_line
 
 _NEEDED = {"kind", "step", "epoch", "loss", "accuracy", "total_steps", "time"}
 """What a line of this version has; those of each kind have more."""
@@ -69,11 +69,8 @@ class MetricLines:
         return place.st_mtime if place else 0.0
 
     def _read(self, text: bytes) -> dict[str, Any] | None:
-        try:
-            line = json.loads(text)
-        except ValueError:  # the file was cut and has grown again since the last look
-            return None
-        if not isinstance(line, dict) or line.get("kind") not in ("train", "eval"):
+        line = parse_line(text)
+        if line is None:  # the file was cut and has grown again since the last look
             return None
         missing = _NEEDED - line.keys()
         if missing:

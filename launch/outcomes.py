@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shardstep.launch.differences import mean_interval
+from shardstep.trainer.status import parse_line
 
 State = Literal["finished", "failed", "unfinished", "missing"]
 _TAIL_SHARE = 0.2  # of a run's samples, over whose last part the final training loss is a mean
@@ -216,12 +217,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl that are whole."""
-    found = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:  # the last line of a killed run may be cut
-            continue
-        if isinstance(line, dict) and {"kind", "step", "epoch", "samples"} <= set(line):
-            found.append(line)
-    return found
+    lines = map(parse_line, path.read_text().splitlines() if path.is_file() else ())
+    return [line for line in lines if line and {"step", "epoch", "samples"} <= set(line)]

@@ -25,8 +25,8 @@ from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import Recipe
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
-from shardstep.launch.grid import names_of, points_of
-from shardstep.launch.job_script import Job, job_name, render
+from shardstep.launch.grid import file_name, names_of, points_of
+from shardstep.launch.job_script import Job, render
 
 _TIME = re.compile(r"\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2}")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
@@ -93,7 +93,7 @@ def _submit(given: argparse.Namespace, recipe: Recipe, tasks: list[list[str]], c
         return 0
 
     job_id = _sbatch(script, Path(given.log_folder))
-    where = f"{given.log_folder}/{job_name(recipe.run.name)}-{job_id}{'_*' if tasks else ''}.log"
+    where = f"{given.log_folder}/{file_name(recipe.run.name)}-{job_id}{'_*' if tasks else ''}.log"
     world = f"{_count(given.nodes, 'node')} x {_count(given.ranks_per_node, 'rank')}"
     print(f"job {job_id}: {recipe.run.name} on {world}{f', {len(tasks)} tasks' if tasks else ''}; it logs to {where}")
     if not given.follow:
@@ -247,7 +247,7 @@ def _job(given: argparse.Namespace, recipe: Recipe, num_points: int) -> Job:
     options |= {key: value if equals else None for key, equals, value in (text.partition("=") for text in given.sbatch)}
     container = given.container.split()
     return Job(
-        name=job_name(recipe.run.name),
+        name=file_name(recipe.run.name),
         nodes=given.nodes,
         ranks_per_node=given.ranks_per_node,
         time=given.time,

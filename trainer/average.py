@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from shardstep.configs.durations import Duration, Progress
-from shardstep.configs.errors import InputError
+from shardstep.configs.durations import Duration, Progress, duration_problems
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.plan import Plan
 
@@ -88,13 +87,7 @@ def averaged(state: TrainState) -> Iterator[None]:
 
 def check_average(section: dict[str, Any]) -> list[str]:
     """Problems of the section's values that its types do not show."""
-    if "every" not in section:
-        return []
-    try:
-        Duration.parse(str(section["every"]))
-    except InputError as error:
-        return [f"average.every: {error}"]
-    return []
+    return duration_problems({"average.every": section["every"]} if "every" in section else {})
 
 
 def _parameters(state: TrainState) -> Tensors:

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from shardstep.configs.components import convert, resolve
-from shardstep.configs.durations import Duration
+from shardstep.configs.durations import duration_problems
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import Loaded
 from shardstep.configs.schema import Recipe
@@ -72,18 +72,12 @@ def _resolve_augment(entries: list[Any]) -> tuple[list[dict[str, Any]], list[str
 
 
 def _check_durations(recipe: Recipe) -> list[str]:
-    problems = []
-    texts = {
+    problems = duration_problems({
         "train.duration": recipe.train.duration,
         "eval.every": recipe.eval.every,
         "checkpoint.every": recipe.checkpoint.every,
         "log.every": recipe.log.every,
-    }
-    for key, text in texts.items():
-        try:
-            Duration.parse(text)
-        except InputError as error:
-            problems.append(f"{key}: {error}")
+    })  # fmt: skip
     try:
         profiler.parse_steps(recipe.train.profile)
     except InputError as error:

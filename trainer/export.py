@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
+from shardstep.datasets.augment import scale_and_shift
 from shardstep.datasets.reader import Reader
 from shardstep.trainer.checkpoint import weights
 from shardstep.trainer.data import mean_and_std
@@ -50,8 +51,7 @@ class WithNormalize(nn.Module):
         """`mean`, `std`: per channel on the 0..1 scale."""
         super().__init__()
         self.module = module
-        scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
-        shift = -255 * torch.tensor(mean, dtype=torch.float64) * scale
+        scale, shift = scale_and_shift(mean, std)
         self.register_buffer("scale", scale.float().view(1, -1, 1, 1))
         self.register_buffer("shift", shift.float().view(1, -1, 1, 1))
 

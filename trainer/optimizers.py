@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardstep.configs.components import check_limits, convert, hint_of, neighbours, options_of, resolve
-from shardstep.configs.durations import Duration
+from shardstep.configs.durations import duration_problems
 from shardstep.configs.errors import InputError
 from shardstep.trainer.muon import FilterMuon
 
@@ -293,11 +293,7 @@ def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str
         return group, [f"{where} has no effect: it gives {group} no option of its own"]
     if str(group.get("name")) in CANNOT_WORK:
         return group, [f"{where}.name={group['name']} cannot work here: {CANNOT_WORK[group['name']]}"]
-    problems = []
-    try:
-        Duration.parse(str(group.get("until", "1 steps")))
-    except InputError as error:
-        problems.append(f"{where}.until: {error}")
+    problems = duration_problems({f"{where}.until": group["until"]} if "until" in group else {})
     if "name" in group:
         own = {key: (hint, None) for key, hint in _GROUP_KEYS.items() if key in group}
         section, found = resolve(where, group, OPTIMIZERS, own)

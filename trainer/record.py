@@ -19,8 +19,7 @@ from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, is_run
 from shardstep.trainer.lock import is_held
 from shardstep.trainer.losses import RECONSTRUCTION
 from shardstep.trainer.starts import read_starts
-
-Line = dict[str, Any]
+from shardstep.trainer.status import Line, parse_line
 
 
 @dataclass
@@ -190,13 +189,8 @@ def _read_lines(path: Path, left_out: list[str]) -> list[Line]:
 
 
 def _parse(text: str) -> Line | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(line, dict) or line.get("kind") not in ("train", "eval"):
-        return None
-    return line if number(line, "step") is not None and number(line, "epoch") is not None else None
+    line = parse_line(text)
+    return line if line and number(line, "step") is not None and number(line, "epoch") is not None else None
 
 
 def _read_summary(path: Path, left_out: list[str]) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from shardstep.configs.durations import Duration, Progress
-from shardstep.configs.errors import InputError
+from shardstep.configs.durations import Duration, Progress, duration_problems
 
 
 @dataclass(frozen=True)
@@ -148,14 +147,9 @@ class LearningRate:
 
 def check_schedule(section: dict[str, Any]) -> list[str]:
     """Problems of a schedule's values that its types do not show."""
-    texts = {key: section[key] for key in ("every", "warmup") if section.get(key) is not None}
-    texts |= {f"milestones[{place}]": text for place, text in enumerate(section.get("milestones") or [])}
-    problems = []
-    for key, text in texts.items():
-        try:
-            Duration.parse(str(text))
-        except InputError as error:
-            problems.append(f"schedule.{key}: {error}")
+    texts = {f"schedule.{key}": section[key] for key in ("every", "warmup") if section.get(key) is not None}
+    texts |= {f"schedule.milestones[{place}]": text for place, text in enumerate(section.get("milestones") or [])}
+    problems = duration_problems(texts)
     if section["name"] == "one_cycle" and not 0 < section["rise"] < 1:
         problems.append(f"schedule.rise={section['rise']} must lie between 0 and 1")
     if not section["warmup"] and section["warmup_start"] != 0:

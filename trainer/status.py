@@ -1,5 +1,6 @@
 """What is known of a run that goes on: lines of metrics.jsonl in, text for terminals and logs out. No torch here."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,15 @@ from shardstep.trainer.time_limit import time_text
 
 Line = dict[str, Any]
 _NO_CURVES = ("step", "time", "total_steps", "left_s")
+
+
+def parse_line(text: str | bytes) -> Line | None:
+    """A line of metrics.jsonl; None if it is no whole one: the last line of a killed run may be cut."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and line.get("kind") in ("train", "eval") else None
 
 
 @dataclass

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from shardstep.configs.errors import InputError
-from shardstep.launch.grid import points_of
-from shardstep.launch.job_script import Job, job_name, render, sbatch_word
+from shardstep.launch.grid import file_name, points_of
+from shardstep.launch.job_script import Job, render, sbatch_word
 from shardstep.launch.submit import main, seconds_of
 from tests.conftest import ROOT
 
@@ -75,7 +75,7 @@ def test_text_reaches_the_program_as_it_is_and_does_nothing(text: str, tmp_path:
     """The script's own arguments, printed by a stand-in for srun."""
     place = tmp_path / text.replace("\n", " ") / "here"
     place.mkdir(parents=True)
-    job = Job(job_name(text), 1, 1, "10", folder=str(place), python=f"/{text}/python", log_folder="logs")
+    job = Job(file_name(text), 1, 1, "10", folder=str(place), python=f"/{text}/python", log_folder="logs")
     script = render(job, [text, f"run.name={text}"], command=f"shardstep submit {shlex.join([text])}")
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -100,8 +100,8 @@ def test_words_of_sbatch_lines() -> None:
     assert sbatch_word("a100|h100&nvlink") == "a100|h100&nvlink"
     assert sbatch_word("two words") == '"two words"'
     assert sbatch_word('a "b" \\') == '"a \\"b\\" \\\\"'
-    assert job_name("../it's a/run\n") == "it_s_a_run"
-    assert job_name("漢") == "shardstep"
+    assert file_name("../it's a/run\n") == "it_s_a_run"
+    assert file_name("漢") == "shardstep"
 
 
 def test_points() -> None:
