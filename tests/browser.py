@@ -54,6 +54,26 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    def width(self) -> int:
+        """Pixels that the page takes: more than the screen's where one has to scroll sideways."""
+        return self.evaluate("document.documentElement.scrollWidth")
+
+    def broken_images(self) -> int:
+        """Images that are not shown."""
+        return self.evaluate("[...document.images].filter(image => !image.complete || !image.naturalWidth).length")
+
+    def smallest_text(self) -> float:
+        """Height in pixels of the smallest text of all plots; 1e9 where there is none."""
+        heights = "[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height)"
+        return self.evaluate(f"Math.min(...{heights}, 1e9)")
+
+    def brightness(self) -> tuple[int, int]:
+        """Of paper and ink, each from 0 for black to 765 for white."""
+        colours = ("backgroundColor", "color")
+        sums = (f"getComputedStyle(document.body).{colour}.match(/\\d+/g).map(Number)" for colour in colours)
+        paper, ink = (self.evaluate(f"{numbers}.reduce((a, b) => a + b)") for numbers in sums)
+        return paper, ink
+
     def screenshot(self, path: Path) -> None:
         """A picture of the whole page."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]

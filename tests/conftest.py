@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from shardstep.datasets.write import write_shards
+from tests.browser import Browser, find_browser, open_browser
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +26,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shards("synthetic:101", "train", folder / "train", samples_per_shard=17)
     write_shards("synthetic:53", "test", folder / "test", samples_per_shard=20)
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A real browser; the test is skipped where there is none."""
+    if not find_browser():
+        pytest.skip("no Chromium here: pages are not looked at (apt-get install chromium)")
+    with open_browser(tmp_path_factory.mktemp("browser") / "profile") as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

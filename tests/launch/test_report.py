@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,10 @@ import yaml
 
 from shardstep.launch.cli import run as run_command
 from shardstep.launch.report import main
-from tests.browser import Browser, find_browser, open_browser
+from tests.browser import Browser
 from tests.runs import read_lines, train_ranks, write_recipe
 
 NASTY = "<script>alert(1)</script> & co"
-BROKEN = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"
-WIDTH = "document.documentElement.scrollWidth"
 
 
 def change_recipe(run: Path, section: str, key: str, value: object) -> None:
@@ -109,14 +106,6 @@ def test_bad_input_is_one_line_each(
 # --- in a real browser ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if not find_browser():
-        pytest.skip("no Chromium here: pages are not looked at (apt-get install chromium)")
-    with open_browser(tmp_path_factory.mktemp("browser") / "profile") as opened:
-        yield opened
-
-
 @pytest.fixture(params=["one", "three", "new"])
 def shown(request: pytest.FixtureRequest, pages: dict[str, Path]) -> Path:
     return pages[request.param]
@@ -126,24 +115,18 @@ def test_in_a_browser(shown: Path, browser: Browser) -> None:
     for width in (1280, 390):
         browser.open(shown, width)
         assert browser.evaluate("innerWidth") == width
-        assert browser.evaluate(WIDTH) <= width
-        assert browser.evaluate(BROKEN) == 0
-        smallest = (
-            "Math.min(...[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height))"
-        )
-        if browser.evaluate("document.querySelectorAll('svg text').length"):
-            assert browser.evaluate(smallest) >= 9, f"text too small at {width} pixels"
+        assert browser.width() <= width
+        assert browser.broken_images() == 0
+        assert browser.smallest_text() >= 9, f"text too small at {width} pixels"
     assert browser.evaluate("document.images.length") > 20 or shown.parent.name == "new"
     assert browser.problems == []
 
 
 def test_dark_and_paper(shown: Path, browser: Browser, tmp_path: Path) -> None:
-    brightness = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number).reduce((a, b) => a + b)"
-    ink = brightness.replace("backgroundColor", "color")
     found = {}
     for scheme, media in (("light", "screen"), ("dark", "screen"), ("dark", "print")):
         browser.open(shown, 1280, scheme, media)
-        found[scheme, media] = (browser.evaluate(brightness), browser.evaluate(ink))
+        found[scheme, media] = browser.brightness()
     assert found["light", "screen"][0] > 700 > 200 > found["light", "screen"][1]  # of 3 x 255: dark ink on light paper
     assert found["dark", "screen"][0] < 100 < 500 < found["dark", "screen"][1]
     assert found["dark", "print"] == (765, 0)  # black on white
@@ -160,8 +143,8 @@ def test_the_browser_would_tell(tmp_path: Path, browser: Browser) -> None:
     )
     already = len(browser.problems)
     browser.open(page, 390)
-    assert browser.evaluate(WIDTH) > 390
-    assert browser.evaluate(BROKEN) == 1
+    assert browser.width() > 390
+    assert browser.broken_images() == 1
     assert any("undefinedFunction" in problem for problem in browser.problems[already:])
     del browser.problems[already:]
 
@@ -171,7 +154,7 @@ def test_an_autoencoder_in_a_browser(shards: Path, browser: Browser, tmp_path: P
     train_ranks(1, write_recipe(tmp_path, shards, model=model, loss={"name": "mse"}, train={"duration": "2 steps"}))
     assert main([str(tmp_path / "run"), "--device", "cpu"]) == 0
     browser.open(tmp_path / "run" / "report.html", 390)
-    assert browser.evaluate(WIDTH) <= 390
-    assert browser.evaluate(BROKEN) == 0
+    assert browser.width() <= 390
+    assert browser.broken_images() == 0
     assert browser.evaluate("document.images.length") == 24 + 4  # pairs, and filters
     assert "Worst reconstructions" in browser.evaluate("document.body.innerText")
