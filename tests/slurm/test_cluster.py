@@ -320,6 +320,24 @@ def test_an_array_of_optimizers_from_a_hostile_folder(cluster: Cluster, shards: 
     assert not list(tmp_path.rglob("pwned"))
 
 
+def test_a_comparison_as_an_array(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    """The same command twice: the first submits what is missing, the second finds it all and writes the answer."""
+    recipe = write_recipe(tmp_path, shards, **SECTIONS)
+    command = [
+        str(Path(sys.executable).parent / "shardstep"), "compare", str(recipe), "--over", "optimizer.name=sgd,adam",
+        "--seeds", "1", "--budget", "100 steps", "--out", "out", "--slurm", "--time 5 --cpus-per-rank 1 --follow",
+    ]  # fmt: skip
+    followed = cluster.sh(command, cwd=tmp_path, timeout_s=180).stdout
+    assert "2 COMPLETED" in followed
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert "out/results.json" in cluster.sh(command, cwd=tmp_path).stdout
+    variants = json.loads((tmp_path / "out" / "results.json").read_text())["variants"]
+    assert [(variant["name"], variant["runs"]["0"]["state"]) for variant in variants] == [
+        ("sgd", "finished"),
+        ("adam", "finished"),
+    ]
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_slurm_takes_what_submit_writes(cluster: Cluster, tmp_path: Path, launcher: str) -> None:
     options = {"partition": "spot", "comment": 'two words and "quotes" # and more'}
