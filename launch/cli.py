@@ -1,8 +1,10 @@
 """The command `shardstep`: a subcommand per module of this folder, each imported when it is called."""
 
 import contextlib
+import gc
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -99,6 +101,10 @@ def leave(code: int) -> NoReturn:
     for thread in threading.enumerate():
         if thread.name == THREAD_NAME:  # readers may wait for work for ever
             thread.join()
+    for thing in gc.get_objects():
+        if type(thing) is tempfile.TemporaryDirectory:  # a library's, to be removed at a normal end: wandb has two
+            with contextlib.suppress(OSError):
+                thing.cleanup()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -267,6 +267,17 @@ def test_wandb_holds_code_hardware_pictures_and_files(
     assert sync_note(tmp_path / "run") == ""
 
 
+def test_no_temporary_folder_is_left(shards: Path, tmp_path: Path) -> None:
+    """Of wandb's, which a process that ends at once would leave."""
+    recipe = write_recipe(tmp_path, shards, train={"duration": "1 steps"}, log={"wandb": "offline"})
+    place = tmp_path / "temporary"
+    place.mkdir()
+    command = [sys.executable, "-m", "shardstep.launch.train", str(recipe)]
+    subprocess.run(command, check=True, env=os.environ | {"TMPDIR": str(place)}, capture_output=True)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert list(place.iterdir()) == []
+
+
 def in_folder(folder: str, recipe: str) -> tuple[int, str, str]:
     """Runs in a rank, whose working folder is a repository."""
     os.chdir(folder)
