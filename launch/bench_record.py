@@ -1,24 +1,33 @@
 """Train a recipe with one seed after another, timed as speed records are: accuracy and time, with their spread.
 
 Timed are data-dependent initialisation, training, and the evaluation with its views. Not timed are the start, the upload of
-the data, compilation and warm-up, for which a few steps are taken before the first run, and what is written to disk.
+the data, compilation and warm-up, for which a few steps are taken before the first run, and what is written to disk. With
+--script, the method of speedrun94 as a script of its own takes turns with the recipe.
 """
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shardstep.launch.bench_tables import Table
+
+if TYPE_CHECKING:
+    from shardstep.configs.schema import Recipe
 
 _NEVER = ("log.every=1000000 epochs", "eval.every=1000000 epochs", "checkpoint.every=1000000 epochs")
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One run: its test accuracy (0 to 1), and the seconds of its parts."""
+    """One run: its test accuracy (0 to 1), its steps, and the seconds of its parts."""
 
     accuracy: float
+    steps: int
     initialize_s: float
     train_s: float
     evaluate_s: float
@@ -32,41 +41,61 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `shardstep bench record`."""
     parser.add_argument("recipe", nargs="?", default="speedrun94", help="(default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--script", action="store_true",
+        help="in turn with the method of speedrun94 as a script of its own, with the recipe's data, batch size and steps",
+    )  # fmt: skip
 
 
 def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
     """Train with the seeds 0, 1, ..., and make tables of it."""
     from shardstep.configs.errors import InputError
 
-    _train(given.recipe, [*given.overrides, "run.seed=0", "train.duration=3 steps"], folder / "warm-up")
-    runs = []
+    _train(_load(given, 0, folder / "warm-up", "train.duration=3 steps"))
+    runs: dict[str, list[Timed]] = {name: [] for name in (given.recipe, *(["a script"] if given.script else []))}
     for seed in range(given.repeats):
-        timed = _train(given.recipe, [*given.overrides, f"run.seed={seed}"], folder / f"seed{seed}")
+        recipe = _load(given, seed, folder / f"seed{seed}")
+        timed = _train(recipe)
         if timed is None:
             raise InputError(f"recipe {given.recipe} reconstructs images: it has no accuracy to keep a record of")
-        runs.append(timed)
-    accuracies, seconds = [100 * run.accuracy for run in runs], [run.seconds for run in runs]
-    title = f"{given.recipe} {' '.join(given.overrides)}".strip()
-    parts = {
-        "initialisation, training and evaluation": seconds,
-        "initialisation": [run.initialize_s for run in runs],
-        "training": [run.train_s for run in runs],
-        "evaluation, with all views": [run.evaluate_s for run in runs],
-    }
+        runs[given.recipe].append(timed)
+        if given.script:
+            runs["a script"].append(_run_script(recipe, seed, timed.steps))
+    return _tables(" ".join([given.recipe, *given.overrides]), runs)
+
+
+def _tables(title: str, runs: dict[str, list[Timed]]) -> list[Table]:
+    accuracies = {name: [100 * run.accuracy for run in of] for name, of in runs.items()}
+    seconds: dict[str, list[float]] = {}
+    for name, of in runs.items():
+        parts = {
+            "initialisation, training and evaluation": [run.seconds for run in of],
+            "initialisation": [run.initialize_s for run in of],
+            "training": [run.train_s for run in of],
+            "evaluation, with all views": [run.evaluate_s for run in of],
+        }
+        seconds |= {f"{name}: {part}": values for part, values in parts.items()}
+    reference = list(runs)[-1]
+    notes = [f"{name}: {_spread(values)}" for name, values in accuracies.items()]
     return [
-        Table(f"{title}: test accuracy", "%", {"accuracy": accuracies}, "accuracy", [_spread(accuracies)]),
-        Table(f"{title}: time", "s", parts, "initialisation, training and evaluation", []),
+        Table(f"{title}: test accuracy", "%", accuracies, reference, notes),
+        Table(f"{title}: time", "s", seconds, f"{reference}: initialisation, training and evaluation", []),
     ]
 
 
-def _train(name: str, overrides: list[str], folder: Path) -> Timed | None:
+def _load(given: argparse.Namespace, seed: int, folder: Path, *overrides: str) -> "Recipe":
     from shardstep.configs.load import load_recipe
-    from shardstep.trainer import loop, runtime, setup
     from shardstep.trainer.check import check_recipe
+
+    own = [f"run.dir={folder}", "run.resume=never", f"run.seed={seed}", *overrides]
+    return check_recipe(load_recipe(given.recipe, [*_NEVER, *given.overrides, *own]))
+
+
+def _train(recipe: "Recipe") -> Timed | None:
+    from shardstep.trainer import loop, runtime, setup
     from shardstep.trainer.data import make_missing_data
     from shardstep.trainer.display import Display
 
-    recipe = check_recipe(load_recipe(name, [*_NEVER, *overrides, f"run.dir={folder}", "run.resume=never"]))
     make_missing_data(recipe.data)
     run = setup.build(runtime.start(recipe.train), recipe, Display(enabled=False))
     outcome = loop.train(run)
@@ -76,7 +105,14 @@ def _train(name: str, overrides: list[str], folder: Path) -> Timed | None:
     if evaluation is None or evaluation.accuracy is None:
         return None
     wall_s, evaluate_s = float(run.metrics.last_evaluation["wall_s"]), run.state.evaluation_s
-    return Timed(evaluation.accuracy, run.initialized_s, wall_s - evaluate_s, evaluate_s)
+    return Timed(evaluation.accuracy, run.state.progress.step, run.initialized_s, wall_s - evaluate_s, evaluate_s)
+
+
+def _run_script(recipe: "Recipe", seed: int, steps: int) -> Timed:
+    arguments = [recipe.data.train, recipe.data.test, seed, recipe.train.global_batch_size, steps]
+    command = [sys.executable, "-m", "shardstep.launch.record_script", *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Timed(**json.loads(done.stdout))
 
 
 def _spread(accuracies: list[float]) -> str:

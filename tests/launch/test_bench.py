@@ -18,7 +18,7 @@ TINY = {
     "step": ["--batches", "8", "--images", "16", "--precision", "fp32"],
     "checkpoint": ["--steps", "3"],
     "startup": ["--clock", "cpu"],
-    "record": ["smoke", "train.duration=2 steps", "eval.views=mirror"],
+    "record": ["smoke", "train.duration=2 steps", "train.global_batch_size=50", "--script"],
 }
 ROWS = {  # those that need nothing but our own requirements
     "loader": ["resident: gather, flip, translate, normalise", "stream: decode, flip, translate, normalise",
@@ -28,7 +28,8 @@ ROWS = {  # those that need nothing but our own requirements
     "step": ["bare loop", "shardstep"],
     "checkpoint": ["no checkpoint", "a checkpoint every 50 steps"],
     "startup": ["import torch", "shardstep --help", "smoke: a small recipe, to its first step"],
-    "record": ["accuracy", "initialisation, training and evaluation", "training", "evaluation, with all views"],
+    "record": ["smoke", "smoke: initialisation, training and evaluation", "smoke: training",
+               "smoke: evaluation, with all views", "a script", "a script: training"],
 }  # fmt: skip
 
 
