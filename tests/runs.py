@@ -79,10 +79,10 @@ def train_until(recipe: str, last_step: int, *overrides: str) -> None:
 
     step_function = loop.train_step
 
-    def step(accelerator, state, *rest):  # type: ignore[no-untyped-def]
-        if state.progress.step == last_step:
+    def step(run, batch):  # type: ignore[no-untyped-def]
+        if run.state.progress.step == last_step:
             raise Killed
-        return step_function(accelerator, state, *rest)
+        return step_function(run, batch)
 
     loop.train_step = step
     try:

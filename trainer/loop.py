@@ -7,22 +7,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from shardstep.datasets.batches import GlobalBatch
 from shardstep.datasets.randomness import derived_seed
 from shardstep.trainer import runtime
-from shardstep.trainer.checkpoint import TrainState
-from shardstep.trainer.clip import Clip
 from shardstep.trainer.evaluate import Evaluation
-from shardstep.trainer.losses import Objective
 from shardstep.trainer.metrics import Stopwatch
 from shardstep.trainer.occasional import evaluate_now, save
-from shardstep.trainer.schedules import LearningRate
 from shardstep.trainer.setup import Run
-from shardstep.trainer.skip import BadSteps
-from shardstep.trainer.timing import Timer
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,7 @@ def train(run: Run) -> Outcome:
     Raises:
         TrainingFailed: the loss became NaN or infinite.
     """
-    accelerator, state, plan, metrics, requests = run.accelerator, run.state, run.plan, run.metrics, run.requests
+    state, plan, metrics, requests = run.state, run.plan, run.metrics, run.requests
     clock = Stopwatch(already_s=state.wall_s)
     run.timer.start()
     evaluation = evaluate_now(run, clock) if state.evaluation_due else None  # a stop came in its place
@@ -52,9 +45,7 @@ def train(run: Run) -> Outcome:
         before, waited_before_s = state.progress, run.batches.wait_s
         run.freezer.freeze_due(before)  # once in a while, all ranks
         batch = run.begin_step(batch, before.step + 1)
-        sums = train_step(
-            accelerator, state, batch, run.objective, run.learning_rate, run.clip, run.bad_steps, run.seed, run.timer
-        )
+        sums = train_step(run, batch)
         state.progress = after = plan.advance(before, batch.size)
         state.lr = run.base_lr * run.learning_rate.factor(before)
         run.average.update(state, before)
@@ -78,17 +69,7 @@ def train(run: Run) -> Outcome:
     return Outcome(stopped=not over or state.evaluation_due, evaluation=evaluation)
 
 
-def train_step(
-    accelerator: Accelerator,
-    state: TrainState,
-    batch: GlobalBatch,
-    objective: Objective,
-    learning_rate: LearningRate,
-    clip: Clip,
-    bad_steps: BadSteps,
-    seed: int,
-    timer: Timer,
-) -> Tensor | None:
+def train_step(run: Run, batch: GlobalBatch) -> Tensor | None:
     """Take one optimizer step on one global batch.
 
     The gradient is that of the mean loss (or its sum) over the whole batch, for shares of any size: each micro-batch
@@ -98,11 +79,12 @@ def train_step(
         This rank's sums over its share: loss and correct predictions; float64, shape (2,), on the device. None if the
         step was left out because it held no numbers.
     """
+    accelerator, state, objective, timer = run.accelerator, run.state, run.objective, run.timer
     # Dropout is a function of (seed, step, rank): a resumed run needs no generator's state.
-    runtime.seed_generator(accelerator.device, derived_seed(seed, state.progress.step, accelerator.process_index))
+    runtime.seed_generator(accelerator.device, derived_seed(run.seed, state.progress.step, accelerator.process_index))
     for group in state.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * learning_rate.factor(state.progress, group.get("until"))
-    bad_steps.begin(state)
+        group["lr"] = group["initial_lr"] * run.learning_rate.factor(state.progress, group.get("until"))
+    run.bad_steps.begin(state)
 
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for micro_step, micro in enumerate(batch.micro_batches, start=1):
@@ -120,9 +102,9 @@ def train_step(
         timer.mark("other")
     if runtime.average_gradients(state.model):  # with train.all_reduce=flat; DDP has done it in the last backward pass
         timer.mark("communication")
-    bad = bad_steps.is_bad(accelerator, state, sums)  # all ranks agree
+    bad = run.bad_steps.is_bad(accelerator, state, sums)  # all ranks agree
     if not bad:
-        clip(accelerator, state)
+        run.clip(accelerator, state)
         runtime.step(state.optimizer)
     state.optimizer.optimizer.zero_grad()
     timer.mark("optimizer")

@@ -82,17 +82,7 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
     began = time.perf_counter()
     batch = next(iter(run.batches.from_position(0, 0)))
     try:
-        sums = loop.train_step(
-            run.accelerator,
-            state,
-            batch,
-            run.objective,
-            run.learning_rate,
-            run.clip,
-            run.bad_steps,
-            run.seed,
-            run.timer,
-        )
+        sums = loop.train_step(run, batch)
     except torch.OutOfMemoryError as error:
         text = str(error).splitlines()[0].rstrip(".").replace(". ", "; ")
         raise InputError(f"the first step does not fit: {text}. Lower train.max_micro_batch") from None

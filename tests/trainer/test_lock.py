@@ -42,11 +42,11 @@ def train_alone(recipe: str, results: Any, pause: str) -> None:
             wait()
         claim(*arguments)
 
-    def paused_step(accelerator: Any, state: Any, *rest: Any) -> Any:
-        if pause == "step" and state.progress.step == 3:
+    def paused_step(run: Any, batch: Any) -> Any:
+        if pause == "step" and run.state.progress.step == 3:
             time.sleep(0.5)  # until step 2 is saved
             wait()
-        return function(accelerator, state, *rest)
+        return function(run, batch)
 
     setup._claim_folder, loop.train_step = paused_claim, paused_step
     join_world(0, 1, free_port())

@@ -87,7 +87,7 @@ def disturbed(recipe: str, where: str, step: int, disturb: str, rank: int, *over
         setattr(module, name, wrapped)
 
     if where == "step":
-        before(loop, "train_step", lambda accelerator, state, *rest: state.progress.step == step)
+        before(loop, "train_step", lambda run, batch: run.state.progress.step == step)
     elif where == "save":
         before(checkpoint, "take_snapshot", lambda state, *rest: state.progress.step == step)
     elif where == "start":
@@ -247,11 +247,11 @@ def slow_steps(recipe: str) -> tuple[int, str, str]:
 
     function = loop.train_step
 
-    def step(accelerator: Any, state: Any, *rest: Any) -> Any:
-        if state.progress.step == 2:
+    def step(run: Any, batch: Any) -> Any:
+        if run.state.progress.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.1)
-        return function(accelerator, state, *rest)
+        return function(run, batch)
 
     loop.train_step = step
     return failure_of(recipe, "train.duration=100 steps")
@@ -273,10 +273,10 @@ def failing(recipe: str, rank: int) -> tuple[int, str, str, float]:
 
     function = loop.train_step
 
-    def step(accelerator: Any, state: Any, *rest: Any) -> Any:
-        if state.progress.step == 4 and accelerator.process_index == rank:
+    def step(run: Any, batch: Any) -> Any:
+        if run.state.progress.step == 4 and run.accelerator.process_index == rank:
             raise InputError("shard train-000003.tar is damaged")
-        return function(accelerator, state, *rest)
+        return function(run, batch)
 
     loop.train_step = step
     outcome = failure_of(recipe)
@@ -308,10 +308,10 @@ def hanging(recipe: str, rank: int) -> None:
 
     function = loop.train_step
 
-    def step(accelerator: Any, state: Any, *rest: Any) -> Any:
-        if state.progress.step == 4 and accelerator.process_index == rank:
+    def step(run: Any, batch: Any) -> Any:
+        if run.state.progress.step == 4 and run.accelerator.process_index == rank:
             time.sleep(600)
-        return function(accelerator, state, *rest)
+        return function(run, batch)
 
     loop.train_step = step
     with open(Path(recipe).parent / f"stderr{os.environ['RANK']}", "w") as errors:
@@ -342,12 +342,12 @@ def hanging_after_a_stop(recipe: str) -> None:
 
     function, watchdog._STOP_GRACE_S = loop.train_step, 3.0
 
-    def step(accelerator: Any, state: Any, *rest: Any) -> Any:
-        if state.progress.step == 4:
+    def step(run: Any, batch: Any) -> Any:
+        if run.state.progress.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-            if accelerator.process_index == 1:
+            if run.accelerator.process_index == 1:
                 time.sleep(600)
-        return function(accelerator, state, *rest)
+        return function(run, batch)
 
     loop.train_step = step
     with open(Path(recipe).parent / f"stderr{os.environ['RANK']}", "w") as errors:
@@ -416,11 +416,11 @@ def bad_batches(recipe: str, steps: list[int], *overrides: str) -> tuple[int, st
 
     function = loop.train_step
 
-    def step(accelerator: Any, state: Any, batch: Any, *rest: Any) -> Any:
-        if state.progress.step + 1 in steps and accelerator.process_index == accelerator.num_processes - 1:
+    def step(run: Any, batch: Any) -> Any:
+        if run.state.progress.step + 1 in steps and run.accelerator.process_index == run.accelerator.num_processes - 1:
             spoilt = [dataclasses.replace(micro, images=micro.images * torch.nan) for micro in batch.micro_batches]
             batch = dataclasses.replace(batch, micro_batches=iter(spoilt))
-        return function(accelerator, state, batch, *rest)
+        return function(run, batch)
 
     loop.train_step = step
     return failure_of(recipe, *overrides)
@@ -484,12 +484,12 @@ def on_a_disk_that_fills(recipe: str, folder: str) -> tuple[int, str, str]:
 
     function, filler = loop.train_step, Path(folder) / "filler"
 
-    def step(accelerator: Any, state: Any, *rest: Any) -> Any:
-        if state.progress.step == 5:
+    def step(run: Any, batch: Any) -> Any:
+        if run.state.progress.step == 5:
             fill(filler)
-        if state.progress.step == 9:
+        if run.state.progress.step == 9:
             filler.unlink()
-        return function(accelerator, state, *rest)
+        return function(run, batch)
 
     loop.train_step = step
     return failure_of(recipe, "checkpoint.every=2 steps", "eval.every=100 steps")
@@ -514,22 +514,22 @@ def out_of_reach(recipe: str, how: str) -> tuple[int, str, str]:
     """Runs in a rank: from step 5 to step 9 the run's folder is gone, or its checkpoints cannot be written."""
     from shardstep.trainer import loop
 
-    function, run = loop.train_step, Path(recipe).parent / "run"
-    checkpoints, elsewhere = str(run / "checkpoints"), run.with_name("elsewhere")
+    function, folder = loop.train_step, Path(recipe).parent / "run"
+    checkpoints, elsewhere = str(folder / "checkpoints"), folder.with_name("elsewhere")
 
-    def step(accelerator: Any, state: Any, *rest: Any) -> Any:
-        if state.progress.step in (5, 9):
+    def step(run: Any, batch: Any) -> Any:
+        if run.state.progress.step in (5, 9):
             time.sleep(1)  # until what is being written is
-        if state.progress.step == 5 and how == "read-only":
+        if run.state.progress.step == 5 and how == "read-only":
             subprocess.run(["mount", "--bind", checkpoints, checkpoints], check=True)
             subprocess.run(["mount", "-o", "remount,bind,ro", checkpoints], check=True)
-        if state.progress.step == 9 and how == "read-only":
+        if run.state.progress.step == 9 and how == "read-only":
             subprocess.run(["umount", "-l", checkpoints], check=True)
-        if state.progress.step == 5 and how == "gone":
-            run.rename(elsewhere)
-        if state.progress.step == 9 and how == "gone":
-            elsewhere.rename(run)  # fails if a folder has been made in its place
-        return function(accelerator, state, *rest)
+        if run.state.progress.step == 5 and how == "gone":
+            folder.rename(elsewhere)
+        if run.state.progress.step == 9 and how == "gone":
+            elsewhere.rename(folder)  # fails if a folder has been made in its place
+        return function(run, batch)
 
     loop.train_step = step
     return failure_of(recipe, "checkpoint.every=2 steps", "eval.every=100 steps")

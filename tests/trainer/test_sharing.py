@@ -140,17 +140,7 @@ def take_steps(run: Any, count: int) -> list[int]:
     for _ in range(count):
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             batch = next(batches)
-            loop.train_step(
-                run.accelerator,
-                run.state,
-                batch,
-                run.objective,
-                run.learning_rate,
-                run.clip,
-                run.bad_steps,
-                run.seed,
-                run.timer,
-            )
+            loop.train_step(run, batch)
         found.append(sum(event.name == "gloo:all_reduce" for event in profiled.events()))
     return found
 

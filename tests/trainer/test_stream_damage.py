@@ -93,11 +93,11 @@ def train_each(recipes: list[str], damages: list[tuple[Damage, Path, Path] | Non
     function, outcomes = loop.train_step, []
     for recipe, happening in zip(recipes, damages, strict=True):
 
-        def step(accelerator: Any, state: Any, *rest: Any, happening: Any = happening) -> Any:
-            if happening and state.progress.step == DAMAGED_AT:
+        def step(run: Any, batch: Any, happening: Any = happening) -> Any:
+            if happening and run.state.progress.step == DAMAGED_AT:
                 damage, path, other = happening
                 damage(path, other)
-            return function(accelerator, state, *rest)
+            return function(run, batch)
 
         loop.train_step = step
         AcceleratorState._reset_state()

@@ -440,13 +440,13 @@ def ending_in_step_8(recipe: str, end: str) -> None:
 
     function = loop.train_step
 
-    def step(accelerator, state, *rest):  # type: ignore[no-untyped-def]
-        if state.progress.step == 7:
+    def step(run, batch):  # type: ignore[no-untyped-def]
+        if run.state.progress.step == 7:
             if end == "failure":
                 raise InputError("a shard is damaged")
             os.kill(os.getpid(), getattr(signal, end))
         time.sleep(0.1)
-        return function(accelerator, state, *rest)
+        return function(run, batch)
 
     loop.train_step = step
     failure_of(recipe)
