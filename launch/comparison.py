@@ -14,7 +14,15 @@ from shardstep.configs.load import load_recipe, recipe_text
 from shardstep.configs.schema import Recipe
 from shardstep.launch.outcomes import Outcome, Variant, optimizer_memory, read_outcome
 from shardstep.launch.pool import Task
-from shardstep.launch.variants import SEARCH_SEED, Budget, best_rate, next_rate, rate_grid, read_variants
+from shardstep.launch.variants import (
+    MOST_EXTENSIONS,
+    SEARCH_SEED,
+    Budget,
+    best_rate,
+    next_rate,
+    rate_grid,
+    read_variants,
+)
 from shardstep.trainer import launcher
 
 PLAN_NAME = "comparison.json"
@@ -51,14 +59,16 @@ class Comparison:
     rates: dict[str, float]
 
     def search(self, name: str) -> dict[float, Outcome]:
-        """The runs of a variant's search by rate: those of the first grid, and what extended it."""
+        """The runs of a variant's search by rate: those of the first grid, and what extended it while an edge was best."""
         base = self.base_rates[name]
         if base is None:
             return {}
-        rates = rate_grid(base, self.trials)
-        found = {rate: self._outcome(name, f"rate-{rate:g}") for rate in rates}
-        extra = next_rate(losses_of(found), base) if all(outcome.state in _OVER for outcome in found.values()) else None
-        if extra is not None:
+        found = {rate: self._outcome(name, f"rate-{rate:g}") for rate in rate_grid(base, self.trials)}
+        for _ in range(MOST_EXTENSIONS):
+            all_over = all(outcome.state in _OVER for outcome in found.values())
+            extra = next_rate(losses_of(found), base) if all_over else None
+            if extra is None:
+                break
             found[extra] = self._outcome(name, f"rate-{extra:g}")
         return dict(sorted(found.items()))
 
@@ -78,10 +88,13 @@ class Comparison:
         ]
 
     def seed_tasks(self) -> list[Task]:
-        """The runs with seeds that are still to be made: all variants with the first seed, then with the next."""
-        tasks = []
+        """The runs with seeds that are still to be made: all variants with the first seed, then with the next.
+
+        Those whose search has not come to its end wait for it.
+        """
+        tasks, names = [], self._searched()
         for seed in range(self.seeds):
-            for name in self.variants:
+            for name in names:
                 if self._outcome(name, str(seed)).state not in _OVER:
                     rate = self.rate(name) if self.tune else None
                     tuned = [f"{self.tune}={rate:g}"] if rate is not None else []
@@ -104,9 +117,13 @@ class Comparison:
 
     def fix_rates(self) -> None:
         """Keep to the rates as they are now: runs of one variant must not differ in it."""
-        found = {name: self.rate(name) for name in self.variants}
-        self.rates = {name: rate for name, rate in found.items() if rate is not None}
+        found = {name: self.rate(name) for name in self._searched()}
+        self.rates |= {name: rate for name, rate in found.items() if rate is not None}
         self.save()
+
+    def _searched(self) -> list[str]:
+        """The variants whose search has come to its end."""
+        return [name for name in self.variants if all(run.state in _OVER for run in self.search(name).values())]
 
     def settle(self) -> None:
         """Take what the first run has measured for `auto`, so that all compute alike."""
@@ -254,6 +271,9 @@ def _check_same_comparison(comparison: Comparison) -> None:
             if saved["digests"].get(name, digest) != digest
         ]
         comparison.settled, comparison.rates = list(saved["settled"]), dict(saved["rates"])
+        comparison.digests = (
+            saved["digests"] | new["digests"]
+        )  # runs of variants that are left out this time stay known
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({error}): give another --out, or remove the file") from None
     if differences:

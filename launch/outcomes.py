@@ -119,19 +119,21 @@ def read_outcome(folder: Path, log: Path | None = None) -> Outcome:
 
 
 def tail_loss(curve: Sequence[Point], share: float = _TAIL_SHARE) -> float | None:
-    """The mean training loss over the last part of a run: over the intervals between evaluations that hold that share of it.
+    """The mean training loss over the last samples of a run, this share of them.
 
-    None where a loss is missing, as in a reconstruction whose line was cut.
+    An interval between evaluations that holds more than are wanted counts in part, by its own mean. None where a loss is
+    missing, as in a reconstruction whose line was cut.
     """
     if not curve:
         return None
-    total, samples, last = 0.0, 0, curve[-1].samples
+    wanted = share * curve[-1].samples
+    total, samples = 0.0, 0.0
     for point, before in zip(reversed(curve), [*reversed(curve[:-1]), None], strict=True):
         if point.train_loss is None:
             return None
-        count = point.samples - (before.samples if before else 0)
+        count = min(point.samples - (before.samples if before else 0), wanted - samples)
         total, samples = total + count * point.train_loss, samples + count
-        if samples >= share * last:
+        if samples >= wanted:
             break
     return total / samples if samples else None
 

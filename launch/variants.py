@@ -21,6 +21,8 @@ _ENDLESS = "1000000 epochs"
 RATE_FACTOR = math.sqrt(10)
 SEARCH_SEED = 10_000
 """Of the search's runs; no run of the comparison itself has it, so that no result was chosen by its own luck."""
+MOST_EXTENSIONS = 3
+"""Rates by which a search goes on, one after the other, while its best is at an edge."""
 
 
 def read_variants(over: Sequence[str], file: str | None) -> dict[str, list[str]]:

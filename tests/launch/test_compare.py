@@ -101,7 +101,7 @@ def finish(folder: Path, lr: float, loss: float) -> None:
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
-def test_the_search_extends_once_and_fixes_its_rate(shards: Path, tmp_path: Path) -> None:
+def test_the_search_goes_on_at_an_edge_and_fixes_its_rate(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards)
     options = ["--over", "optimizer.name=sgd", "--tune", "optimizer.lr", "--seeds", "2", "--out", str(tmp_path / "out")]
     given = compare._parser().parse_intermixed_args([str(recipe), *options])
@@ -111,14 +111,18 @@ def test_the_search_extends_once_and_fixes_its_rate(shards: Path, tmp_path: Path
     assert [task.name for task in tasks] == [f"sgd rate-{rate:g}" for rate in comparison.search("sgd")]
     assert len(tasks) == 3
     assert all(f"run.seed={SEARCH_SEED}" in task.arguments for task in tasks)
-    # the highest of three rates is best: a fourth is tried, and no fifth though it is better still
+    # the highest of three rates is best: a fourth is tried, a fifth, and a sixth, but no more
     for loss, rate in zip((3.0, 2.0, 1.0), list(comparison.search("sgd")), strict=True):
         finish(comparison.folder / "sgd" / f"rate-{rate:g}", rate, loss)
-    (extra,) = comparison.search_tasks()
-    rate = list(comparison.search("sgd"))[-1]
-    assert rate == pytest.approx(10 * base, rel=0.01)
-    assert extra.name == f"sgd rate-{rate:g}"
-    finish(comparison.folder / "sgd" / f"rate-{rate:g}", rate, 0.5)
+    assert comparison.seed_tasks() == []  # they wait for the end of the search
+    comparison.fix_rates()
+    assert comparison.rates == {}
+    for loss, times in ((0.5, 10), (0.4, 10**1.5), (0.3, 100)):
+        (extra,) = comparison.search_tasks()
+        rate = list(comparison.search("sgd"))[-1]
+        assert rate == pytest.approx(times * base, rel=0.01)
+        assert extra.name == f"sgd rate-{rate:g}"
+        finish(comparison.folder / "sgd" / f"rate-{rate:g}", rate, loss)
     assert comparison.search_tasks() == []
     comparison.fix_rates()
     assert [task.name for task in comparison.seed_tasks()] == ["sgd 0", "sgd 1"]
@@ -127,6 +131,23 @@ def test_the_search_extends_once_and_fixes_its_rate(shards: Path, tmp_path: Path
     again = compare.prepare(given, "shardstep compare ...")
     (comparison.folder / "sgd" / f"rate-{rate:g}" / "summary.json").unlink()
     assert again.rate("sgd") == rate
+
+
+def test_what_is_left_out_for_once_stays_known(shards: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, shards))
+
+    def prepared(*names: str, lr: float) -> compare.Comparison:
+        variants = {name: [f"optimizer.name={name}", f"optimizer.lr={lr}"] for name in names}
+        (tmp_path / "variants.yaml").write_text(yaml.safe_dump(variants))
+        options = [recipe, "--variants", str(tmp_path / "variants.yaml"), "--out", str(tmp_path / "out")]
+        found = compare.prepare(compare._parser().parse_intermixed_args(options), "shardstep compare ...")
+        found.save()
+        return found
+
+    prepared("sgd", "adam", lr=0.1)
+    prepared("sgd", lr=0.1)
+    with pytest.raises(InputError, match="variant adam has other values than its runs there"):
+        prepared("adam", lr=0.2)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +211,8 @@ def test_the_final_training_loss_is_that_of_the_last_fifth() -> None:
         return Point(samples, 0.0, samples, 0.0, None, None, loss)
 
     curve = [point(100, 9.0), point(180, 5.0), point(190, 2.0), point(200, 1.0)]
-    # a fifth of 200 is 40: intervals of 10, 10 and 80 samples reach it: (10 x 1 + 10 x 2 + 80 x 5) / 100
-    assert tail_loss(curve) == pytest.approx(4.3)
+    # a fifth of 200 is 40: intervals of 10 and 10 samples, and 20 of the 80 before: (10 x 1 + 10 x 2 + 20 x 5) / 40
+    assert tail_loss(curve) == pytest.approx(3.25)
     assert tail_loss(curve[:1]) == 9
     assert tail_loss([]) is None
 
