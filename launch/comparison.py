@@ -268,7 +268,7 @@ def _check_same_comparison(comparison: Comparison) -> None:
         differences += [
             f"variant {name} has other values than its runs there"
             for name, digest in new["digests"].items()
-            if saved["digests"].get(name, digest) != digest
+            if saved["digests"].get(name, digest) != digest and (comparison.folder / name).exists()
         ]
         comparison.settled, comparison.rates = list(saved["settled"]), dict(saved["rates"])
         comparison.digests = (

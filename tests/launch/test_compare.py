@@ -144,7 +144,9 @@ def test_what_is_left_out_for_once_stays_known(shards: Path, tmp_path: Path) -> 
         found.save()
         return found
 
-    prepared("sgd", "adam", lr=0.1)
+    prepared("sgd", "adam", lr=0.3)
+    prepared("sgd", "adam", lr=0.1)  # nothing has been run
+    finish(tmp_path / "out" / "adam" / "0", 0.1, 1.0)
     prepared("sgd", lr=0.1)
     with pytest.raises(InputError, match="variant adam has other values than its runs there"):
         prepared("adam", lr=0.2)
