@@ -15,7 +15,6 @@ from shardstep.launch.compare_plots import PLOTS
 from shardstep.launch.comparison import Comparison
 from shardstep.launch.differences import CONFIDENCE, compare_groups, mean_interval, sentences
 from shardstep.launch.outcomes import Outcome, Variant, final_accuracy, record
-from shardstep.trainer.machine import read_cpu, versions
 
 _COST = ("train_s", "step")
 _WIDTH = 80  # of a terminal
@@ -63,7 +62,7 @@ def make_answer(comparison: Comparison, variants: list[Variant], target: float |
         columns=[_columns(target)[place] for place in used],
         rows=[[row[place] for place in used] for row in rows],
         search=_search_rows(variants, comparison.tune),
-        words=sentences(groups),
+        words=sentences(groups, {variant.name: len(variant.seeds) for variant in variants}),
         notes=[*_notes(comparison, target), *_complaints(variants)],
         plots={name: plot.shows for name, plot in PLOTS.items() if plot.has_content(variants)},
     )
@@ -108,7 +107,7 @@ def text_table(columns: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _columns(target: float | None) -> list[str]:
-    reaching = "target" if target is None else f"{100 * target:.0f} %"
+    reaching = "target" if target is None else f"{100 * target:.4g} %"
     return ["variant", "n", "accuracy %", "s/epoch", "epochs", f"s to {reaching}", "steps", "B/param", "rate"]
 
 
@@ -165,7 +164,10 @@ def _sensitivity(variant: Variant) -> str:
     around = [losses[place] for place in (best - 1, best + 1) if 0 <= place < len(losses)]
     if any(loss is None for loss in around):
         return "fails at the next rate"
-    return f"+{max((loss or 0) / min(known) - 1 for loss in around):.0%}" if around else ""
+    if not around or not min(known):  # nothing to compare with, or all learnt
+        return ""
+    worse = f"+{max((loss or 0) / min(known) - 1 for loss in around):.0%}"
+    return worse if len(around) == 2 else f"{worse}; the best is at the edge"
 
 
 def _notes(comparison: Comparison, target: float | None) -> list[str]:
@@ -177,7 +179,7 @@ def _notes(comparison: Comparison, target: float | None) -> list[str]:
     ]
     if target is not None:
         notes.append(
-            f"s to {100 * target:.0f} %, steps: at the first evaluation that reaches it, (k/n) if only k of n runs did."
+            f"s to {100 * target:.4g} %, steps: at the first evaluation that reaches it, (k/n) if only k of n runs did."
         )
     if "s of training" in comparison.budget.text:
         notes.append("A run ends with the step in which its time is up: long steps take more than the budget.")
@@ -203,16 +205,36 @@ def _complaints(variants: list[Variant]) -> list[str]:
 
 
 def _facts(comparison: Comparison, variants: list[Variant]) -> dict[str, str]:
-    worlds = [outcome.world for variant in variants for outcome in variant.finished]
-    cpu, known = read_cpu(), versions()
+    """Of the runs, as they have written them down: what several differ in is said of each."""
+    finished = [outcome for variant in variants for outcome in variant.finished]
     facts = {
         "budget": f"{comparison.budget.text} for each run",
         "seeds": str(comparison.seeds),
         "recipe": " ".join(comparison.arguments),
-        "processor": f"{cpu.name}{f' ({cpu.vectors})' if cpu.vectors else ''}",
-        "versions": ", ".join(f"{name} {known[name]}" for name in ("python", "torch", "shardstep")),
     }
-    if worlds:
-        said = {f"{world['world_size']} x {world['device']}, {world['precision']}" for world in worlds}
-        facts["ranks, device, precision"] = "; ".join(sorted(said))
-    return facts
+    found = {
+        "data": [_data(outcome.data) for outcome in finished],
+        "hardware": [_hardware(outcome.start.get("hardware", {})) for outcome in finished],
+        "ranks, device, precision": [
+            f"{outcome.world['world_size']} x {outcome.world['device']}, {outcome.world['precision']}"
+            for outcome in finished
+        ],
+        "versions": [
+            ", ".join(f"{name} {version}" for name, version in outcome.start.get("versions", {}).items())
+            for outcome in finished
+        ],
+    }
+    return facts | {what: "; ".join(sorted(set(said) - {""})) for what, said in found.items() if any(said)}
+
+
+def _data(data: dict[str, Any]) -> str:
+    return f"{data['train_samples']:,} + {data['test_samples']:,} images, {data['fingerprint'][:12]}" if data else ""
+
+
+def _hardware(hardware: dict[str, Any]) -> str:
+    if "gpu" in hardware:
+        return str(hardware["gpu"])
+    if not hardware:
+        return ""
+    vectors = f" ({hardware['vectors']})" if hardware.get("vectors") else ""
+    return f"{hardware['cpu']}{vectors}, {hardware['threads']} threads a rank"

@@ -10,16 +10,20 @@ report.html and the plots.
 
 import argparse
 import math
+import os
 import shlex
 import sys
 import time
 from pathlib import Path
 
+from shardstep.configs.errors import InputError
 from shardstep.launch.cli import FAILED, STOPPED, leave
 from shardstep.launch.cli import run as run_command
 from shardstep.launch.comparison import Comparison, prepare
 from shardstep.launch.outcomes import read_outcome
 from shardstep.launch.pool import End, Task, run_tasks, visible_gpus
+from shardstep.trainer import lock
+from shardstep.trainer.preempt import STOP_FILE
 
 
 def main(arguments: list[str]) -> int:
@@ -61,10 +65,33 @@ def _run(comparison: Comparison, given: argparse.Namespace) -> int:
     """Run what is missing here, then write the answer. Returns the exit code."""
     from shardstep.launch.answer import write_answer
 
+    try:
+        lock.hold(comparison.folder, lambda text: print(f"warning: {text}", file=sys.stderr))
+    except InputError:
+        raise InputError(f"another `shardstep compare` is at work in {comparison.folder}: wait for its end") from None
+    running = comparison.running()
+    if running:
+        raise InputError(
+            f"{len(running)} runs of an earlier command are still at work: wait for their end, or ask each to stop with "
+            f"`touch {running[0] / STOP_FILE}`"
+        )
+    gpus = [] if comparison.on_cpu else visible_gpus()
+    room = len(gpus) or len(os.sched_getaffinity(0))
+    if given.parallel > room:
+        shared = "a GPU" if gpus else "a core"
+        print(
+            f"warning: --parallel {given.parallel} on {room}: several runs share {shared}, and take longer",
+            file=sys.stderr,
+        )
     deadline = time.monotonic() + (60 * given.within if given.within else math.inf)
-    gpus = visible_gpus() if "train.device=cpu" not in given.overrides else []
     tried: set[str] = set()  # in this call: what could not be finished is a row, and is not begun again at once
     end: End = "done"
+    progress = _Progress(comparison)
+    probe = comparison.probe_task()
+    if probe:
+        end = run_tasks([probe], given.parallel, gpus, lambda task, code, seconds: None)
+        if end == "done":
+            comparison.settle()
     while end == "done":
         tasks = [task for task in comparison.search_tasks() if task.name not in tried]
         if not tasks:  # seeds need their rate: all of the search comes first
@@ -72,15 +99,12 @@ def _run(comparison: Comparison, given: argparse.Namespace) -> int:
             tasks = [task for task in comparison.seed_tasks() if task.name not in tried]
         if not tasks:
             break
-        if not comparison.settled:  # the first run measures what is left to `auto`, for all
-            tasks = tasks[:1]
         tried |= {task.name for task in tasks}
         runs = f"{len(tasks)} {'run' if len(tasks) == 1 else 'runs'}"
         print(f"{runs} of {comparison.budget.text}, {given.parallel} at once", flush=True)
-        progress = _Progress(comparison, len(tasks))
-        end = run_tasks(tasks, given.parallel, gpus, progress.ended, deadline - time.monotonic())
-        if not comparison.settled:
-            comparison.settle()
+        progress.begin(len(tasks))
+        left_s = deadline - time.monotonic()
+        end = run_tasks(tasks, given.parallel, gpus, progress.ended, left_s, progress.longest_s)
     again = f"the same command goes on from there: {comparison.command}"
     if end == "stopped":
         print(f"stopped: finished runs are kept, half runs are saved in {comparison.folder}; {again}", file=sys.stderr)
@@ -96,39 +120,51 @@ def _run(comparison: Comparison, given: argparse.Namespace) -> int:
 class _Progress:
     """Says how each run ended."""
 
-    def __init__(self, comparison: Comparison, total: int):
-        self._comparison, self._total, self._done = comparison, total, 0
+    def __init__(self, comparison: Comparison):
+        self._comparison, self._total, self._done = comparison, 0, 0
+        self.longest_s = 0.0
+
+    def begin(self, total: int) -> None:
+        """So many runs follow."""
+        self._total, self._done = total, 0
 
     def ended(self, task: Task, code: int, seconds: float) -> None:
         """Print a line about a run that has ended."""
-        self._done += 1
+        self._done, self.longest_s = self._done + 1, max(self.longest_s, seconds)
         name, run = task.name.split(" ")
         outcome = read_outcome(self._comparison.folder / name / run, task.log)
         what = outcome.reason or f"exit code {code}, see {task.log}"
         if outcome.last and outcome.last.accuracy is not None:
-            what = f"accuracy {outcome.last.accuracy:.2%}, training loss {outcome.train_loss or math.nan:.4f}"
+            loss = "" if outcome.train_loss is None else f", training loss {outcome.train_loss:.4f}"
+            what = f"accuracy {outcome.last.accuracy:.2%}{loss}"
         print(f"[{self._done}/{self._total}] {task.name}: {what}, {seconds:.0f} s", flush=True)
 
 
 def _submit(comparison: Comparison, given: argparse.Namespace) -> int:
-    """Submit what is missing as a job array; when nothing is, write the answer. Returns the exit code."""
+    """Write the answer as far as there is one, and submit what is missing as a job array. Returns the exit code."""
     from shardstep.launch.answer import write_answer
     from shardstep.launch.submit import submit_tasks
 
-    tasks = comparison.search_tasks()
+    running = comparison.running()
+    comparison.fix_rates()
+    tasks = [*comparison.search_tasks(), *comparison.seed_tasks()]
+    variants = comparison.results()
+    if any(variant.finished for variant in variants) or not tasks:
+        for path in write_answer(comparison, variants, given.doc):
+            print(f"written: {path}")
+    if running:
+        print(
+            f"{len(running)} runs are still at work: nothing is submitted. The same command goes on when they have ended"
+        )
+        return 0
     if not tasks:
-        comparison.fix_rates()
-        tasks = comparison.seed_tasks()
-    if tasks:
-        shared = [*comparison.arguments, f"run.name={comparison.folder.name}"]
-        added = [task.arguments[len(comparison.arguments) :] for task in tasks]
-        code = submit_tasks([*shared, *shlex.split(given.slurm)], added, comparison.command)
-        if code == 0 and "--dry-run" not in given.slurm.split():
-            print("when its tasks have ended, the same command submits what is still missing, or writes the answer")
-        return code
-    for path in write_answer(comparison, comparison.results(), given.doc):
-        print(f"written: {path}")
-    return 0
+        return 0
+    shared = [*comparison.arguments, f"run.name={comparison.folder.name}"]
+    added = [task.arguments[len(comparison.arguments) :] for task in tasks]
+    code = submit_tasks([*shared, *shlex.split(given.slurm)], added, comparison.command)
+    if code == 0 and "--dry-run" not in given.slurm.split():
+        print("when its tasks have ended, the same command submits what is still missing, or writes the answer")
+    return code
 
 
 if __name__ == "__main__":

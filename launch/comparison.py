@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from shardstep.launch.variants import (
     read_variants,
 )
 from shardstep.trainer import launcher
+from shardstep.trainer.lock import LOCK_NAME, is_held
 
 PLAN_NAME = "comparison.json"
 _MEASURED = (("train", "precision"), ("train", "memory_format"))  # what `auto` measures: once for all runs
@@ -39,9 +41,11 @@ class Comparison:
         variants: overrides by name.
         base_rates: of each variant, where the search begins; None without --tune.
         tune: the key that is searched, empty for none.
-        settled: choices of `auto`, as overrides, once the first run has made them.
-        rates: of each variant's runs with seeds, once the first of them has begun.
+        settled: choices of `auto`, as overrides, once a step has been taken to measure them.
+        rates: of each variant's runs with seeds, once its search is over.
         digests: of each variant's resolved recipe.
+        measured: a variant that leaves something to `auto`, empty where none does.
+        on_cpu: whether all train on the CPU, whatever else there is.
     """
 
     folder: Path
@@ -57,6 +61,8 @@ class Comparison:
     digests: dict[str, str]
     settled: list[str]
     rates: dict[str, float]
+    measured: str
+    on_cpu: bool
 
     def search(self, name: str) -> dict[float, Outcome]:
         """The runs of a variant's search by rate: those of the first grid, and what extended it while an edge was best."""
@@ -125,14 +131,39 @@ class Comparison:
         """The variants whose search has come to its end."""
         return [name for name in self.variants if all(run.state in _OVER for run in self.search(name).values())]
 
+    def probe_task(self) -> Task | None:
+        """A run of one step that measures what is left to `auto`, for all runs alike; None where nothing is."""
+        if self.settled or not self.measured:
+            return None
+        place = self.folder / ".probe"  # a name that no variant can have
+        overrides = [
+            *self.arguments[1:],
+            *self.variants[self.measured],
+            "train.duration=1 steps",
+            f"run.dir={place / 'run'}",
+        ]
+        return Task("one step to measure", [self.arguments[0], *overrides], place / "log")
+
     def settle(self) -> None:
-        """Take what the first run has measured for `auto`, so that all compute alike."""
-        first = next(iter(self.variants))
-        for place in sorted((self.folder / first).glob("*/config.yaml")):
-            recipe = load_recipe(str(place)).recipe
-            self.settled = [f"{section}.{key}={getattr(getattr(recipe, section), key)}" for section, key in _MEASURED]
-            self.save()
-            return
+        """Take what the probe has measured.
+
+        Raises:
+            InputError: it has come to no end.
+        """
+        place = self.folder / ".probe"
+        outcome = read_outcome(place / "run", place / "log")
+        if outcome.state != "finished":
+            raise InputError(
+                f"the first step of variant {self.measured} has failed: {outcome.reason}. See {place / 'log'}"
+            )
+        recipe = load_recipe(str(place / "run" / "config.yaml")).recipe
+        self.settled = [f"{section}.{key}={getattr(getattr(recipe, section), key)}" for section, key in _MEASURED]
+        self.save()
+
+    def running(self) -> list[Path]:
+        """Folders of runs that are alive, whoever has started them."""
+        places = (place.parent for place in self.folder.glob(f"*/*/{LOCK_NAME}"))
+        return sorted(place for place in places if is_held(place))
 
     def save(self) -> None:
         """Write down what is compared, so that a later command can see whether it means the same."""
@@ -193,11 +224,7 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
         problems.append(f"--within {given.within:g} is a number of minutes above 0")
     if given.slurm is not None and (given.parallel != 1 or given.within is not None):
         problems.append("--parallel and --within have no effect with --slurm: give --slurm '--array ...%P --time T'")
-    taken = [text for text in given.overrides if text.startswith(("run.dir=", "run.name=", "run.resume=", "run.seed="))]
-    if taken:
-        problems.append(
-            f"{', '.join(taken)}: a comparison gives its runs folders and seeds itself; see --out and --seeds"
-        )
+    problems += _own_keys(given.overrides, "", bool(given.budget))
     if launcher.is_launched():
         problems.append("compare starts processes itself: leave out torchrun, accelerate launch and srun")
     if problems:
@@ -206,6 +233,10 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
     budget, variants = Budget.parse(given.budget), read_variants(given.over, given.variants)
     recipes = {}
     for name, overrides in variants.items():
+        problems += [
+            f"variant {name}: {problem}"
+            for problem in _own_keys(overrides, given.tune if given.over else "", bool(given.budget))
+        ]
         try:
             recipes[name] = _check([given.recipe, *given.overrides, *overrides, *budget.overrides])
         except InputError as error:
@@ -216,6 +247,14 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
         base_rates[name] = rate
         if rate is None:
             problems.append(f"variant {name}: --tune {given.tune} is no number above 0 in this recipe")
+    measured = [name for name, recipe in recipes.items() if _measures(recipe)]
+    if measured and given.slurm is not None:
+        problems.append(
+            f"variant {measured[0]} leaves train.precision or train.memory_format to auto, and each job would measure for "
+            "itself: give both, such as train.precision=bf16 train.memory_format=channels_last"
+        )
+    if not given.budget and len({recipe.train.duration for recipe in recipes.values()}) > 1:
+        problems.append("variants differ in train.duration: give all the same --budget")
     if problems:
         raise InputError.from_problems("nothing was begun", problems)
     first = next(iter(recipes.values()))
@@ -234,9 +273,32 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
         digests={name: hashlib.sha256(recipe_text(recipe).encode()).hexdigest() for name, recipe in recipes.items()},
         settled=[],
         rates={},
+        measured=measured[0] if measured else "",
+        on_cpu=all(recipe.train.device == "cpu" for recipe in recipes.values()),
     )
     _check_same_comparison(comparison)
     return comparison
+
+
+def _own_keys(overrides: Sequence[str], tuned: str, has_budget: bool) -> list[str]:
+    """What overrides say of keys that the comparison sets itself."""
+    keys = {text.partition("=")[0] for text in overrides}
+    folders = sorted(keys & {"run.dir", "run.name", "run.resume", "run.seed"})
+    problems = (
+        [f"{', '.join(folders)}: a comparison gives its runs folders and seeds itself; see --out and --seeds"]
+        if folders
+        else []
+    )
+    lengths = sorted(keys & {"train.duration", "train.max_wall_s"})
+    if lengths and has_budget:
+        problems.append(f"{', '.join(lengths)}: --budget says how long the runs are")
+    if tuned in keys:
+        problems.append(f"{tuned}: --tune searches it, so that the values given would not be used")
+    return problems
+
+
+def _measures(recipe: Recipe) -> bool:
+    return "auto" in [getattr(getattr(recipe, section), key) for section, key in _MEASURED]
 
 
 def _check(arguments: list[str]) -> Recipe:

@@ -29,7 +29,7 @@ class Difference:
     better: str
     worse: str
     difference: float
-    half_width: float
+    half_width: float | None
     p: float
     adjusted_p: float = 1.0
 
@@ -104,18 +104,20 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     return Interval(fmean(values), t * math.sqrt(variance(values) / n), n)
 
 
-def welch(one: Sequence[float], other: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+def welch(
+    one: Sequence[float], other: Sequence[float], confidence: float = CONFIDENCE
+) -> tuple[float, float | None, float]:
     """Welch's t test of two groups of at least two values. Welch 1947, Biometrika 34.
 
     Returns:
         The difference of the means, the half width of its confidence interval, and the two-sided p. Values that do not vary
-        at all within their groups leave nothing to chance: p is 1 where the means are equal, else 0.
+        at all within their groups say nothing of chance (accuracies are counts, and tie): no width, and p is 1.
     """
     difference = fmean(one) - fmean(other)
     parts = [variance(values) / len(values) for values in (one, other)]
     error = math.sqrt(sum(parts))
     if error == 0:
-        return difference, 0.0, float(difference == 0)
+        return difference, None, 1.0
     freedom = sum(parts) ** 2 / sum(
         part**2 / (len(values) - 1) for part, values in zip(parts, (one, other), strict=True)
     )
@@ -147,17 +149,23 @@ def compare_groups(groups: Mapping[str, Sequence[float]]) -> list[Difference]:
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 
-def sentences(groups: Mapping[str, Sequence[float]]) -> list[str]:
-    """What may be said of the groups' accuracies (0 to 1): which differences are real, and which are not told apart."""
+def sentences(groups: Mapping[str, Sequence[float]], runs: Mapping[str, int] | None = None) -> list[str]:
+    """What may be said of the groups' accuracies (0 to 1): which differences are real, and which are not told apart.
+
+    Args:
+        groups: accuracies of the runs that came to an end, by name.
+        runs: how many were to, where that is more.
+    """
     several = {name: values for name, values in groups.items() if len(values) > 1}
     if len(several) < 2:
         return ["No difference here can be called real: that takes at least two variants with two seeds each."]
     differences = compare_groups(several)
     real = [pair for pair in differences if pair.is_real]
     seeds = sorted({len(values) for values in several.values()})
+    counts = " to ".join(map(str, seeds[:: max(len(seeds) - 1, 1)]))
     said = [
-        f"{len(real)} of {len(differences)} pairs differ for real at {CONFIDENCE:.0%} confidence (Welch's t test over "
-        f"{' to '.join(map(str, seeds[:: max(len(seeds) - 1, 1)]))} seeds each, Holm's correction over all pairs)."
+        f"{len(real)} of {len(differences)} pairs differ for real on this test set at {CONFIDENCE:.0%} confidence (Welch's t "
+        f"test over {counts} seeds each, Holm's correction over all pairs)."
     ]
     ranked = sorted(several, key=lambda name: -fmean(several[name]))
     for name in ranked:
@@ -171,6 +179,11 @@ def sentences(groups: Mapping[str, Sequence[float]]) -> list[str]:
     if equals:
         equals.sort(key=ranked.index)
         said.append(f"The highest mean is {best}'s, but these runs do not tell it apart from {_and(equals)}.")
+    for name, total in (runs or {}).items():
+        if name in several and len(several[name]) < total:
+            said.append(
+                f"Only {len(several[name])} of {total} runs of {name} came to an end: what is said holds for these."
+            )
     single = [name for name in groups if name not in several]
     if single:
         said.append(f"Nothing is said of {_and(single)}: fewer than two runs came to an end.")
@@ -178,6 +191,7 @@ def sentences(groups: Mapping[str, Sequence[float]]) -> list[str]:
 
 
 def _points(pair: Difference) -> str:
+    assert pair.half_width is not None  # of a difference that is real
     return f"{100 * pair.difference:.1f} ± {100 * pair.half_width:.1f} points"
 
 

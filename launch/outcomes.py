@@ -37,6 +37,8 @@ class Outcome:
         curve: its evaluations.
         train_loss: mean over the last fifth of the samples that it trained on; None if it is not finished.
         world: ranks, device and precision, from its summary.
+        data: numbers of samples and fingerprint, from its summary.
+        start: hardware and versions, from its last start.
     """
 
     folder: str
@@ -46,6 +48,8 @@ class Outcome:
     train_loss: float | None = None
     wall_s: float | None = None
     world: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
 
     @property
     def last(self) -> Point | None:
@@ -94,7 +98,8 @@ class Variant:
 
 def read_outcome(folder: Path, log: Path | None = None) -> Outcome:
     """What became of a run, by its folder; `log` is what its process printed, if that was kept."""
-    summary = _read_json(folder / "summary.json")
+    found = _read_json(folder / "summary.json")
+    summary = found if isinstance(found, dict) else {}
     status = summary.get("status")
     if not (folder / "config.yaml").is_file():
         complaint = last_complaint(log)
@@ -102,7 +107,8 @@ def read_outcome(folder: Path, log: Path | None = None) -> Outcome:
     lines = read_lines(folder / "metrics.jsonl")
     curve = [_point(line) for line in lines if line["kind"] == "eval"]
     if status != "finished":
-        complaint = last_complaint(log)
+        complaint = str(summary.get("reason", "")) if status == "failed" else ""
+        complaint = complaint or last_complaint(log)
         has_left_numbers = bool(lines) and lines[-1].get("loss") is None
         for_good = status == "failed" and (has_left_numbers or "NaN or infinite" in complaint)
         state: State = "failed" if for_good else "unfinished"
@@ -115,6 +121,8 @@ def read_outcome(folder: Path, log: Path | None = None) -> Outcome:
         train_loss=tail_loss(curve),
         wall_s=summary["wall_s"],
         world={key: summary[key] for key in ("world_size", "device", "precision")},
+        data=summary.get("data", {}),
+        start=_last_start(folder / "starts.json"),
     )
 
 
@@ -209,12 +217,18 @@ def last_complaint(log: Path | None) -> str:
     return (complaints or lines[-1:] or [""])[-1]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
+    """What a file holds; an empty mapping where it cannot be read."""
     try:
-        content = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+
+
+def _last_start(path: Path) -> dict[str, Any]:
+    starts = _read_json(path)
+    last = starts[-1] if isinstance(starts, list) and starts else {}
+    return {key: last[key] for key in ("hardware", "versions") if isinstance(last, dict) and key in last}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

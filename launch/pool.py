@@ -30,10 +30,11 @@ def run_tasks(
     gpus: Sequence[str],
     ended: Callable[[Task, int, float], None],
     within_s: float = float("inf"),
+    longest_s: float = 0.0,
 ) -> End:
     """Run tasks in order, each in a process of its own, so that a crash of one is not the others' end.
 
-    Ctrl-C and SIGTERM ask the running ones to save, and wait for them; a second Ctrl-C ends them at once.
+    Ctrl-C, SIGTERM and the loss of the terminal ask the running ones to save, and wait for them; a second one ends them.
 
     Args:
         tasks: to run.
@@ -41,13 +42,14 @@ def run_tasks(
         gpus: as CUDA_VISIBLE_DEVICES names them, one a process; empty trains on CPU cores.
         ended: told of each task, its exit code (negative: of a signal) and its seconds.
         within_s: no task is begun that would not end in this time, going by the longest so far.
+        longest_s: that one has taken before this call.
 
     Returns:
         How it ended: some tasks may not have been begun unless it is done.
     """
     began_s = time.monotonic()
     waiting, running = list(tasks), dict[int, tuple[Task, subprocess.Popen[bytes], float]]()
-    longest_s, interrupts, told = 0.0, 0, False
+    interrupts, told = 0, False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupts
@@ -55,14 +57,17 @@ def run_tasks(
         for _, process, _ in running.values():
             process.send_signal(signal.SIGTERM if interrupts == 1 else signal.SIGKILL)
 
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         while running or (waiting and not interrupts):
             late = time.monotonic() - began_s + longest_s > within_s
             for slot in range(parallel):
                 if waiting and slot not in running and not interrupts and not late:
                     task = waiting.pop(0)
-                    running[slot] = (task, _start(task, slot, parallel, gpus), time.monotonic())
+                    process = _start(task, slot, parallel, gpus)
+                    running[slot] = (task, process, time.monotonic())
+                    if interrupts:  # which came while it was started
+                        process.send_signal(signal.SIGTERM)
             if not running:
                 break
             time.sleep(_POLL_S)
@@ -77,6 +82,8 @@ def run_tasks(
                     del running[slot]
                     ended(task, process.returncode, seconds)
     finally:
+        for _, process, _ in running.values():  # after an error of ours: nobody else would end them
+            process.send_signal(signal.SIGTERM)
         for number, handler in previous.items():
             signal.signal(number, handler)
     return "stopped" if interrupts else "out of time" if waiting else "done"

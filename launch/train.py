@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shardstep.configs.errors import InputError
+from shardstep.configs.errors import InputError, TrainingFailed
 from shardstep.configs.load import load_recipe, recipe_names
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
@@ -211,7 +211,8 @@ def _fail(run: "setup.Run", error: BaseException) -> None:  # type: ignore[name-
         error.everywhere = False
     run.metrics.close()
     if run.accelerator.is_main_process:
-        written = _summarise(run, "failed")
+        told = isinstance(error, (InputError, TrainingFailed))
+        written = _summarise(run, "failed", str(error) if told else f"{type(error).__name__}: {error}")
         run.watchdog.stop()
         _close_trackers(run, written, failed=True)
 
@@ -221,12 +222,12 @@ def _close_trackers(run: "setup.Run", written: dict[str, Any], failed: bool = Fa
         run.display.note(note)
 
 
-def _summarise(run: "setup.Run", status: str) -> dict[str, Any]:  # type: ignore[name-defined] # noqa: F821
+def _summarise(run: "setup.Run", status: str, reason: str = "") -> dict[str, Any]:  # type: ignore[name-defined] # noqa: F821
     """Write the summary of a run that has not come to its end; that it cannot be written is not what the person must know."""
     from shardstep.trainer.summary import write_summary
 
     try:
-        return write_summary(run, status, None)
+        return write_summary(run, status, None, reason)
     except OSError as error:
         run.display.warn(f"summary.json could not be written: {error}")
         return {"status": status}

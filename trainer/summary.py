@@ -9,12 +9,13 @@ from shardstep.trainer.evaluate import Evaluation
 from shardstep.trainer.setup import Run
 
 
-def write_summary(run: Run, status: str, evaluation: Evaluation | None) -> dict[str, Any]:
-    """Write summary.json; status is finished, preempted or failed. Called on rank 0."""
+def write_summary(run: Run, status: str, evaluation: Evaluation | None, reason: str = "") -> dict[str, Any]:
+    """Write summary.json; status is finished, preempted or failed, and `reason` why it failed. Called on rank 0."""
     recipe, state, manifest = run.recipe, run.state, run.data.train.manifest
     train, last_evaluation = run.metrics.last_train, run.metrics.last_evaluation
     summary = {
         "status": status,
+        **({"reason": reason} if reason else {}),
         "step": state.progress.step,
         "samples": state.progress.samples,
         "world_size": run.plan.world_size,

@@ -1,10 +1,12 @@
 """Comparisons with real processes: interrupted and gone on with, a variant that diverges, a search for rates."""
 
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import yaml
 
 from shardstep.configs.errors import InputError
 from shardstep.launch import compare
-from shardstep.launch.outcomes import Outcome, Point, optimizer_memory, read_outcome, tail_loss
+from shardstep.launch.outcomes import Outcome, Point, Variant, optimizer_memory, read_outcome, tail_loss
 from shardstep.launch.variants import SEARCH_SEED
 from tests.launch.test_launch import BIN
 from tests.runs import read_lines, write_recipe
@@ -65,7 +67,7 @@ def test_an_interrupted_comparison_goes_on(shards: Path, tmp_path: Path) -> None
     assert "resuming from" in (out / "adam" / "0.log").read_text()
     steps = [line["step"] for line in read_lines(out / "adam" / "0" / "metrics.jsonl") if line["kind"] == "train"]
     assert steps == list(range(20, 3001, 20))
-    assert re.search(r"diverging 0: failed: the (test )?loss is (nan|inf)", result.stdout)
+    assert re.search(r"diverging 0: the (test )?loss is (nan|inf)", result.stdout)
     rows = {line.split()[0]: line.split()[1:3] for line in (out / "table.txt").read_text().splitlines() if line}
     assert rows["diverging"] == ["0", "failed"]
     assert rows["sgd"][0] == rows["adam"][0] == "1"
@@ -166,6 +168,11 @@ def test_what_is_left_out_for_once_stays_known(shards: Path, tmp_path: Path) -> 
         ),
         (["--over", "optimizer.name=sgd", "--target", "70"], "is an accuracy: between 0 and 1"),
         (["--over", "optimizer.name=sgd", "run.seed=3"], "gives its runs folders and seeds itself"),
+        (["--over", "run.seed=0,1"], "variant 0: run.seed: a comparison gives its runs folders and seeds itself"),
+        (["--over", "optimizer.lr=0.1,0.2", "--tune", "optimizer.lr"], "optimizer.lr: --tune searches it"),
+        (["--over", "train.duration=1 epochs,2 epochs"], "variants differ in train.duration"),
+        (["--over", "optimizer.name=sgd", "train.duration=3 steps", "--budget", "5 steps"], "--budget says how long"),
+        (["--over", "optimizer.name=sgd", "train.precision=auto", "--slurm", "--time 5"], "each job would measure for"),
         (["--over", "loss.name=mse"], "has no accuracy to compare|does not fit|reconstruct"),
         (["--over", "optimizer.name=sgd", "schedule.name=cosine", "--budget", "5 s"], "drawn over train.duration"),
     ],
@@ -187,6 +194,67 @@ def test_a_folder_of_something_else_is_left_alone(shards: Path, tmp_path: Path) 
     )
     with pytest.raises(InputError, match="holds other files than a comparison's"):
         compare.prepare(given, "")
+
+
+def test_runs_that_are_alive_are_waited_for(shards: Path, tmp_path: Path) -> None:
+    """Those of a comparison that was killed: they would be begun a second time, and their search would end without them."""
+    recipe = str(write_recipe(tmp_path, shards))
+    options = [recipe, "--over", "optimizer.name=sgd", "--seeds", "1", "--out", str(tmp_path / "out")]
+    compare.prepare(compare._parser().parse_intermixed_args(options), "").save()
+    (tmp_path / "out" / "sgd" / "0").mkdir(parents=True)
+    with (tmp_path / "out" / "sgd" / "0" / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="1 runs of an earlier command are still at work"):
+            compare.main(options)
+
+
+def test_what_auto_leaves_open_is_measured_once(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards, **SPARING)
+    automatic = ["train.precision=auto", "train.memory_format=auto", "train.device=cpu"]
+    options = [str(recipe), *automatic, "--over", "optimizer.name=sgd,adam", "--seeds", "1", "--budget", "2 steps"]
+    assert compare.main([*options, "--out", str(tmp_path / "out")]) == 0
+    settled = json.loads((tmp_path / "out" / "comparison.json").read_text())["settled"]
+    assert [text.partition("=")[0] for text in settled] == ["train.precision", "train.memory_format"]
+    for name in ("sgd", "adam"):
+        starts = json.loads((tmp_path / "out" / name / "0" / "starts.json").read_text())
+        assert all(text in starts[0]["command"] for text in settled)
+
+
+def test_losing_the_terminal_asks_the_runs_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shardstep.launch import pool
+
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import signal, sys\nsignal.signal(15, lambda *_: sys.exit(85))\nprint('here', flush=True)\nsignal.pause()"
+    )
+    monkeypatch.setattr(pool, "__file__", str(tmp_path / "pool.py"))
+    codes: list[int] = []
+
+    def hang_up() -> None:
+        while not (tmp_path / "log").is_file() or "here" not in (tmp_path / "log").read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    tasks = [pool.Task("one", [], tmp_path / "log"), pool.Task("two", [], tmp_path / "log2")]
+    assert pool.run_tasks(tasks, 1, [], lambda task, code, seconds: codes.append(code)) == "stopped"
+    thread.join()
+    assert codes == [85]
+
+
+def test_how_much_the_rate_matters() -> None:
+    from shardstep.launch.answer import _sensitivity
+
+    def variant(*losses: float | None) -> Variant:
+        search = {float(rate): Outcome("", "finished", train_loss=loss) for rate, loss in enumerate(losses, start=1)}
+        return Variant("a", [], None, {}, search)
+
+    assert _sensitivity(variant(2.0, 1.0, 1.5)) == "+100%"
+    assert _sensitivity(variant(2.0, 1.5, 1.0)) == "+50%; the best is at the edge"
+    assert _sensitivity(variant(2.0, 1.0, None)) == "fails at the next rate"
+    assert _sensitivity(variant(0.0, 0.0, 1.0)) == ""  # all learnt: no share of nothing
+    assert _sensitivity(variant(None)) == "no rate has worked"
 
 
 def test_outcomes(tmp_path: Path) -> None:
@@ -236,7 +304,7 @@ def test_a_table_fits_a_terminal() -> None:
 
     columns = ["variant", "n", "accuracy %", "s/epoch", "epochs", "s to 50 %", "steps", "B/param", "rate"]
     row = ["per_example", "3", "61.2 ±12.3", "0.0123", "123", "1234 (2/3)", "12345 (2/3)", "12.0", "0.00316"]
-    assert all(len(line) <= 84 for line in text_table(columns, [row]))
+    assert all(len(line) <= 80 for line in text_table(columns, [row]))
     assert text_table(["a", "b"], [["xx", "1"], ["y", "22"]]) == ["a   b", "-----", "xx  1", "y  22"]
 
 

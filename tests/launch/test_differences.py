@@ -64,8 +64,8 @@ def test_welch() -> None:
     # by hand: variances 1 and 1, n 3 and 3: error sqrt(2/3), t = 3 / 0.8165 = 3.674, freedom 4: p = 0.0213
     assert welch([4, 5, 6], [1, 2, 3])[2] == pytest.approx(0.0213, abs=1e-4)
     assert welch([1, 2, 3], [1, 2, 3])[2] == pytest.approx(1)
-    assert welch([0.1, 0.1], [0.1, 0.1]) == (0, 0, 1)  # nothing varies
-    assert welch([0.2, 0.2], [0.1, 0.1])[1:] == (0, 0)
+    assert welch([0.1, 0.1], [0.1, 0.1]) == (0, None, 1)  # nothing varies
+    assert welch([0.2, 0.2], [0.1, 0.1])[1:] == (None, 1)  # two ties are no proof
 
 
 def test_holm() -> None:
@@ -90,6 +90,9 @@ def test_words_say_what_is_real_and_what_is_not() -> None:
     assert "a is better than c by 40.0 ± 2.3 points." in text
     assert "do not tell it apart from b." in text
     assert "Nothing is said of d" in text
+    assert "came to an end: what" not in text
+    said = sentences(GROUPS, {"a": 4, "b": 3, "c": 3, "d": 3})
+    assert "Only 3 of 4 runs of a came to an end: what is said holds for these." in said
 
 
 def test_one_seed_says_nothing() -> None:
