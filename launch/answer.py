@@ -62,6 +62,7 @@ def make_answer(comparison: Comparison, variants: list[Variant], target: float |
         columns=[_columns(target)[place] for place in used],
         rows=[[row[place] for place in used] for row in rows],
         search=_search_rows(variants, comparison.tune),
+        variants=[[variant.name, ", ".join(variant.overrides)] for variant in variants],
         words=sentences(groups, {variant.name: len(variant.seeds) for variant in variants}),
         notes=[*_notes(comparison, target), *_complaints(variants)],
         plots={name: plot.shows for name, plot in PLOTS.items() if plot.has_content(variants)},
@@ -179,7 +180,8 @@ def _notes(comparison: Comparison, target: float | None) -> list[str]:
     ]
     if target is not None:
         notes.append(
-            f"s to {100 * target:.4g} %, steps: at the first evaluation that reaches it, (k/n) if only k of n runs did."
+            f"s to {100 * target:.4g} %, steps: at the first evaluation that reaches it (there is one every eval.every), (k/n) "
+            "if only k of n runs did."
         )
     if "s of training" in comparison.budget.text:
         notes.append("A run ends with the step in which its time is up: long steps take more than the budget.")

@@ -71,10 +71,11 @@ def _run(comparison: Comparison, given: argparse.Namespace) -> int:
         raise InputError(f"another `shardstep compare` is at work in {comparison.folder}: wait for its end") from None
     running = comparison.running()
     if running:
-        raise InputError(
-            f"{len(running)} runs of an earlier command are still at work: wait for their end, or ask each to stop with "
-            f"`touch {running[0] / STOP_FILE}`"
+        are = (
+            "1 run of an earlier command is" if len(running) == 1 else f"{len(running)} runs of an earlier command are"
         )
+        stop = shlex.quote(str(running[0] / STOP_FILE))
+        raise InputError(f"{are} still at work: wait for the end, or ask for it with `touch {stop}`")
     gpus = [] if comparison.on_cpu else visible_gpus()
     room = len(gpus) or len(os.sched_getaffinity(0))
     if given.parallel > room:

@@ -17,6 +17,7 @@ class Answer:
         facts: of budget, data, hardware and versions, by what they are.
         columns, rows: the table.
         search: the table of the search for rates; empty without one.
+        variants: names, and what each changes in the recipe.
         words: which differences are real.
         notes: how to read the table, and which runs did not end well.
         plots: file names, with what each shows.
@@ -28,6 +29,7 @@ class Answer:
     columns: list[str]
     rows: list[list[str]]
     search: list[list[str]]
+    variants: list[list[str]]
     words: list[str]
     notes: list[str]
     plots: dict[str, str]
@@ -57,6 +59,7 @@ def page(answer: Answer, plots: Mapping[str, str]) -> str:
         tag("h2", "How it was made"),
         tag("pre", answer.command),
         _table([], [[key, value] for key, value in answer.facts.items()]),
+        _table(_VARIANT_COLUMNS, answer.variants),
     )
 
 
@@ -80,9 +83,11 @@ def document(answer: Answer, pictures: Mapping[str, str]) -> str:
     ]
     if answer.search:
         parts += ["## Sensitivity to the rate", _markdown_table(_SEARCH_COLUMNS, answer.search)]
+    parts += ["## The variants", _markdown_table(_VARIANT_COLUMNS, answer.variants)]
     return "\n\n".join(parts) + "\n"
 
 
+_VARIANT_COLUMNS = ["variant", "changes in the recipe"]
 _SEARCH_COLUMNS = ["variant", "rate: training loss", "the worse neighbour's loss"]
 
 

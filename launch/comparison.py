@@ -247,6 +247,12 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
         base_rates[name] = rate
         if rate is None:
             problems.append(f"variant {name}: --tune {given.tune} is no number above 0 in this recipe")
+            continue
+        for tried in (rate_grid(rate, given.trials or 3)[place] for place in (0, -1)):
+            try:
+                _check([given.recipe, *given.overrides, *variants[name], *budget.overrides, f"{given.tune}={tried:g}"])
+            except InputError as error:
+                problems.append(f"variant {name}, {given.tune}={tried:g} of the search: {error}")
     measured = [name for name, recipe in recipes.items() if _measures(recipe)]
     if measured and given.slurm is not None:
         problems.append(

@@ -16,11 +16,25 @@ def points_of(over: Sequence[str]) -> list[list[str]]:
     axes = []
     for text in over:
         key, equals, values = text.partition("=")
-        parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", values)  # a comma in brackets separates nothing
-        if not (equals and "." in key and parts):
+        parts = _split(values)
+        if not (equals and "." in key and all(parts)):
             raise InputError(f"--over {text!r} is not of the form section.key=value,value,...")
         axes.append([f"{key}={value}" for value in parts])
     return [list(point) for point in itertools.product(*axes)] if axes else []
+
+
+def _split(values: str) -> list[str]:
+    """At commas, but for those in brackets; [""] where brackets do not match."""
+    parts, depth = [""], 0
+    for character in values:
+        depth += (character in "[{") - (character in "]}")
+        if depth < 0:
+            return [""]
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts if depth == 0 else [""]
 
 
 def names_of(points: Sequence[Sequence[str]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -147,19 +148,22 @@ def tail_loss(curve: Sequence[Point], share: float = _TAIL_SHARE) -> float | Non
 
 
 def optimizer_memory(run: Path) -> float | None:
-    """Bytes of the optimizer's tensors per parameter of the model, in a run's last checkpoint; None without one."""
+    """Bytes of the optimizer's tensors per parameter of the model, in a run's last checkpoint; None without a whole one."""
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from shardstep.trainer.checkpoint import OPTIMIZER, WEIGHTS, list_checkpoints
 
     checkpoints = list_checkpoints(run / "checkpoints")
     if not checkpoints:
         return None
-    saved = torch.load(checkpoints[-1] / OPTIMIZER, weights_only=True, map_location="cpu")
-    with safe_open(checkpoints[-1] / WEIGHTS, framework="pt") as weights:
-        names = [name for name in weights.keys() if not name.endswith(_STATISTICS)]  # noqa: SIM118 - it is no mapping
-        parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    try:
+        saved = torch.load(checkpoints[-1] / OPTIMIZER, weights_only=True, map_location="cpu")
+        with safe_open(checkpoints[-1] / WEIGHTS, framework="pt") as weights:
+            names = [name for name in weights.keys() if not name.endswith(_STATISTICS)]  # noqa: SIM118 - it is no mapping
+            parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError):
+        return None
     return _tensor_bytes(saved) / parameters
 
 

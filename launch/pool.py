@@ -111,5 +111,8 @@ def _start(task: Task, slot: int, parallel: int, gpus: Sequence[str]) -> subproc
         )
     cores = sorted(os.sched_getaffinity(0))
     if not gpus and parallel > 1 and len(cores) >= parallel:
-        os.sched_setaffinity(process.pid, cores[slot::parallel])  # before it has threads: they inherit it
+        share = len(cores) // parallel  # as many for each: what is left over idles
+        os.sched_setaffinity(
+            process.pid, cores[slot * share : (slot + 1) * share]
+        )  # before it has threads: they inherit it
     return process

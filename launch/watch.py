@@ -9,6 +9,7 @@ It ends with 0 when the run has finished, 85 when it was stopped, 1 when it fail
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -49,7 +50,10 @@ def main(arguments: list[str]) -> int:
         return _show_once(watched, display) if given.once else _follow(watched, display)
     except KeyboardInterrupt:
         display.stop()
-        print(f"no longer watching; the run goes on. `touch {given.run / 'STOP'}` saves and ends it", file=sys.stderr)
+        print(
+            f"no longer watching; the run goes on. `touch {shlex.quote(str(given.run / 'STOP'))}` saves and ends it",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     finally:
         display.stop()

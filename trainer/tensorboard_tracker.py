@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class TensorBoardTracker:
 
     def note(self) -> str:
         """How to look at it."""
-        return f"curves: tensorboard --logdir {self._events}"
+        return f"curves: tensorboard --logdir {shlex.quote(str(self._events))}"
 
     def _text(self, name: str, content: Line) -> None:
         text = yaml.safe_dump(content, sort_keys=False)

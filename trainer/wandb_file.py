@@ -5,6 +5,7 @@ The format is that of LevelDB's log: blocks of 32 KiB, records cut where a block
 """
 
 import json
+import shlex
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,8 @@ def sync_note(folder: Path) -> str:
     pieces = unsynced(folder)
     if not pieces:
         return ""
-    which = pieces[0] if len(pieces) == 1 else f"{folder / 'wandb'}/offline-run-*"
+    quoted = shlex.quote(str(folder / "wandb"))
+    which = shlex.quote(str(pieces[0])) if len(pieces) == 1 else f"{quoted}/offline-run-*"
     return f"not in Weights & Biases yet; where there is a network: wandb sync {which}"
 
 

@@ -24,6 +24,17 @@ def test_grids_become_variants() -> None:
     assert names_of([["data.augment=[flip]"], ["data.augment=[ flip]"]]) == ["0-flip", "1-flip"]  # one folder each
 
 
+def test_commas_in_brackets_separate_nothing() -> None:
+    nested = ["data.augment=[flip,{name: translate, pixels: 2}],[]"]
+    assert list(read_variants(nested, None).values()) == [
+        ["data.augment=[flip,{name: translate, pixels: 2}]"],
+        ["data.augment=[]"],
+    ]
+    for bad in ("data.augment=[flip", "data.augment=flip]", "optimizer.lr=0.1,,0.2", "optimizer.lr="):
+        with pytest.raises(InputError, match="is not of the form"):
+            read_variants([bad], None)
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
