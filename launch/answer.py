@@ -180,8 +180,8 @@ def _notes(comparison: Comparison, target: float | None) -> list[str]:
     ]
     if target is not None:
         notes.append(
-            f"s to {100 * target:.4g} %, steps: at the first evaluation that reaches it (there is one every eval.every), (k/n) "
-            "if only k of n runs did."
+            f"s to {100 * target:.4g} %, steps: at the first evaluation that reaches it (eval.every apart); (k/n) if only k "
+            "of n runs did."
         )
     if "s of training" in comparison.budget.text:
         notes.append("A run ends with the step in which its time is up: long steps take more than the budget.")

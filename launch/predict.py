@@ -8,6 +8,7 @@ the exit code is 2 if nothing could be read. With --json, each line of stdout is
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def main(arguments: list[str]) -> int:
     for found in predict_files(trained, files, given.top, unreadable):
         count += 1
         top = [(classes[label], share) for label, share in found.top]
+        if math.isnan(top[0][1]):
+            raise InputError(f"{given.run}: its outputs are not numbers, as those of a run that has diverged")
         if given.json:
             print(json.dumps(_object(found.path, top)), flush=True)
         else:
@@ -98,8 +101,9 @@ def _object(path: Path, top: list[tuple[str, float]]) -> dict[str, object]:
 
 
 def _shown(path: Path) -> str:
-    """A path that can be printed, whatever bytes are in it."""
-    return str(path).encode(errors="backslashreplace").decode()
+    """A path that can be printed, whatever bytes are in it: none of them speaks to the terminal."""
+    text = str(path).encode(errors="backslashreplace").decode()
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 if __name__ == "__main__":

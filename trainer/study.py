@@ -109,7 +109,7 @@ def study(record: Record, device: Literal["auto", "cpu", "cuda"]) -> Study:
 def _look_at_test_set(found: Study, trained: Trained) -> None:
     try:
         predictions = predict_test_set(trained, found.record.folder / PREDICTIONS_NAME, found.left_out.append)
-    except InputError as error:
+    except (InputError, OSError) as error:  # of a run that goes on, and has deleted that checkpoint meanwhile
         found.left_out.append(f"what the model says of the test set: {error}")
         return
     if not (np.isfinite(predictions.confidence).all() and np.isfinite(predictions.errors).all()):

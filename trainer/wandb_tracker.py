@@ -1,5 +1,6 @@
 """Weights & Biases: a run there, online or as files below the run's folder, under one id however often it is started."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -74,8 +75,9 @@ class WandbTracker:
 
     def saved(self, path: Path) -> None:
         """Send a checkpoint as a version of the artifact <run>-checkpoint, if the recipe asks for that."""
-        if self._recipe.log.wandb_artifacts == "checkpoints" and path.is_dir():  # else it was deleted while it waited
-            self._send("checkpoint", [*path.iterdir()])
+        if self._recipe.log.wandb_artifacts == "checkpoints":
+            with contextlib.suppress(FileNotFoundError):  # it was deleted while it waited, or just now
+                self._send("checkpoint", [*path.iterdir()])
 
     def finish(self, summary: Line, failed: bool) -> None:
         """Send the pictures, the final weights if the recipe asks for them, and the summary; close the run."""
@@ -99,5 +101,6 @@ class WandbTracker:
 
         artifact = wandb.Artifact(f"{self._recipe.run.name}-{kind}", type=kind)
         for path in files:
+            path.stat()  # wandb's own error would not say that a file is gone
             artifact.add_file(str(path))
         self._run.log_artifact(artifact)

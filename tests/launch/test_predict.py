@@ -1,12 +1,15 @@
 """`shardstep predict`: image files to classes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
+from shardstep.configs.errors import InputError
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.reader import StreamReader
 from shardstep.launch.cli import run as run_command
@@ -100,9 +103,21 @@ def test_names_that_cannot_be_printed_or_are_formulas(
     (images / "0.png").rename(folder.decode() + "/a$b$_{.png")
     Path(folder.decode() + "/1.png").rename((folder + b"/\xff.png").decode(errors="surrogateescape"))
     (images / "2.png").rename(images / "\u732b.png")
+    (images / "3.png").rename(images / "\x1b[31mred.png")
     assert main([str(finished_run), str(images), "--grid", str(tmp_path / "grid.svg")]) == 0
-    assert "\\udcff.png" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\\udcff.png" in said
+    assert "\\x1b[31mred.png" in said
+    assert "\x1b" not in said
     assert (tmp_path / "grid.svg").stat().st_size > 1000
+
+
+def test_a_run_that_has_diverged(finished_run: Path, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    save_file(weights | {"head.weight": weights["head.weight"] * np.nan}, tmp_path / "run" / "model.safetensors")
+    with pytest.raises(InputError, match="its outputs are not numbers"):
+        main([str(tmp_path / "run"), str(images), "--json"])
 
 
 def test_an_autoencoder_has_no_classes(shards: Path, images: Path, tmp_path: Path) -> None:
