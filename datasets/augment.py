@@ -68,7 +68,12 @@ def shrink(images: Tensor, draws: Draws, *, size: int, epochs: int) -> Tensor:
     """
     if draws.epoch >= epochs:
         return images
-    small = functional.interpolate(images.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
+    values = images.permute(0, 3, 1, 2)
+    if images.device.type != "cpu":  # torch interpolates bytes on CPUs only
+        values = values.float()
+    small = functional.interpolate(values, (size, size), mode="bilinear", antialias=True)
+    if small.dtype != torch.uint8:
+        small = small.round_().clamp_(0, 255).to(torch.uint8)
     return small.permute(0, 2, 3, 1).contiguous()
 
 

@@ -119,7 +119,8 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
     from shardstep.datasets.write import write_shards
     from shardstep.trainer import machine, scaling
 
-    cores = sorted(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, cores)  # and the runs', which inherit it: two cores for each way
     if len(cores) < 2:
         print("note: one core only: two ranks share it, and the ratio says nothing", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="shardstep-bench-") as name:
