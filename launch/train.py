@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
     if world.is_main_process and not (was_finished and run.plan.is_over(before)):
         write_start(run, arguments)
     request.note_interrupts()
-    display.start(run.plan.total_steps, run.state.progress.step)
+    display.start(run.plan.total_steps, before.step, run.plan.share_done(before, run.state.train_s))
     try:
         run.requests.check()
         outcome = loop.train(run)

@@ -114,7 +114,7 @@ class Metrics:
         self.restart_clock()
         rate = self._window_samples / self._window_s
         self._pace = _RECENT * rate + (1 - _RECENT) * (self._pace or rate)
-        left_s = self._plan.left_s(state.progress, self._pace, self._evaluate_every, state.evaluation_s)
+        left_s = self._plan.left_s(state.progress, state.train_s, self._pace, self._evaluate_every, state.evaluation_s)
         line: dict[str, Any] = {
             "kind": "train",
             "step": state.progress.step,
@@ -127,6 +127,7 @@ class Metrics:
             "data_wait_share": round(self._window_wait_s / self._window_s, 4),
             "memory_mb": round(self._memory_bytes() / 1e6),  # of rank 0
             "total_steps": self._plan.total_steps,
+            "share_done": round(self._plan.share_done(state.progress, state.train_s), 6),
             "left_s": round(left_s, 1),
             "time": round(time.time(), 3),
         }
@@ -170,6 +171,7 @@ class Metrics:
             "wall_s": round(state.wall_s, 3),
             "train_s": round(state.train_s, 3),
             "total_steps": self._plan.total_steps,
+            "share_done": round(self._plan.share_done(state.progress, state.train_s), 6),
             "time": round(time.time(), 3),
         }
         if not (math.isfinite(evaluation.loss) and math.isfinite(train_loss)):

@@ -213,7 +213,9 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         folder / "checkpoints", recipe.checkpoint.keep, display.warn, state.best, [display.saved, trackers.saved]
     )
     time_limit = TimeLimit(
-        launcher.allocation(), lambda: saver.longest_s, share_done=lambda: plan.share_done(state.progress)
+        launcher.allocation(),
+        lambda: saver.longest_s,
+        share_done=lambda: plan.share_done(state.progress, state.train_s),
     )
 
     every = Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every)))
