@@ -15,6 +15,7 @@ from shardstep.configs.load import load_recipe
 from shardstep.trainer.check import check_recipe
 from shardstep.trainer.plan import Plan
 from shardstep.trainer.preempt import Requests, StopRequest
+from shardstep.trainer.starts import read_starts
 from shardstep.trainer.time_limit import TimeLimit
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
@@ -65,6 +66,7 @@ def test_training_ends_after_its_seconds_on_all_ranks(shards: Path, tmp_path: Pa
     ((code, out, _),) = run_ranks(1, failure_of, recipe, *limits)
     assert code == 0
     assert "nothing to do" in out
+    assert len(read_starts(tmp_path / "run")) == 1
     ((code, _, err),) = run_ranks(1, failure_of, recipe, limits[0], f"train.max_wall_s={2 * LIMIT_S}")
     assert code == 2  # it is a part of what the run is
     assert "train.max_wall_s: 1.5 -> 3.0" in err
