@@ -73,10 +73,11 @@ def main(arguments: list[str]) -> int:
         display.note(text)
 
     was_finished, before = folder.read_summary(run.folder).get("status") == "finished", run.state.progress
-    if world.is_main_process and not (was_finished and run.plan.is_over(before)):
+    is_over = run.plan.is_over(before) or run.plan.is_out_of_time(run.state.train_s)
+    if world.is_main_process and not (was_finished and is_over):
         write_start(run, arguments)
     request.note_interrupts()
-    display.start(run.plan.total_steps, run.state.progress.step)
+    display.start(run.plan.total_steps, before.step, run.plan.share_done(before, run.state.train_s))
     try:
         run.requests.check()
         outcome = loop.train(run)

@@ -23,7 +23,7 @@ from shardstep.launch.cli import run as run_command
 from shardstep.launch.metric_lines import MetricLines
 from shardstep.trainer.display import Display
 from shardstep.trainer.lock import is_held
-from shardstep.trainer.status import describe_line, span
+from shardstep.trainer.status import describe_line, length, span
 from shardstep.trainer.wandb_file import sync_note
 
 _POLL_S = 1.0
@@ -80,7 +80,8 @@ def _follow(watched: "Watched", display: Display) -> int:
         display.status.take(line)
         if line["kind"] == "eval":
             display.note(describe_line(line))
-    display.start(display.status.total_steps, display.status.step)
+    status = display.status
+    display.start(status.total_steps, status.step, status.share_done)
     while True:
         lines = watched.lines.new()
         if watched.lines.begun_anew:
@@ -138,7 +139,7 @@ class Watched:
         if not loaded.recipe.model:
             raise InputError(f"{self._config} is not whole: it names no model")
         recipe = loaded.recipe
-        self.title = f"{folder}: {recipe.model.get('name')}, {recipe.train.duration}"
+        self.title = f"{folder}: {recipe.model.get('name')}, {length(recipe.train)}"
         self.lines = MetricLines(folder, begin_at="start")
         self._summary()
 

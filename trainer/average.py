@@ -66,7 +66,7 @@ class Average:
         if self._every and self._plan.is_due(self._every, before, state.progress):
             assert state.average is not None
             slow, fast = list(state.average.values()), _parameters(state)
-            self._function(slow, fast, self._plan.share_done(state.progress), **self._options)
+            self._function(slow, fast, self._plan.duration_done(state.progress), **self._options)
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def describe(run: Run) -> list[str]:
             f"of at most {largest_micro_batch}",
         ),
         *([("gradients", describe_sharing(recipe.train, run.state.module))] if plan.world_size > 1 else []),
-        ("duration", f"{plan.duration}{f' = {plan.total_steps} steps' if per_epoch else ''}{per_epoch}{limit}"),
+        ("duration", f"{plan.duration}{f' = {plan.duration_steps} steps' if per_epoch else ''}{per_epoch}{limit}"),
         *([("time", f"the allocation ends in {time_text(remaining_s)}")] if remaining_s is not None else []),
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
     ]

@@ -48,9 +48,9 @@ class Display:
         """Print to stderr, on any rank: what this rank alone knows."""
         (self._console if self._live else self._errors).print(text, markup=False, soft_wrap=True)
 
-    def start(self, total_steps: int, done_steps: int) -> None:
-        """Open the live area, if there is a terminal for it."""
-        self.status.total_steps, self.status.step = total_steps, done_steps
+    def start(self, total_steps: int | None, done_steps: int, share_done: float) -> None:
+        """Open the live area, if there is a terminal for it; the arguments are as in Status."""
+        self.status.total_steps, self.status.step, self.status.share_done = total_steps, done_steps, share_done
         if self._enabled and self.is_live():
             self._live = Live(
                 get_renderable=self._area, console=self._console, refresh_per_second=_REDRAWN_PER_S, transient=True
@@ -106,7 +106,7 @@ class Display:
         head = Table.grid(expand=True, padding=(0, 2, 0, 0))
         head.add_column(ratio=1)
         head.add_column(no_wrap=True)
-        bar = ProgressBar(total=max(status.total_steps, 1), completed=status.step)
+        bar = ProgressBar(total=1.0, completed=status.share)
         head.add_row(bar, Text(status.place(now_s), no_wrap=True))
         rows = [*status.rows(now_s), *([self._remark] if self._remark else [])]
         return Group(head, *(Text(row, no_wrap=True, overflow="ellipsis") for row in rows))

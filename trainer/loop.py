@@ -49,7 +49,8 @@ def train(run: Run) -> Outcome:
         state.progress = after = plan.advance(before, batch.size)
         state.lr = run.base_lr * run.learning_rate.factor(before)
         run.average.update(state, before)
-        requests.check(train_s=clock.seconds() - state.evaluating_s)  # all ranks, about twice a second
+        state.wall_s = clock.seconds()
+        requests.check(train_s=state.train_s)  # all ranks, about twice a second
         over = plan.is_over(after) or requests.out_of_time
 
         waited_s = run.batches.wait_s - waited_before_s

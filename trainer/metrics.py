@@ -114,7 +114,7 @@ class Metrics:
         self.restart_clock()
         rate = self._window_samples / self._window_s
         self._pace = _RECENT * rate + (1 - _RECENT) * (self._pace or rate)
-        left_s = self._plan.left_s(state.progress, self._pace, self._evaluate_every, state.evaluation_s)
+        left_s = self._plan.left_s(state.progress, state.train_s, self._pace, self._evaluate_every, state.evaluation_s)
         line: dict[str, Any] = {
             "kind": "train",
             "step": state.progress.step,
@@ -127,6 +127,7 @@ class Metrics:
             "data_wait_share": round(self._window_wait_s / self._window_s, 4),
             "memory_mb": round(self._memory_bytes() / 1e6),  # of rank 0
             "total_steps": self._plan.total_steps,
+            "share_done": round(self._plan.share_done(state.progress, state.train_s), 6),
             "left_s": round(left_s, 1),
             "time": round(time.time(), 3),
         }
@@ -149,7 +150,7 @@ class Metrics:
         """Write an evaluation line, with the means over the training samples since the last one. All ranks reduce.
 
         Raises:
-            TrainingFailed: the test loss is NaN or infinite.
+            TrainingFailed: the test loss, or the training loss since the last evaluation, is NaN or infinite.
         """
         (total,) = reduce_sums(self._accelerator, [self._since_evaluation])
         train_loss, train_accuracy = (total / max(self._samples_since_evaluation, 1)).tolist()
@@ -170,12 +171,16 @@ class Metrics:
             "wall_s": round(state.wall_s, 3),
             "train_s": round(state.train_s, 3),
             "total_steps": self._plan.total_steps,
+            "share_done": round(self._plan.share_done(state.progress, state.train_s), 6),
             "time": round(time.time(), 3),
         }
-        if not (math.isfinite(evaluation.loss) and math.isfinite(train_loss)):
+        losses = {"test loss": evaluation.loss, "training loss since the last evaluation": train_loss}
+        lost = [f"the {name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
+        if lost:
             self._record(line)
+            # comparisons look for these words: where the test loss is a number, the line does not show that it diverged
             raise TrainingFailed(
-                f"the test loss is {evaluation.loss} at step {state.progress.step} (rate {state.lr:g}). {_REMEDY}"
+                f"NaN or infinite at step {state.progress.step} (rate {state.lr:g}): {', '.join(lost)}. {_REMEDY}"
             )
         self.last_evaluation = line
         self._write(line)

@@ -34,8 +34,13 @@ class Plan:
         return math.ceil(self.samples_per_epoch / self.global_batch_size)
 
     @property
-    def total_steps(self) -> int:
-        """Steps of the whole run, when no batch size changes on the way."""
+    def total_steps(self) -> int | None:
+        """Steps of the whole run, as far as they are known: where its time may end it before, they are not."""
+        return None if self.max_train_s is not None else self.duration_steps
+
+    @property
+    def duration_steps(self) -> int:
+        """Steps of the duration, when no batch size changes on the way."""
         if self.duration.unit == "steps":
             return int(self.duration.value)
         epochs, rest = divmod(self.duration.value, 1)
@@ -51,8 +56,13 @@ class Plan:
         """Epochs done, as a number with a fraction."""
         return progress.epoch + progress.position / self.samples_per_epoch
 
-    def share_done(self, progress: Progress) -> float:
-        """How much of the run is done, 0 to 1."""
+    def share_done(self, progress: Progress, train_s: float) -> float:
+        """How much of the run is done, 0 to 1: of its duration, or of the seconds of training that it may take."""
+        share = self.duration_done(progress)
+        return share if self.max_train_s is None else max(share, min(1.0, train_s / self.max_train_s))
+
+    def duration_done(self, progress: Progress) -> float:
+        """How much of the duration has passed, 0 to 1. No clock counts: what is trained may depend on this."""
         done, all_of_it = (
             self.epochs(progress) if self.duration.unit == "epochs" else progress.step,
             self.duration.value,
@@ -63,16 +73,20 @@ class Plan:
         """How many samples a duration takes; where it counts steps, as if all batches were full."""
         return float(duration.value) * (self.samples_per_epoch if duration.unit == "epochs" else self.global_batch_size)
 
-    def left_s(self, progress: Progress, samples_per_s: float, evaluate_every: Duration, evaluation_s: float) -> float:
+    def left_s(
+        self, progress: Progress, train_s: float, samples_per_s: float, evaluate_every: Duration, evaluation_s: float
+    ) -> float:
         """About how many seconds the rest of the run takes, with its evaluations.
 
         Args:
-            progress: how far it has come.
+            progress, train_s: how far it has come, in samples and in seconds of training.
             samples_per_s: while it trains.
             evaluate_every: time between evaluations; there is always one at the end.
             evaluation_s: that one takes.
         """
-        samples = (1 - self.share_done(progress)) * self.samples_in(self.duration)
+        samples = (1 - self.duration_done(progress)) * self.samples_in(self.duration)
+        if self.max_train_s is not None:
+            samples = min(samples, max(0.0, self.max_train_s - train_s) * samples_per_s)
         return samples / samples_per_s + math.ceil(samples / self.samples_in(evaluate_every)) * evaluation_s
 
     def is_over(self, progress: Progress) -> bool:

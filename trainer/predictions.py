@@ -3,6 +3,7 @@
 import contextlib
 import io
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from shardstep.datasets.batches import test_batches
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.scan import file_sha256
 from shardstep.trainer.trained import Trained
+from shardstep.trainer.views import predict
 
 PREDICTIONS_NAME = "predictions.npz"
-_VERSION = "1"
+_VERSION = "2"
 _ARRAYS = ("labels", "predicted", "confidence", "errors")
+# What NumPy and zipfile raise for one flipped byte, wherever it is: RuntimeError for a method or a password it seems to ask.
+_DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Predictions:
     Attributes:
         labels: int64 (N,).
         predicted: int64 (N,), the class with the highest output; empty for reconstruction, like `confidence`.
-        confidence: float32 (N,), the softmax of that output.
+        confidence: float32 (N,), the softmax of that output, which is the mean of the views that the recipe evaluates with.
         errors: float32 (N,), each sample's loss if the model reconstructs images, else empty.
     """
 
@@ -71,19 +75,20 @@ def predict_test_set(trained: Trained, cache: Path, tell: Callable[[str], None])
     Raises:
         InputError: the test set cannot be read, and nothing is kept.
     """
-    weights = file_sha256(trained.weights)
+    views, sure_above = trained.recipe.eval.views, trained.recipe.eval.sure_above
+    made_with = [_VERSION, file_sha256(trained.weights), views, str(sure_above)]
     try:
         test, reader = trained.open_test_set()
     except ValueError:
-        kept = _read(cache, weights, fingerprint=None)
+        kept = _read(cache, made_with)
         if kept is None:
             raise
         return kept
-    kept = _read(cache, weights, test.manifest.fingerprint)
-    if kept is not None:
+    samples = test.manifest.samples
+    kept = _read(cache, made_with, test.manifest.fingerprint)
+    if kept is not None and len(kept.labels) == samples:
         return kept
     parts: list[tuple[np.ndarray, ...]] = []
-    samples = test.manifest.samples
     with progress_bar(f"predicting {trained.recipe.data.test}", samples, "images") as advance, torch.inference_mode():
         for images, labels, _ in test_batches(
             reader,
@@ -96,7 +101,7 @@ def predict_test_set(trained: Trained, cache: Path, tell: Callable[[str], None])
             device=trained.device,
             workers=max(1, trained.recipe.data.workers),
         ):
-            outputs = trained.module(images).float()  # (B, K), or images
+            outputs = predict(trained.module, images, views, sure_above)  # (B, K), or images
             if trained.objective.reconstructs:
                 empty = labels[:0]
                 one_by_one = zip(outputs.split(1), images.split(1), strict=True)
@@ -109,25 +114,28 @@ def predict_test_set(trained: Trained, cache: Path, tell: Callable[[str], None])
             advance(len(labels))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     found = Predictions(columns[0], columns[1], columns[2].astype(np.float32), columns[3].astype(np.float32))
-    _write(found, cache, weights, test.manifest.fingerprint, tell)
+    _write(found, cache, [*made_with, test.manifest.fingerprint], tell)
     return found
 
 
-def _write(found: Predictions, cache: Path, weights: str, fingerprint: str, tell: Callable[[str], None]) -> None:
+def _write(found: Predictions, cache: Path, key: list[str], tell: Callable[[str], None]) -> None:
     stream = io.BytesIO()
-    key = np.array([_VERSION, weights, fingerprint])
-    np.savez_compressed(stream, key=key, **{name: getattr(found, name) for name in _ARRAYS})
+    np.savez_compressed(stream, key=np.array(key), **{name: getattr(found, name) for name in _ARRAYS})
     try:
         write_whole(cache, stream.getvalue())
     except OSError as error:
         tell(f"{cache} could not be written, the predictions are made anew next time: {error.strerror}")
 
 
-def _read(cache: Path, weights: str, fingerprint: str | None) -> Predictions | None:
-    """What is kept of these weights on this test set, or on whichever it was; None if there is nothing, or no whole file."""
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+def _read(cache: Path, made_with: list[str], fingerprint: str | None = None) -> Predictions | None:
+    """What was kept with this key on this test set, or on whichever it was; None if there is nothing, or no whole file."""
+    with contextlib.suppress(*_DAMAGED):
         file = np.load(io.BytesIO(cache.read_bytes()))  # no pickle: arrays of numbers and text
-        key = file["key"].tolist()
-        if key[:2] == [_VERSION, weights] and fingerprint in (None, key[2]):
-            return Predictions(**{name: file[name] for name in _ARRAYS})
+        *key, kept_of = file["key"].tolist()
+        found = Predictions(**{name: file[name] for name in _ARRAYS})
+        lengths = [len(getattr(found, name)) for name in _ARRAYS]
+        samples = lengths[0]
+        whole = lengths in ([samples, samples, samples, 0], [samples, 0, 0, samples])  # classes, or reconstructions
+        if whole and key == made_with and fingerprint in (None, kept_of):
+            return found
     return None

@@ -202,10 +202,16 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     _claim_folder(accelerator, resume.path is None, recipe, loaded, state, display)
 
     listeners: list[Callable[[dict[str, Any]], None]] = [display.line]
-    trackers = Trackers([], display.warn)
+    trackers = Trackers([], display.warn, display.note, request.has_come)
     if accelerator.is_main_process:
         trackers = start_trackers(
-            recipe, folder, state, lambda: facts_of(accelerator.device, world.num_processes), display.warn
+            recipe,
+            folder,
+            state,
+            lambda: facts_of(accelerator.device, world.num_processes),
+            display.warn,
+            display.note,
+            request.has_come,
         )
         listeners.append(trackers.log)
     clip = Clip(recipe.train.clip_norm, recipe.train.clip_value, measures=recipe.log.grad_norm)
@@ -213,7 +219,9 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         folder / "checkpoints", recipe.checkpoint.keep, display.warn, state.best, [display.saved, trackers.saved]
     )
     time_limit = TimeLimit(
-        launcher.allocation(), lambda: saver.longest_s, share_done=lambda: plan.share_done(state.progress)
+        launcher.allocation(),
+        lambda: saver.longest_s,
+        share_done=lambda: plan.share_done(state.progress, state.train_s),
     )
 
     every = Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every)))

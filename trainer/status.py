@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shardstep.configs.schema import TrainConfig
 from shardstep.trainer.time_limit import time_text
 
 Line = dict[str, Any]
-_NO_CURVES = ("step", "time", "total_steps", "left_s")
+_NO_CURVES = ("step", "time", "total_steps", "share_done", "left_s")
 
 
 def parse_line(text: str | bytes) -> Line | None:
@@ -25,13 +26,16 @@ class Status:
     """The newest figures of a run.
 
     Attributes:
-        total_steps, step: how long it is and how far it has come; 0 while that is not known.
+        total_steps, step: how long it is and how far it has come; 0 while that is not known, and a length of None where
+            time may end it before.
+        share_done: how much of the run was done at the last line, 0 to 1.
         train, evaluation: the last line of each kind; empty before the first.
         saved_step, saved_at_s: the last checkpoint, and when it was whole, in seconds since the epoch.
     """
 
-    total_steps: int = 0
+    total_steps: int | None = 0
     step: int = 0
+    share_done: float = 0.0
     train: Line = field(default_factory=dict)
     evaluation: Line = field(default_factory=dict)
     saved_step: int | None = None
@@ -44,20 +48,26 @@ class Status:
         else:
             self.evaluation = line
         self.step, self.total_steps = line["step"], line["total_steps"]
+        self.share_done = line.get("share_done", 0.0)  # lines of older versions have none, but a length
 
     def forget(self) -> None:
         """The run has begun again: what it had learnt may not be true any more."""
-        self.step, self.train, self.evaluation = 0, {}, {}
+        self.step, self.share_done, self.train, self.evaluation = 0, 0.0, {}, {}
 
     def saved(self, step: int, at_s: float) -> None:
         """Take in a checkpoint."""
         self.saved_step, self.saved_at_s = step, at_s
 
+    @property
+    def share(self) -> float:
+        """How much of the run is done now, 0 to 1; where its length is not known, at the last line."""
+        return min(1.0, self.step / self.total_steps) if self.total_steps else self.share_done
+
     def place(self, now_s: float) -> str:
         """How far the run has come, and how long it will still take."""
-        if not self.total_steps:
+        if self.total_steps == 0:
             return "starting"
-        parts = [f"{min(1.0, self.step / self.total_steps):4.0%}  step {self.step:,}/{self.total_steps:,}"]
+        parts = [f"{self.share:4.0%}  step {self.step:,}{'' if self.total_steps is None else f'/{self.total_steps:,}'}"]
         if self.train:
             left_s = self.train["left_s"] - (now_s - self.train["time"])
             parts += [f"epoch {self.train['epoch']:.4g}", f"{span(max(0.0, left_s))} left"]
@@ -111,6 +121,11 @@ def span(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else time_text(seconds)
 
 
+def length(train: TrainConfig) -> str:
+    """How long a run is to be."""
+    return train.duration if train.max_wall_s is None else f"{train.max_wall_s:g} s of training, or {train.duration}"
+
+
 def _loss(line: Line) -> str:
     return "step left out" if line["loss"] is None else f"loss {line['loss']:.4f}"
 
@@ -124,7 +139,7 @@ def _speed(line: Line) -> list[str]:
 
 
 def _of(line: Line) -> str:
-    return f"{line['step']}/{line['total_steps']}"
+    return f"{line['step']}" if line["total_steps"] is None else f"{line['step']}/{line['total_steps']}"
 
 
 def _percent(value: float | None) -> str:

@@ -23,6 +23,7 @@ class TensorBoardTracker:
     """
 
     name = "TensorBoard"
+    sends_files = False
 
     def __init__(self, recipe: Recipe, folder: Path, facts: Line):
         """

@@ -13,6 +13,8 @@ import torch
 Activity = Literal["data", "forward", "backward", "communication", "optimizer", "evaluation", "checkpoint", "other"]
 _ON_DEVICE: tuple[Activity, ...] = ("forward", "backward", "communication", "optimizer")
 _SAMPLED_STEPS = 50  # one of so many, on a GPU
+# Of each fifty. The first steps hold what happens once: kernels are loaded, cuDNN tries some, the optimizer gets its state.
+_SAMPLED_STEP = 10
 
 _NAMES = {
     "data_wait": "waiting for data",
@@ -60,7 +62,7 @@ class Timer:
         if self._on_gpu:
             self._pending, self._events = self._events or self._pending, None
             self._read_events()
-            if self.steps % _SAMPLED_STEPS == 0 and not self._pending:
+            if self.steps % _SAMPLED_STEPS == _SAMPLED_STEP and not self._pending:
                 self._events = [("other", _recorded_event())]
         self.steps += 1
 
@@ -85,7 +87,11 @@ class Timer:
         found = dict(self.seconds)
         total = sum(found.values())
         if self._sampled:  # the host's times of these are those of giving orders
-            found |= {name: value / self._sampled * self.steps for name, value in self._device_s.items()}
+            device = {name: value / self._sampled * self.steps for name, value in self._device_s.items()}
+            # A sample may be slower than most, and the device works on while the host reads data: no more than there was.
+            left_s = total - sum(found[name] for name in ("data", "evaluation", "checkpoint"))
+            scale = min(1.0, left_s / max(sum(device.values()), 1e-9))
+            found |= {name: scale * value for name, value in device.items()}
         if exposed_s is not None:
             exposed_s = min(exposed_s * self.steps, found["backward"])
             found["backward"] -= exposed_s

@@ -21,6 +21,7 @@ Line = dict[str, Any]
 _START_S = 100.0  # to begin; wandb gives up after 90 s without its server
 _FINISH_S = 30.0  # without a movement, to take what waits and to close
 _FINISH_AT_MOST_S = 120.0
+_SEND_AT_MOST_S = 600.0  # instead of both, where a finished run's files are on their way to a server
 _MOST_WAITING = 10_000  # lines
 
 
@@ -28,6 +29,8 @@ class Tracker(Protocol):
     """Where a copy of a run's figures goes. Called in one thread; whatever it raises, it is left out."""
 
     name: str
+    sends_files: bool
+    """Whether files of the run go to a server, which may take minutes at its end."""
 
     def start(self) -> None:
         """Open it; metrics.jsonl ends where the run goes on."""
@@ -69,18 +72,28 @@ class Background:
         if not self._left_out:
             self._waiting.put(action)
 
-    def end(self) -> None:
-        """Wait until all is done; one that stands still for too long is left behind."""
+    def end(self, tell: Callable[[str], None], may_send: Callable[[], bool]) -> None:
+        """Wait until all is done; one that stands still for too long is left behind.
+
+        Args:
+            tell: told once that files are being sent, if that takes long.
+            may_send: whether that may still go on.
+        """
         self._waiting.put(None)
         began = moved = time.monotonic()
-        size = self._waiting.qsize()
+        size, told = self._waiting.qsize(), False
         while self._thread.is_alive() and not self._left_out:
             self._thread.join(timeout=0.2)
             now = time.monotonic()
             if self._waiting.qsize() != size:
                 size, moved = self._waiting.qsize(), now
-            if now - moved > _FINISH_S or now - began > _FINISH_AT_MOST_S:
+            if now - moved <= _FINISH_S and now - began <= _FINISH_AT_MOST_S:
+                continue
+            if not self.tracker.sends_files or now - began > _SEND_AT_MOST_S or not may_send():
                 self._leave_out(f"has not finished after {now - began:.0f} s")
+            elif not told:
+                tell(f"sending files to {self.tracker.name}; Ctrl-C ends it")
+                told = True
 
     def _work(self) -> None:
         try:
@@ -103,9 +116,22 @@ class Background:
 class Trackers:
     """All trackers of a run, each in the background."""
 
-    def __init__(self, trackers: list[Tracker], warn: Callable[[str], None]):
-        """`warn`: told of each that is left out."""
+    def __init__(
+        self,
+        trackers: list[Tracker],
+        warn: Callable[[str], None],
+        tell: Callable[[str], None],
+        stop_requested: Callable[[], bool],
+    ):
+        """
+        Args:
+            trackers: to start.
+            warn: told of each that is left out.
+            tell: told of what the person waits for at the end.
+            stop_requested: whether this process is to end soon, and must not wait for long.
+        """
         self._all = [Background(tracker, warn) for tracker in trackers]
+        self._tell, self._stop_requested = tell, stop_requested
 
     def log(self, line: Line) -> None:
         """Send a line of metrics.jsonl to all."""
@@ -122,12 +148,18 @@ class Trackers:
         for one in self._all:
             one.put(lambda tracker=one.tracker: tracker.finish(summary, failed))  # type: ignore[misc]
         for one in self._all:
-            one.end()
+            one.end(self._tell, lambda: summary["status"] == "finished" and not self._stop_requested())
         return [note for one in self._all if (note := one.tracker.note())]
 
 
 def start_trackers(
-    recipe: Recipe, folder: Path, state: TrainState, facts: Callable[[], Line], warn: Callable[[str], None]
+    recipe: Recipe,
+    folder: Path,
+    state: TrainState,
+    facts: Callable[[], Line],
+    warn: Callable[[str], None],
+    tell: Callable[[str], None],
+    stop_requested: Callable[[], bool],
 ) -> Trackers:
     """Start what the recipe's log section asks for. Called on rank 0, when metrics.jsonl is cut to where the run goes on.
 
@@ -136,14 +168,14 @@ def start_trackers(
         folder: of the run.
         state: has the id in Weights & Biases of the run that goes on, or gets it.
         facts: of code and hardware, for what is kept beside the recipe; asked if it is needed.
-        warn: told of a tracker that is left out.
+        warn, tell, stop_requested: as in Trackers.
     """
     trackers: list[Tracker] = []
     if recipe.log.tensorboard:
         trackers.append(TensorBoardTracker(recipe, folder, facts()))
     if recipe.log.wandb != "disabled":
         trackers.append(WandbTracker(recipe, folder, facts(), state.wandb_id))
-    started = Trackers(trackers, warn)
+    started = Trackers(trackers, warn, tell, stop_requested)
     for tracker in trackers:
         if isinstance(tracker, WandbTracker):
             state.wandb_id = tracker.run_id

@@ -28,6 +28,7 @@ class WandbTracker:
             run_id: of the run in Weights & Biases that this one continues.
         """
         self._recipe, self._folder, self._facts, self.run_id = recipe, folder, facts, run_id
+        self.sends_files = recipe.log.wandb == "online" and recipe.log.wandb_artifacts != "none"
         self._run: Any = None
         self._sent: dict[str, int] = {}  # by kind of line, the last step of the offline files from before
         self._past: list[str] = []

@@ -80,6 +80,17 @@ def test_once_shows_the_same_figures_as_the_run_itself(folder: Path, capsys: pyt
     assert "test 100.00% (step 8)" in shown
 
 
+def test_a_run_that_its_time_ends(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "summary.json").unlink()
+    config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
+    config.write_text(config.read_text().replace("max_wall_s: null", "max_wall_s: 80.0"))
+    lines = [line | {"total_steps": None, "share_done": 0.25} for line in read_lines(metrics)]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, shown, _ = watch(folder, capsys, "--once")
+    assert "mlp, 80 s of training, or 2 epochs" in shown
+    assert "25%  step 8  epoch 2" in shown
+
+
 def test_a_run_before_its_first_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("metrics.jsonl", "summary.json"):
         (folder / name).unlink()

@@ -1,6 +1,7 @@
 """Averages of the weights, held to their equations, and what a run does with them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,21 @@ def test_the_average_is_what_is_evaluated_and_kept(shards: Path, tmp_path: Path)
         assert json.loads((folder / "run" / "summary.json").read_text())["eval"]["loss"] > losses[-1]
 
 
-def test_progress_is_counted_in_steps() -> None:
-    assert PLAN.share_done(Progress(1, 0, 10, 10)) == 0.25
+def test_progress_is_counted_in_steps_and_no_clock_changes_the_weights() -> None:
+    limited, progress = replace(PLAN, max_train_s=10.0), Progress(1, 0, 10, 10)
+    assert limited.share_done(progress, train_s=9.0) == 0.9
+    assert PLAN.duration_done(progress) == limited.duration_done(progress) == 0.25
+    module = torch.nn.Linear(1, 1, bias=False)
+    state = TrainState(module, module, optimizer=None, progress=progress, wall_s=9.0)  # type: ignore[arg-type]
+    average = Average({"name": "ema", "decay": 1.0, "rise": 1.0, "every": "1 steps"}, limited)
+    average.begin(state)
+    torch.nn.init.zeros_(module.weight)
+    assert state.average is not None
+    begun = state.average["weight"].item()
+    average.update(state, Progress())
+    assert state.average["weight"].item() == pytest.approx(
+        0.25 * begun
+    )  # its decay is 1 * 1/4, whatever the clock says
 
 
 def test_weights_of_a_checkpoint_are_its_average_where_it_has_one(shards: Path, tmp_path: Path) -> None:

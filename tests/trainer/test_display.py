@@ -56,6 +56,16 @@ def test_time_left_runs_down_between_two_lines() -> None:
     assert "0 s left" in status.place(2000.0)
 
 
+def test_a_run_that_its_time_ends_has_no_number_of_steps() -> None:
+    status = Status()
+    line = LONGEST_TRAIN | {"step": 1377, "total_steps": None, "share_done": 0.25, "left_s": 60.0}
+    status.take(line)
+    status.step += 1  # a step later
+    assert status.place(1000.0) == " 25%  step 1,378  epoch 123.5  60 s left"
+    assert "step 1377  " in describe_line(line)
+    assert "/" not in describe_line(LONGEST_EVAL | {"step": 1377, "total_steps": None}).replace("images/s", "")
+
+
 def test_what_is_not_known_is_left_out() -> None:
     line = LONGEST_TRAIN | {"loss": None, "accuracy": None}
     status = Status()

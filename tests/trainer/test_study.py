@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,55 @@ def test_predictions_are_made_once(run: Path, monkeypatch: pytest.MonkeyPatch) -
     calls.clear()
     other = open_trained(run / "checkpoints" / "step-00000004", "cpu")  # other weights: made anew
     assert predict_test_set(other, run / PREDICTIONS_NAME, pytest.fail).confidence[0] != first.confidence[0]
+
+
+def test_predictions_are_of_the_views_that_the_recipe_evaluates_with(run: Path) -> None:
+    trained, cache = open_trained(run, "cpu"), run / PREDICTIONS_NAME
+    plain = predict_test_set(trained, cache, pytest.fail)
+    trained.recipe.eval.views = "mirror"
+    mirror = predict_test_set(trained, cache, pytest.fail)  # not what is kept
+    _, reader = trained.open_test_set()
+    images = trained.normalize(reader.read(np.arange(53))[0])
+    with torch.inference_mode():
+        outputs = (trained.module(images) + trained.module(images.flip(3))) / 2
+    assert mirror.confidence == pytest.approx(outputs.softmax(dim=1).amax(dim=1).numpy(), abs=1e-5)
+    assert mirror.confidence != pytest.approx(plain.confidence, abs=1e-5)
+    trained.recipe.eval.sure_above = float(np.median(plain.confidence))
+    unsure = plain.confidence < trained.recipe.eval.sure_above
+    some = predict_test_set(trained, cache, pytest.fail)
+    assert some.confidence == pytest.approx(np.where(unsure, mirror.confidence, plain.confidence), abs=1e-5)
+
+
+def test_damaged_predictions_are_made_anew(run: Path) -> None:
+    trained, cache = open_trained(run, "cpu"), run / PREDICTIONS_NAME
+    found = predict_test_set(trained, cache, pytest.fail)
+    whole = cache.read_bytes()
+    calls = []
+    trained.module.register_forward_hook(lambda *_: calls.append(1))
+    part = zipfile.ZipFile(cache).getinfo("confidence.npy")
+    cache.write_bytes(flipped(whole, part.header_offset + 60 + part.compress_size // 2))  # behind its header
+    again = predict_test_set(trained, cache, pytest.fail)
+    assert calls
+    assert np.array_equal(again.confidence, found.confidence)
+    assert cache.read_bytes() == whole
+    for place in range(0, len(whole), 89):  # whatever it is a part of; some bytes, such as dates, matter to nobody
+        cache.write_bytes(flipped(whole, place))
+        assert np.array_equal(predict_test_set(trained, cache, pytest.fail).confidence, found.confidence)
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    """The same, with one byte flipped."""
+    return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("cut", [("confidence",), ("labels", "predicted", "confidence")])
+def test_predictions_of_another_number_of_samples_are_made_anew(run: Path, cut: tuple[str, ...]) -> None:
+    trained, cache = open_trained(run, "cpu"), run / PREDICTIONS_NAME
+    predict_test_set(trained, cache, pytest.fail)
+    kept = dict(np.load(cache))
+    np.savez_compressed(cache, **kept | {name: kept[name][:-1] for name in cut})
+    found = predict_test_set(trained, cache, pytest.fail)
+    assert len(found.labels) == len(found.predicted) == len(found.confidence) == 53
 
 
 def test_a_test_set_that_is_gone(run: Path) -> None:

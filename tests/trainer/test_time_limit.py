@@ -111,8 +111,10 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-def in_an_allocation(recipe: str, seconds: float, evaluation_s: float, stopped_file: str) -> tuple[int, str, str]:
-    """Runs in a rank: trains in an allocation that ends in `seconds`, with an evaluation that took so long before."""
+def in_an_allocation(
+    recipe: str, seconds: float, evaluation_s: float, stopped_file: str, trained_s: float = 0.0, *overrides: str
+) -> tuple[int, str, str]:
+    """Runs in a rank: trains in an allocation that ends in `seconds`; an evaluation, and training, took so long before."""
     from shardstep.trainer.checkpoint import TrainState
 
     os.environ["SLURM_JOB_END_TIME"] = str(time.time() + seconds)
@@ -121,10 +123,10 @@ def in_an_allocation(recipe: str, seconds: float, evaluation_s: float, stopped_f
 
     def with_evaluation(self: Any, *arguments: Any, **options: Any) -> None:
         begin(self, *arguments, **options)
-        self.evaluation_s = evaluation_s
+        self.evaluation_s, self.wall_s = evaluation_s, trained_s
 
     TrainState.__init__ = with_evaluation  # type: ignore[method-assign]
-    return failure_of(recipe)
+    return failure_of(recipe, *overrides)
 
 
 def test_no_evaluation_is_begun_that_cannot_finish(shards: Path, tmp_path: Path) -> None:
@@ -143,6 +145,16 @@ def test_no_evaluation_is_begun_that_cannot_finish(shards: Path, tmp_path: Path)
     evaluations = [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"]
     assert evaluations == [5, 10, 12]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_run_that_its_time_ends_is_done_by_its_time(shards: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, shards, **SECTIONS))
+    limits = ["train.duration=1000000 epochs", "train.max_wall_s=1000"]
+    stopped = str(tmp_path / "stopped")
+    ((code, output, _),) = run_ranks(1, in_an_allocation, recipe, 1000.0, 900.0, stopped, 500.0, *limits)
+    assert code == 85
+    assert "50% of the run is done; at this pace the rest takes" in output  # 500 s of 1000, and a moment
+    assert "a job of this length may be too short" not in output
 
 
 def test_a_job_is_told_that_a_person_has_stopped_it(shards: Path, tmp_path: Path) -> None:

@@ -71,14 +71,52 @@ def test_a_gpu_is_asked_at_some_steps_only(monkeypatch: pytest.MonkeyPatch, pati
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     FakeEvent.count, FakeEvent.patience = 0, patience
     timer = Timer("cuda")
-    for _ in range(102):
+    for _ in range(112):
         timer.begin_step()
         for activity in ("data", "forward", "backward", "optimizer"):
             timer.mark(activity)  # type: ignore[arg-type]
-    # steps 0, 50 and 100, unless an earlier one is not over: at the begin, four marks, and one before the next step
+    # steps 10, 60 and 110, unless an earlier one is not over: at the begin, four marks, and one before the next step
     assert FakeEvent.count == samples * 6
-    # 1 ms for every activity in each of the samples that are read, and 102 steps
-    assert timer.time_s(0, 0, None)["backward"] == pytest.approx(0.102 if patience < 1000 else 0, abs=2e-3)
+    timer.seconds["other"] += 10.0  # the host's clock must have room for what the events say
+    # 1 ms for every activity in each of the samples that are read, and 112 steps
+    assert timer.time_s(0, 0, None)["backward"] == pytest.approx(0.112 if patience < 1000 else 0, abs=2e-3)
+
+
+def test_what_a_gpu_does_once_stands_for_no_other_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    FakeEvent.count, FakeEvent.patience = 0, 0
+    timer = Timer("cuda")
+    for step in range(100):
+        timer.begin_step()
+        FakeEvent.count += 1000 if step == 0 else 0  # ms that the device spends on kernels and plans
+        timer.mark("forward")
+    timer.begin_step()
+    timer.seconds["other"] += 10.0
+    assert timer.time_s(0, 0, None)["forward"] == pytest.approx(0.101, abs=2e-3)  # 101 steps of 1 ms
+
+
+def test_a_gpu_has_no_more_time_than_there_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    FakeEvent.count, FakeEvent.patience = 0, 0
+    timer = Timer("cuda")
+    for _ in range(20):
+        timer.begin_step()
+        timer.mark("data")
+        timer.mark("forward")
+        FakeEvent.count += 2  # the backward pass takes 3 ms, the others 1 ms
+        timer.mark("backward")
+        timer.mark("optimizer")
+    timer.begin_step()
+    timer.seconds = dict.fromkeys(timer.seconds, 0.0) | {
+        "data": 0.02,
+        "forward": 0.02,
+        "evaluation": 0.01,
+        "other": 0.02,
+    }
+    # 21 steps of 1 + 3 + 1 ms are 105 ms, and 70 - 20 - 10 = 40 ms are there: 8, 24 and 8
+    time_s = timer.time_s(0, 0, None)
+    assert [time_s[name] for name in ("forward", "backward", "optimizer", "other")] == [0.008, 0.024, 0.008, 0]
+    assert time_s["total"] == pytest.approx(sum(value for name, value in time_s.items() if name != "total"))
 
 
 def test_a_slow_part_shows_where_it_is(shards: Path, tmp_path: Path) -> None:

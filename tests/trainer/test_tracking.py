@@ -14,8 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
+from shardstep.configs.load import load_recipe
 from shardstep.trainer import tracking
 from shardstep.trainer.tracking import Trackers
+from shardstep.trainer.wandb_tracker import WandbTracker
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, train_until, write_recipe
 from tests.trainer.test_display import slowly
@@ -28,6 +30,7 @@ class Recorder:
     """A tracker that notes what it is told, and does with it what a test wants."""
 
     name = "recorder"
+    sends_files = False
 
     def __init__(self, on_log: Callable[[dict], None] = lambda line: None):
         self.lines: list[dict] = []
@@ -54,12 +57,21 @@ class Recorder:
         return "look here"
 
 
+def start(
+    recorders: list[Recorder],
+    warnings: list[str],
+    told: list[str] | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Trackers:
+    return Trackers([*recorders], warnings.append, [].append if told is None else told.append, stop_requested)
+
+
 def test_lines_come_in_order_and_all_before_the_end() -> None:
     recorder, warnings = Recorder(lambda line: time.sleep(0.001)), []
-    trackers = Trackers([recorder], warnings.append)
+    trackers = start([recorder], warnings)
     for step in range(100):
         trackers.log({"step": step})
-    assert trackers.finish({}, failed=True) == ["look here"]
+    assert trackers.finish({"status": "finished"}, failed=True) == ["look here"]
     assert [line["step"] for line in recorder.lines] == list(range(100))
     assert (recorder.finished, warnings) == ([True], [])
 
@@ -68,12 +80,12 @@ def test_a_tracker_that_blocks_is_not_waited_for(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tracking, "_FINISH_S", 0.5)
     released = threading.Event()
     stuck, other, warnings = Recorder(lambda line: released.wait(30)), Recorder(), []
-    trackers = Trackers([stuck, other], warnings.append)
+    trackers = start([stuck, other], warnings)
     began = time.monotonic()
     for step in range(100):
         trackers.log({"step": step})
     assert time.monotonic() - began < 0.5
-    trackers.finish({})
+    trackers.finish({"status": "finished"})
     assert time.monotonic() - began < 10
     assert len(other.lines) == 100
     assert len(warnings) == 1
@@ -81,17 +93,60 @@ def test_a_tracker_that_blocks_is_not_waited_for(monkeypatch: pytest.MonkeyPatch
     released.set()
 
 
+def test_a_finished_run_has_time_to_send_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_FINISH_S", 0.2)
+    sender, warnings, told = Recorder(), [], []
+    sender.sends_files = True
+    sender.finish = lambda summary, failed: time.sleep(1.5)  # type: ignore[method-assign, assignment]
+    start([sender], warnings, told).finish({"status": "finished"})
+    assert warnings == []
+    assert told == ["sending files to recorder; Ctrl-C ends it"]
+    # those of another run are not waited for, nor are they without an end
+    start([sender], warnings, told).finish({"status": "failed"}, failed=True)
+    monkeypatch.setattr(tracking, "_SEND_AT_MOST_S", 0.7)
+    start([sender], warnings, told).finish({"status": "finished"})
+    assert ["recorder has not finished after" in warning for warning in warnings] == [True, True]
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "artifacts", "sends"),
+    [
+        ("online", "weights", True),
+        ("online", "checkpoints", True),
+        ("online", "none", False),
+        ("offline", "weights", False),
+    ],
+)
+def test_wandb_sends_files_if_it_is_asked_to(mode: str, artifacts: str, sends: bool, tmp_path: Path) -> None:
+    recipe = load_recipe("digits", [f"log.wandb={mode}", f"log.wandb_artifacts={artifacts}"]).recipe
+    assert WandbTracker(recipe, tmp_path, {}).sends_files == sends
+
+
+def test_a_request_to_stop_ends_the_sending_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_FINISH_S", 0.2)
+    released, told, warnings = threading.Event(), [], []
+    sender = Recorder()
+    sender.sends_files = True
+    sender.finish = lambda summary, failed: released.wait(30)  # type: ignore[method-assign, assignment]
+    began = time.monotonic()
+    start([sender], warnings, told, lambda: bool(told)).finish({"status": "finished"})  # Ctrl-C, once it is offered
+    assert time.monotonic() - began < 10
+    assert len(told) == len(warnings) == 1
+    released.set()
+
+
 def test_a_tracker_that_cannot_keep_up_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "_MOST_WAITING", 5)
     released = threading.Event()
     slow, warnings = Recorder(lambda line: released.wait(30)), []
-    trackers = Trackers([slow], warnings.append)
+    trackers = start([slow], warnings)
     for step in range(100):
         trackers.log({"step": step})
     assert len(warnings) == 1
     assert "takes nothing any more" in warnings[0]
     released.set()
-    trackers.finish({})
+    trackers.finish({"status": "finished"})
     assert len(slow.lines) <= 6
 
 
@@ -102,10 +157,10 @@ def test_a_tracker_that_raises_is_told_of_once(place: str) -> None:
 
     recorder, warnings = Recorder(), []
     setattr(recorder, place, fails)
-    trackers = Trackers([recorder], warnings.append)
+    trackers = start([recorder], warnings)
     for step in range(5):
         trackers.log({"step": step})
-    trackers.finish({})
+    trackers.finish({"status": "finished"})
     assert warnings == ["recorder failed (gone), and is left out from here on; metrics.jsonl has everything"]
 
 
@@ -114,9 +169,9 @@ def test_a_tracker_that_does_not_start_is_not_waited_for(monkeypatch: pytest.Mon
     released = threading.Event()
     recorder, warnings = Recorder(), []
     recorder.start = lambda: released.wait(30)  # type: ignore[method-assign, assignment]
-    trackers = Trackers([recorder], warnings.append)
+    trackers = start([recorder], warnings)
     trackers.log({"step": 0})
-    trackers.finish({})
+    trackers.finish({"status": "finished"})
     assert len(warnings) == 1
     assert "has not started" in warnings[0]
     released.set()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from shardstep.launch.outcomes import read_outcome
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, train_until, write_recipe
 
@@ -163,6 +164,31 @@ def test_no_checkpoint_is_saved_after_the_loss_left_the_numbers(shards: Path, tm
     assert code == 1
     assert "was NaN or infinite" in message
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_the_loss_that_is_no_number_is_named(shards: Path, tmp_path: Path) -> None:
+    recipe, log = write_recipe(tmp_path, shards, log={"every": "100 steps"}), tmp_path / "log"
+    ((code, _, message),) = run_ranks(1, with_a_bad_step, str(recipe), "checkpoint.every=100 steps")
+    assert code == 1
+    assert "NaN or infinite at step 4 (rate 0.05): the training loss since the last evaluation is nan. Try" in message
+    assert "test loss" not in message
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] > 0
+    log.write_text(message)
+    assert read_outcome(tmp_path / "run", log).state == "failed"  # it diverged: to go on would be of no use
+
+
+def with_a_bad_step(recipe: str, *overrides: str) -> tuple[int, str, str]:
+    """Runs in a rank: the training loss of the second step is NaN, and the weights stay what they are."""
+    from shardstep.trainer import loop
+
+    step_function = loop.train_step
+
+    def step(run: Any, batch: Any) -> Any:
+        sums = step_function(run, batch)
+        return sums * float("nan") if run.state.progress.step == 1 else sums
+
+    loop.train_step = step
+    return failure_of(recipe, *overrides)
 
 
 def test_bf16_computes_in_bf16(shards: Path, tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from shardstep.configs.durations import Duration, Progress
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.trainer.check import check_recipe
+from shardstep.trainer.plan import Plan
 from shardstep.trainer.preempt import Requests, StopRequest
+from shardstep.trainer.starts import read_starts
 from shardstep.trainer.time_limit import TimeLimit
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
@@ -51,10 +55,18 @@ def test_training_ends_after_its_seconds_on_all_ranks(shards: Path, tmp_path: Pa
     # evaluations do not count; the last step began before the limit
     assert LIMIT_S <= summary["train_s"] < summary["wall_s"] - evaluations * EVALUATION_S * 0.99
     assert lines[-1]["train_s"] == pytest.approx(summary["train_s"], abs=0.3)
+    assert {line["total_steps"] for line in lines} == {None}
+    assert lines[-1]["share_done"] == 1.0
+    shares = [line["share_done"] for line in lines]
+    assert shares == sorted(shares)
+    for line in train_lines(tmp_path / "run"):  # at most so many seconds of training, and an evaluation each 10 steps
+        training_s = (1 - line["share_done"]) * LIMIT_S
+        assert training_s - 0.1 <= line["left_s"] <= training_s + (1 + training_s / (10 * STEP_S)) * 2 * EVALUATION_S
 
     ((code, out, _),) = run_ranks(1, failure_of, recipe, *limits)
     assert code == 0
     assert "nothing to do" in out
+    assert len(read_starts(tmp_path / "run")) == 1
     ((code, _, err),) = run_ranks(1, failure_of, recipe, limits[0], f"train.max_wall_s={2 * LIMIT_S}")
     assert code == 2  # it is a part of what the run is
     assert "train.max_wall_s: 1.5 -> 3.0" in err
@@ -80,6 +92,22 @@ def test_the_clock_is_looked_at_when_the_time_is_up(tmp_path: Path, monkeypatch:
     other.check(train_s=0.1)  # rank 0's clock counts
     assert other.out_of_time
     assert not other.stop  # which is the run's end, and no request to go on later
+
+
+def test_what_is_left_is_what_ends_the_run_first() -> None:
+    endless = Plan(10, 100, 1, 1, Duration.parse("1000000 epochs"), max_train_s=80.0)
+    progress, pace, every = Progress(step=20, epoch=2, position=0, samples=200), 25.0, Duration.parse("5 epochs")
+    # 60 s of training are left, in which 60 x 25 = 1500 samples pass: an evaluation of 2 s at each 500
+    assert endless.left_s(progress, 20.0, pace, every, 2.0) == 60 + 3 * 2
+    assert endless.share_done(progress, 20.0) == 20 / 80
+    assert endless.left_s(progress, 81.0, pace, every, 2.0) == 0
+    assert endless.share_done(progress, 81.0) == 1.0
+    assert endless.total_steps is None
+    short = replace(endless, duration=Duration.parse("4 epochs"))
+    # its duration is over before: 2 of 4 epochs are left, 200 samples in 8 s, and an evaluation
+    assert short.left_s(progress, 20.0, pace, every, 2.0) == 8 + 2
+    assert short.share_done(progress, 20.0) == 2 / 4
+    assert replace(short, max_train_s=None).total_steps == short.duration_steps == 40
 
 
 def test_a_schedule_that_needs_the_end_is_refused() -> None:

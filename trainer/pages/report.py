@@ -13,6 +13,7 @@ from shardstep.trainer.calibration import expected_calibration_error
 from shardstep.trainer.pages.chart import NUM_COLORS, Point, Series, confusion_chart, line_chart, reliability_chart
 from shardstep.trainer.pages.html import Child, Html, join, page, picture, table, tag
 from shardstep.trainer.record import Line, Record, differing_keys, number
+from shardstep.trainer.status import length
 from shardstep.trainer.study import Study
 from shardstep.trainer.time_limit import time_text
 
@@ -92,7 +93,7 @@ def _head(one: Study) -> Html:
         f"{recipe.model.get('name')}",
         f"{recipe.optimizer.get('name')}, rate {recipe.optimizer.get('lr')}",
         f"batch {recipe.train.global_batch_size}",
-        recipe.train.duration,
+        length(recipe.train),
         f"{manifest.samples:,} training images ({manifest.made.get('source', 'unknown source')})" if manifest else None,
     ]
     return tag("p", _status(one.record), *(f" · {part}" for part in parts if part), class_="lead")
