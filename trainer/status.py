@@ -82,7 +82,7 @@ class Status:
             works = [*_speed(train), f"{train['memory_mb']:,} MB"]
         if evaluation:
             score = evaluation["accuracy"]
-            shown = f"loss {evaluation['loss']:.4f}" if score is None else f"{score:.2%}"
+            shown = _loss(evaluation) if score is None else f"{score:.2%}"
             learns.append(f"test {shown} (step {evaluation['step']:,})")
         if self.saved_step is not None:
             works.append(f"saved step {self.saved_step:,}, {span(max(0.0, now_s - self.saved_at_s))} ago")
@@ -94,7 +94,7 @@ def describe_line(line: Line) -> str:
     if line["kind"] == "eval":
         score, before = line["accuracy"], line["train_accuracy"]
         shown = "" if score is None else f"accuracy {score:.2%} (train {_percent(before)})"
-        parts = [f"epoch {line['epoch']:<5.4g} step {_of(line)}", f"test loss {line['loss']:.4f}", shown]
+        parts = [f"epoch {line['epoch']:<5.4g} step {_of(line)}", f"test {_loss(line)}", shown]
         return "  ".join(filter(None, [*parts, f"{line['wall_s']:.0f} s"]))
     parts = [f"epoch {line['epoch']:<5.4g} {_loss(line)}", _accuracy(line), *_speed(line), f"rate {line['lr']:.3g}"]
     return "  ".join(
@@ -127,7 +127,9 @@ def length(train: TrainConfig) -> str:
 
 
 def _loss(line: Line) -> str:
-    return "step left out" if line["loss"] is None else f"loss {line['loss']:.4f}"
+    if line["loss"] is not None:
+        return f"loss {line['loss']:.4f}"
+    return "step left out" if line.get("skipped_steps") else "loss is no number"
 
 
 def _accuracy(line: Line) -> str:

@@ -67,11 +67,19 @@ def test_a_run_that_its_time_ends_has_no_number_of_steps() -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    line = LONGEST_TRAIN | {"loss": None, "accuracy": None}
+    line = LONGEST_TRAIN | {"loss": None, "accuracy": None, "skipped_steps": 1}
     status = Status()
     status.take(line)
     assert status.rows(0.0)[0] == "step left out  rate 0.000123"
     assert "accuracy" not in describe_line(LONGEST_EVAL | {"accuracy": None})
+
+
+def test_the_last_lines_of_a_run_that_diverged() -> None:
+    status = Status()
+    for line in (LONGEST_TRAIN, LONGEST_EVAL):
+        assert "loss is no number" in describe_line(line | {"loss": None, "accuracy": None})
+        status.take(line | {"loss": None, "accuracy": None})
+    assert "test loss is no number" in status.rows(0.0)[0]
 
 
 def slowly(folder: Path, step_s: float = 0.2) -> Path:
