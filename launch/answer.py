@@ -239,4 +239,5 @@ def _hardware(hardware: dict[str, Any]) -> str:
     if not hardware:
         return ""
     vectors = f" ({hardware['vectors']})" if hardware.get("vectors") else ""
-    return f"{hardware['cpu']}{vectors}, {hardware['threads']} threads a rank"
+    threads = hardware["threads"]
+    return f"{hardware['cpu']}{vectors}, {threads} thread{'s' * (threads > 1)} a rank"
