@@ -29,7 +29,14 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.schema import TrainConfig
 from shardstep.trainer import launcher
 from shardstep.trainer.eager import defer_compiler
-from shardstep.trainer.sharing import POWERSGD_RANK, POWERSGD_START, FlatGradients, bucket_mb, gradient_bytes
+from shardstep.trainer.sharing import (
+    POWERSGD_RANK,
+    POWERSGD_START,
+    FlatGradients,
+    bucket_mb,
+    gradient_bytes,
+    uncompiled,
+)
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _DDP_HOOKS = {
@@ -160,7 +167,7 @@ def wrap_model(
         batches: of images; the first for that pass, and one of each shape to come for the compiler.
         before: what the last call gave for this model; it cannot be used any more. Each rank keeps its own buffers then.
     """
-    before = None if before is None or before is module else _uncompiled(before)
+    before = None if before is None or before is module else uncompiled(before)
     own_buffers = [buffer.clone() for buffer in module.buffers()] if before is not None else []
     if isinstance(before, DistributedDataParallel):
         before._remove_autograd_hooks()  # or both would reduce
@@ -175,11 +182,12 @@ def wrap_model(
         # Buffers are averaged before evaluation; broadcasting them at every forward pass would cost a collective.
         # The attribute, because the argument's name changes between torch versions.
         model.broadcast_buffers = False
+    if config.compile != "none":
+        model = cast(nn.Module, torch.compile(model, mode=config.compile, dynamic=False))
     if is_flat:
         _broadcast_weights(module)
         model = FlatGradients(model, lambda values: _average(values, _SENT_AS[config.compress]))
     if config.compile != "none":
-        model = cast(nn.Module, torch.compile(model, mode=config.compile, dynamic=False))
         for images in batches:
             with accelerator.no_sync(model):  # ranks may have another number of shapes
                 _throw_away_a_pass(accelerator, model, loss_of, images)
@@ -193,10 +201,9 @@ def wrap_model(
 
 def average_gradients(model: nn.Module) -> bool:
     """Share the gradients of a step, unless DDP has done so in its last backward pass. All ranks; returns whether it did."""
-    wrapped = _uncompiled(model)
-    if isinstance(wrapped, FlatGradients):
-        wrapped.average_gradients()
-    return isinstance(wrapped, FlatGradients)
+    if isinstance(model, FlatGradients):
+        model.average_gradients()
+    return isinstance(model, FlatGradients)
 
 
 def _ddp_options(module: nn.Module, config: TrainConfig) -> DistributedDataParallelKwargs:
@@ -237,9 +244,8 @@ def _throw_away_a_pass(
     with torch.no_grad():
         for buffer, before in zip(model.buffers(), kept, strict=True):
             buffer.copy_(before)
-    wrapped = _uncompiled(model)
-    if isinstance(wrapped, FlatGradients):
-        wrapped.lay_out()
+    if isinstance(model, FlatGradients):
+        model.lay_out()
     model.zero_grad()
 
 
@@ -251,17 +257,12 @@ def step(optimizer: AcceleratedOptimizer) -> None:
     (optimizer if optimizer.scaler is not None else optimizer.optimizer).step()
 
 
-def forward(model: nn.Module, images: Tensor) -> Any:
-    """A training pass of a wrapped model. Without samples it is not compiled: convolutions would fail (torch 2.15)."""
-    return model(images) if len(images) else _uncompiled(model)(images)
-
-
 def exposed_share_s(model: nn.Module) -> float | None:
     """Seconds that DDP's backward pass waits on average for other ranks' gradients, after its own are there; None if alone.
 
     From the measurements that DDP takes itself of its first ten passes and of one in a hundred after that.
     """
-    wrapped = _uncompiled(model)
+    wrapped = uncompiled(model)
     if not isinstance(wrapped, DistributedDataParallel):
         return None
     measured = wrapped._get_ddp_logging_data()  # times in nanoseconds
@@ -269,10 +270,6 @@ def exposed_share_s(model: nn.Module) -> float | None:
         return None
     shared_ns = measured.get("avg_backward_comm_time", 0)
     return max(0, shared_ns - measured.get("avg_backward_compute_comm_overlap_time", 0)) / 1e9
-
-
-def _uncompiled(model: nn.Module) -> nn.Module:
-    return getattr(model, "_orig_mod", model)
 
 
 def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Module:
