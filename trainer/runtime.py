@@ -89,6 +89,9 @@ def start(config: TrainConfig) -> PartialState:
         torch.set_flush_denormal(True)  # denormal numbers slow a CPU down 5 to 50 times
         torch.set_num_threads(threads)
         settle_vector_math()
+    else:
+        # Images come in few shapes, again and again: the fastest convolutions, found at the first pass of each, pay at once.
+        torch.backends.cudnn.benchmark = True
     check_world(world)
     return world
 
@@ -305,6 +308,12 @@ def check_world(world: PartialState) -> None:
             f"the launcher announced {expected} ranks (WORLD_SIZE), but {world.num_processes} came up: the "
             f"backend could not join them. Check train.device and the launcher's options"
         )
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what is queued on it; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def keep_freed_memory() -> None:
