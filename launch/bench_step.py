@@ -1,6 +1,8 @@
 """The trainer's loop beside one written by hand, and Lightning's where it is installed, on the article's net."""
 
 import argparse
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,11 +10,7 @@ from typing import TYPE_CHECKING
 from shardstep.launch.bench_tables import Table, importable, in_turn, whole_number
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from shardstep.trainer.setup import Run
-
-_IMAGES = 2048
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,11 +55,12 @@ def article_run(folder: Path, *overrides: str) -> "Run":
     """A new run of the article's net on synthetic images, which are made in `folder` if they are not there."""
     from shardstep.configs.load import load_recipe
     from shardstep.datasets.write import write_shards
+    from shardstep.launch.bare_loop import NUM_IMAGES
     from shardstep.trainer import runtime, setup
     from shardstep.trainer.check import check_recipe
     from shardstep.trainer.display import Display
 
-    for split, count in (("train", _IMAGES), ("test", 16)):
+    for split, count in (("train", NUM_IMAGES), ("test", 16)):
         if not (folder / split).exists():
             write_shards(f"synthetic:{count}", split, folder / split)
     number = len(list(folder.glob("run*")))
@@ -94,25 +93,10 @@ def _trainer(folder: Path, batch_size: int, steps: int, precision: str) -> float
 
 
 def _bare_loop(batch_size: int, steps: int, precision: str) -> float:
-    """Images per second of what one would write by hand: no ranks, no checkpoints, no metrics."""
-    import torch
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, optimizer = _article_net(device)
-    images, labels = _images_and_labels(device)
-    began = 0.0
-    for step in range(2 * steps):
-        if step == steps:
-            began = time.perf_counter()
-        batch, targets = _random_batch(images, labels, batch_size)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            outputs = model(batch)
-        loss = torch.nn.functional.cross_entropy(outputs.float(), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    loss.item()  # waits for the device
-    return steps * batch_size / (time.perf_counter() - began)
+    """Images per second of the loop written by hand."""
+    arguments = map(str, [batch_size, steps, precision])
+    command = [sys.executable, "-m", "shardstep.launch.bare_loop", *arguments]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def _lightning(folder: Path, batch_size: int, steps: int, precision: str) -> float:
@@ -123,20 +107,22 @@ def _lightning(folder: Path, batch_size: int, steps: int, precision: str) -> flo
     import lightning
     import torch
 
+    from shardstep.launch.bare_loop import article_net, images_and_labels, random_batch
+
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images, labels = _images_and_labels(torch.device("cpu"))
+    images, labels = images_and_labels(torch.device("cpu"))
     marks = []
 
     class Batches(torch.utils.data.IterableDataset):
         def __iter__(self):  # type: ignore[no-untyped-def]
             while True:
-                yield _random_batch(images, labels, batch_size)
+                yield random_batch(images, labels, batch_size)
 
     class Article(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.optimizer = _article_net(torch.device("cpu"))
+            self.net, self.optimizer = article_net(torch.device("cpu"))
 
         def training_step(self, batch, index):  # type: ignore[no-untyped-def]
             return torch.nn.functional.cross_entropy(self.net(batch[0]).float(), batch[1])
@@ -159,28 +145,3 @@ def _lightning(folder: Path, batch_size: int, steps: int, precision: str) -> flo
         )  # fmt: skip
         trainer.fit(Article(), torch.utils.data.DataLoader(Batches(), batch_size=None))
     return steps * batch_size / (marks[1] - marks[0])
-
-
-def _article_net(device):  # type: ignore[no-untyped-def]
-    import torch
-
-    from shardstep.trainer.models.article_cnn import article_cnn
-
-    torch.manual_seed(0)
-    model = article_cnn((3, 32, 32), 10).to(device).to(memory_format=torch.channels_last)
-    return model, torch.optim.Adam(model.parameters(), lr=0.001)
-
-
-def _images_and_labels(device):  # type: ignore[no-untyped-def]
-    import torch
-
-    images = torch.randint(0, 256, (_IMAGES, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.randint(0, 10, (_IMAGES,), device=device)
-    return images.to(device, memory_format=torch.channels_last), labels
-
-
-def _random_batch(images: "Tensor", labels: "Tensor", batch_size: int) -> tuple["Tensor", "Tensor"]:
-    import torch
-
-    chosen = torch.randint(0, len(images), (batch_size,), device=images.device)
-    return (images[chosen].float() / 255 - 0.1307) / 0.3081, labels[chosen]

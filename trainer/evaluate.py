@@ -81,6 +81,7 @@ def evaluate(
     # sums: loss, correct, among the top five, samples
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64, device=device)
+    one = torch.ones(1, dtype=torch.float64, device=device)
     for images, labels, _ in batches():
         if stop_requested():
             module.train(was_training)
@@ -89,21 +90,17 @@ def evaluate(
         if len(labels) == 0:
             continue
         outputs = predict(module, images, config.views, config.sure_above)  # (B, K)
+        sums[3] += len(labels)
         if objective.reconstructs:
             sums[0] += objective.evaluation_loss(outputs, images)
-            sums[3] += len(labels)
             continue
+        # Nothing below waits for the device: bincount would, and a tensor that is made of a number, too.
         best = outputs.topk(min(5, num_classes), dim=1).indices
         hits = best == labels.unsqueeze(1)
-        sums += torch.stack(
-            [
-                objective.evaluation_loss(outputs, labels).double(),
-                hits[:, 0].sum(),
-                hits.sum(),
-                labels.new_tensor(len(labels)),
-            ]
+        sums[:3] += torch.stack(
+            [objective.evaluation_loss(outputs, labels).double(), hits[:, 0].sum(), hits.sum()],
         )
-        confusion += torch.bincount(labels * num_classes + best[:, 0], minlength=num_classes**2)
+        confusion.scatter_add_(0, labels * num_classes + best[:, 0], one.expand(len(labels)))
     module.train(was_training)
 
     sums, confusion = reduce_sums(accelerator, [sums, confusion])

@@ -16,6 +16,7 @@ from shardstep.trainer.evaluate import Evaluation
 from shardstep.trainer.metrics import Stopwatch
 from shardstep.trainer.occasional import evaluate_now, save
 from shardstep.trainer.setup import Run
+from shardstep.trainer.sharing import forward
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def train_step(run: Run, batch: GlobalBatch) -> Tensor | None:
         timer.mark("data")
         synchronised = micro_step == batch.num_micro_steps
         with nullcontext() if synchronised else accelerator.no_sync(state.model):
-            outputs = runtime.forward(state.model, micro.images)  # (b, C, H, W) -> (b, K)
+            outputs = forward(state.model, micro.images)  # (b, C, H, W) -> (b, K)
             micro_loss = objective.loss(outputs, micro.images, micro.labels)  # a sum, not a mean
             timer.mark("forward")
             accelerator.backward(micro_loss * (accelerator.num_processes / objective.divisor(batch.size)))

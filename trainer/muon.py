@@ -1,7 +1,7 @@
 """Muon for the filters of convolutions: momentum whose update is made orthogonal."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,23 +41,26 @@ class FilterMuon(Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
             for parameters in by_shape.values():
-                directions = [self._direction(parameter, group) for parameter in parameters]
-                matrices = torch.stack([direction.flatten(1) for direction in directions])
-                updates = orthogonalize(matrices, group["ns_steps"])  # (n, out, rest)
-                for parameter, update in zip(parameters, updates, strict=True):
-                    if group["renormalize"]:
-                        parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.view(parameter.shape).to(parameter.dtype), alpha=-group["lr"])
+                matrices = torch.stack([direction.flatten(1) for direction in self._directions(parameters, group)])
+                updates = orthogonalize(matrices, group["ns_steps"]).to(matrices.dtype)  # (n, out, rest)
+                if group["renormalize"]:
+                    norms = torch._foreach_norm(parameters)
+                    torch._foreach_mul_(parameters, [len(parameters[0]) ** 0.5 / norm for norm in norms])
+                if group["weight_decay"]:
+                    torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                shaped = [update.view_as(parameter) for parameter, update in zip(parameters, updates, strict=True)]
+                torch._foreach_add_(parameters, shaped, alpha=-group["lr"])
 
-    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """The gradient with its momentum."""
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(parameter.grad)
-        return parameter.grad.add(velocity, alpha=group["momentum"]) if group["nesterov"] else velocity
+    def _directions(self, parameters: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
+        """The gradients with their momentum; a CPU rounds this factor to the format of half weights (torch 2.15)."""
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+        velocities = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_mul_(velocities, group["momentum"])
+        torch._foreach_add_(velocities, gradients)
+        return torch._foreach_add(gradients, velocities, alpha=group["momentum"]) if group["nesterov"] else velocities
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:

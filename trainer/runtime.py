@@ -29,7 +29,14 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.schema import TrainConfig
 from shardstep.trainer import launcher
 from shardstep.trainer.eager import defer_compiler
-from shardstep.trainer.sharing import POWERSGD_RANK, POWERSGD_START, FlatGradients, bucket_mb, gradient_bytes
+from shardstep.trainer.sharing import (
+    POWERSGD_RANK,
+    POWERSGD_START,
+    FlatGradients,
+    bucket_mb,
+    gradient_bytes,
+    uncompiled,
+)
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _DDP_HOOKS = {
@@ -82,6 +89,9 @@ def start(config: TrainConfig) -> PartialState:
         torch.set_flush_denormal(True)  # denormal numbers slow a CPU down 5 to 50 times
         torch.set_num_threads(threads)
         settle_vector_math()
+    else:
+        # Images come in few shapes, again and again: the fastest convolutions, found at the first pass of each, pay at once.
+        torch.backends.cudnn.benchmark = True
     check_world(world)
     return world
 
@@ -160,7 +170,7 @@ def wrap_model(
         batches: of images; the first for that pass, and one of each shape to come for the compiler.
         before: what the last call gave for this model; it cannot be used any more. Each rank keeps its own buffers then.
     """
-    before = None if before is None or before is module else _uncompiled(before)
+    before = None if before is None or before is module else uncompiled(before)
     own_buffers = [buffer.clone() for buffer in module.buffers()] if before is not None else []
     if isinstance(before, DistributedDataParallel):
         before._remove_autograd_hooks()  # or both would reduce
@@ -175,11 +185,12 @@ def wrap_model(
         # Buffers are averaged before evaluation; broadcasting them at every forward pass would cost a collective.
         # The attribute, because the argument's name changes between torch versions.
         model.broadcast_buffers = False
+    if config.compile != "none":
+        model = cast(nn.Module, torch.compile(model, mode=config.compile, dynamic=False))
     if is_flat:
         _broadcast_weights(module)
         model = FlatGradients(model, lambda values: _average(values, _SENT_AS[config.compress]))
     if config.compile != "none":
-        model = cast(nn.Module, torch.compile(model, mode=config.compile, dynamic=False))
         for images in batches:
             with accelerator.no_sync(model):  # ranks may have another number of shapes
                 _throw_away_a_pass(accelerator, model, loss_of, images)
@@ -193,10 +204,9 @@ def wrap_model(
 
 def average_gradients(model: nn.Module) -> bool:
     """Share the gradients of a step, unless DDP has done so in its last backward pass. All ranks; returns whether it did."""
-    wrapped = _uncompiled(model)
-    if isinstance(wrapped, FlatGradients):
-        wrapped.average_gradients()
-    return isinstance(wrapped, FlatGradients)
+    if isinstance(model, FlatGradients):
+        model.average_gradients()
+    return isinstance(model, FlatGradients)
 
 
 def _ddp_options(module: nn.Module, config: TrainConfig) -> DistributedDataParallelKwargs:
@@ -237,9 +247,8 @@ def _throw_away_a_pass(
     with torch.no_grad():
         for buffer, before in zip(model.buffers(), kept, strict=True):
             buffer.copy_(before)
-    wrapped = _uncompiled(model)
-    if isinstance(wrapped, FlatGradients):
-        wrapped.lay_out()
+    if isinstance(model, FlatGradients):
+        model.lay_out()
     model.zero_grad()
 
 
@@ -251,17 +260,12 @@ def step(optimizer: AcceleratedOptimizer) -> None:
     (optimizer if optimizer.scaler is not None else optimizer.optimizer).step()
 
 
-def forward(model: nn.Module, images: Tensor) -> Any:
-    """A training pass of a wrapped model. Without samples it is not compiled: convolutions would fail (torch 2.15)."""
-    return model(images) if len(images) else _uncompiled(model)(images)
-
-
 def exposed_share_s(model: nn.Module) -> float | None:
     """Seconds that DDP's backward pass waits on average for other ranks' gradients, after its own are there; None if alone.
 
     From the measurements that DDP takes itself of its first ten passes and of one in a hundred after that.
     """
-    wrapped = _uncompiled(model)
+    wrapped = uncompiled(model)
     if not isinstance(wrapped, DistributedDataParallel):
         return None
     measured = wrapped._get_ddp_logging_data()  # times in nanoseconds
@@ -269,10 +273,6 @@ def exposed_share_s(model: nn.Module) -> float | None:
         return None
     shared_ns = measured.get("avg_backward_comm_time", 0)
     return max(0, shared_ns - measured.get("avg_backward_compute_comm_overlap_time", 0)) / 1e9
-
-
-def _uncompiled(model: nn.Module) -> nn.Module:
-    return getattr(model, "_orig_mod", model)
 
 
 def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Module:
@@ -308,6 +308,12 @@ def check_world(world: PartialState) -> None:
             f"the launcher announced {expected} ranks (WORLD_SIZE), but {world.num_processes} came up: the "
             f"backend could not join them. Check train.device and the launcher's options"
         )
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what is queued on it; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def keep_freed_memory() -> None:

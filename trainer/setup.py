@@ -232,6 +232,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
             display.note(outlook)
 
     listeners.append(tell_outlook)
+    runtime.wait_for(world.device)  # or the first step would be charged for passes that are thrown away
     return Run(
         recipe=recipe,
         folder=folder,

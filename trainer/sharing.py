@@ -3,6 +3,7 @@ what is wrong with the choice out. The collectives themselves are in runtime.py.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,8 @@ class FlatGradients(nn.Module):
     after the backward pass and outside autograd.
 
     Args:
-        module: the model, with the same weights on every rank.
+        module: the model, with the same weights on every rank; compiled, if it is to be: in here, assignments to .grad would
+            break the compiler's graphs.
         average: replaces a tensor by its mean over all ranks.
     """
 
@@ -100,8 +102,11 @@ class FlatGradients(nn.Module):
     def lay_out(self) -> None:
         """Make room for the gradients that a backward pass has left, one buffer per number format, and forget these.
 
-        Parameters that are frozen, or that the model does not use, keep no gradient, as on one rank.
+        Parameters that are frozen, or that the model does not use, keep no gradient, as on one rank. What was laid out before
+        makes way: it would be shared, too.
         """
+        self._buckets.clear()
+        self._gradients.clear()
         parameters = [value for value in self.module.parameters() if value.grad is not None]
         for dtype in dict.fromkeys(value.dtype for value in parameters):
             alike = [value for value in parameters if value.dtype == dtype]
@@ -111,19 +116,29 @@ class FlatGradients(nn.Module):
         for value in parameters:
             value.grad = None
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """The model's outputs; gradients are added up in the buffer."""
         if self._gradients and self._gradients[0][0].grad is None:  # the optimizer has let go of them
             for bucket in self._buckets:
                 bucket.zero_()
             for parameter, view in self._gradients:
                 parameter.grad = view
-        return self.module(*inputs)
+        return forward(self.module, images)
 
     def average_gradients(self) -> None:
         """Share the gradients of a step after its last backward pass. All ranks."""
         for bucket in self._buckets:
             self._average(bucket)
+
+
+def forward(model: nn.Module, images: Tensor) -> Any:
+    """A training pass of a wrapped model. Without samples it is not compiled: convolutions would fail (torch 2.15)."""
+    return model(images) if len(images) else uncompiled(model)(images)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What torch.compile was given."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _views(bucket: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -8,8 +8,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from shardstep.launch import bench
+from shardstep.launch.bench_step import _bare_loop
 from shardstep.launch.bench_tables import Table, as_json, importable, in_turn, paired_ratios, print_table
 from shardstep.launch.cli import run
 
@@ -58,6 +60,12 @@ def test_a_benchmark_runs_and_its_json_has_what_it_promises(
 
 def once(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     return {name: [work() for _ in range(repeats)] for name, work in works.items()}
+
+
+def test_the_bare_loop_has_a_process_of_its_own() -> None:
+    torch.manual_seed(5)
+    assert _bare_loop(4, 1, "fp32") > 0
+    assert torch.initial_seed() == 5  # that loop seeds its own process with 0
 
 
 def test_every_benchmark_is_tested_here() -> None:

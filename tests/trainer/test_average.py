@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from shardstep.trainer.average import Average, averaged
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.plan import Plan
 from shardstep.trainer.trained import open_trained
-from tests.runs import read_lines, train_ranks, write_recipe
+from tests.distributed import run_ranks
+from tests.runs import read_lines, train_ranks, train_until, write_recipe
 
 PLAN = Plan(10, 40, 1, 1, Duration.parse("4 steps"))
 WALK = [1.0, 3.0, -2.0, 5.0]  # the weight after each of four steps; 0 before the first
@@ -59,6 +61,42 @@ def test_a_decay_that_rises_ends_at_its_value() -> None:
         expected.append(value)
     slow, _ = follow({"name": "ema", "decay": 0.5, "rise": 2.0, "every": "1 steps"})
     assert slow == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_average_of_half_weights_follows_a_tiny_drift(dtype: torch.dtype) -> None:
+    """From 1 towards 1 + 2^-7, of which a step adds 0.002: 0.00002, where the formats go in steps of 0.001 and 0.008."""
+    module = torch.nn.Linear(1, 1, bias=False).to(dtype)
+    torch.nn.init.ones_(module.weight)
+    state = TrainState(module, module, optimizer=None)  # type: ignore[arg-type]
+    average = Average({"name": "ema", "decay": 0.998, "rise": 0.0, "every": "1 steps"}, PLAN)
+    average.begin(state)
+    torch.nn.init.constant_(module.weight, 1 + 2**-7)
+    for _ in range(1000):
+        before, state.progress = state.progress, PLAN.advance(state.progress, 10)
+        average.update(state, before)
+    assert state.average is not None
+    # the distance that is left: 0.998^1000 = 0.135 of 2^-7
+    assert state.average["weight"].item() == pytest.approx(1 + (1 - 0.998**1000) * 2**-7, abs=1e-5)
+    with averaged(state):
+        assert module.weight.dtype == dtype
+        assert torch.equal(module.weight, state.average["weight"].to(dtype))
+
+
+def test_a_resumed_average_of_half_weights_is_the_same_to_the_last_bit(shards: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "average": {"name": "ema", "decay": 0.9},
+        "train": {"duration": "8 steps", "precision": "bf16", "weights": "half"},
+        "checkpoint": {"every": "3 steps", "keep": 1},
+    }
+    train_ranks(1, write_recipe(tmp_path / "whole", shards, **sections))
+    interrupted = write_recipe(tmp_path / "cut", shards, **sections)
+    run_ranks(1, train_until, str(interrupted), 5)
+    train_ranks(1, interrupted)
+    for kept in ("model.safetensors", "checkpoints/step-00000008/average.safetensors"):
+        first, second = (load_file(tmp_path / name / "run" / kept) for name in ("whole", "cut"))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {value.dtype for value in first.values()} == {torch.float32}
 
 
 def test_the_weights_are_themselves_again_after_a_look_at_the_average() -> None:

@@ -9,8 +9,8 @@ from tests.runs import train_lines, train_ranks, write_recipe
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_same_curve_compiled(shards: Path, tmp_path: Path, world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "all_reduce"), [(1, "buckets"), (2, "buckets"), (2, "flat")])
+def test_the_same_curve_compiled(shards: Path, tmp_path: Path, world_size: int, all_reduce: str) -> None:
     """With a batch that is short, one that a rank has no part of, and parameters that are frozen on the way."""
     curves = []
     for mode in ("none", "default"):
@@ -19,7 +19,8 @@ def test_the_same_curve_compiled(shards: Path, tmp_path: Path, world_size: int) 
             shards,
             model={"name": "whitening_cnn", "widths": [4, 4]},
             optimizer={"name": "sgd", "lr": 0.05, "groups": [{"match": "whitening.bias", "until": "3 steps"}]},
-            train={"global_batch_size": 50, "duration": "6 steps", "compile": mode},  # 101 samples: 50, 50 and 1
+            # 101 samples: 50, 50 and 1
+            train={"global_batch_size": 50, "duration": "6 steps", "compile": mode, "all_reduce": all_reduce},
         )
         train_ranks(world_size, recipe)
         curves.append([line["loss"] for line in train_lines(tmp_path / mode / "run")])

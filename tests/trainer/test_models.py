@@ -92,6 +92,16 @@ def test_whitening_decorrelates() -> None:
     assert not layer.weight.requires_grad
 
 
+def test_one_of_equally_high_places_gets_the_gradient() -> None:
+    model = build("whitening_cnn", (3, 17, 17), widths=[4])
+    model.whitening = model.activation = model.groups = torch.nn.Identity()
+    features = torch.zeros(2, 4, 3, 3, requires_grad=True)
+    assert torch.equal(model(features + 2), model.head(torch.full((2, 4), 2.0)) * 0.125)
+    model(features).sum().backward()
+    assert features.grad is not None
+    assert features.grad.count_nonzero() == 2 * 4
+
+
 def test_nll_of_log_softmax_is_cross_entropy() -> None:
     logits, labels = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 4
     assert torch.allclose(nll(logits.log_softmax(1), labels), cross_entropy(logits, labels))

@@ -10,7 +10,7 @@ import torch
 
 from shardstep.configs.components import resolve
 from shardstep.configs.errors import InputError
-from shardstep.trainer.muon import orthogonalize
+from shardstep.trainer.muon import FilterMuon, orthogonalize
 from shardstep.trainer.optimizers import (
     CANNOT_WORK,
     COMMON_OPTIONS,
@@ -348,6 +348,22 @@ def test_filter_muon() -> None:
         optimizer.step()
         for layer, weight in zip(net, expected, strict=True):
             torch.testing.assert_close(layer.weight, weight, rtol=1e-9, atol=1e-12)
+
+
+def test_filter_muon_takes_filters_of_one_shape_together() -> None:
+    """The momentum, its sums with the gradients, and the update; no decay by 0."""
+    from torch.profiler import ProfilerActivity, profile
+
+    filters = [torch.nn.Parameter(torch.ones(4, 2, 3, 3)) for _ in range(3)]
+    optimizer = FilterMuon(filters, 0.1, 0.6, True, ns_steps=3, renormalize=False, weight_decay=0.0)
+    for each in filters:
+        each.grad = torch.ones_like(each)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        optimizer.step()
+    names = [event.name for event in profiled.events()]
+    # v <- momentum v; v <- v + g, and w <- w - lr u; g + momentum v
+    counts = [names.count(f"aten::_foreach_{name}") for name in ("mul_", "add_", "add")]
+    assert counts == [1, 2, 1]
 
 
 def test_orthogonalize_keeps_directions_and_evens_out_lengths() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.trainer.check import check_recipe
-from shardstep.trainer.sharing import FlatGradients, bucket_mb
+from shardstep.trainer.sharing import FlatGradients, bucket_mb, gradient_bytes
 from tests.distributed import run_ranks
 from tests.runs import failure_of, train_lines, train_ranks, train_until, write_recipe
 from tests.trainer.test_world import curves, largest_difference
@@ -28,8 +28,9 @@ def test_gradients_are_parts_of_one_buffer_that_stays_in_its_place() -> None:
     module.register_parameter("unused", nn.Parameter(torch.ones(5)))
     model = FlatGradients(module, averaged.append)
     images = torch.randn(6, 2, 3, 3)
-    model(images).sum().backward()
-    model.lay_out()
+    for _ in range(2):  # what the first pass laid out makes way
+        model(images).sum().backward()
+        model.lay_out()
     addresses = set()
     for _ in range(2):
         expected = torch.autograd.grad(model(images).square().sum(), [*module[0].parameters(), *module[2].parameters()])
@@ -164,6 +165,29 @@ def test_reductions_of_a_step(shards: Path, tmp_path: Path, train: dict[str, Any
     recipe = write_recipe(tmp_path, shards, model=WIDE, train=train)
     for counted in run_ranks(2, count_reductions, str(recipe), 3):
         assert counted == [expected] * 3
+
+
+def count_bytes(recipe: str, count: int) -> tuple[list[int], list[int], int]:
+    """Runs in a rank: the all-reduces of some steps, the bytes of each, and those of the gradients."""
+    import torch.distributed as dist
+
+    run, found, all_reduce = build_run(recipe), [], dist.all_reduce
+
+    def counted(values: torch.Tensor, *options: Any) -> Any:
+        found.append(values.nbytes)
+        return all_reduce(values, *options)
+
+    dist.all_reduce = counted
+    return take_steps(run, count), found, gradient_bytes(run.state.module)
+
+
+@pytest.mark.drill
+def test_a_compiled_step_shares_each_gradient_once(shards: Path, tmp_path: Path) -> None:
+    # 101 samples: 25 a rank, 25, and 1 on the first rank alone, so that it compiles two shapes, and the other one
+    recipe = write_recipe(tmp_path, shards, train={"all_reduce": "flat", "compile": "default", "global_batch_size": 50})
+    for counted, sizes, gradients in run_ranks(2, count_bytes, str(recipe), 3):
+        assert counted == [1] * 3
+        assert sizes == [gradients] * 3
 
 
 # --- parameters that are frozen on the way -----------------------------------------------------------------------------
