@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from shardstep.launch import bench
+from shardstep.configs.durations import Duration, Progress
+from shardstep.launch import bench, record_script
+from shardstep.launch.bench_record import script_plan
 from shardstep.launch.bench_step import _bare_loop
 from shardstep.launch.bench_tables import Table, as_json, importable, in_turn, paired_ratios, print_table
 from shardstep.launch.cli import run
+from shardstep.trainer.models.whitening_cnn import WhiteningCnn, whitening_cnn
+from shardstep.trainer.plan import Plan
+from shardstep.trainer.schedules import LearningRate
 
 TINY = {
     "loader": ["--samples", "40", "--jpegs", "4"],
@@ -53,6 +58,9 @@ def test_a_benchmark_runs_and_its_json_has_what_it_promises(
     assert all(row["median"] > 0 and row["ratio"] > 0 and len(row["values"]) == 1 for row in rows.values())
     text = capsys.readouterr().out
     assert all(row in text for row in rows)
+    if name == "record":
+        notes = [note for table in found["tables"] for note in table["notes"]]
+        assert "a script: the method of speedrun94, 2 steps of 50 images" in notes
     left_out = [note for table in found["tables"] for note in table["notes"] if "not installed" in note]
     libraries = {"loader": ["streaming", "litdata"], "step": ["lightning"], "startup": ["lightning"]}.get(name, [])
     assert len(left_out) == sum(not importable(library) for library in libraries)
@@ -66,6 +74,32 @@ def test_the_bare_loop_has_a_process_of_its_own() -> None:
     torch.manual_seed(5)
     assert _bare_loop(4, 1, "fp32") > 0
     assert torch.initial_seed() == 5  # that loop seeds its own process with 0
+
+
+def test_the_script_keeps_to_its_method_where_there_are_images_enough() -> None:
+    assert script_plan(50_000, 512, run_steps=980) == (2000, 200)  # 8 epochs of 25 whole batches
+    assert script_plan(2999, 512, run_steps=980) == (2000, 8)
+    assert script_plan(1999, 50, run_steps=2) == (50, 2)
+
+
+def test_rates_of_the_script_are_those_of_the_recipe() -> None:
+    model = whitening_cnn((3, 32, 32), 10, widths=(4, 4))
+    assert isinstance(model, WhiteningCnn)
+    optimizers = record_script._optimizers(model, 2000, bias_steps=75)
+    first, *others = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert [id(value) for value in first["params"]] == [id(model.whitening.bias)]
+    plan = Plan(2000, 50_000, 1, 1, Duration.parse("8 epochs"))
+    schedule = {"name": "linear", "final": 0.0, "warmup": None, "warmup_start": 0.0}
+    recipe = LearningRate(schedule, plan.duration, plan.samples_per_epoch, plan.global_batch_size)
+    progress = Progress()
+    for step in range(200):
+        record_script._set_rates(optimizers, step, 200)
+        assert first["lr"] == pytest.approx(0.053 * recipe.factor(progress, "3 epochs"))
+        assert [group["lr"] for group in others] == pytest.approx(
+            [rate * recipe.factor(progress) for rate in (0.053, 0.67, 0.24)]
+        )
+        progress = plan.advance(progress, 2000)
+    assert first["lr"] == 0
 
 
 def test_every_benchmark_is_tested_here() -> None:
