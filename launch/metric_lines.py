@@ -8,8 +8,12 @@ from typing import Any, Literal
 from shardstep.configs.errors import InputError
 from shardstep.trainer.status import parse_line
 
-_NEEDED = {"kind", "step", "epoch", "loss", "accuracy", "total_steps", "time"}
-"""What a line of this version has; those of each kind have more."""
+_BOTH = {"kind", "step", "epoch", "loss", "accuracy", "total_steps", "time"}
+_NEEDED = {
+    "train": _BOTH | {"lr", "samples_per_s", "data_wait_share", "memory_mb", "left_s"},
+    "eval": _BOTH | {"train_accuracy", "wall_s"},
+}
+"""What is shown of a line of each kind."""
 _RECENT = 20  # lines: enough for an evaluation to be among them, as a rule
 
 
@@ -72,7 +76,7 @@ class MetricLines:
         line = parse_line(text)
         if line is None:  # the file was cut and has grown again since the last look
             return None
-        missing = _NEEDED - line.keys()
+        missing = _NEEDED[line["kind"]] - line.keys()
         if missing:
             raise InputError(
                 f"{self._path} was written by an older version of shardstep: its lines lack {', '.join(sorted(missing))}"

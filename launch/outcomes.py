@@ -177,9 +177,9 @@ def final_accuracy(variant: Variant) -> str:
 
 
 def fate(variant: Variant) -> str:
-    """What became of the runs of a variant none of which is finished: the worst state among them."""
+    """What became of the runs of a variant none of which has an accuracy: the worst state among them."""
     states = [outcome.state for outcome in variant.seeds.values()]
-    return next((state for state in ("failed", "unfinished", "missing") if state in states), "missing")
+    return next((state for state in ("failed", "unfinished", "missing") if state in states), "not evaluated")
 
 
 def record(variant: Variant) -> dict[str, Any]:

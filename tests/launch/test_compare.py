@@ -259,6 +259,17 @@ def test_how_much_the_rate_matters() -> None:
     assert _sensitivity(variant(None)) == "no rate has worked"
 
 
+def test_the_fate_of_runs_without_accuracy() -> None:
+    from shardstep.launch.outcomes import fate
+
+    def variant(*states: Any) -> Variant:
+        return Variant("a", [], None, {seed: Outcome("", state) for seed, state in enumerate(states)}, {})
+
+    assert fate(variant("finished", "failed", "missing")) == "failed"
+    assert fate(variant("missing", "missing")) == "missing"
+    assert fate(variant("finished")) == "not evaluated"
+
+
 def test_outcomes(tmp_path: Path) -> None:
     assert read_outcome(tmp_path / "nothing").state == "missing"
     log = tmp_path / "0.log"

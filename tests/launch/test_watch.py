@@ -112,6 +112,11 @@ def test_a_run_before_its_first_line(folder: Path, capsys: pytest.CaptureFixture
         ("summary.json", '{"status": "fini', "summary.json is damaged"),
         ("summary.json", '{"status": "done", "step": 3}', "summary.json is damaged, or of another version"),
         ("metrics.jsonl", '{"kind": "train", "step": 1, "loss": 1}\n', "older version of shardstep: its lines lack"),
+        (
+            "metrics.jsonl",
+            '{"kind": "eval", "step": 1, "epoch": 1, "loss": 1, "accuracy": 1, "total_steps": 2, "time": 1}\n',
+            "older version of shardstep: its lines lack train_accuracy, wall_s",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_watched(

@@ -399,7 +399,7 @@ def _facts(one: Study) -> dict[str, Child]:
     hardware, versions, seconds = record.hardware, record.versions, _seconds(one)
     epochs = number(record.last, "epoch")
     waits = [wait for line in record.train if (wait := number(line, "data_wait_share")) is not None]
-    ranks = record.summary.get("world_size") or (record.starts[-1].get("world_size") if record.starts else None)
+    ranks = _ranks(record)
     vectors = f", {hardware['vectors']}" if hardware.get("vectors") else ""
     facts: dict[str, Child] = {
         "steps": f"{record.last['step']:,} ({epochs:.4g} epochs)" if record.last and epochs is not None else None,
@@ -428,6 +428,10 @@ def _facts(one: Study) -> dict[str, Child]:
     return {name: text for name, text in facts.items() if text is not None}
 
 
+def _ranks(record: Record) -> int | None:
+    return record.summary.get("world_size") or (record.starts[-1].get("world_size") if record.starts else None)
+
+
 def _starts(record: Record) -> str | None:
     if not record.starts:
         return None
@@ -447,7 +451,7 @@ def _recipes(studies: list[Study], labels: list[str]) -> Html:
 
 def _recipe(one: Study) -> Html:
     record = one.record
-    ranks = record.summary.get("world_size") or 1
+    ranks = _ranks(record) or 1
     again = f"runs/{record.folder.resolve().name}-again"
     nproc = f" --nproc {ranks}" if ranks > 1 else ""
     command = f"shardstep train config.yaml run.dir={shlex.quote(again)} run.resume=never{nproc}"
