@@ -53,7 +53,7 @@ from shardstep.trainer.profiler import Profiler, parse_steps
 from shardstep.trainer.sample_log import SampleLog
 from shardstep.trainer.saver import Saver
 from shardstep.trainer.schedules import LearningRate
-from shardstep.trainer.sharing import sharing_problems, sharing_warnings
+from shardstep.trainer.sharing import graphs_problem, sharing_problems, sharing_warnings
 from shardstep.trainer.skip import BadSteps
 from shardstep.trainer.time_limit import TimeLimit
 from shardstep.trainer.timing import Timer
@@ -181,7 +181,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     probed_s = _settle_compute(world, recipe, module, objective, loaded, plan, display)
 
     accelerator, state = together(world, lambda: prepare(recipe, module))
-    for warning in together(world, lambda: _check_sharing(recipe, world, resume.path is not None)):
+    for warning in together(world, lambda: _check_sharing(recipe, world, plan, resume.path is not None)):
         display.warn(warning)
     wrap = partial(wrap_model, accelerator, recipe, state, objective, loaded, plan)
     wrap()
@@ -398,18 +398,21 @@ def wrap_model(
     def loss_of(outputs: Tensor, images: Tensor) -> Tensor:
         return objective.loss(outputs, images, torch.zeros(len(images), dtype=torch.long, device=device))
 
+    config = recipe.train
+    if graphs_problem(config, device.type, plan.world_size, plan.micro_steps):
+        config = replace(config, compile="default")
     try:
-        state.model = runtime.wrap_model(accelerator, state.module, recipe.train, loss_of, batches, before=state.model)
+        state.model = runtime.wrap_model(accelerator, state.module, config, loss_of, batches, before=state.model)
     except RuntimeError as error:
-        if recipe.train.compile == "none":
+        if config.compile == "none" or isinstance(error, torch.OutOfMemoryError):
             raise
         raise InputError(
-            f"train.compile={recipe.train.compile} fails ({str(error).strip().splitlines()[0]}): use none; or, on a CPU, see "
+            f"train.compile={config.compile} fails ({str(error).strip().splitlines()[0]}): use none; or, on a CPU, see "
             f"that there is a C++ compiler (g++)"
         ) from None
 
 
-def _check_sharing(recipe: Recipe, world: PartialState, resumed: bool) -> list[str]:
+def _check_sharing(recipe: Recipe, world: PartialState, plan: Plan, resumed: bool) -> list[str]:
     """What to warn of in the way that ranks share gradients, once the precision is settled.
 
     Raises:
@@ -418,7 +421,11 @@ def _check_sharing(recipe: Recipe, world: PartialState, resumed: bool) -> list[s
     problems = sharing_problems(recipe.train)
     if problems:
         raise InputError("\n".join(problems))
-    return sharing_warnings(recipe.train, world.num_processes, resumed)
+    without_graphs = graphs_problem(recipe.train, world.device.type, world.num_processes, plan.micro_steps)
+    warnings = (
+        [f"train.compile={recipe.train.compile} goes without CUDA graphs: {without_graphs}"] if without_graphs else []
+    )
+    return [*warnings, *sharing_warnings(recipe.train, world.num_processes, resumed)]
 
 
 def make_test_batches(

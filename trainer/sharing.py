@@ -80,6 +80,17 @@ def sharing_warnings(config: TrainConfig, world_size: int, resumed: bool) -> lis
     return []
 
 
+def graphs_problem(config: TrainConfig, device_type: str, world_size: int, micro_steps: int) -> str:
+    """Why CUDA graphs, which train.compile asks for, would fail; empty if they would not, or are not asked for."""
+    if device_type != "cuda" or config.compile not in ("reduce-overhead", "max-autotune"):
+        return ""
+    if world_size > 1 and config.all_reduce == "buckets":  # pytorch#140395, #139207
+        return "DDP's all-reduces hang in them, or keep them from being used; train.all_reduce=flat leaves them outside"
+    if micro_steps > 1:  # pytorch#96693
+        return "the gradients of a micro-step lie where the next one writes; a larger train.max_micro_batch makes one of them"
+    return ""
+
+
 class FlatGradients(nn.Module):
     """A model whose gradients lie side by side in one buffer, which one collective averages over the ranks.
 

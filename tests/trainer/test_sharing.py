@@ -9,14 +9,36 @@ from torch import nn
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
+from shardstep.configs.schema import TrainConfig
 from shardstep.trainer.check import check_recipe
-from shardstep.trainer.sharing import FlatGradients, bucket_mb, gradient_bytes
+from shardstep.trainer.sharing import FlatGradients, bucket_mb, gradient_bytes, graphs_problem
 from tests.distributed import run_ranks
 from tests.runs import failure_of, train_lines, train_ranks, train_until, write_recipe
 from tests.trainer.test_world import curves, largest_difference
 
 FLAT = {"all_reduce": "flat"}
 WIDE = {"name": "mlp", "hidden": [64, 512, 512, 512, 16]}  # 0.75, 0.13, 1, 1, 0.03 and 0.001 MiB of gradients
+
+
+@pytest.mark.parametrize(
+    ("mode", "all_reduce", "device_type", "world_size", "micro_steps", "told"),
+    [
+        ("max-autotune", "buckets", "cuda", 1, 1, ""),
+        ("max-autotune", "buckets", "cuda", 2, 1, "train.all_reduce=flat"),
+        ("reduce-overhead", "flat", "cuda", 2, 1, ""),
+        ("reduce-overhead", "flat", "cuda", 2, 3, "train.max_micro_batch"),
+        ("reduce-overhead", "buckets", "cuda", 1, 3, "train.max_micro_batch"),
+        ("default", "buckets", "cuda", 2, 3, ""),
+        ("max-autotune", "buckets", "cpu", 2, 3, ""),  # a CPU has no graphs
+    ],
+)
+def test_cuda_graphs_are_left_where_they_would_fail(
+    mode: Any, all_reduce: Any, device_type: str, world_size: int, micro_steps: int, told: str
+) -> None:
+    config = TrainConfig(compile=mode, all_reduce=all_reduce)
+    problem = graphs_problem(config, device_type, world_size, micro_steps)
+    assert told in problem
+    assert bool(told) == bool(problem)
 
 
 # --- one flat buffer, without ranks -----------------------------------------------------------------------------------
