@@ -4,20 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 from shardstep.configs.durations import Duration, Progress
+from shardstep.trainer.plan import Plan
 
 
 class Freezer:
     """Freezes parameter groups of an optimizer that have a duration `until`."""
 
-    def __init__(self, groups: list[dict[str, Any]], samples_per_epoch: int, rewrap: Callable[[], None]):
+    def __init__(self, groups: list[dict[str, Any]], plan: Plan, rewrap: Callable[[], None]):
         """
         Args:
             groups: of the optimizer.
-            samples_per_epoch: samples that an epoch consumes.
+            plan: of the run.
             rewrap: called after parameters were frozen: DDP counts on the gradients of all that it was given.
         """
-        self._pending = [(Duration.parse(group["until"]), group["params"]) for group in groups if "until" in group]
-        self._samples_per_epoch = samples_per_epoch
+        pending = [(Duration.parse(group["until"]), group["params"]) for group in groups if "until" in group]
+        self._pending = sorted(pending, key=lambda pair: plan.samples_in(pair[0]))
+        self._samples_per_epoch = plan.samples_per_epoch
         self._rewrap = rewrap
 
     def freeze_due(self, progress: Progress) -> None:
@@ -31,3 +33,15 @@ class Freezer:
                 parameter.requires_grad_(False)
                 parameter.grad = None
         self._rewrap()
+
+    def rehearse(self) -> None:
+        """Let a compiler meet the model as it will be after each freezing, so that no step has to wait for it. All ranks."""
+        for _, parameters in self._pending:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            self._rewrap()
+        for _, parameters in self._pending:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+        if self._pending:
+            self._rewrap()

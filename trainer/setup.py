@@ -232,6 +232,9 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
             display.note(outlook)
 
     listeners.append(tell_outlook)
+    freezer = Freezer(state.optimizer.param_groups, plan, wrap)
+    if recipe.train.compile != "none":
+        freezer.rehearse()
     runtime.wait_for(world.device)  # or the first step would be charged for passes that are thrown away
     return Run(
         recipe=recipe,
@@ -249,7 +252,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
         base_lr=float(recipe.optimizer["lr"]),
         clip=clip,
         average=average,
-        freezer=Freezer(state.optimizer.param_groups, plan.samples_per_epoch, wrap),
+        freezer=freezer,
         every=every,
         metrics=Metrics(
             accelerator,

@@ -1,6 +1,8 @@
 """Training passes that torch.compile has made, against those that it has not."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,33 @@ def test_the_same_curve_compiled(shards: Path, tmp_path: Path, world_size: int, 
         curves.append([line["loss"] for line in train_lines(tmp_path / mode / "run")])
         assert json.loads((tmp_path / mode / "run" / "summary.json").read_text())["step"] == 6
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+COUNTING = """
+import sys
+from shardstep.launch.train import main
+from shardstep.trainer import loop
+function = loop.train_step
+def step(run, batch):
+    from torch._dynamo.utils import counters  # not before the trainer has decided that it is needed
+    print("graphs:", counters["stats"]["unique_graphs"])
+    return function(run, batch)
+loop.train_step = step
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.drill
+def test_no_step_waits_for_the_compiler(shards: Path, tmp_path: Path) -> None:
+    """Neither the first, nor a short one, nor those after a freezing: all is compiled when the run is built."""
+    groups = [{"match": "1.bias", "until": "3 steps"}, {"match": "1.weight", "until": "1 epochs"}]
+    recipe = write_recipe(
+        tmp_path,
+        shards,
+        model={"name": "mlp", "hidden": [8]},
+        optimizer={"name": "sgd", "lr": 0.05, "groups": groups},
+        train={"global_batch_size": 50, "duration": "5 steps", "compile": "default"},  # 101 samples: 50, 50 and 1
+    )
+    done = subprocess.run([sys.executable, "-c", COUNTING, str(recipe)], capture_output=True, text=True, check=True)
+    found = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("graphs:")]
+    assert found == [3 * 2] * 5  # nothing frozen, one, both; batches of 50 and of 1
