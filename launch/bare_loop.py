@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     began = 0.0
     for step in range(2 * steps):
         if step == steps:
-            began = _now(device)
+            began = now(device)
         batch, targets = random_batch(images, labels, batch_size)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             outputs = model(batch)
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(steps * batch_size / (_now(device) - began))
+    print(steps * batch_size / (now(device) - began))
     return 0
 
 
@@ -61,7 +61,7 @@ def random_batch(images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tenso
     return (images[chosen].float() / 255 - 0.1307) / 0.3081, labels[chosen]
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds, once the device has done what is queued."""
     if device.type == "cuda":
         torch.cuda.synchronize()

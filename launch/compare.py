@@ -155,7 +155,7 @@ def _submit(comparison: Comparison, given: argparse.Namespace) -> int:
             print(f"written: {path}")
     if running:
         print(
-            f"{len(running)} runs are still at work: nothing is submitted. The same command goes on when they have ended"
+            f"runs still at work: {len(running)}. Nothing is submitted now; the same command goes on when they have ended"
         )
         return 0
     if not tasks:

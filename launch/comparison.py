@@ -339,9 +339,8 @@ def _check_same_comparison(comparison: Comparison) -> None:
             if saved["digests"].get(name, digest) != digest and (comparison.folder / name).exists()
         ]
         comparison.settled, comparison.rates = list(saved["settled"]), dict(saved["rates"])
-        comparison.digests = (
-            saved["digests"] | new["digests"]
-        )  # runs of variants that are left out this time stay known
+        # Runs of variants that are left out this time stay known.
+        comparison.digests = saved["digests"] | new["digests"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({error}): give another --out, or remove the file") from None
     if differences:

@@ -11,7 +11,6 @@ training and evaluation. Network, Muon and views are the toolkit's.
 
 import json
 import sys
-import time
 from typing import cast
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.resident import load_resident
+from shardstep.launch.bare_loop import now
 from shardstep.trainer import machine
 from shardstep.trainer.models.whitening_cnn import WhiteningCnn, whitening_cnn
 from shardstep.trainer.muon import FilterMuon
@@ -57,11 +57,11 @@ def main(arguments: list[str]) -> int:
         _train(model, forward, images, labels.flip(0), batch_size, steps)
         _accuracy(forward, test_images, test_labels)
     torch.manual_seed(seed)
-    began = _now(device)
+    began = now(device)
     initialized = _train(model, forward, images, labels, batch_size, steps)
-    trained = _now(device)
+    trained = now(device)
     accuracy = _accuracy(forward, test_images, test_labels)
-    ended = _now(device)
+    ended = now(device)
     found = {"accuracy": accuracy, "steps": steps, "initialize_s": initialized - began}
     print(json.dumps(found | {"train_s": trained - initialized, "evaluate_s": ended - trained}))
     return 0
@@ -95,7 +95,7 @@ def _train(
     model.load_state_dict(_network().state_dict())
     model.initialize(images[:_INITIALIZE_IMAGES].float())
     model.train()
-    initialized = _now(device)
+    initialized = now(device)
     steps_per_epoch = len(images) // batch_size
     optimizers = _optimizers(model, batch_size, _BIAS_EPOCHS * steps_per_epoch)
     flipped = torch.rand(len(images), device=device) < 0.5
@@ -172,12 +172,6 @@ def _accuracy(forward: nn.Module, images: Tensor, labels: Tensor) -> float:
     for some, wanted in zip(images.split(size), labels.split(size), strict=True):
         right += (predict(forward, some, "mirror_translate").argmax(dim=1) == wanted).sum()
     return right.item() / len(labels)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":
