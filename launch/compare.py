@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default: 3)")
     add("--budget", metavar="B", help='of each run: "3 epochs", "500 steps", "120 s" (default: the recipe\'s duration)')
     add("--tune", metavar="KEY", help="first search this rate for each variant, such as optimizer.lr")
-    add("--trials", type=int, metavar="K", help="rates to try, a factor of sqrt(10) apart (default: 3)")
+    add(
+        "--trials", type=int, metavar="K", help="rates to try, sqrt(10) apart, and up to 3 more at an edge (default: 3)"
+    )
     add("--target", type=float, metavar="A", help="accuracy to reach (default: nine tenths of the best mean)")
     add("--parallel", type=int, default=1, metavar="P", help="runs at once, over GPUs or CPU cores (default: 1)")
     add("--within", type=float, metavar="MINUTES", help="begin no run that would not end within this time")
