@@ -2,7 +2,7 @@
 
 Each takes images of shape (batch, height, width, channels) and Draws, and returns such images, of the same size but for
 `shrink`; the images it was given may be changed.
-What happens to a sample depends on (seed, epoch, its global position), never on the batch or rank it is in. Keyword
+What happens to a sample depends on (seed, epoch, its global position or its id), never on the batch or rank it is in. Keyword
 arguments are the transform's options in a recipe: `data.augment=[flip, {name: translate, pixels: 2}]`.
 """
 
@@ -63,10 +63,11 @@ def cutout(images: Tensor, draws: Draws, *, size: int = 8) -> Tensor:
 def shrink(images: Tensor, draws: Draws, *, size: int, epochs: int) -> Tensor:
     """Scale images to `size` x `size` pixels in the first `epochs` epochs, which then take a fraction of the time.
 
-    Bilinear with antialiasing. Put it last: what comes behind would work on fewer pixels. Howard 2018 and Page 2018 raise the
-    size as training goes on.
+    Bilinear with antialiasing. Put it last: what comes behind would work on fewer pixels. Images that are as small already
+    stay as they are, so that several of it, the smallest first, raise the size as training goes on, as Howard 2018 and Page
+    2018 do.
     """
-    if draws.epoch >= epochs:
+    if draws.epoch >= epochs or images.shape[1] * images.shape[2] <= size**2:
         return images
     values = images.permute(0, 3, 1, 2)
     if images.device.type != "cpu":  # torch interpolates bytes on CPUs only
@@ -81,15 +82,18 @@ def color_jitter(
     images: Tensor, draws: Draws, *, brightness: float = 0.2, contrast: float = 0.2, saturation: float = 0.2
 ) -> Tensor:
     """Scale brightness, contrast (around the image's mean) and saturation by random factors from [1 - x, 1 + x]."""
-    spread = torch.tensor([brightness, contrast, saturation], device=images.device)
-    factors = 1 + (2 * draws.uniform(columns=3).float() - 1) * spread  # (B, 3)
-    bright, contrasted, saturated = (factor.view(-1, 1, 1, 1) for factor in factors.unbind(dim=1))
+    signed = 2 * draws.uniform(columns=3).float() - 1  # (B, 3)
+    bright, contrasted, saturated = (
+        (1 + most * signed[:, column]).view(-1, 1, 1, 1)
+        for column, most in enumerate((brightness, contrast, saturation))
+    )
     values = images.float() * bright
     mean = values.mean(dim=(1, 2, 3), keepdim=True)
     values = mean + (values - mean) * contrasted
     if images.shape[3] == 3:
-        luma = values @ torch.tensor([0.299, 0.587, 0.114], device=images.device)  # ITU-R BT.601, (B, H, W)
-        values = luma.unsqueeze(3) + (values - luma.unsqueeze(3)) * saturated
+        red, green, blue = values.split(1, dim=3)
+        luma = 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R BT.601, (B, H, W, 1)
+        values = luma + (values - luma) * saturated
     return values.round_().clamp_(0, 255).to(torch.uint8)
 
 

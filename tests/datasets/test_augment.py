@@ -147,6 +147,17 @@ def test_shrink() -> None:
     assert shrink(images, draws(count=2, epoch=2), size=2, epochs=2) is images
 
 
+def test_shrink_raises_the_size_step_by_step() -> None:
+    transforms = build_transforms([{"name": "shrink", "size": size, "epochs": size // 4} for size in (4, 8, 12)])
+    sides = []
+    for epoch in range(4):
+        seen = images(2, height=16, width=16)
+        for transform in transforms:
+            seen = transform(seen, draws(count=2, epoch=epoch))
+        sides.append(seen.shape[1])
+    assert sides == [4, 8, 12, 16]
+
+
 def test_normalize_takes_smaller_images() -> None:
     images = torch.randint(0, 256, (3, 2, 2, 3), dtype=torch.uint8)
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]

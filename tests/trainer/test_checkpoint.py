@@ -296,6 +296,10 @@ CASES: dict[str, dict[str, Any]] = {
     "micro-steps": {"train": {"max_micro_batch": 4}},
     "streamed": {"data": {"mode": "stream", "augment": ["flip"]}},
     "batch norm": {"model": {"name": "whitening_cnn", "widths": [8, 8]}},
+    "images that grow": {
+        "model": {"name": "whitening_cnn", "widths": [8, 8]},
+        "data": {"augment": ["alternating_flip", *({"name": "shrink", "size": 9 + n, "epochs": n} for n in (1, 2))]},
+    },
     "frozen after a while": {
         "optimizer": {
             "name": "adam",
