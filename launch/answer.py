@@ -14,7 +14,7 @@ from shardstep.launch.compare_page import Answer, document, page
 from shardstep.launch.compare_plots import PLOTS
 from shardstep.launch.comparison import Comparison
 from shardstep.launch.differences import CONFIDENCE, compare_groups, mean_interval, sentences
-from shardstep.launch.outcomes import Outcome, Variant, final_accuracy, record
+from shardstep.launch.outcomes import EXPLODED, Outcome, Variant, final_accuracy, record
 
 _COST = ("train_s", "step")
 _WIDTH = 80  # of a terminal
@@ -149,7 +149,7 @@ def _search_rows(variants: list[Variant], key: str) -> list[list[str]]:
     for variant in variants:
         cells = []
         for rate, outcome in variant.search.items():
-            loss = outcome.state if outcome.train_loss is None else f"{outcome.train_loss:.4f}"
+            loss = outcome.state if outcome.train_loss is None else f"{outcome.train_loss:.5g}"
             cells.append(f"{rate:g}: {loss}{' (taken)' if rate == variant.rate else ''}")
         rows.append([variant.name, ", ".join(cells), _sensitivity(variant)])
     return rows
@@ -165,6 +165,8 @@ def _sensitivity(variant: Variant) -> str:
     around = [losses[place] for place in (best - 1, best + 1) if 0 <= place < len(losses)]
     if any(loss is None for loss in around):
         return "fails at the next rate"
+    if any((loss or 0) > EXPLODED * min(known) for loss in around):
+        return "explodes at the next rate"
     if not around or not min(known):  # nothing to compare with, or all learnt
         return ""
     worse = f"+{max((loss or 0) / min(known) - 1 for loss in around):.0%}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from shardstep.configs.files import write_whole
 from shardstep.launch.differences import mean_interval
-from shardstep.launch.outcomes import Variant
+from shardstep.launch.outcomes import EXPLODED, Variant
 
 _GREY = "#808080"  # of axes and text: readable on white and on black
 _STYLES = ("-", "--", ":")  # a colour comes again after ten variants, in another style
@@ -102,6 +102,10 @@ def _draw_rates(plt: Any, variants: Sequence[Variant], target: float | None) -> 
         style = {"color": f"C{place % 10}", "linestyle": _STYLES[place // 10 % len(_STYLES)]}
         axis.plot(list(known), list(known.values()), marker="o", markersize=4, label=variant.name, **style)
     axis.set(xscale="log", xlabel="rate", ylabel="training loss, last fifth of the samples")
+    losses = [[run.train_loss for run in of.search.values() if run.train_loss is not None] for of in variants]
+    shown = [loss for found in losses for loss in found if loss <= EXPLODED * min(found)]
+    if len(shown) < sum(map(len, losses)):  # a line that leaves the picture at its top says enough
+        axis.set_ylim(top=max(shown) + 0.05 * (max(shown) - min(shown)))
     axis.grid(alpha=0.2)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure

@@ -254,6 +254,7 @@ def test_how_much_the_rate_matters() -> None:
 
     assert _sensitivity(variant(2.0, 1.0, 1.5)) == "+100%"
     assert _sensitivity(variant(2.0, 1.5, 1.0)) == "+50%; the best is at the edge"
+    assert _sensitivity(variant(2.0, 1.0, 3e9)) == "explodes at the next rate"
     assert _sensitivity(variant(2.0, 1.0, None)) == "fails at the next rate"
     assert _sensitivity(variant(0.0, 0.0, 1.0)) == ""  # all learnt: no share of nothing
     assert _sensitivity(variant(None)) == "no rate has worked"
