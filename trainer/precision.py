@@ -15,7 +15,7 @@ from shardstep.trainer.models.batch_norm import convert_batch_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_FAR_BEHIND = (2.0, 1.2, 1.1, 1.1)  # after each round; the first one sets things up, and says little
+_FAR_BEHIND = (3.0, 1.2, 1.1, 1.1)  # after each round; the first one sets things up, and says little
 PROBE_SAMPLES = 32  # enough work to tell the formats apart, little enough to take a fraction of a second
 
 

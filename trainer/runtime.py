@@ -30,6 +30,7 @@ from shardstep.configs.schema import TrainConfig
 from shardstep.trainer import launcher
 from shardstep.trainer.eager import defer_compiler
 from shardstep.trainer.sharing import (
+    GRAPH_MODES,
     POWERSGD_RANK,
     POWERSGD_START,
     FlatGradients,
@@ -46,6 +47,8 @@ _DDP_HOOKS = {
     "powersgd": DDPCommunicationHookType.POWER_SGD,
 }
 _SENT_AS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_COMPILED_AT_MOST = 256  # graphs of one model: sizes of batches and images, times freezings; torch's limit is 8
+_GRAPH_PASSES = 3  # until CUDA graphs are ready: one as it is, one that is recorded, one that finds it good
 
 
 def choose_device(wanted: str) -> str:
@@ -153,6 +156,7 @@ def wrap_model(
     loss_of: Callable[[Tensor, Tensor], Tensor],
     batches: list[Tensor],
     before: nn.Module | None = None,
+    rehearsed: bool = False,
 ) -> nn.Module:
     """Wrap a model so that the ranks share its gradients, with autocast, and compile it; the weights are rank 0's. All ranks.
 
@@ -169,6 +173,7 @@ def wrap_model(
         loss_of: of the model's outputs for images.
         batches: of images; the first for that pass, and one of each shape to come for the compiler.
         before: what the last call gave for this model; it cannot be used any more. Each rank keeps its own buffers then.
+        rehearsed: the compiler has met the model with these parameters frozen.
     """
     before = None if before is None or before is module else uncompiled(before)
     own_buffers = [buffer.clone() for buffer in module.buffers()] if before is not None else []
@@ -185,15 +190,20 @@ def wrap_model(
         # Buffers are averaged before evaluation; broadcasting them at every forward pass would cost a collective.
         # The attribute, because the argument's name changes between torch versions.
         model.broadcast_buffers = False
+    # It knows a bare model again; a new DDP is new to it.
+    compiler_is_ready = rehearsed and not isinstance(model, DistributedDataParallel)
     if config.compile != "none":
+        torch._dynamo.config.recompile_limit = _COMPILED_AT_MOST  # beyond it, all is done without the compiler
         model = cast(nn.Module, torch.compile(model, mode=config.compile, dynamic=False))
     if is_flat:
         _broadcast_weights(module)
         model = FlatGradients(model, lambda values: _average(values, _SENT_AS[config.compress]))
-    if config.compile != "none":
+    if config.compile != "none" and not compiler_is_ready:
+        with_graphs = accelerator.device.type == "cuda" and config.compile in GRAPH_MODES
         for images in batches:
-            with accelerator.no_sync(model):  # ranks may have another number of shapes
-                _throw_away_a_pass(accelerator, model, loss_of, images)
+            for _ in range(_GRAPH_PASSES if with_graphs else 1):
+                with accelerator.no_sync(model):  # these gradients need not travel
+                    _throw_away_a_pass(accelerator, model, loss_of, images)
     if not alone:
         _throw_away_a_pass(accelerator, model, loss_of, batches[0])
     with torch.no_grad():
@@ -243,7 +253,9 @@ def _throw_away_a_pass(
 ) -> None:
     """Settle the order in which gradients are added up; the model stays as it is."""
     kept = [buffer.clone() for buffer in model.buffers()]
-    accelerator.backward(loss_of(model(images), images))
+    outputs = model(images)  # alive during the backward pass, as in a step: CUDA graphs are recorded for just that
+    accelerator.backward(loss_of(outputs, images))
+    del outputs
     with torch.no_grad():
         for buffer, before in zip(model.buffers(), kept, strict=True):
             buffer.copy_(before)
@@ -317,19 +329,18 @@ def wait_for(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's allocator keep what is freed, up to 2 GiB, in place of returning it to the system at once.
+    """Let glibc's allocator keep what is freed, in place of returning it to the system: as much as was in use at once.
 
     By default a big tensor is mapped when it is made and unmapped when it is freed, and the kernel clears its pages
     again at every step: a third of a CPU training's time. Other C libraries are left as they are.
     """
-    # <malloc.h>; thresholds are C ints, so 2 GiB - 1 is the bound on what stays at the top of the heap
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # <malloc.h>
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)  # never: past a threshold, all but top_pad would go back, at every step
     mallopt(top_pad, 64 << 20)
 
 

@@ -306,7 +306,7 @@ def initial_model(
 ) -> nn.Module:
     """The model with its first weights, the same on every rank, on the device.
 
-    Weights from elsewhere are left where they are if the run is resumed, and has its own.
+    A resumed run loads no pretrained weights: it has its own.
 
     Raises:
         InputError: the model does not fit the images or the loss.
@@ -366,7 +366,13 @@ def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]
 
 
 def wrap_model(
-    accelerator: Accelerator, recipe: Recipe, state: TrainState, objective: Objective, loaded: Data, plan: Plan
+    accelerator: Accelerator,
+    recipe: Recipe,
+    state: TrainState,
+    objective: Objective,
+    loaded: Data,
+    plan: Plan,
+    rehearsed: bool = False,
 ) -> None:
     """Let the ranks share the gradients of a state's model; again when parameters have been frozen or set free. All ranks.
 
@@ -377,6 +383,7 @@ def wrap_model(
         objective: whose gradient it is.
         loaded: the data, for the shape of its images.
         plan: for the sizes of batches.
+        rehearsed: the same parameters have been frozen before.
 
     Raises:
         InputError: the model cannot be compiled here.
@@ -387,14 +394,15 @@ def wrap_model(
     if recipe.train.compile != "none":
         sides = [(height, width), *((entry["size"],) * 2 for entry in recipe.data.augment if entry["name"] == "shrink")]
         sizes = {plan.global_batch_size, plan.samples_per_epoch % plan.global_batch_size} - {0}
-        pieces = [
-            micro_pieces(size, accelerator.process_index, plan.world_size, recipe.train.max_micro_batch)
+        pieces = [  # of all ranks: batch norm may have them talk in each pass
+            micro_pieces(size, rank, plan.world_size, recipe.train.max_micro_batch)
             for size in sizes
+            for rank in range(plan.world_size)
         ]
         counts = {stop - start for found in pieces for start, stop in found} - {0}
         shapes = {(count, *side) for count in counts for side in sides} or shapes
-    batches = [
-        torch.zeros(count, channels, *side, device=device).contiguous(memory_format=layout)
+    batches = [  # laid out as those of the loader are
+        torch.zeros(count, *side, channels, device=device).permute(0, 3, 1, 2).contiguous(memory_format=layout)
         for count, *side in sorted(shapes)
     ]
 
@@ -405,7 +413,9 @@ def wrap_model(
     if graphs_problem(config, device.type, plan.world_size, plan.micro_steps):
         config = replace(config, compile="default")
     try:
-        state.model = runtime.wrap_model(accelerator, state.module, config, loss_of, batches, before=state.model)
+        state.model = runtime.wrap_model(
+            accelerator, state.module, config, loss_of, batches, before=state.model, rehearsed=rehearsed
+        )
     except RuntimeError as error:
         if config.compile == "none" or isinstance(error, torch.OutOfMemoryError):
             raise

@@ -12,6 +12,7 @@ from shardstep.configs.schema import TrainConfig
 
 POWERSGD_RANK = 2  # Vogels et al. 2019, arXiv 1905.13727, table 3: as good as no compression for ResNet-18 on CIFAR-10
 POWERSGD_START = 2  # the first step that may be compressed: torch's DDP arranges its buckets anew after its first pass
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of train.compile: with CUDA graphs on a GPU
 _SMALL_NET_MB, _SMALL_BUCKET_MB, _LARGE_BUCKET_MB = 25, 1, 25
 
 
@@ -82,7 +83,7 @@ def sharing_warnings(config: TrainConfig, world_size: int, resumed: bool) -> lis
 
 def graphs_problem(config: TrainConfig, device_type: str, world_size: int, micro_steps: int) -> str:
     """Why CUDA graphs, which train.compile asks for, would fail; empty if they would not, or are not asked for."""
-    if device_type != "cuda" or config.compile not in ("reduce-overhead", "max-autotune"):
+    if device_type != "cuda" or config.compile not in GRAPH_MODES:
         return ""
     if world_size > 1 and config.all_reduce == "buckets":  # pytorch#140395, #139207
         return "DDP's all-reduces hang in them, or keep them from being used; train.all_reduce=flat leaves them outside"

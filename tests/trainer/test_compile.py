@@ -30,6 +30,19 @@ def test_the_same_curve_compiled(shards: Path, tmp_path: Path, world_size: int, 
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
+@pytest.mark.drill
+def test_ranks_that_talk_in_each_pass_compile_the_same_ones(shards: Path, tmp_path: Path) -> None:
+    """101 samples in batches of 50: rank 0 never has one of a single image, rank 1 has."""
+    recipe = write_recipe(
+        tmp_path,
+        shards,
+        model={"name": "whitening_cnn", "widths": [4, 4], "sync_batch_norm": True},
+        train={"global_batch_size": 50, "duration": "3 steps", "compile": "default", "timeout_s": 700},
+    )
+    train_ranks(2, recipe)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 3
+
+
 COUNTING = """
 import sys
 from shardstep.launch.train import main

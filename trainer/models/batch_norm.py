@@ -31,7 +31,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(images)
         values = images.float()  # (B, C, H, W); half precision would not carry the sums
-        count = all_reduce_sum(values.new_tensor(float(values.numel() // values.shape[1])))
+        count = all_reduce_sum(values.new_full((), values.numel() // values.shape[1]))
         mean = all_reduce_sum(values.sum(dim=(0, 2, 3))) / count  # (C,)
         centred = values - mean.view(1, -1, 1, 1)
         variance = all_reduce_sum(centred.square().sum(dim=(0, 2, 3))) / count  # of the centred values: no cancellation
