@@ -35,8 +35,13 @@ class _StandIn(ModuleType):
     eval_frame = SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {}))  # no model is one
 
     @staticmethod
-    def disable(function: Callable[..., Any], *options: Any, **more: Any) -> Callable[..., Any]:
-        """`function` itself for as long as nothing is compiled; torch keeps what it gets here for good."""
+    def disable(function: Callable[..., Any] | None = None, *options: Any, **more: Any) -> Callable[..., Any]:
+        """`function` itself for as long as nothing is compiled; torch keeps what it gets here for good.
+
+        Without one, a decorator for it.
+        """
+        if function is None:
+            return lambda later: _StandIn.disable(later, *options, **more)
         disabled: list[Callable[..., Any]] = []
 
         def call(*arguments: Any, **keywords: Any) -> Any:

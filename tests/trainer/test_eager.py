@@ -29,6 +29,14 @@ def test_a_step_does_not_import_the_compiler():
     run(TRAIN + "assert not [name for name in sys.modules if name.startswith('torch._dynamo.')]")
 
 
+def test_what_is_not_to_be_compiled_can_be_said_in_all_ways():
+    ways = "torch.compiler.disable()", "torch.compiler.disable(recursive=False)", "torch._dynamo.disable"
+    run(
+        "\n".join(f"assert {way}(lambda: 5)() == 5" for way in ways)
+        + "\nassert 'torch._dynamo.config' not in sys.modules"
+    )
+
+
 @pytest.mark.parametrize("statement", [
     "import torch._dynamo.config; assert torch._dynamo.config is sys.modules['torch._dynamo.config']",
     "from torch._dynamo.backends.registry import list_backends; assert list_backends()",
