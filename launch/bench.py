@@ -44,7 +44,11 @@ def main(arguments: list[str]) -> int:
     bench_scaling.add_arguments(
         commands.add_parser("scaling", help="what more ranks give: measured here, and by a model of a cluster")
     )
-    given = parser.parse_args(arguments)
+    given, left = parser.parse_known_args(arguments)
+    if left and not (hasattr(given, "overrides") and all("=" in word and not word.startswith("-") for word in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:  # argparse takes positional arguments before options only
+        given.overrides += left
     if given.command == "scaling":  # a model beside the figures: no table of works
         return bench_scaling.main(given)
     with tempfile.TemporaryDirectory(prefix="shardstep-bench-") as folder:

@@ -82,11 +82,10 @@ def _small_images(shards: "ShardFolder", count: int, folder: Path, given: argpar
     files = [stream.read_bytes(sample) for sample in ids]
     everything = stream.read(np.arange(shards.manifest.samples))[0]
     resident = ResidentReader(everything, torch.from_numpy(shards.labels))
-    batch = torch.zeros(min(_BATCH, count), everything[0].numel())
+    batch = torch.ones(min(_BATCH, count), everything[0].numel())
 
     def copy() -> int:
-        copies = [batch.clone() for _ in range(_MORE_FROM_MEMORY * count // len(batch))]
-        return sum(map(len, copies))
+        return sum(len(batch.clone()) for _ in range(_MORE_FROM_MEMORY * count // len(batch)))
 
     works: dict[str, Callable[[], int]] = {
         "a copy of such batches in float32: the memory's limit": copy,

@@ -8,6 +8,7 @@ of 2000 images, whatever the recipe does; with the recipe's batch size and steps
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardstep.launch.bench_tables import Table
+from shardstep.launch.bench_tables import Table, standard_error
 
 if TYPE_CHECKING:
     from shardstep.configs.schema import Recipe
@@ -50,15 +51,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
-    """Train with the seeds 0, 1, ..., and make tables of it."""
+    """Train with the seeds 0, 1, ..., and make tables of it.
+
+    Raises:
+        InputError: the recipe cannot be trained, keeps no accuracy, or is on data that the script cannot take.
+    """
     from shardstep.configs.errors import InputError
 
-    _train(_load(given, 0, folder / "warm-up", "train.duration=3 steps"))
-    notes: list[str] = []
+    warm_up = _load(given, 0, folder / "warm-up", "train.duration=3 steps")
+    if given.script:
+        _check_script(warm_up)
+    _train(warm_up)
+    settled = warm_up.train  # `auto` has been measured: all runs are to be alike
+    alike = [f"train.{key}={getattr(settled, key)}" for key in ("device", "precision", "memory_format")]
+    notes = [f"{given.recipe}: {settled.device}, {settled.precision}, {settled.memory_format}"]
     runs: dict[str, list[Timed]] = {name: [] for name in (given.recipe, *(["a script"] if given.script else []))}
     for seed in range(given.repeats):
-        recipe = _load(given, seed, folder / f"seed{seed}")
+        recipe = _load(given, seed, folder / f"seed{seed}", *alike)
         timed = _train(recipe)
+        shutil.rmtree(recipe.run.dir)  # with its checkpoint
         if timed is None:
             raise InputError(f"recipe {given.recipe} reconstructs images: it has no accuracy to keep a record of")
         runs[given.recipe].append(timed)
@@ -67,18 +78,19 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
                 _train_samples(recipe), recipe.train.global_batch_size, run_steps=timed.steps
             )
             runs["a script"].append(_run_script(recipe, seed, batch_size, steps))
-            notes = [f"a script: the method of speedrun94, {steps} steps of {batch_size} images"]
+    if given.script:
+        notes += [f"a script: the method of speedrun94, {steps} steps of {batch_size} images, {settled.device}"]
     return _tables(" ".join([given.recipe, *given.overrides]), runs, notes)
 
 
-def script_plan(samples: int, batch_size: int | str, run_steps: int) -> tuple[int | str, int]:
+def script_plan(samples: int, batch_size: int | str, run_steps: int) -> tuple[int, int]:
     """Batch size and steps of the script: the speed record's, or those of a run where there are too few images for them."""
     if samples < _SCRIPT_BATCH_SIZE:
-        return batch_size, run_steps
+        return min(samples, int(batch_size)) if batch_size != "full" else samples, run_steps
     return _SCRIPT_BATCH_SIZE, _SCRIPT_EPOCHS * (samples // _SCRIPT_BATCH_SIZE)
 
 
-def _tables(title: str, runs: dict[str, list[Timed]], script_notes: list[str]) -> list[Table]:
+def _tables(title: str, runs: dict[str, list[Timed]], run_notes: list[str]) -> list[Table]:
     accuracies = {name: [100 * run.accuracy for run in of] for name, of in runs.items()}
     seconds: dict[str, list[float]] = {}
     for name, of in runs.items():
@@ -92,8 +104,8 @@ def _tables(title: str, runs: dict[str, list[Timed]], script_notes: list[str]) -
     reference = list(runs)[-1]
     notes = [f"{name}: {_spread(values)}" for name, values in accuracies.items()]
     return [
-        Table(f"{title}: test accuracy", "%", accuracies, reference, [*notes, *script_notes]),
-        Table(f"{title}: time", "s", seconds, f"{reference}: initialisation, training and evaluation", script_notes),
+        Table(f"{title}: test accuracy", "%", accuracies, reference, [*notes, *run_notes]),
+        Table(f"{title}: time", "s", seconds, f"{reference}: initialisation, training and evaluation", run_notes),
     ]
 
 
@@ -109,12 +121,15 @@ def _train(recipe: "Recipe") -> Timed | None:
     from shardstep.trainer import loop, runtime, setup
     from shardstep.trainer.data import make_missing_data
     from shardstep.trainer.display import Display
+    from shardstep.trainer.lock import release
 
     make_missing_data(recipe.data)
     run = setup.build(runtime.start(recipe.train), recipe, Display(enabled=False))
     outcome = loop.train(run)
     run.watchdog.stop()
     run.saver.wait(lambda: None)
+    run.metrics.close()
+    release(run.folder)
     evaluation = outcome.evaluation
     if evaluation is None or evaluation.accuracy is None:
         return None
@@ -128,15 +143,28 @@ def _train_samples(recipe: "Recipe") -> int:
     return open_shards(recipe.data.train).manifest.samples
 
 
-def _run_script(recipe: "Recipe", seed: int, batch_size: int | str, steps: int) -> Timed:
-    arguments = [recipe.data.train, recipe.data.test, seed, batch_size, steps]
+def _check_script(recipe: "Recipe") -> None:
+    from shardstep.configs.errors import InputError
+    from shardstep.datasets.manifest import open_shards
+    from shardstep.trainer.data import make_missing_data
+
+    make_missing_data(recipe.data)
+    manifest = open_shards(recipe.data.train).manifest
+    if manifest.image_shape != [3, 32, 32] or len(manifest.classes) != 10 or recipe.data.resize not in (None, 32):
+        raise InputError(
+            f"--script is for images of 32x32 in colour and 10 classes, as CIFAR-10 has; {recipe.data.train} has others"
+        )
+
+
+def _run_script(recipe: "Recipe", seed: int, batch_size: int, steps: int) -> Timed:
+    arguments = [recipe.data.train, recipe.data.test, seed, batch_size, steps, recipe.train.device]
     command = [sys.executable, "-m", "shardstep.launch.record_script", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return Timed(**json.loads(done.stdout))
 
 
 def _spread(accuracies: list[float]) -> str:
-    mean, count = statistics.mean(accuracies), len(accuracies)
-    if count == 1:
+    mean, error = statistics.mean(accuracies), standard_error(accuracies)
+    if error is None:
         return f"mean {mean:.2f} %, one run"
-    return f"mean {mean:.2f} %, standard error {statistics.stdev(accuracies) / count**0.5:.2f} %, {count} runs"
+    return f"mean {mean:.2f} %, standard error {error:.2f} %, {len(accuracies)} runs"

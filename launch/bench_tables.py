@@ -112,6 +112,11 @@ def paired_ratios(table: Table, row: str) -> list[float]:
     return [value / base for value, base in zip(table.rows[row], table.rows[table.reference], strict=True)]
 
 
+def standard_error(values: list[float]) -> float | None:
+    """Of their mean; None of a single one."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
 def print_table(table: Table, out: TextIO) -> None:
     """Write a table for people: median, range, and the median ratio of pairs with its range."""
     print(f"\n{table.title}", file=out)
@@ -156,6 +161,7 @@ def as_json(table: Table) -> dict[str, Any]:
         rows.append({
             "name": name,
             "values": values, "median": statistics.median(values), "lowest": min(values), "highest": max(values),
+            "mean": statistics.mean(values), "standard_error": standard_error(values),
             "ratio": statistics.median(ratios), "ratio_lowest": min(ratios), "ratio_highest": max(ratios),
         })  # fmt: skip
     return {

@@ -1,6 +1,6 @@
 """The method of the recipe speedrun94 as a script of its own, for `shardstep bench record --script` to compare with.
 
-    python -m shardstep.launch.record_script TRAIN TEST SEED BATCH_SIZE STEPS
+    python -m shardstep.launch.record_script TRAIN TEST SEED BATCH_SIZE STEPS DEVICE
 
 What one would write by hand after Jordan 2024, arXiv 2404.00498, with Muon on the filters: one process, the images in memory
 in half precision, no checkpoints, no metrics, no other number of ranks. Eager on a CPU, in bf16 where it has units for it and
@@ -38,8 +38,8 @@ _INITIALIZE_IMAGES = 5000
 def main(arguments: list[str]) -> int:
     """Train once and print what came out."""
     train_folder, test_folder = arguments[:2]
-    seed, batch_size, steps = map(int, arguments[2:])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seed, batch_size, steps = map(int, arguments[2:5])
+    device = torch.device(arguments[5])
     precision = "fp16" if device.type == "cuda" else "bf16" if machine.read_cpu().bf16_units else "fp32"
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     torch.set_flush_denormal(True)

@@ -67,6 +67,14 @@ def hold(folder: Path, warn: Callable[[str], None], patience_s: float = 0.0) -> 
     return True
 
 
+def release(folder: Path) -> None:
+    """Give the lock of a run's folder back before this process ends, as one that makes many runs does."""
+    place = os.stat(folder / LOCK_NAME)
+    file = _held.pop((place.st_dev, place.st_ino), None)
+    if file is not None:
+        file.close()
+
+
 def is_held(folder: Path) -> bool:
     """Whether a process, here or on another machine that shares the file system, holds the lock of a run's folder."""
     try:

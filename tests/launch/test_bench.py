@@ -25,7 +25,7 @@ TINY = {
     "step": ["--batches", "8", "--images", "16", "--precision", "fp32"],
     "checkpoint": ["--steps", "3"],
     "startup": ["--clock", "cpu"],
-    "record": ["smoke", "train.duration=2 steps", "train.global_batch_size=50", "--script"],
+    "record": ["smoke", "train.duration=2 steps", "--script", "train.global_batch_size=50"],
 }
 ROWS = {  # those that need nothing but our own requirements
     "loader": ["resident: gather, flip, translate, normalise", "stream: decode, flip, translate, normalise",
@@ -60,7 +60,8 @@ def test_a_benchmark_runs_and_its_json_has_what_it_promises(
     assert all(row in text for row in rows)
     if name == "record":
         notes = [note for table in found["tables"] for note in table["notes"]]
-        assert "a script: the method of speedrun94, 2 steps of 50 images" in notes
+        assert "a script: the method of speedrun94, 2 steps of 50 images, cpu" in notes
+        assert any(note.startswith("smoke: cpu, ") for note in notes)
     left_out = [note for table in found["tables"] for note in table["notes"] if "not installed" in note]
     libraries = {"loader": ["streaming", "litdata"], "step": ["lightning"], "startup": ["lightning"]}.get(name, [])
     assert len(left_out) == sum(not importable(library) for library in libraries)
@@ -80,6 +81,7 @@ def test_the_script_keeps_to_its_method_where_there_are_images_enough() -> None:
     assert script_plan(50_000, 512, run_steps=980) == (2000, 200)  # 8 epochs of 25 whole batches
     assert script_plan(2999, 512, run_steps=980) == (2000, 8)
     assert script_plan(1999, 50, run_steps=2) == (50, 2)
+    assert script_plan(1999, "full", run_steps=2) == (1999, 2)
 
 
 def test_rates_of_the_script_are_those_of_the_recipe() -> None:
@@ -123,9 +125,19 @@ def test_json_alone_is_on_stdout(capsys: pytest.CaptureFixture[str], monkeypatch
         (["loader", "--images", "nowhere"], "no shards in nowhere"),
         (["startup", "data.trian=x"], "data.trian"),
         (["startup", "optimizer.name=sdg"], "sdg"),
+        (["record", "smoke", "--runs", "1", "data.trian=x"], "data.trian"),
+        (["record", "smoke", "--runns", "1"], "unrecognized arguments: --runns 1"),
+        (["record", "smoke", "--script", "data.resize=24"], "--script is for images of 32x32"),
     ],
 )
-def test_bad_input_is_one_clear_message(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_clear_message(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     try:
         code = run(bench.main, arguments)
     except SystemExit as ending:  # of argparse
@@ -158,6 +170,8 @@ def test_ratios_are_of_pairs() -> None:
     row = as_json(table)["rows"][1]
     assert (row["median"], row["lowest"], row["highest"]) == (30, 20, 80)
     assert (row["ratio"], row["ratio_lowest"], row["ratio_highest"]) == (2, 1.5, 2)
+    # of 20, 30 and 80: deviations from 43.3 are 23.3, 13.3 and 36.7, so that s = sqrt(2066.7 / 2)
+    assert (row["mean"], row["standard_error"]) == pytest.approx((130 / 3, (2066.67 / 2 / 3) ** 0.5), rel=1e-4)
     print_table(table, sys.stdout)
 
 
