@@ -6,6 +6,7 @@ index           20 bytes a sample: shard, offset / 512, size, label, crc32 (five
 
 import hashlib
 import json
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
     if manifest.fingerprint != fingerprint:
         raise InputError(
             f"{where} is damaged: its content does not match its fingerprint. Write the shards again, or, if you trust "
-            f"them, make it anew with `shardstep shards index --force`"
+            f"them, make it anew with `shardstep shards index DIR --force --classes NAME,NAME,...`"
         )
     return manifest
 
@@ -125,7 +126,7 @@ def parse_index(data: bytes, manifest: Manifest, where: str) -> np.ndarray:
     if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
         raise InputError(
             f"{where} is damaged: its SHA-256 is not the one in {MANIFEST_NAME}. Write the shards again, or, if you trust "
-            f"them, make both anew with `shardstep shards index --force`"
+            f"them, make both anew with {_index_command(Path(where).parent, manifest)}"
         )
     if len(data) != manifest.samples * INDEX_DTYPE.itemsize:
         raise InputError(
@@ -185,18 +186,25 @@ def open_shards(path: str | Path) -> ShardFolder:
         )
     if not (folder / MANIFEST_NAME).is_file():
         tars = len(list(folder.glob("*.tar")))
-        remedy = "index them with `shardstep shards index`" if tars else "write some with `shardstep shards write`"
+        remedy = (
+            f"index them with `shardstep shards index {folder}`" if tars else "write some with `shardstep shards write`"
+        )
         raise InputError(f"no data set in {folder}: {tars} tar files and no {MANIFEST_NAME}; {remedy}")
     manifest = parse_manifest((folder / MANIFEST_NAME).read_text(errors="replace"), str(folder / MANIFEST_NAME))
     problems = [problem for shard in manifest.shards if (problem := size_problem(folder / shard.name, shard.bytes))]
     if problems:
         raise InputError.from_problems(f"{folder} does not match its manifest", problems)
     if not (folder / INDEX_NAME).is_file():
-        raise InputError(f"{folder / INDEX_NAME} is missing. Make it anew with `shardstep shards index`")
+        raise InputError(f"{folder / INDEX_NAME} is missing. Make it anew with {_index_command(folder, manifest)}")
     index = parse_index((folder / INDEX_NAME).read_bytes(), manifest, str(folder / INDEX_NAME))
     if manifest.samples == 0:
         raise InputError(f"{folder} holds no samples")
     return ShardFolder(folder, manifest, index)
+
+
+def _index_command(folder: Path, manifest: Manifest) -> str:
+    command = ["shardstep", "shards", "index", str(folder), "--force", "--classes", ",".join(manifest.classes)]
+    return f"`{shlex.join(command)}`"
 
 
 def size_problem(path: Path, expected: int) -> str | None:

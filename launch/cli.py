@@ -16,7 +16,7 @@ from shardstep.trainer import launcher
 
 COMMANDS = {
     "train": "train a model from a recipe",
-    "evaluate": "evaluate a run's final weights on a test set",
+    "evaluate": "evaluate a run's or a checkpoint's weights on a test set",
     "submit": "submit a recipe to Slurm",
     "compare": "compare optimizers, or any other keys, under equal budgets",
     "same": "show that a run is the same on any number of ranks",
@@ -27,7 +27,7 @@ COMMANDS = {
     "report": "make a page of a run, or of several side by side",
     "predict": "predict the classes of image files",
     "export": "write a trained model for use elsewhere, and compare it",
-    "bench": "measure the loader and the training step against plain PyTorch",
+    "bench": "measure loaders, steps, checkpoints, starts, records and scaling",
 }
 _FIRST_WORD_S = 1.0  # for the rank whose failure it was
 BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 85, 130

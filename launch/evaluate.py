@@ -3,7 +3,8 @@
     shardstep evaluate RUN_DIR_OR_CHECKPOINT [--data DIR]
     torchrun --nproc-per-node 2 launch/evaluate.py RUN_DIR_OR_CHECKPOINT [--data DIR]
 
-The last line of stdout is one JSON object: loss, accuracy, top5, samples, world_size.
+Of a run that has not finished it takes the newest whole checkpoint, and says so. The last line of stdout is one JSON object:
+loss, accuracy, top5, samples, world_size.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import json
 import sys
 from pathlib import Path
 
-from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
@@ -24,10 +24,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--data", help="test shards; by default those of the run")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     given = parser.parse_args(arguments)
-    weights, folder = find_weights(given.run)
 
     from shardstep.datasets.manifest import parse_manifest
-    from shardstep.trainer import data, runtime, setup
+    from shardstep.trainer import data, launcher, runtime, setup
     from shardstep.trainer.check import check_recipe
     from shardstep.trainer.checkpoint import load_weights
     from shardstep.trainer.evaluate import evaluate
@@ -35,7 +34,11 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.losses import build_objective
     from shardstep.trainer.models import build_model
     from shardstep.trainer.precision import MEMORY_FORMATS
+    from shardstep.trainer.trained import find_weights
 
+    weights, folder = find_weights(given.run)
+    if given.run.resolve() == folder != weights.parent and launcher.is_first_rank():
+        print(f"{given.run} is not finished: this is its checkpoint {weights.parent.name}")
     recipe = check_recipe(load_recipe(str(folder / CONFIG_NAME)))
     recipe.train.device, recipe.train.world_size = given.device, None
     recipe.data.test = given.data or recipe.data.test
@@ -68,25 +71,6 @@ def main(arguments: list[str]) -> int:
         )
     runtime.stop(accelerator)
     return 0
-
-
-def find_weights(path: Path) -> tuple[Path, Path]:
-    """The weights of a run's folder or of one of its checkpoints, and the run's folder.
-
-    Raises:
-        InputError: there are none.
-    """
-    resolved = path.resolve()
-    folder = next((place for place in (resolved, resolved.parent.parent) if (place / "config.yaml").is_file()), None)
-    if folder is None:
-        raise InputError(f"{path} is neither a run's folder nor a checkpoint of one: no config.yaml")
-    weights = resolved / "model.safetensors"
-    if not weights.is_file():
-        raise InputError(
-            f"{path} has no model.safetensors yet: the run has not finished. Its checkpoints are in "
-            f"{folder / 'checkpoints'}"
-        )
-    return weights, folder
 
 
 if __name__ == "__main__":

@@ -105,6 +105,10 @@ def test_evaluate_prints_one_object_last(shards: Path, tmp_path: Path, reference
     (tmp_path / "recipe.yaml").unlink()
     result = start(str(BIN / "shardstep"), "evaluate", "../run", "--data", str(shards / "test"), cwd=elsewhere)
     assert json.loads(result.stdout.splitlines()[-1])["samples"] == 53
+    (tmp_path / "run" / "summary.json").unlink()
+    result = start(str(BIN / "shardstep"), "evaluate", str(tmp_path / "run"), cwd=tmp_path)
+    assert "is not finished: this is its checkpoint step-" in result.stdout
+    assert json.loads(result.stdout.splitlines()[-1])["accuracy"] == found["accuracy"]
     for path in (tmp_path, tmp_path / "nowhere"):
         result = start(str(BIN / "shardstep"), "evaluate", str(path), cwd=tmp_path)
         assert result.returncode == 2
