@@ -11,7 +11,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,21 +104,8 @@ class TrainState:
         return self.wall_s - self.evaluating_s
 
 
-_FACTS = (
-    "fingerprint",
-    "test_fingerprint",
-    "lr",
-    "wall_s",
-    "starts",
-    "best",
-    "evaluation_s",
-    "evaluating_s",
-    "evaluation_due",
-    "skipped_steps",
-    "sums",
-    "samples_in_sums",
-    "wandb_id",
-)
+_IN_A_FORM_OF_THEIR_OWN = ("module", "model", "optimizer", "scaler", "average", "progress")
+_FACTS = tuple(f.name for f in fields(TrainState) if f.name not in _IN_A_FORM_OF_THEIR_OWN)
 
 
 @dataclass(frozen=True)
