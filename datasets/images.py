@@ -21,6 +21,17 @@ def _cv2() -> Any:
     return cv2
 
 
+@lru_cache
+def _flag(mode: str) -> int:
+    cv2 = _cv2()
+    flags = {
+        "RGB": cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
+        "L": cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION,
+        "UNCHANGED": cv2.IMREAD_UNCHANGED,
+    }
+    return int(flags[mode])
+
+
 def decode(data: bytes, mode: str) -> np.ndarray:
     """Decode an image file.
 
@@ -35,13 +46,8 @@ def decode(data: bytes, mode: str) -> np.ndarray:
         ValueError: the bytes are not an 8-bit image.
     """
     cv2 = _cv2()
-    flag = {
-        "RGB": cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
-        "L": cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION,
-        "UNCHANGED": cv2.IMREAD_UNCHANGED,
-    }[mode]
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flag) if data else None
+        pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), _flag(mode)) if data else None
     except cv2.error as error:  # an absurd size, say
         raise ValueError(f"not an image that can be decoded ({error.err})") from None
     if pixels is None:
