@@ -1,8 +1,8 @@
 """The recipe: every key that a YAML file or a command line can set, with its meaning and unit.
 
-Sections whose choices have arguments of their own (model, loss, optimizer, schedule, and each entry of data.augment)
-are open mappings with a `name`; the other keys are the keyword arguments of the function that carries this name, and
-components.py checks them against its signature.
+Sections whose choices have arguments of their own (model, loss, optimizer, schedule, average, and each entry of
+data.augment) are open mappings with a `name`; the other keys are the keyword arguments of the function that carries this
+name, and components.py checks them against its signature.
 """
 
 from dataclasses import dataclass, field
@@ -22,13 +22,13 @@ class RunConfig:
     name: str = ""
     """Name of the run; empty means the recipe's name."""
     seed: int = 0
-    """Seeds initial weights, sample order, augmentation and dropout. The number of ranks does not enter."""
+    """Seeds initial weights, sample order, augmentation and dropout. Of these, dropout alone depends on the rank, too."""
     resume: Literal["if_available", "must", "never"] = "if_available"
-    """When run.dir holds a run: go on with it, insist on one, or begin anew; what a launcher restarts goes on anyway."""
+    """When run.dir holds a run: go on with it, insist on one, or begin anew. never: what a launcher restarts goes on."""
     allow_changes: list[str] = field(default_factory=list)
     """Keys, such as optimizer.lr, in which the recipe may differ from that of the run it goes on with, or data.test."""
     hang_timeout: Optional[float] = 600  # noqa: UP045
-    """Seconds without a movement of some rank after which the run is ended, with the stacks of all; null waits for ever."""
+    """Seconds: if a rank makes no progress for so long, the run ends and writes the stacks of all; null waits for ever."""
 
 
 @dataclass
@@ -40,13 +40,13 @@ class DataConfig:
     test: str = "data/cifar10/test"
     """Folder of the test shards."""
     source: Optional[str] = None  # noqa: UP045 - OmegaConf reads the field on Python 3.10 too
-    """Where missing shards are made from: cifar10, digits, synthetic:N, a folder, an archive. Unused if they exist."""
+    """What missing shards are made from, each split for itself: cifar10, digits, synthetic:N, a folder, an archive."""
     mode: Literal["auto", "resident", "stream"] = "auto"
     """resident: decoded once, kept in RAM or on the device; stream: read from the shards; auto: resident if it fits."""
     workers: int = 2
     """Reader threads per rank in stream mode; 0 reads in the training thread."""
     augment: list[Any] = field(default_factory=list)
-    """Batch transforms, in order: names, or mappings of a name and its arguments."""
+    """Batch transforms, in order: names (keys of datasets/augment.py's TRANSFORMS), or mappings of a name and arguments."""
     normalize: Any = "manifest"
     """manifest (the training set's mean and std), none (0..1), or {mean: [...], std: [...]} on the 0..1 scale."""
     resize: Optional[int] = None  # noqa: UP045
@@ -54,7 +54,7 @@ class DataConfig:
     lanes: int = 1
     """Places of the shuffled line that are read in turn; see datasets/order.py."""
     window_shards: Union[int, str] = "auto"  # noqa: UP007
-    """Shards whose samples are shuffled together; all is an exact uniform shuffle; auto is all up to 4 GB of data."""
+    """Shards whose samples are shuffled together; all is an exact uniform shuffle; auto: all, or as many as hold 4 GB."""
     last_batch: Literal["short", "drop"] = "short"
     """What becomes of an epoch's last global batch when it is not full: train on it as it is, or leave it out."""
 
@@ -68,9 +68,9 @@ class TrainConfig:
     duration: str = "10 epochs"
     """Length of training, in epochs (fractions allowed) or steps."""
     precision: Precision = "auto"
-    """Of the forward and backward pass; see also weights. auto measures a step of each and takes the fastest."""
+    """Of the forward and backward pass; see also weights. auto: bf16 or fp16 on a GPU, the faster of bf16, fp32 on a CPU."""
     memory_format: MemoryFormat = "auto"
-    """Layout of images and convolution weights; auto is measured together with the precision."""
+    """Layout of images and convolution weights. auto: on a GPU channels_last, on a CPU measured with the precision."""
     max_micro_batch: int = 2048
     """Samples: the largest batch per rank per backward. The number of micro-steps per step follows from it."""
     clip_norm: Optional[float] = None  # noqa: UP045
@@ -90,13 +90,13 @@ class TrainConfig:
     weights: Literal["fp32", "half"] = "fp32"
     """half keeps weights, gradients and optimizer in the format of train.precision, all but batch norm; no scaler."""
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
-    """torch.compile's mode for the training pass, compiled before the first step; the last two use CUDA graphs."""
+    """torch.compile's mode for the training pass, compiled before the first step; the last two use CUDA graphs on a GPU."""
     all_reduce: Literal["buckets", "flat"] = "buckets"
     """How ranks share gradients: DDP's buckets, on their way during the backward pass; flat: all at once, after it."""
     compress: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     """How gradients travel between ranks; pays on slow networks, and ranks then agree less closely. none is exact."""
     max_wall_s: Optional[float] = None  # noqa: UP045
-    """Seconds of training, without evaluations, after which the run ends as at its duration's end, whichever comes first."""
+    """Seconds of training, without evaluations, that end the run if duration does not; not with cosine, linear, one_cycle."""
     profile: str = ""
     """Steps to leave a profile of in the run's folder, such as "steps 10-20"; empty for none. They are slower than others."""
 
@@ -110,7 +110,7 @@ class EvalConfig:
     batch_size: int = 500
     """Samples per rank and forward pass. Does not change the result."""
     views: Views = "plain"
-    """Test-time augmentation: the mean over an image and its mirror image, or over these and four shifted ones."""
+    """Test-time augmentation: the mean over an image and its mirror image, or that with four shifted ones at equal weight."""
     sure_above: Optional[float] = None  # noqa: UP045
     """Probability: images whose plain view gives a class that much get no further views; null gives them to all."""
 
@@ -156,11 +156,11 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
-    """name (a key of trainer/models/__init__.py's MODELS) and that model's options."""
+    """name (of trainer/models/__init__.py's MODELS, or torchvision/<name>), that model's options, and `sync_batch_norm`."""
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "cross_entropy"})
-    """name (a key of trainer/losses.py's LOSSES) and that loss's options."""
+    """name (a key of trainer/losses.py's LOSSES), that loss's options, and `reduction` (mean or sum)."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    """name (see trainer/optimizers.py), that optimizer's own arguments, and `groups`."""
+    """name (see trainer/optimizers.py), its own arguments, `groups`, and `decay_biases_and_norms` (false spares them)."""
     schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     """name (a key of trainer/schedules.py's SCHEDULES), that schedule's options, and `warmup`."""
     average: dict[str, Any] = field(default_factory=lambda: {"name": "none"})

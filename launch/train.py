@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         "recipe", nargs="?", default="quickstart", help="a YAML file, or the name of a recipe (default: quickstart)"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.duration='2 epochs'")
-    parser.add_argument("--nproc", type=int, default=1, help="ranks to start on this machine, without torchrun")
+    parser.add_argument("--nproc", type=int, default=1, help="ranks to start here, without torchrun (default: 1)")
     given = parser.parse_intermixed_args(arguments)
     if (
         "=" in given.recipe and not Path(given.recipe).is_file()

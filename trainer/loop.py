@@ -21,7 +21,7 @@ from shardstep.trainer.sharing import forward
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training came to an end: at its own (stopped=False) or on request, and its last evaluation, if there was one."""
+    """How training ended, by its duration (stopped=False) or on request, and its last evaluation, if there was one."""
 
     stopped: bool
     evaluation: Evaluation | None
@@ -31,12 +31,12 @@ def train(run: Run) -> Outcome:
     """Train until the recipe's duration is over, or all ranks have agreed to stop.
 
     Raises:
-        TrainingFailed: the loss became NaN or infinite.
+        TrainingFailed: the loss became NaN or infinite; with train.on_nan=skip, at more steps than may be left out.
     """
     state, plan, metrics, requests = run.state, run.plan, run.metrics, run.requests
     clock = Stopwatch(already_s=state.wall_s)
     run.timer.start()
-    evaluation = evaluate_now(run, clock) if state.evaluation_due else None  # a stop came in its place
+    evaluation = evaluate_now(run, clock) if state.evaluation_due else None  # the last start was stopped before it
     over = plan.is_over(state.progress) or plan.is_out_of_time(state.train_s)
     if over or requests.stop:
         return Outcome(stopped=not over or state.evaluation_due, evaluation=evaluation)
@@ -79,7 +79,7 @@ def train_step(run: Run, batch: GlobalBatch) -> Tensor | None:
 
     Returns:
         This rank's sums over its share: loss and correct predictions; float64, shape (2,), on the device. None if the
-        step was left out because it held no numbers.
+        step was left out because its loss or gradient was no number.
     """
     accelerator, state, objective, timer = run.accelerator, run.state, run.objective, run.timer
     # Dropout is a function of (seed, step, rank): a resumed run needs no generator's state.
