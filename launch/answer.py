@@ -149,7 +149,7 @@ def _search_rows(variants: list[Variant], key: str) -> list[list[str]]:
     for variant in variants:
         cells = []
         for rate, outcome in variant.search.items():
-            loss = outcome.state if outcome.train_loss is None else f"{outcome.train_loss:.5g}"
+            loss = outcome.state if outcome.train_loss is None else f"{outcome.train_loss:#.5g}"
             cells.append(f"{rate:g}: {loss}{' (taken)' if rate == variant.rate else ''}")
         rows.append([variant.name, ", ".join(cells), _sensitivity(variant)])
     return rows

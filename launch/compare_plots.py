@@ -105,7 +105,8 @@ def _draw_rates(plt: Any, variants: Sequence[Variant], target: float | None) -> 
     losses = [[run.train_loss for run in of.search.values() if run.train_loss is not None] for of in variants]
     shown = [loss for found in losses for loss in found if loss <= EXPLODED * min(found)]
     if len(shown) < sum(map(len, losses)):  # a line that leaves the picture at its top says enough
-        axis.set_ylim(top=max(shown) + 0.05 * (max(shown) - min(shown)))
+        margin = 0.05 * (max(shown) - min(shown))
+        axis.set_ylim(min(shown) - margin, max(shown) + margin)
     axis.grid(alpha=0.2)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure

@@ -246,7 +246,10 @@ def test_losing_the_terminal_asks_the_runs_to_save(tmp_path: Path, monkeypatch: 
 
 
 def test_how_much_the_rate_matters() -> None:
+    from matplotlib import pyplot
+
     from shardstep.launch.answer import _sensitivity
+    from shardstep.launch.compare_plots import PLOTS
 
     def variant(*losses: float | None) -> Variant:
         search = {float(rate): Outcome("", "finished", train_loss=loss) for rate, loss in enumerate(losses, start=1)}
@@ -255,6 +258,9 @@ def test_how_much_the_rate_matters() -> None:
     assert _sensitivity(variant(2.0, 1.0, 1.5)) == "+100%"
     assert _sensitivity(variant(2.0, 1.5, 1.0)) == "+50%; the best is at the edge"
     assert _sensitivity(variant(2.0, 1.0, 3e9)) == "explodes at the next rate"
+    figure = PLOTS["rates"]._draw(pyplot, [variant(2.0, 1.0, 3e9)], None)
+    assert figure.axes[0].get_ylim() == pytest.approx((0.95, 2.05))  # its line leaves the picture
+    pyplot.close(figure)
     assert _sensitivity(variant(2.0, 1.0, None)) == "fails at the next rate"
     assert _sensitivity(variant(0.0, 0.0, 1.0)) == ""  # all learnt: no share of nothing
     assert _sensitivity(variant(None)) == "no rate has worked"
