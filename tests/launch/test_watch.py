@@ -223,7 +223,8 @@ def test_torch_is_not_needed_to_watch(finished: Path) -> None:
 
 def test_a_real_run_is_followed_through_a_kill_to_its_end(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards, checkpoint={"every": "2 steps"})
-    command = [sys.executable, str(slowly(tmp_path, step_s=2)), str(recipe)]  # it is still at work when watchers are up
+    command = [sys.executable, str(slowly(tmp_path, step_s=1)), str(recipe)]
+    (tmp_path / "pause").touch()  # so that it is still at work when watchers are up
 
     def until(found: str) -> None:
         deadline = time.monotonic() + 60
@@ -248,6 +249,7 @@ def test_a_real_run_is_followed_through_a_kill_to_its_end(shards: Path, tmp_path
     assert run_process.poll() is None
     run_process.kill()
     run_process.wait()
+    (tmp_path / "pause").unlink()
     until("no process is in this run")
     assert watchers[0].poll() is None
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0

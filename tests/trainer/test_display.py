@@ -83,12 +83,14 @@ def test_the_last_lines_of_a_run_that_diverged() -> None:
 
 
 def slowly(folder: Path, step_s: float = 0.2) -> Path:
-    """A script that trains, as the command does, at so many seconds a step."""
+    """A script that trains, as the command does, at so many seconds a step; after 4 it waits while a file `pause` is there."""
     path = folder / "slowly.py"
     path.write_text(
-        "import sys, time\nfrom shardstep.launch.cli import leave, run\nfrom shardstep.launch.train import main\n"
+        "import os, sys, time\nfrom shardstep.launch.cli import leave, run\nfrom shardstep.launch.train import main\n"
         "from shardstep.trainer import loop\nfunction = loop.train_step\n"
-        f"def step(*arguments):\n    time.sleep({step_s})\n    return function(*arguments)\n"
+        f"def step(run, batch):\n    time.sleep({step_s})\n"
+        f"    while run.state.progress.step == 4 and os.path.exists({str(folder / 'pause')!r}):\n        time.sleep(0.1)\n"
+        "    return function(run, batch)\n"
         "loop.train_step = step\nleave(run(main, sys.argv[1:]))\n"
     )
     return path

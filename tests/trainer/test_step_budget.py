@@ -20,7 +20,8 @@ def count_steps(recipe: str) -> tuple[Counter[str], Counter[str]]:
     from shardstep.launch.train import main
     from shardstep.trainer import loop
 
-    ours, train_step = str(Path(loop.__file__).parent.parent), loop.train_step
+    root, train_step = Path(loop.__file__).parent.parent, loop.train_step
+    ours = tuple(f"{root}/{folder}/" for folder in ("configs", "datasets", "trainer", "launch"))
     calls: Counter[str] = Counter()
     recorder = Recorder()
 
