@@ -83,7 +83,7 @@ def test_the_last_lines_of_a_run_that_diverged() -> None:
 
 
 def slowly(folder: Path, step_s: float = 0.2) -> Path:
-    """A script that trains, as the command does, at so many seconds a step; after 4 it waits while a file `pause` is there."""
+    """A script that trains, as the command does, at so many seconds a step; a file `pause` holds it at step 4."""
     path = folder / "slowly.py"
     path.write_text(
         "import os, sys, time\nfrom shardstep.launch.cli import leave, run\nfrom shardstep.launch.train import main\n"
