@@ -393,13 +393,7 @@ def wrap_model(
     shapes = {(2, height, width)}
     if recipe.train.compile != "none":
         sides = [(height, width), *((entry["size"],) * 2 for entry in recipe.data.augment if entry["name"] == "shrink")]
-        sizes = {plan.global_batch_size, plan.samples_per_epoch % plan.global_batch_size} - {0}
-        pieces = [  # of all ranks: batch norm may have them talk in each pass
-            micro_pieces(size, rank, plan.world_size, recipe.train.max_micro_batch)
-            for size in sizes
-            for rank in range(plan.world_size)
-        ]
-        counts = {stop - start for found in pieces for start, stop in found} - {0}
+        counts = _micro_batch_sizes(recipe, plan) - {0}  # of all ranks: batch norm may have them talk in each pass
         shapes = {(count, *side) for count in counts for side in sides} or shapes
     batches = [  # laid out as those of the loader are
         torch.zeros(count, *side, channels, device=device).permute(0, 3, 1, 2).contiguous(memory_format=layout)
@@ -425,6 +419,17 @@ def wrap_model(
         ) from None
 
 
+def _micro_batch_sizes(recipe: Recipe, plan: Plan) -> set[int]:
+    """How many samples a pass of some rank may have; 0 among them where a rank may be left without."""
+    batches = {plan.global_batch_size, plan.samples_per_epoch % plan.global_batch_size} - {0}
+    return {
+        stop - start
+        for size in batches
+        for rank in range(plan.world_size)
+        for start, stop in micro_pieces(size, rank, plan.world_size, recipe.train.max_micro_batch)
+    }
+
+
 def _check_sharing(recipe: Recipe, world: PartialState, plan: Plan, resumed: bool) -> list[str]:
     """What to warn of in the way that ranks share gradients, once the precision is settled.
 
@@ -432,6 +437,12 @@ def _check_sharing(recipe: Recipe, world: PartialState, plan: Plan, resumed: boo
         InputError: it cannot work.
     """
     problems = sharing_problems(recipe.train)
+    compiled = recipe.train.compile != "none"
+    if compiled and recipe.model.get("sync_batch_norm") and 0 in _micro_batch_sizes(recipe, plan):
+        problems.append(
+            f"train.compile={recipe.train.compile} with model.sync_batch_norm: some batches leave a rank without samples, "
+            f"and what it does without the compiler would not meet the others: use data.last_batch=drop, or train.compile=none"
+        )
     if problems:
         raise InputError("\n".join(problems))
     without_graphs = graphs_problem(recipe.train, world.device.type, world.num_processes, plan.micro_steps)

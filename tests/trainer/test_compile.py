@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import train_lines, train_ranks, write_recipe
+from tests.distributed import run_ranks
+from tests.runs import failure_of, train_lines, train_ranks, write_recipe
 
 
 @pytest.mark.drill
@@ -32,15 +33,24 @@ def test_the_same_curve_compiled(shards: Path, tmp_path: Path, world_size: int, 
 
 @pytest.mark.drill
 def test_ranks_that_talk_in_each_pass_compile_the_same_ones(shards: Path, tmp_path: Path) -> None:
-    """101 samples in batches of 50: rank 0 never has one of a single image, rank 1 has."""
+    """101 samples in batches of 49, 49 and 3: rank 0 has 24 and 1 of them, rank 1 has 25 and 2."""
     recipe = write_recipe(
         tmp_path,
         shards,
         model={"name": "whitening_cnn", "widths": [4, 4], "sync_batch_norm": True},
-        train={"global_batch_size": 50, "duration": "3 steps", "compile": "default", "timeout_s": 700},
+        train={"global_batch_size": 49, "duration": "3 steps", "compile": "default", "timeout_s": 700},
     )
     train_ranks(2, recipe)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 3
+
+
+def test_a_rank_without_samples_and_compiled_ones_would_not_meet(shards: Path, tmp_path: Path) -> None:
+    """101 samples in batches of 50, 50 and 1."""
+    model = {"name": "whitening_cnn", "widths": [4, 4], "sync_batch_norm": True}
+    recipe = write_recipe(tmp_path, shards, model=model, train={"global_batch_size": 50, "compile": "default"})
+    (code, _, error), (other_code, *_) = run_ranks(2, failure_of, str(recipe))
+    assert code == other_code == 2
+    assert "some batches leave a rank without samples" in error
 
 
 COUNTING = """
