@@ -441,7 +441,7 @@ def _check_sharing(recipe: Recipe, world: PartialState, plan: Plan, resumed: boo
     if compiled and recipe.model.get("sync_batch_norm") and 0 in _micro_batch_sizes(recipe, plan):
         problems.append(
             f"train.compile={recipe.train.compile} with model.sync_batch_norm: some batches leave a rank without samples, "
-            f"and what it does without the compiler would not meet the others: use data.last_batch=drop, or train.compile=none"
+            f"and what it does without the compiler would not meet the others: use data.last_batch=drop or compile=none"
         )
     if problems:
         raise InputError("\n".join(problems))
