@@ -21,7 +21,7 @@ context.set_forkserver_preload(
 )
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 180) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
     """Call `function(*arguments)` on every rank of a new world; returns what each rank returned, by rank.
 
     Raises:
