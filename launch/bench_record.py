@@ -57,10 +57,11 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
         InputError: the recipe cannot be trained, keeps no accuracy, or is on data that the script cannot take.
     """
     from shardstep.configs.errors import InputError
+    from shardstep.trainer.data import make_missing_data
 
     warm_up = _load(given, 0, folder / "warm-up", "train.duration=3 steps")
-    if given.script:
-        _check_script(warm_up)
+    make_missing_data(warm_up.data)
+    samples = _script_samples(warm_up) if given.script else 0
     _train(warm_up)
     settled = warm_up.train  # `auto` has been measured: all runs are to be alike
     alike = [f"train.{key}={getattr(settled, key)}" for key in ("device", "precision", "memory_format")]
@@ -74,9 +75,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
             raise InputError(f"recipe {given.recipe} reconstructs images: it has no accuracy to keep a record of")
         runs[given.recipe].append(timed)
         if given.script:
-            batch_size, steps = script_plan(
-                _train_samples(recipe), recipe.train.global_batch_size, run_steps=timed.steps
-            )
+            batch_size, steps = script_plan(samples, recipe.train.global_batch_size, run_steps=timed.steps)
             runs["a script"].append(_run_script(recipe, seed, batch_size, steps))
     if given.script:
         notes += [f"a script: the method of speedrun94, {steps} steps of {batch_size} images, {settled.device}"]
@@ -86,7 +85,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
 def script_plan(samples: int, batch_size: int | str, run_steps: int) -> tuple[int, int]:
     """Batch size and steps of the script: the speed record's, or those of a run where there are too few images for them."""
     if samples < _SCRIPT_BATCH_SIZE:
-        return min(samples, int(batch_size)) if batch_size != "full" else samples, run_steps
+        return samples if batch_size == "full" else min(samples, int(batch_size)), run_steps
     return _SCRIPT_BATCH_SIZE, _SCRIPT_EPOCHS * (samples // _SCRIPT_BATCH_SIZE)
 
 
@@ -119,11 +118,9 @@ def _load(given: argparse.Namespace, seed: int, folder: Path, *overrides: str) -
 
 def _train(recipe: "Recipe") -> Timed | None:
     from shardstep.trainer import loop, runtime, setup
-    from shardstep.trainer.data import make_missing_data
     from shardstep.trainer.display import Display
     from shardstep.trainer.lock import release
 
-    make_missing_data(recipe.data)
     run = setup.build(runtime.start(recipe.train), recipe, Display(enabled=False))
     outcome = loop.train(run)
     run.watchdog.stop()
@@ -137,23 +134,17 @@ def _train(recipe: "Recipe") -> Timed | None:
     return Timed(evaluation.accuracy, run.state.progress.step, run.initialized_s, wall_s - evaluate_s, evaluate_s)
 
 
-def _train_samples(recipe: "Recipe") -> int:
-    from shardstep.datasets.manifest import open_shards
-
-    return open_shards(recipe.data.train).manifest.samples
-
-
-def _check_script(recipe: "Recipe") -> None:
+def _script_samples(recipe: "Recipe") -> int:
+    """The number of training images, which are such as the script takes."""
     from shardstep.configs.errors import InputError
     from shardstep.datasets.manifest import open_shards
-    from shardstep.trainer.data import make_missing_data
 
-    make_missing_data(recipe.data)
     manifest = open_shards(recipe.data.train).manifest
     if manifest.image_shape != [3, 32, 32] or len(manifest.classes) != 10 or recipe.data.resize not in (None, 32):
         raise InputError(
             f"--script is for images of 32x32 in colour and 10 classes, as CIFAR-10 has; {recipe.data.train} has others"
         )
+    return manifest.samples
 
 
 def _run_script(recipe: "Recipe", seed: int, batch_size: int, steps: int) -> Timed:

@@ -13,9 +13,8 @@ from shardstep.trainer.status import parse_line
 
 State = Literal["finished", "failed", "unfinished", "missing"]
 _TAIL_SHARE = 0.2  # of a run's samples, over whose last part the final training loss is a mean
-EXPLODED = (
-    10.0  # times the training loss of a variant's best rate: above that, another rate's is no longer a matter of degree
-)
+EXPLODED = 10.0
+"""Times the training loss of a variant's best rate: above that, another rate's is no longer a matter of degree."""
 
 
 @dataclass(frozen=True)
