@@ -10,6 +10,7 @@ from typing import Any, Literal, Optional, Union
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
+ConvGradients = Literal["auto", "direct", "winograd"]
 Views = Literal["plain", "mirror", "mirror_translate"]
 
 
@@ -71,6 +72,8 @@ class TrainConfig:
     """Of the forward and backward pass; see also weights. auto: bf16 or fp16 on a GPU, the faster of bf16, fp32 on a CPU."""
     memory_format: MemoryFormat = "auto"
     """Layout of images and convolution weights. auto: on a GPU channels_last, on a CPU measured with the precision."""
+    conv_gradients: ConvGradients = "auto"
+    """Of 3x3 convolutions. winograd: faster in fp32 on a CPU. auto: measured with the others; direct where both are given."""
     max_micro_batch: int = 2048
     """Samples: the largest batch per rank per backward. The number of micro-steps per step follows from it."""
     clip_norm: Optional[float] = None  # noqa: UP045

@@ -64,8 +64,12 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
     samples = _script_samples(warm_up) if given.script else 0
     _train(warm_up)
     settled = warm_up.train  # `auto` has been measured: all runs are to be alike
-    alike = [f"train.{key}={getattr(settled, key)}" for key in ("device", "precision", "memory_format")]
-    notes = [f"{given.recipe}: {settled.device}, {settled.precision}, {settled.memory_format}"]
+    alike = [
+        f"train.{key}={getattr(settled, key)}" for key in ("device", "precision", "memory_format", "conv_gradients")
+    ]
+    notes = [
+        f"{given.recipe}: {settled.device}, {settled.precision}, {settled.memory_format}, {settled.conv_gradients} gradients"
+    ]
     runs: dict[str, list[Timed]] = {name: [] for name in (given.recipe, *(["a script"] if given.script else []))}
     for seed in range(given.repeats):
         recipe = _load(given, seed, folder / f"seed{seed}", *alike)

@@ -28,7 +28,11 @@ from shardstep.trainer import launcher
 from shardstep.trainer.lock import LOCK_NAME, is_held
 
 PLAN_NAME = "comparison.json"
-_MEASURED = (("train", "precision"), ("train", "memory_format"))  # what `auto` measures: once for all runs
+_MEASURED = (
+    "precision",
+    "memory_format",
+    "conv_gradients",
+)  # of the section train: what `auto` measures, once for all runs
 _OVER = ("finished", "failed")  # states in which a run stays
 
 
@@ -157,7 +161,7 @@ class Comparison:
                 f"the first step of variant {self.measured} has failed: {outcome.reason}. See {place / 'log'}"
             )
         recipe = load_recipe(str(place / "run" / "config.yaml")).recipe
-        self.settled = [f"{section}.{key}={getattr(getattr(recipe, section), key)}" for section, key in _MEASURED]
+        self.settled = [f"train.{key}={getattr(recipe.train, key)}" for key in _MEASURED]
         self.save()
 
     def running(self) -> list[Path]:
@@ -304,7 +308,7 @@ def _own_keys(overrides: Sequence[str], tuned: str, has_budget: bool) -> list[st
 
 
 def _measures(recipe: Recipe) -> bool:
-    return "auto" in [getattr(getattr(recipe, section), key) for section, key in _MEASURED]
+    return "auto" in (recipe.train.precision, recipe.train.memory_format)
 
 
 def _check(arguments: list[str]) -> Recipe:

@@ -28,9 +28,8 @@ def describe(run: Run) -> list[str]:
         else f"cpu, {_count(torch.get_num_threads(), 'thread')} a rank"
     )
     largest_micro_batch = min(-(-plan.global_batch_size // plan.world_size), recipe.train.max_micro_batch)
-    measured = ", ".join(
-        f"{compute.precision} {compute.memory_format} {1000 * value:.0f} ms" for compute, value in run.probed_s.items()
-    )
+    measured = ", ".join(f"{compute} {1000 * value:.0f} ms" for compute, value in run.probed_s.items())
+    winograd = ", winograd gradients" if recipe.train.conv_gradients == "winograd" else ""
     per_epoch = (
         f" of ceil({plan.samples_per_epoch:,} / {plan.global_batch_size}) = {plan.steps_per_epoch} per epoch"
         if plan.duration.unit == "epochs"
@@ -54,7 +53,8 @@ def describe(run: Run) -> list[str]:
         ("optimizer", f"{recipe.optimizer['name']}, rate {run.base_lr:g}, {recipe.schedule['name']}{groups}"),
         (
             "precision",
-            f"{recipe.train.precision}, {recipe.train.memory_format}{f' (measured: {measured})' if measured else ''}",
+            f"{recipe.train.precision}, {recipe.train.memory_format}{winograd}"
+            f"{f' (measured: {measured})' if measured else ''}",
         ),
         (
             "batch",

@@ -18,14 +18,17 @@ from shardstep.trainer.lock import LOCK_NAME, hold
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "train_manifest.json"  # classes, mean and std of the training set: what an evaluation needs of it
 
-SETTLED = (("data", "mode"), ("train", "precision"), ("train", "memory_format"), ("train", "device"))
+SETTLED = (
+    *(("data", "mode"), ("train", "device")),
+    *(("train", "precision"), ("train", "memory_format"), ("train", "conv_gradients")),
+)
 """What a recipe may leave to `auto`: section and key."""
 
 _MATHEMATICS = {
     "run": ["seed"],
     "data": ["augment", "normalize", "resize", "lanes", "window_shards", "last_batch"],
     "train": [
-        *("global_batch_size", "precision", "weights", "memory_format", "compile", "compress"),
+        *("global_batch_size", "precision", "weights", "memory_format", "conv_gradients", "compile", "compress"),
         *("clip_norm", "clip_value", "duration", "max_wall_s", "on_nan"),
     ],
 }

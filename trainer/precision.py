@@ -1,4 +1,4 @@
-"""Which number format and memory layout to compute in: as asked for, or whichever a measured step shows to be best."""
+"""In which number format and memory layout to compute, and how: as asked for, or as a measured step shows to be best."""
 
 import copy
 import time
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.schema import MemoryFormat, Precision
+from shardstep.configs.schema import ConvGradients, MemoryFormat, Precision, TrainConfig
+from shardstep.trainer import winograd
 from shardstep.trainer.losses import Objective
 from shardstep.trainer.machine import Cpu
 from shardstep.trainer.models.batch_norm import convert_batch_norm
@@ -21,10 +22,16 @@ PROBE_SAMPLES = 32  # enough work to tell the formats apart, little enough to ta
 
 @dataclass(frozen=True)
 class Compute:
-    """A number format (fp32, bf16 or fp16) and a memory layout (contiguous or channels_last)."""
+    """A number format (fp32, bf16 or fp16), a memory layout (contiguous or channels_last), and direct or winograd."""
 
     precision: Precision
     memory_format: MemoryFormat
+    conv_gradients: ConvGradients = "direct"
+
+    def __str__(self) -> str:
+        return " ".join(
+            [self.precision, self.memory_format, *(["winograd"] if self.conv_gradients == "winograd" else [])]
+        )
 
 
 def check_precision(precision: str, device: torch.device, module: nn.Module, cpu: Cpu) -> str | None:
@@ -72,29 +79,47 @@ def halve(module: nn.Module, precision: str) -> None:
 
 
 def candidates(
-    precision: Precision, memory_format: MemoryFormat, module: nn.Module, device: torch.device, cpu: Cpu
+    config: TrainConfig, module: nn.Module, image_shape: tuple[int, int, int], device: torch.device, cpu: Cpu
 ) -> list[Compute]:
     """What can be chosen from, the best guess first; one of it is a settled choice.
 
     Args:
-        precision, memory_format: of the recipe.
+        config: of the recipe.
         module: the model.
+        image_shape: (channels, height, width).
         device: where it will be.
         cpu: of this machine; bf16 is not tried where it is known to have no units for it: it takes 15 times as long.
+
+    Raises:
+        InputError: Winograd's gradients are asked for where there are none.
     """
-    formats: list[MemoryFormat] = [memory_format]
-    if memory_format == "auto":
+    formats: list[MemoryFormat] = [config.memory_format]
+    if config.memory_format == "auto":
         has_convolutions = any(isinstance(layer, nn.Conv2d) for layer in module.modules())
         formats = ["channels_last", "contiguous"] if has_convolutions else ["contiguous"]
-    precisions: list[Precision] = [precision]
+    precisions: list[Precision] = [config.precision]
     if device.type == "cuda":
         # Half precision wins on a GPU that has it, and channels_last with it: nothing to measure.
-        if precision == "auto":
+        if config.precision == "auto":
             precisions = ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
-        return [Compute(precisions[0], formats[0])]
-    if precision == "auto":
+        formats = formats[:1]
+    elif config.precision == "auto":
         precisions = ["fp32"] if cpu.vectors and not cpu.bf16_units else ["bf16", "fp32"]
-    return [Compute(p, f) for p in precisions for f in formats]
+    choices = [Compute(p, f) for p in precisions for f in formats]
+    if config.conv_gradients == "direct":
+        return choices
+    possible = device.type == "cpu" and "fp32" in precisions and config.compile == "none"
+    if config.conv_gradients == "winograd":
+        if not possible:
+            raise InputError(
+                "train.conv_gradients=winograd is for train.precision=fp32 on a CPU with train.compile=none: "
+                "use auto or direct"
+            )
+        return [Compute("fp32", layout, "winograd") for layout in formats]
+    measured = "auto" in (config.precision, config.memory_format)
+    if possible and measured and "channels_last" in formats and winograd.gains(module, image_shape):
+        choices.append(Compute("fp32", "channels_last", "winograd"))
+    return choices
 
 
 def measure(
@@ -125,5 +150,7 @@ def measure(
 def _probe(compute: Compute, module: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
     layout = MEMORY_FORMATS[compute.memory_format]
     model = copy.deepcopy(module).to(memory_format=layout).train()
+    if compute.conv_gradients == "winograd":
+        winograd.convert_convolutions(model)
     convert_batch_norm(model, synchronised=False)  # the other ranks do not take part
     return model, images.contiguous(memory_format=layout)

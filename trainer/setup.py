@@ -59,6 +59,7 @@ from shardstep.trainer.time_limit import TimeLimit
 from shardstep.trainer.timing import Timer
 from shardstep.trainer.tracking import Trackers, start_trackers
 from shardstep.trainer.watchdog import Watchdog
+from shardstep.trainer.winograd import convert_convolutions
 
 T = TypeVar("T")
 _INITIALIZE_SAMPLES = 5000  # training images that data-dependent initialisation looks at
@@ -361,6 +362,8 @@ def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]
         halve(module, config.precision)
     accelerator = runtime.build_accelerator("fp32" if config.weights == "half" else config.precision)
     module = module.to(memory_format=MEMORY_FORMATS[config.memory_format])
+    if config.conv_gradients == "winograd":
+        convert_convolutions(module)
     optimizer = build_optimizer(recipe.optimizer, module, has_scaler=accelerator.scaler is not None)
     return accelerator, TrainState(module, module, runtime.wrap_optimizer(accelerator, optimizer), accelerator.scaler)
 
@@ -505,11 +508,10 @@ def _settle_compute(
     plan: Plan,
     display: Display,
 ) -> dict[Compute, float]:
-    """Choose precision and memory format on rank 0 for all, into the recipe; returns the measured seconds per step."""
+    """Choose on rank 0 for all what a recipe leaves open of Compute, into the recipe; returns the measured seconds a step."""
     cpu = machine.read_cpu()
-    choices: list[Compute] = runtime.broadcast_object(  # hosts may differ
-        world, candidates(recipe.train.precision, recipe.train.memory_format, module, world.device, cpu)
-    )
+    choices = together(world, lambda: candidates(recipe.train, module, loaded.image_shape, world.device, cpu))
+    choices = runtime.broadcast_object(world, choices)  # hosts may differ
     size = min(max(plan.global_batch_size // plan.world_size, 1), recipe.train.max_micro_batch, PROBE_SAMPLES)
     seconds: dict[Compute, float] = {}
     if len(choices) > 1:
@@ -524,6 +526,7 @@ def _settle_compute(
         display.warn(warning)
     recipe.train.precision = chosen.precision
     recipe.train.memory_format = chosen.memory_format
+    recipe.train.conv_gradients = chosen.conv_gradients
     return seconds
 
 

@@ -216,7 +216,11 @@ def test_what_auto_leaves_open_is_measured_once(shards: Path, tmp_path: Path) ->
     options = [str(recipe), *automatic, "--over", "optimizer.name=sgd,adam", "--seeds", "1", "--budget", "2 steps"]
     subprocess.run([str(BIN / "shardstep"), "compare", *options, "--out", str(tmp_path / "out")], check=True)
     settled = json.loads((tmp_path / "out" / "comparison.json").read_text())["settled"]
-    assert [text.partition("=")[0] for text in settled] == ["train.precision", "train.memory_format"]
+    assert [text.partition("=")[0] for text in settled] == [
+        "train.precision",
+        "train.memory_format",
+        "train.conv_gradients",
+    ]
     for name in ("sgd", "adam"):
         starts = json.loads((tmp_path / "out" / name / "0" / "starts.json").read_text())
         assert all(text in starts[0]["command"] for text in settled)

@@ -2,12 +2,14 @@
 
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.schema import TrainConfig
 from shardstep.trainer import precision
 from shardstep.trainer.losses import build_objective
 from shardstep.trainer.machine import Cpu
@@ -60,7 +62,7 @@ def test_one_that_is_left_is_not_measured_again(monkeypatch: pytest.MonkeyPatch)
     assert PASSES == {"bf16 channels_last": 1, "fp32 channels_last": 1}
 
 
-CPU = torch.device("cpu")
+CPU, CONV = torch.device("cpu"), nn.Conv2d(3, 3, 1)
 AVX2, AVX512 = Cpu("old", vectors="AVX2", bf16_units=""), Cpu("middle", vectors="AVX-512", bf16_units="")
 AMX, UNKNOWN = Cpu("new", vectors="AVX-512", bf16_units="AMX"), Cpu("other", vectors="", bf16_units="")
 
@@ -69,9 +71,41 @@ AMX, UNKNOWN = Cpu("new", vectors="AVX-512", bf16_units="AMX"), Cpu("other", vec
     ("cpu", "tried"), [(AVX2, {"fp32"}), (AVX512, {"fp32"}), (AMX, {"bf16", "fp32"}), (UNKNOWN, {"bf16", "fp32"})]
 )
 def test_bf16_is_tried_where_it_may_pay(cpu: Cpu, tried: set[str]) -> None:
-    assert {choice.precision for choice in precision.candidates("auto", "auto", nn.Conv2d(3, 3, 1), CPU, cpu)} == tried
-    asked = precision.candidates("bf16", "contiguous", nn.Conv2d(3, 3, 1), CPU, cpu)
-    assert asked == [Compute("bf16", "contiguous")]
+    assert {choice.precision for choice in precision.candidates(TrainConfig(), CONV, (3, 8, 8), CPU, cpu)} == tried
+    asked = TrainConfig(precision="bf16", memory_format="contiguous")
+    assert precision.candidates(asked, CONV, (3, 8, 8), CPU, cpu) == [Compute("bf16", "contiguous")]
+
+
+def test_winograd_is_tried_where_it_may_pay() -> None:
+    wide = nn.Conv2d(128, 128, 3, padding=1)
+
+    def tried(model: nn.Module, cpu: Cpu = AVX2, size: int = 8, **options: Any) -> list[Compute]:
+        found = precision.candidates(TrainConfig(**options), model, (model.in_channels, size, size), CPU, cpu)  # type: ignore[arg-type]
+        return [choice for choice in found if choice.conv_gradients == "winograd"]
+
+    one = [Compute("fp32", "channels_last", "winograd")]
+    assert (
+        tried(wide)
+        == tried(wide, AMX)
+        == tried(wide, precision="fp32")
+        == tried(wide, memory_format="channels_last")
+        == one
+    )
+    assert tried(CONV) == tried(wide, size=5) == tried(wide, conv_gradients="direct") == []
+    assert (
+        tried(wide, precision="bf16") == tried(wide, memory_format="contiguous") == tried(wide, compile="default") == []
+    )
+    # whoever has given both has left nothing to measure, and gets what needs no measurement
+    assert tried(wide, precision="fp32", memory_format="channels_last") == []
+    asked = {"precision": "fp32", "memory_format": "contiguous", "conv_gradients": "winograd"}
+    assert tried(CONV, **asked) == [Compute("fp32", "contiguous", "winograd")]
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"compile": "default"}])
+def test_winograd_is_refused_where_there_is_none(options: dict[str, Any]) -> None:
+    asked = TrainConfig(conv_gradients="winograd", **options)
+    with pytest.raises(InputError, match="conv_gradients=winograd is for train.precision=fp32 on a CPU"):
+        precision.candidates(asked, CONV, (3, 8, 8), CPU, AVX2)
 
 
 def test_an_lstm_is_refused_where_there_is_none_in_that_format() -> None:
