@@ -30,8 +30,9 @@ def _steps_per_s(folder: Path, steps: int, checkpoints: str) -> float:
     from shardstep.trainer import loop
 
     run = article_run(
-        folder, f"train.duration={steps + 1} steps", "log.every=1000 steps", f"checkpoint.every={checkpoints}"
-    )
+        folder, f"train.duration={steps + 1} steps", "train.memory_format=channels_last", "log.every=1000 steps",
+        f"checkpoint.every={checkpoints}",
+    )  # fmt: skip
     marks: list[float] = []
     run.display.advance = lambda step: marks.append(time.perf_counter())  # type: ignore[method-assign]
     loop.train(run)

@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
     """Images per second of each loop, a table per batch size."""
-    precision = given.precision or _faster_precision(folder)
+    precision, gradients = _settle(folder, given.precision or "auto")
     with_lightning = importable("lightning")
     notes = [] if with_lightning else ["Lightning is not installed"]
     tables = []
@@ -41,8 +41,12 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
         steps = max(2, given.images // batch_size)
         works = {
             "bare loop": lambda size=batch_size, count=steps: _bare_loop(size, count, precision),
-            "shardstep": lambda size=batch_size, count=steps: _trainer(folder, size, count, precision),
+            "shardstep": lambda size=batch_size, count=steps: _trainer(folder, size, count, precision, "direct"),
         }
+        if gradients == "winograd":
+            works["shardstep, winograd gradients"] = lambda size=batch_size, count=steps: _trainer(
+                folder, size, count, precision, "winograd"
+            )
         if with_lightning:
             works["Lightning"] = lambda size=batch_size, count=steps: _lightning(folder, size, count, precision)
         values = in_turn(works, given.repeats)
@@ -66,25 +70,28 @@ def article_run(folder: Path, *overrides: str) -> "Run":
     number = len(list(folder.glob("run*")))
     recipe = check_recipe(load_recipe("article_cnn", [
         f"run.dir={folder / f'run{number}'}", f"data.train={folder / 'train'}", f"data.test={folder / 'test'}",
-        "eval.every=1000 epochs", "train.memory_format=channels_last", *overrides,
+        "eval.every=1000 epochs", *overrides,
     ]))  # fmt: skip
     return setup.build(runtime.start(recipe.train), recipe, Display(enabled=False))
 
 
-def _faster_precision(folder: Path) -> str:
-    """bf16 or fp32, as the trainer's own probe chooses at the smallest batch."""
-    run = article_run(folder, "train.precision=auto", "train.global_batch_size=16", "train.duration=1 steps")
+def _settle(folder: Path, precision: str) -> tuple[str, str]:
+    """Precision, of bf16 and fp32, and gradients of convolutions, as the trainer's own probe chooses at the smallest batch."""
+    given = [f"train.precision={precision}", "train.global_batch_size=16", "train.duration=1 steps"]
+    run = article_run(folder, *given)
     run.watchdog.stop()
-    return "bf16" if run.recipe.train.precision == "bf16" else "fp32"
+    settled = run.recipe.train
+    return "bf16" if settled.precision == "bf16" else "fp32", settled.conv_gradients
 
 
-def _trainer(folder: Path, batch_size: int, steps: int, precision: str) -> float:
+def _trainer(folder: Path, batch_size: int, steps: int, precision: str, gradients: str) -> float:
     """Images per second of the real loop over its last `steps` steps, logging included."""
     from shardstep.trainer import loop
 
     run = article_run(
         folder, f"train.global_batch_size={batch_size}", f"train.duration={2 * steps} steps",
-        f"train.precision={precision}", f"log.every={steps} steps", "checkpoint.every=1000 epochs",
+        f"train.precision={precision}", "train.memory_format=channels_last", f"train.conv_gradients={gradients}",
+        f"log.every={steps} steps", "checkpoint.every=1000 epochs",
     )  # fmt: skip
     loop.train(run)
     run.watchdog.stop()
