@@ -76,7 +76,7 @@ def article_run(folder: Path, *overrides: str) -> "Run":
 
 
 def _settle(folder: Path, precision: str) -> tuple[str, str]:
-    """Precision, of bf16 and fp32, and gradients of convolutions, as the trainer's own probe chooses at the smallest batch."""
+    """Precision, of bf16 and fp32, and gradients of convolutions, as the trainer's probe chooses at the smallest batch."""
     given = [f"train.precision={precision}", "train.global_batch_size=16", "train.duration=1 steps"]
     run = article_run(folder, *given)
     run.watchdog.stop()
