@@ -78,12 +78,19 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
         if timed is None:
             raise InputError(f"recipe {given.recipe} reconstructs images: it has no accuracy to keep a record of")
         runs[given.recipe].append(timed)
+        _tell(given.recipe, seed, timed)
         if given.script:
             batch_size, steps = script_plan(samples, recipe.train.global_batch_size, run_steps=timed.steps)
             runs["a script"].append(_run_script(recipe, seed, batch_size, steps))
+            _tell("a script", seed, runs["a script"][-1])
     if given.script:
         notes += [f"a script: the method of speedrun94, {steps} steps of {batch_size} images, {settled.device}"]
     return _tables(" ".join([given.recipe, *given.overrides]), runs, notes)
+
+
+def _tell(name: str, seed: int, timed: Timed) -> None:
+    """A line as soon as a run is over: all of them can take hours."""
+    print(f"{name}, seed {seed}: {100 * timed.accuracy:.2f} %, {timed.seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 def script_plan(samples: int, batch_size: int | str, run_steps: int) -> tuple[int, int]:

@@ -56,8 +56,9 @@ def test_a_benchmark_runs_and_its_json_has_what_it_promises(
     rows = {row["name"]: row for table in found["tables"] for row in table["rows"]}
     assert not set(ROWS[name]) - rows.keys()
     assert all(row["median"] > 0 and row["ratio"] > 0 and len(row["values"]) == 1 for row in rows.values())
-    text = capsys.readouterr().out
-    assert all(row in text for row in rows)
+    printed = capsys.readouterr()
+    assert all(row in printed.out for row in rows)
+    assert ("a script, seed 0: " in printed.err) == (name == "record")  # told as soon as it is known
     if name == "record":
         notes = [note for table in found["tables"] for note in table["notes"]]
         assert "a script: the method of speedrun94, 2 steps of 50 images, cpu" in notes
