@@ -86,10 +86,12 @@ def first_step(arguments: list[str]) -> NoReturn:
 def _python(folder: Path, code: str, *arguments: str) -> Callable[[], None]:
     """A process that runs some code; what it prints is shown only if it fails."""
 
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # warm files: each module was compiled by an earlier start
+
     def work() -> None:
-        result = subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, check=False
-        )
+        command = [sys.executable, "-c", code, *arguments]
+        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         if result.returncode:
             raise RuntimeError(
                 f"exit code {result.returncode} of {code!r} {arguments}:\n{result.stdout}{result.stderr}"

@@ -58,12 +58,16 @@ def importable(library: str) -> bool:
 
 def in_turn(works: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Values of some works, each called once without being counted, then all in turn `repeats` times."""
-    for work in works.values():
-        work()
     values: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            values[name].append(work())
+    for repeat in range(repeats + 1):
+        began = time.perf_counter()
+        found = {name: work() for name, work in works.items()}
+        which = f"repeat {repeat} of {repeats}" if repeat else "a repeat that does not count"
+        print(
+            f"{which}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True
+        )  # how long the rest will take
+        for name in works if repeat else ():
+            values[name].append(found[name])
     return values
 
 

@@ -149,7 +149,7 @@ def test_bad_input_is_one_clear_message(
     assert "Traceback" not in error
 
 
-def test_works_are_warmed_up_once_and_then_measured_in_turn() -> None:
+def test_works_are_warmed_up_once_and_then_measured_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[str] = []
 
     def work(name: str) -> Any:
@@ -162,6 +162,8 @@ def test_works_are_warmed_up_once_and_then_measured_in_turn() -> None:
     values = in_turn({"a": work("a"), "b": work("b")}, 2)
     assert calls == ["a", "b", "a", "b", "a", "b"]
     assert values == {"a": [3, 5], "b": [4, 6]}
+    told = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["a repeat that does not count", "repeat 1 of 2", "repeat 2 of 2"]
 
 
 def test_ratios_are_of_pairs() -> None:
