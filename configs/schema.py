@@ -73,7 +73,8 @@ class TrainConfig:
     memory_format: MemoryFormat = "auto"
     """Layout of images and convolution weights. auto: on a GPU channels_last, on a CPU measured with the precision."""
     conv_gradients: ConvGradients = "auto"
-    """Of 3x3 convolutions. winograd: faster in fp32 on a CPU. auto: measured with the others; direct where both are given."""
+    """Of 3x3 convolutions of stride 1. winograd: only in fp32 on a CPU, where it can be faster. auto: measured with precision
+    and memory_format; direct where both are given, or on a GPU."""
     max_micro_batch: int = 2048
     """Samples: the largest batch per rank per backward. The number of micro-steps per step follows from it."""
     clip_norm: Optional[float] = None  # noqa: UP045

@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from shardstep.launch.bench_step import article_run
+from shardstep.launch.bench_step import article_run, settle
 from shardstep.launch.bench_tables import Table, in_turn, whole_number
 
 
@@ -15,23 +15,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
     """Steps per second of both."""
+    precision, gradients = settle(folder, "auto")
+    compute = [f"train.precision={precision}", "train.memory_format=channels_last", f"train.conv_gradients={gradients}"]
     values = in_turn(
         {
-            "no checkpoint": lambda: _steps_per_s(folder, given.steps, "1000 epochs"),
-            "a checkpoint every 50 steps": lambda: _steps_per_s(folder, given.steps, "50 steps"),
+            "no checkpoint": lambda: _steps_per_s(folder, given.steps, "1000 epochs", compute),
+            "a checkpoint every 50 steps": lambda: _steps_per_s(folder, given.steps, "50 steps", compute),
         },
         given.repeats,
     )
-    return [Table(f"article_cnn, Adam, batch 16, {given.steps} steps", "steps/s", values, "no checkpoint")]
+    title = f"article_cnn, Adam, {precision}, {gradients} gradients, batch 16, {given.steps} steps"
+    return [Table(title, "steps/s", values, "no checkpoint")]
 
 
-def _steps_per_s(folder: Path, steps: int, checkpoints: str) -> float:
+def _steps_per_s(folder: Path, steps: int, checkpoints: str, compute: list[str]) -> float:
     """Without the last save, for which a run waits."""
     from shardstep.trainer import loop
 
     run = article_run(
-        folder, f"train.duration={steps + 1} steps", "train.memory_format=channels_last", "log.every=1000 steps",
-        f"checkpoint.every={checkpoints}",
+        folder, *compute, f"train.duration={steps + 1} steps", "log.every=1000 steps", f"checkpoint.every={checkpoints}"
     )  # fmt: skip
     marks: list[float] = []
     run.display.advance = lambda step: marks.append(time.perf_counter())  # type: ignore[method-assign]

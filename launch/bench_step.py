@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
     """Images per second of each loop, a table per batch size."""
-    precision, gradients = _settle(folder, given.precision or "auto")
+    precision, gradients = settle(folder, given.precision or "auto")
     with_lightning = importable("lightning")
     notes = [] if with_lightning else ["Lightning is not installed"]
     tables = []
@@ -75,7 +75,7 @@ def article_run(folder: Path, *overrides: str) -> "Run":
     return setup.build(runtime.start(recipe.train), recipe, Display(enabled=False))
 
 
-def _settle(folder: Path, precision: str) -> tuple[str, str]:
+def settle(folder: Path, precision: str) -> tuple[str, str]:
     """Precision, of bf16 and fp32, and gradients of convolutions, as the trainer's probe chooses at the smallest batch."""
     given = [f"train.precision={precision}", "train.global_batch_size=16", "train.duration=1 steps"]
     run = article_run(folder, *given)

@@ -66,8 +66,9 @@ def in_turn(works: Mapping[str, Callable[[], float]], repeats: int) -> dict[str,
         print(
             f"{which}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True
         )  # how long the rest will take
-        for name in works if repeat else ():
-            values[name].append(found[name])
+        if repeat:
+            for name, value in found.items():
+                values[name].append(value)
     return values
 
 

@@ -33,6 +33,9 @@ _MEASURED = (
     "memory_format",
     "conv_gradients",
 )  # of the section train: what `auto` measures, once for all runs
+_MEASURED_TOGETHER = {
+    f"train.{key}" for key in ("precision", "memory_format", "compile", "device")
+}  # with conv_gradients
 _OVER = ("finished", "failed")  # states in which a run stays
 
 
@@ -200,7 +203,10 @@ class Comparison:
 
     def _task(self, name: str, run: str, added: list[str]) -> Task:
         place = [f"run.dir={self.folder / name / run}", f"run.name={name}-{run}"]
-        overrides = [*self.arguments[1:], *self.settled, *self.variants[name], *self.budget.overrides, *added, *place]
+        settled = self.settled
+        if _MEASURED_TOGETHER & {override.partition("=")[0] for override in self.variants[name]}:
+            settled = [override for override in settled if not override.startswith("train.conv_gradients=")]
+        overrides = [*self.arguments[1:], *settled, *self.variants[name], *self.budget.overrides, *added, *place]
         return Task(f"{name} {run}", [self.arguments[0], *overrides], self.log(name, run))
 
 
@@ -257,7 +263,9 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
                 _check([given.recipe, *given.overrides, *variants[name], *budget.overrides, f"{given.tune}={tried:g}"])
             except InputError as error:
                 problems.append(f"variant {name}, {given.tune}={tried:g} of the search: {error}")
-    measured = [name for name, recipe in recipes.items() if _measures(recipe)]
+    from shardstep.trainer.precision import is_measured
+
+    measured = [name for name, recipe in recipes.items() if is_measured(recipe.train)]
     if measured and given.slurm is not None:
         problems.append(
             f"variant {measured[0]} leaves train.precision or train.memory_format to auto, and each job would measure for "
@@ -305,10 +313,6 @@ def _own_keys(overrides: Sequence[str], tuned: str, has_budget: bool) -> list[st
     if tuned in keys:
         problems.append(f"{tuned}: --tune searches it, so that the values given would not be used")
     return problems
-
-
-def _measures(recipe: Recipe) -> bool:
-    return "auto" in (recipe.train.precision, recipe.train.memory_format)
 
 
 def _check(arguments: list[str]) -> Recipe:

@@ -14,13 +14,17 @@ from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.trainer.check import check_recipe
 from shardstep.trainer.checkpoint import RECIPE, STATE, list_checkpoints, newest_whole, problems_of
 from shardstep.trainer.lock import LOCK_NAME, hold
+from shardstep.trainer.precision import excludes_winograd
 
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "train_manifest.json"  # classes, mean and std of the training set: what an evaluation needs of it
 
 SETTLED = (
-    *(("data", "mode"), ("train", "device")),
-    *(("train", "precision"), ("train", "memory_format"), ("train", "conv_gradients")),
+    ("data", "mode"),
+    ("train", "device"),
+    ("train", "precision"),
+    ("train", "memory_format"),
+    ("train", "conv_gradients"),
 )
 """What a recipe may leave to `auto`: section and key."""
 
@@ -56,6 +60,8 @@ def settle_from(recipe: Recipe) -> None:
     for section, key in SETTLED:
         if getattr(getattr(recipe, section), key) == "auto":
             setattr(getattr(recipe, section), key, getattr(getattr(saved, section), key))
+    if excludes_winograd(recipe.train) and saved.train.conv_gradients == "winograd":
+        recipe.train.conv_gradients = "direct"  # it was chosen together with another precision, say
 
 
 def find_resume(recipe: Recipe) -> Resume:

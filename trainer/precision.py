@@ -22,7 +22,7 @@ PROBE_SAMPLES = 32  # enough work to tell the formats apart, little enough to ta
 
 @dataclass(frozen=True)
 class Compute:
-    """A number format (fp32, bf16 or fp16), a memory layout (contiguous or channels_last), and direct or winograd."""
+    """A number format, a memory layout, and how gradients of convolutions are computed."""
 
     precision: Precision
     memory_format: MemoryFormat
@@ -91,7 +91,7 @@ def candidates(
         cpu: of this machine; bf16 is not tried where it is known to have no units for it: it takes 15 times as long.
 
     Raises:
-        InputError: Winograd's gradients are asked for where there are none.
+        InputError: Winograd's gradients are asked for on a GPU, or no convolution of the model would use them.
     """
     formats: list[MemoryFormat] = [config.memory_format]
     if config.memory_format == "auto":
@@ -108,18 +108,31 @@ def candidates(
     choices = [Compute(p, f) for p in precisions for f in formats]
     if config.conv_gradients == "direct":
         return choices
-    possible = device.type == "cpu" and "fp32" in precisions and config.compile == "none"
     if config.conv_gradients == "winograd":
-        if not possible:
+        if device.type != "cpu":
+            raise InputError(f"train.conv_gradients=winograd is for CPUs, and this is {device}: use auto or direct")
+        if not winograd.gains(module, image_shape):
             raise InputError(
-                "train.conv_gradients=winograd is for train.precision=fp32 on a CPU with train.compile=none: "
-                "use auto or direct"
+                "train.conv_gradients=winograd has no effect: this model has no 3x3 convolutions that would be faster by it"
             )
         return [Compute("fp32", layout, "winograd") for layout in formats]
-    measured = "auto" in (config.precision, config.memory_format)
-    if possible and measured and "channels_last" in formats and winograd.gains(module, image_shape):
+    possible = device.type == "cpu" and "fp32" in precisions and not excludes_winograd(config)
+    if possible and is_measured(config) and "channels_last" in formats and winograd.gains(module, image_shape):
         choices.append(Compute("fp32", "channels_last", "winograd"))
     return choices
+
+
+def is_measured(config: TrainConfig) -> bool:
+    """Whether a step is measured on a CPU before the first one."""
+    return "auto" in (config.precision, config.memory_format)
+
+
+def excludes_winograd(config: TrainConfig) -> list[str]:
+    """What of a recipe does not go with Winograd's gradients, as key=value."""
+    fitting = {"precision": ("auto", "fp32"), "compile": ("none",), "device": ("auto", "cpu")}
+    return [
+        f"train.{key}={getattr(config, key)}" for key, values in fitting.items() if getattr(config, key) not in values
+    ]
 
 
 def measure(

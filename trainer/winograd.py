@@ -3,22 +3,31 @@
 Winograd's minimal filtering F(4x4, 3x3), after Lavin and Gray 2015, arXiv 1509.09308: 4x4 outputs of a channel come from 6x6
 inputs d and a filter g as A^T ((G g G^T) * (B^T d B)) A, where * goes element by element. Over many tiles and channels this
 is 36 matrix products, with 36 multiplications for 16 outputs in place of 144; B^T and A^T are sums with small factors, along
-one axis after the other. The backward pass is the transpose of each step, and takes half the time of oneDNN's. The forward
-pass would gain a few percent: it is left to torch, so that outputs are those of any other convolution. Gradients are rounded
-otherwise, and differ by about 1e-5 of the largest.
+one axis after the other:
+
+    B^T = 4  0 -5  0  1  0      A^T = 1  1  1  1  1  0
+          0 -4 -4  1  1  0            0  1 -1  2 -2  0
+          0  4 -4 -1  1  0            0  1  1  4  4  0
+          0 -2 -1  2  1  0            0  1 -1  8 -8  1
+          0  2 -1 -2  1  0
+          0  4  0 -5  0  1
+
+The backward pass is the transpose of each step. The forward pass would gain a few percent: it is left to torch, so that
+outputs are those of any other convolution. Gradients are rounded otherwise, and differ by about 1e-5 of the largest.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 _TILE, _SIDE = 4, 6  # outputs and inputs of a tile, per axis
 _PART_BYTES = 16 << 20  # of transformed tiles at once, few enough to stay in a processor's caches between two steps
+_WORTH_IT = 1.3  # times as fast: below, it depends on the processor
 _FILTERS = torch.tensor(  # G
     [
         [1 / 4, 0, 0],
@@ -31,16 +40,13 @@ _FILTERS = torch.tensor(  # G
 )
 
 
-_WORTH_IT = 1.3  # times as fast: below, it depends on the processor
-
-
 class WinogradConv2d(nn.Conv2d):
     """nn.Conv2d whose backward pass goes by Winograd's method for images of a size that makes it faster."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and _speedup(self, images) > _WORTH_IT:
-            return convolve(images, self.weight, self.bias, int(self.padding[0]))
-        return super().forward(images)
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and _is_float32(input, self.weight) and _speedup(self, input) > _WORTH_IT:
+            return convolve(input, self.weight, self.bias, int(self.padding[0]))
+        return super().forward(input)
 
 
 def convert_convolutions(model: nn.Module) -> None:
@@ -55,17 +61,19 @@ def gains(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
     """Whether there is a convolution in a model that would be faster for images (channels, height, width)."""
     speedups = [0.0]
 
-    def look(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        speedups.append(_speedup(cast(nn.Conv2d, layer), inputs[0]))
+    def look(layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        speedups.append(_speedup(cast(nn.Conv2d, layer), (*given, *named.values())[0]))
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in model.modules() if _is_plain(layer)]
-    if hooks:
-        was_training = model.training
-        model.eval()(torch.zeros(1, *image_shape))
-        model.train(was_training)
-    for hook in hooks:
-        hook.remove()
+    if any(_is_plain(layer) for layer in model.modules()):
+        model = copy.deepcopy(model).eval()
+        for layer in filter(_is_plain, model.modules()):
+            layer.register_forward_pre_hook(look, with_kwargs=True)
+        model(torch.zeros(1, *image_shape))
     return max(speedups) > _WORTH_IT
+
+
+def _is_float32(images: Tensor, weight: Tensor) -> bool:
+    return images.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -80,12 +88,14 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _speedup(layer: nn.Conv2d, images: Tensor) -> float:
-    """About how many times as fast the backward pass becomes.
+    """About how many times as fast the backward pass becomes; 0 if images are too large for the caches, or not in a batch.
 
     Products saved, where the sums take as long as products of 64 channels would. That was fitted to 22 shapes on two cores
-    with AVX2 (AMD EPYC, torch 2.15.0), where 0.6 to 2.8 times as fast were measured.
+    with AVX2 (AMD EPYC, torch 2.15.0), where 0.6 to 3.0 times as fast were measured.
     """
-    height, width = (size + 2 * int(layer.padding[0]) - 2 for size in images.shape[2:])
+    height, width = (size + 2 * int(layer.padding[0]) - 2 for size in images.shape[-2:])
+    if images.ndim != 4 or _image_bytes(layer.weight, height, width) > _PART_BYTES:
+        return 0.0
     tiles = -(-height // _TILE) * -(-width // _TILE)
     saved = 9 * height * width / (_SIDE**2 * tiles)
     return saved / (1 + 64 / layer.in_channels + 64 / layer.out_channels)
@@ -94,7 +104,10 @@ def _speedup(layer: nn.Conv2d, images: Tensor) -> float:
 def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """Cross-correlate images (N, C, H, W) with 3x3 filters (O, C, 3, 3), float32: (N, O, H + 2p - 2, W + 2p - 2).
 
-    The backward pass is fast where images are torch.channels_last.
+    The backward pass is fast where images are torch.channels_last. It cannot itself be differentiated.
+
+    Raises:
+        NotImplementedError: in a backward pass with create_graph=True.
     """
     return _Convolution.apply(images, weight, bias, padding)
 
@@ -107,8 +120,11 @@ class _Convolution(torch.autograd.Function):
         return functional.conv2d(images, weight, bias, padding=padding)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # nothing is known here of how gradients depend on images and weights
+            raise NotImplementedError(
+                "Winograd's gradients have no gradients themselves: use train.conv_gradients=direct"
+            )
         images, weight = ctx.saved_tensors
         of_images, of_weight, of_bias, _ = ctx.needs_input_grad
         inputs, outputs = images.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
@@ -143,11 +159,15 @@ class _Grid:
     def of(cls, outputs: Tensor, weight: Tensor, padding: int) -> "_Grid":
         """For outputs (N, H, W, O)."""
         down, right = -(-outputs.shape[1] // _TILE), -(-outputs.shape[2] // _TILE)
-        image_bytes = 4 * _SIDE**2 * down * right * (weight.shape[0] + weight.shape[1])
-        return cls(padding, down, right, max(1, _PART_BYTES // image_bytes))
+        return cls(padding, down, right, max(1, _PART_BYTES // _image_bytes(weight, *outputs.shape[1:3])))
 
     def parts(self, count: int) -> Iterator[slice]:
         return (slice(start, start + self.images) for start in range(0, count, self.images))
+
+
+def _image_bytes(weight: Tensor, height: int, width: int) -> int:
+    """Of the transformed tiles of one image, for outputs of this size."""
+    return 4 * _SIDE**2 * -(-height // _TILE) * -(-width // _TILE) * (weight.shape[0] + weight.shape[1])
 
 
 def _transform_outputs(outputs: Tensor, grid: _Grid) -> Tensor:

@@ -226,6 +226,29 @@ def test_what_auto_leaves_open_is_measured_once(shards: Path, tmp_path: Path) ->
         assert all(text in starts[0]["command"] for text in settled)
 
 
+def test_a_variant_with_a_precision_of_its_own_leaves_gradients_that_were_measured_with_another(
+    shards: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, shards, **SPARING)
+    variants = tmp_path / "variants.yaml"
+    variants.write_text("plain: [optimizer.lr=0.1]\nhalf: [train.precision=bf16]\n")
+    options = [
+        str(recipe),
+        "train.precision=auto",
+        "--variants",
+        str(variants),
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    comparison = compare.prepare(compare._parser().parse_intermixed_args(options), "")
+    comparison.settled = ["train.precision=fp32", "train.memory_format=channels_last", "train.conv_gradients=winograd"]
+    arguments = {name: comparison._task(name, "0", []).arguments for name in ("plain", "half")}
+    assert "train.conv_gradients=winograd" in arguments["plain"]
+    assert not any("conv_gradients" in text for text in arguments["half"])
+
+
 def test_losing_the_terminal_asks_the_runs_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from shardstep.launch import pool
 

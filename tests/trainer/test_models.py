@@ -92,6 +92,22 @@ def test_whitening_decorrelates() -> None:
     assert not layer.weight.requires_grad
 
 
+def test_a_shortcut_leads_around_all_but_the_first_convolution_of_a_deep_group() -> None:
+    model = build("whitening_cnn", (3, 17, 17), widths=[4, 6], depths=[2, 4]).eval()
+    assert [sum(isinstance(layer, torch.nn.Conv2d) for layer in group.modules()) for group in model.groups] == [2, 4]
+    images, conv = torch.randn(2, 4, 8, 8), model.groups[1][0]
+    first = torch.nn.functional.gelu(torch.nn.functional.max_pool2d(conv(images), 2) / (1 + 1e-5) ** 0.5)
+    for norm in (layer for layer in model.groups[1][4] if isinstance(layer, torch.nn.BatchNorm2d)):
+        torch.nn.init.zeros_(norm.weight)  # nothing comes through the layers
+    assert torch.allclose(model.groups[1](images), torch.nn.functional.gelu(first), atol=1e-6)
+
+
+@pytest.mark.parametrize("depths", [[2], [2, 1], [2, 2, 2]])
+def test_depths_that_do_not_fit_are_named(depths: list[int]) -> None:
+    with pytest.raises(InputError, match="depths must be 2 numbers of 2 or more, one for each of widths"):
+        build("whitening_cnn", (3, 17, 17), widths=[4, 6], depths=depths)
+
+
 def test_one_of_equally_high_places_gets_the_gradient() -> None:
     model = build("whitening_cnn", (3, 17, 17), widths=[4])
     model.whitening = model.activation = model.groups = torch.nn.Identity()

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import TrainConfig
-from shardstep.trainer import precision
+from shardstep.trainer import precision, winograd
+from shardstep.trainer.check import check_recipe
 from shardstep.trainer.losses import build_objective
 from shardstep.trainer.machine import Cpu
 from shardstep.trainer.precision import Compute
@@ -98,14 +101,40 @@ def test_winograd_is_tried_where_it_may_pay() -> None:
     # whoever has given both has left nothing to measure, and gets what needs no measurement
     assert tried(wide, precision="fp32", memory_format="channels_last") == []
     asked = {"precision": "fp32", "memory_format": "contiguous", "conv_gradients": "winograd"}
-    assert tried(CONV, **asked) == [Compute("fp32", "contiguous", "winograd")]
+    assert tried(wide, **asked) == [Compute("fp32", "contiguous", "winograd")]
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"compile": "default"}])
-def test_winograd_is_refused_where_there_is_none(options: dict[str, Any]) -> None:
-    asked = TrainConfig(conv_gradients="winograd", **options)
-    with pytest.raises(InputError, match="conv_gradients=winograd is for train.precision=fp32 on a CPU"):
+def test_winograd_is_refused_where_there_is_none() -> None:
+    asked, wide = TrainConfig(conv_gradients="winograd"), nn.Conv2d(128, 128, 3, padding=1)
+    with pytest.raises(InputError, match="winograd is for CPUs, and this is cuda:0: use auto or direct"):
+        precision.candidates(asked, wide, (128, 8, 8), torch.device("cuda", 0), AVX2)
+    with pytest.raises(
+        InputError, match="winograd has no effect: this model has no 3x3 convolutions that would be faster"
+    ):
         precision.candidates(asked, CONV, (3, 8, 8), CPU, AVX2)
+
+
+@pytest.mark.parametrize("other", ["train.precision=bf16", "train.compile=default", "train.device=cuda"])
+def test_winograd_goes_only_with_what_it_is_for(other: str) -> None:
+    with pytest.raises(InputError, match=f"winograd is for fp32 on a CPU, not for {other}: use auto or direct"):
+        check_recipe(load_recipe("smoke", ["train.conv_gradients=winograd", other]))
+
+
+def test_winograd_is_what_is_measured_as_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: Counter[str] = Counter()
+    monkeypatch.setattr(
+        winograd,
+        "convolve",
+        lambda *given: used.update(["winograd"]) or functional.conv2d(*given[:3], padding=given[3]),
+    )
+    model = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    objective = build_objective({"name": "cross_entropy", "label_smoothing": 0.0, "reduction": "mean"}, {"name": "mlp"})
+    images, labels = torch.randn(2, 128, 8, 8), torch.zeros(2, dtype=torch.long)
+    precision.measure([Compute("fp32", "channels_last")], model, objective, images, labels)
+    assert not used
+    precision.measure([Compute("fp32", "channels_last", "winograd")], model, objective, images, labels)
+    assert used
+    assert type(model[0]) is nn.Conv2d
 
 
 def test_an_lstm_is_refused_where_there_is_none_in_that_format() -> None:

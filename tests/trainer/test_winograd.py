@@ -1,5 +1,6 @@
 """Gradients by Winograd's method are those of the convolution, and are used where they are faster."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,9 @@ def test_it_is_used_where_it_is_faster(
     assert winograd.gains(layer, (inputs, size, size)) == faster
     winograd.convert_convolutions(layer)
     used = []
-    monkeypatch.setattr(winograd, "convolve", lambda *given: used.append(given) or functional.conv2d(*given))
+    monkeypatch.setattr(
+        winograd, "convolve", lambda *given: used.append(given) or functional.conv2d(*given[:3], padding=given[3])
+    )
     images = torch.randn(1, inputs, size, size)
     layer(images)
     assert len(used) == faster
@@ -108,11 +111,34 @@ def test_it_is_used_where_it_is_faster(
     assert len(used) == faster  # outputs are the same, and there is no backward pass to gain
 
 
+def test_what_it_cannot_do_stays_torchs() -> None:
+    layer, plain = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+    plain.load_state_dict(layer.state_dict())
+    winograd.convert_convolutions(layer)
+    images = torch.randn(2, 64, 8, 8)
+    assert torch.equal(layer(input=images), plain(images))
+    assert torch.equal(layer(images[0]), plain(images[0]))  # without a batch
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(images).float().sum().backward()
+    assert layer.weight.grad is not None
+    large = torch.randn(1, 64, 256, 256)
+    assert winograd._speedup(layer, large) == 0
+    layer.double()(images.double()).sum().backward()
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    weight = torch.randn(4, 4, 3, 3, requires_grad=True)
+    outputs = winograd.convolve(torch.randn(2, 4, 6, 6), weight, None, 1)
+    with pytest.raises(NotImplementedError, match="use train.conv_gradients=direct"):
+        torch.autograd.grad(outputs.sum(), weight, create_graph=True)
+
+
 def test_looking_for_gains_changes_no_model() -> None:
     model = nn.Sequential(nn.Conv2d(3, 128, 3), nn.BatchNorm2d(128), nn.Conv2d(128, 128, 3)).train()
+    model[1].eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert winograd.gains(model, (3, 12, 12))
-    assert model.training
+    assert [part.training for part in model] == [True, False, True]
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not model[2]._forward_pre_hooks
 
@@ -148,3 +174,16 @@ def test_auto_is_settled_by_the_first_start(shards: Path, tmp_path: Path) -> Non
     code, _, told = failure_of(str(recipe), f"train.conv_gradients={other}")
     assert code == 2
     assert "train.conv_gradients" in told
+
+
+def test_a_precision_that_changes_takes_the_gradients_with_it(shards: Path, tmp_path: Path) -> None:
+    train = {"precision": "fp32", "memory_format": "channels_last", "duration": "2 steps"}
+    recipe = write_recipe(tmp_path, shards, model=WIDE, train=train)
+    train_ranks(1, recipe, "train.conv_gradients=winograd")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    other = ["train.precision=bf16", "train.duration=4 steps"]
+    allowed = "run.allow_changes=[train.precision,train.conv_gradients,train.duration]"
+    train_ranks(1, recipe, f"run.dir={tmp_path / 'copy'}", *other, allowed)
+    code, _, told = failure_of(str(recipe), *other)
+    assert code == 2
+    assert "train.precision: fp32 -> bf16\n  - train.conv_gradients: winograd -> direct\n" in told
