@@ -63,9 +63,8 @@ def in_turn(works: Mapping[str, Callable[[], float]], repeats: int) -> dict[str,
         began = time.perf_counter()
         found = {name: work() for name, work in works.items()}
         which = f"repeat {repeat} of {repeats}" if repeat else "a repeat that does not count"
-        print(
-            f"{which}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True
-        )  # how long the rest will take
+        # so that one knows how long the rest will take
+        print(f"{which}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         if repeat:
             for name, value in found.items():
                 values[name].append(value)

@@ -28,14 +28,9 @@ from shardstep.trainer import launcher
 from shardstep.trainer.lock import LOCK_NAME, is_held
 
 PLAN_NAME = "comparison.json"
-_MEASURED = (
-    "precision",
-    "memory_format",
-    "conv_gradients",
-)  # of the section train: what `auto` measures, once for all runs
-_MEASURED_TOGETHER = {
-    f"train.{key}" for key in ("precision", "memory_format", "compile", "device")
-}  # with conv_gradients
+# Of the section train: what `auto` measures, once for all runs; and what the choice of conv_gradients depends on.
+_MEASURED = ("precision", "memory_format", "conv_gradients")
+_MEASURED_TOGETHER = {f"train.{key}" for key in ("precision", "memory_format", "compile", "device")}
 _OVER = ("finished", "failed")  # states in which a run stays
 
 

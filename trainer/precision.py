@@ -116,7 +116,7 @@ def candidates(
                 "train.conv_gradients=winograd has no effect: this model has no 3x3 convolutions that would be faster by it"
             )
         return [Compute("fp32", layout, "winograd") for layout in formats]
-    possible = device.type == "cpu" and "fp32" in precisions and not excludes_winograd(config)
+    possible = device.type == "cpu" and not excludes_winograd(config)
     if possible and is_measured(config) and "channels_last" in formats and winograd.gains(module, image_shape):
         choices.append(Compute("fp32", "channels_last", "winograd"))
     return choices

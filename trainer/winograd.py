@@ -96,8 +96,7 @@ def _speedup(layer: nn.Conv2d, images: Tensor) -> float:
     height, width = (size + 2 * int(layer.padding[0]) - 2 for size in images.shape[-2:])
     if images.ndim != 4 or _image_bytes(layer.weight, height, width) > _PART_BYTES:
         return 0.0
-    tiles = -(-height // _TILE) * -(-width // _TILE)
-    saved = 9 * height * width / (_SIDE**2 * tiles)
+    saved = 9 * height * width / (_SIDE**2 * _num_tiles(height, width))
     return saved / (1 + 64 / layer.in_channels + 64 / layer.out_channels)
 
 
@@ -165,9 +164,13 @@ class _Grid:
         return (slice(start, start + self.images) for start in range(0, count, self.images))
 
 
+def _num_tiles(height: int, width: int) -> int:
+    return -(-height // _TILE) * -(-width // _TILE)
+
+
 def _image_bytes(weight: Tensor, height: int, width: int) -> int:
     """Of the transformed tiles of one image, for outputs of this size."""
-    return 4 * _SIDE**2 * -(-height // _TILE) * -(-width // _TILE) * (weight.shape[0] + weight.shape[1])
+    return 4 * _SIDE**2 * _num_tiles(height, width) * (weight.shape[0] + weight.shape[1])
 
 
 def _transform_outputs(outputs: Tensor, grid: _Grid) -> Tensor:
