@@ -66,10 +66,9 @@ class FilterMuon(Optimizer):
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     """Matrices (n, rows, columns) with their singular values moved towards 1: U S V^T to about U V^T.
 
-    Newton and Schulz's iteration with Jordan's quintic, X <- a X + (b A + c A^2) X with A = X X^T; it ends between 0.7 and
-    1.2 after five steps. In bf16 on a GPU, which bears it.
+    Newton and Schulz's iteration with Jordan's quintic, X <- P X with P = a I + b A + c A^2 and A = X X^T; it ends between
+    0.7 and 1.2 after five steps. In bf16 on a GPU, which bears it.
     """
-    a, b, c = _COEFFICIENTS
     x = (
         matrices.bfloat16()
         if matrices.device.type == "cuda"
@@ -78,7 +77,37 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x  # the smaller product
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    saves = steps > 1 and 2 * x.shape[1] <= x.shape[2] and x.dtype != torch.bfloat16
+    x = _iterate_gram(x, steps) if saves else _iterate(x, steps)
+    return x.mT if tall else x
+
+
+def _iterate(x: Tensor, steps: int) -> Tensor:
+    a, b, c = _COEFFICIENTS
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
-    return x.mT if tall else x
+    return x
+
+
+def _iterate_gram(x: Tensor, steps: int) -> Tensor:
+    """The same with small products (n, rows, rows) between the first and the last, half the time for 256 x 2304.
+
+    All P are polynomials of the first A and commute, so A <- P A P, and X ends as the product of all P times X. In bf16,
+    what is small in A would be lost.
+    """
+    gram = x @ x.mT
+    product = factor = _factor(gram)
+    for _ in range(steps - 1):
+        gram = factor @ gram @ factor
+        factor = _factor(gram)
+        product = factor @ product
+    return product @ x
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """P, from A."""
+    a, b, c = _COEFFICIENTS
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=1, dim2=2).add_(a)
+    return factor

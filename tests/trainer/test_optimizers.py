@@ -366,12 +366,25 @@ def test_filter_muon_takes_filters_of_one_shape_together() -> None:
     assert counts == [1, 2, 1]
 
 
-def test_orthogonalize_keeps_directions_and_evens_out_lengths() -> None:
-    matrix = torch.randn(1, 6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    u, _, v = torch.linalg.svd(matrix[0], full_matrices=False)
-    inner = u.T @ orthogonalize(matrix, 5)[0] @ v.T
-    assert (inner - torch.diag(inner.diagonal())).abs().max() < 1e-9
-    assert 0.6 < inner.diagonal().min() < inner.diagonal().max() < 1.3
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (6, 8)])
+def test_orthogonalize_moves_singular_values_by_the_quintic(shape: tuple[int, int]) -> None:
+    left, _, right = torch.linalg.svd(
+        torch.randn(shape, generator=torch.Generator().manual_seed(1)), full_matrices=False
+    )
+    values = torch.tensor([1.0, 0.5, 0.2, 0.05, 0.01, 0.001])
+    matrix = (left * values) @ right
+    expected = values / values.norm()
+    for _ in range(3):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    moved = left.T @ orthogonalize(matrix[None], 3)[0] @ right.T
+    torch.testing.assert_close(moved.diagonal(), expected, rtol=1e-4, atol=0)
+    assert (moved - torch.diag(moved.diagonal())).abs().max() < 2e-5
+
+
+def test_orthogonalize_evens_out_lengths() -> None:
+    matrix = torch.randn(1, 6, 20, generator=torch.Generator().manual_seed(1))
+    lengths = torch.linalg.svdvals(orthogonalize(matrix, 5)[0])
+    assert 0.6 < lengths.min() < lengths.max() < 1.3
 
 
 def test_filter_muon_refuses_vectors() -> None:
