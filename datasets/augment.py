@@ -88,9 +88,10 @@ def color_jitter(
         for column, most in enumerate((brightness, contrast, saturation))
     )
     values = images.float() * bright
-    mean = values.mean(dim=(1, 2, 3), keepdim=True)
-    values = mean + (values - mean) * contrasted
-    if images.shape[3] == 3:
+    if contrast:
+        mean = values.mean(dim=(1, 2, 3), keepdim=True)
+        values = mean + (values - mean) * contrasted
+    if saturation and images.shape[3] == 3:
         red, green, blue = values.split(1, dim=3)
         luma = 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R BT.601, (B, H, W, 1)
         values = luma + (values - luma) * saturated
