@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from shardstep.configs.durations import Duration, Progress
 from shardstep.launch import bench, record_script
@@ -45,6 +46,7 @@ ROWS = {  # those that need nothing but our own requirements
 def test_a_benchmark_runs_and_its_json_has_what_it_promises(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    AcceleratorState._reset_state()  # a benchmark has a process of its own, and a precision that it may choose
     monkeypatch.chdir(tmp_path)  # no shards of quickstart here
     if name != "record":  # which takes its runs one after the other
         monkeypatch.setattr(f"shardstep.launch.bench_{name}.in_turn", once)  # warming up is tested below

@@ -381,10 +381,19 @@ def test_orthogonalize_moves_singular_values_by_the_quintic(shape: tuple[int, in
     assert (moved - torch.diag(moved.diagonal())).abs().max() < 2e-5
 
 
-def test_orthogonalize_evens_out_lengths() -> None:
-    matrix = torch.randn(1, 6, 20, generator=torch.Generator().manual_seed(1))
-    lengths = torch.linalg.svdvals(orthogonalize(matrix, 5)[0])
-    assert 0.6 < lengths.min() < lengths.max() < 1.3
+def test_orthogonalize_keeps_directions_and_evens_out_lengths() -> None:
+    matrix = torch.randn(1, 6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    u, _, v = torch.linalg.svd(matrix[0], full_matrices=False)
+    inner = u.T @ orthogonalize(matrix, 5)[0] @ v.T
+    assert (inner - torch.diag(inner.diagonal())).abs().max() < 1e-9
+    assert 0.6 < inner.diagonal().min() < inner.diagonal().max() < 1.3
+
+
+@pytest.mark.parametrize("steps", [0, 5, 12, 20])
+def test_orthogonalize_bears_singular_values_of_0(steps: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(64, 8, generator=generator) @ torch.randn(8, 576, generator=generator)
+    assert torch.linalg.matrix_norm(orthogonalize(matrix[None], steps)[0], 2) < 1.3
 
 
 def test_filter_muon_refuses_vectors() -> None:
