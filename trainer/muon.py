@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that lifts small singular values fastest
-# On X X^T: where an eigenvalue should be 0, rounding leaves about 1e-7, which may be below 0, and a step makes that 12 times as
-# much, in the end without bounds.
+# On X X^T: where an eigenvalue should be 0, rounding leaves about 1e-7, which may be below 0, and a step makes that 12 times
+# as much, in the end without bounds.
 _STEPS_AT_ONCE = 3
 
 
