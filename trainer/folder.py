@@ -9,6 +9,7 @@ from typing import Any
 
 from shardstep.configs.durations import Duration
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import partial_of
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.trainer.check import check_recipe
@@ -154,7 +155,9 @@ def is_run(folder: Path) -> bool:
 
 
 def _is_taken(folder: Path) -> bool:
-    return folder.is_dir() and any(path.name != LOCK_NAME for path in folder.iterdir())
+    """Whether there is more than what a run leaves that was killed before its recipe was written."""
+    begun = {LOCK_NAME, partial_of(folder / CONFIG_NAME).name}
+    return folder.is_dir() and any(path.name not in begun for path in folder.iterdir())
 
 
 def _differences(saved: Recipe, given: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -355,6 +355,17 @@ def test_a_folder_with_other_files_is_left_alone(shards: Path, tmp_path: Path) -
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
 
 
+def test_a_folder_left_by_a_kill_before_its_recipe_was_whole_is_begun_again(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / "config.yaml.partial").write_text("run: {na")
+    train_ranks(1, write_recipe(tmp_path, shards))
+    assert (folder / "model.safetensors").is_file()
+    assert not list(tmp_path.glob("run.old*"))
+    assert not list(folder.glob("*.partial"))
+
+
 def test_a_bad_recipe_does_not_put_the_old_run_aside(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards)
     train_ranks(1, recipe)
