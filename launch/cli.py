@@ -68,7 +68,7 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         _tell(f"failed: {error}")
         return FAILED
     except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        _tell(f"error: {error.filename or ''}: {error.strerror}", everywhere=False)  # perhaps of this rank's node alone
+        _tell(f"error: {_reason(error)}", everywhere=False)  # perhaps of this rank's node alone
         return BAD_INPUT
     except KeyboardInterrupt:
         _tell("interrupted")
@@ -86,7 +86,7 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     except OSError as error:  # a full disk, a mount that is gone
         if error.errno is None:
             raise
-        _tell(f"failed: {error.filename or ''}: {error.strerror}", everywhere=False)
+        _tell(f"failed: {_reason(error)}", everywhere=False)
         return FAILED
 
 
@@ -109,6 +109,10 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
 def _lost_rank(error: RuntimeError) -> bool:

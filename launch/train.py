@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.starts import write_start
 
     under_agent = launcher.has_agent()
-    display = Display(enabled=launcher.is_first_rank())
+    display = Display(enabled=launcher.is_first_rank(), goes_on=True)
     recipe = check_recipe(loaded)
     for note in loaded.notes:
         display.note(note)
@@ -102,6 +102,11 @@ def main(arguments: list[str]) -> int:
             run.watchdog.stop()
             if world.is_main_process:
                 _finish(run, evaluation)
+                if not is_safe:
+                    display.warn(
+                        "the last checkpoint could not be saved: the same command would take the steps since the one "
+                        "before it again"
+                    )
             runtime.broadcast_object(world, None)  # all leave together: srun ends the last a while after the first
     except BaseException as error:
         display.stop()

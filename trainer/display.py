@@ -6,9 +6,11 @@ and one about training every ten seconds.
 
 import contextlib
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -22,13 +24,51 @@ _PLAIN_INTERVAL_S = 10  # between lines about training steps where there is no t
 _REDRAWN_PER_S = 2
 
 
+class _Output:
+    """A stream that goes on when its disk is full or its reader has left: what is written then is lost."""
+
+    def __init__(self, stream: TextIO, tell: Callable[[str], None] | None = None):
+        """
+        Args:
+            stream: what is written to.
+            tell: told of the first failure.
+        """
+        self._stream, self._tell = stream, tell
+
+    def write(self, text: str) -> int:
+        """Write, or lose the text."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what is written, or lose it."""
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError as error:
+            tell, self._tell = self._tell, None
+            if tell:
+                tell(f"standard output cannot be written, training goes on without: {error.strerror or error}")
+
+
 class Display:
     """Output of a run. On ranks other than 0 every method does nothing."""
 
-    def __init__(self, enabled: bool):
+    def __init__(self, enabled: bool, goes_on: bool = False):
+        """
+        Args:
+            enabled: on rank 0.
+            goes_on: whether text that cannot be written is left out, rather than an error: training is worth more than it.
+        """
         self._enabled = enabled
-        self._console = Console(highlight=False)
-        self._errors = Console(stderr=True, highlight=False)
+        output, errors = (_Output(sys.stdout, self.warn), _Output(sys.stderr)) if goes_on else (None, None)
+        self._console = Console(highlight=False, file=cast(TextIO | None, output))
+        self._errors = Console(highlight=False, file=cast(TextIO | None, errors), stderr=True)
         self._live: Live | None = None
         self._last_plain_s = -float("inf")
         self._remark = ""

@@ -1,6 +1,7 @@
 """The commands as a person starts them: python, torchrun, accelerate launch, with 1 and 2 processes."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,16 @@ def test_accelerate_cpu_with_two_processes_is_caught(shards: Path, tmp_path: Pat
     assert result.returncode != 0
     assert "starts one process only" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("output", "reason"), [(">/dev/full", "No space left on device"), ("| true", "Broken pipe")])
+def test_training_goes_on_where_its_output_cannot(output: str, reason: str, shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards)
+    command = f"set -o pipefail; {shlex.quote(str(BIN / 'shardstep'))} train {shlex.quote(str(recipe))} {output}"
+    result = start("bash", "-c", command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count(f"standard output cannot be written, training goes on without: {reason}") == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
 
 
 def test_bad_input_exits_with_2_and_one_message(shards: Path, tmp_path: Path) -> None:
