@@ -148,7 +148,8 @@ def _split_override(text: str, problems: list[str]) -> tuple[str, str, Any]:
     name, equals, value = text.partition("=")
     section, dot, key = name.partition(".")
     if not (equals and dot and key):
-        problems.append(f"{text!r} is not of the form section.key=value")
+        hint = f"; did you mean {name}.name={value}?" if equals and name in OPEN_SECTIONS else ""
+        problems.append(f"{text!r} is not of the form section.key=value{hint}")
         return "", "", None
     if section not in _SECTIONS:
         problems.append(f"{section} is not a section; {neighbours(section, _SECTIONS)}")

@@ -114,7 +114,8 @@ class EvalConfig:
     batch_size: int = 500
     """Samples per rank and forward pass. Does not change the result."""
     views: Views = "plain"
-    """Test-time augmentation: the mean over an image and its mirror image, or that with four shifted ones at equal weight."""
+    """Test-time augmentation. mirror: the mean over an image and its mirror image; mirror_translate: half that, and half the
+    mean over both shifted twice."""
     sure_above: Optional[float] = None  # noqa: UP045
     """Probability: images whose plain view gives a class that much get no further views; null gives them to all."""
 

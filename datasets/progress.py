@@ -1,6 +1,7 @@
 """A progress bar for work that is counted: live on a terminal, two plain lines elsewhere. Goes to stderr."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -8,12 +9,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+def is_drawable(console: Console) -> bool:
+    """Whether there is a terminal to draw on. FORCE_COLOR and the like make none of a file, and NO_COLOR wants none."""
+    return console.file.isatty() and not console.is_dumb_terminal and not os.environ.get("NO_COLOR")
+
+
 @contextlib.contextmanager
 def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show the progress of `total` units; the block calls what it is given with the number of units just done."""
     console = Console(stderr=True, highlight=False)
     start = time.perf_counter()
-    if not console.is_terminal:
+    if not is_drawable(console):
         console.print(f"{what}: {total:,} {unit} ...", soft_wrap=True, markup=False)
         yield lambda done: None
         console.print(f"{what}: {total:,} {unit} in {time.perf_counter() - start:.1f} s", soft_wrap=True, markup=False)

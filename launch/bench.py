@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 from shardstep.launch import bench_scaling
-from shardstep.launch.bench_tables import report, whole_number
+from shardstep.launch.bench_tables import report, whole_number, writable
 from shardstep.launch.cli import run as run_command
 
 BENCHMARKS = {
@@ -39,7 +39,9 @@ def main(arguments: list[str]) -> int:
     for name, what in BENCHMARKS.items():
         command = commands.add_parser(name, help=what, description=modules[name].__doc__)
         command.add_argument("--repeats", "--runs", type=whole_number, default=7, help="(default: %(default)s)")
-        command.add_argument("--json", metavar="PATH", help="write the figures there as JSON; - is stdout")
+        command.add_argument(
+            "--json", type=writable, metavar="PATH", help="write the figures there as JSON; - is stdout"
+        )
         modules[name].add_options(command)
     bench_scaling.add_arguments(
         commands.add_parser("scaling", help="what more ranks give: measured here, and by a model of a cluster")

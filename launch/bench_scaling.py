@@ -102,7 +102,7 @@ def _check(given: argparse.Namespace) -> list[int]:
         if value < least
     ]
     parts = given.gpus.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         problems.append(f"--gpus {given.gpus} must be whole numbers from 1 with commas between them, such as 8,64,512")
     if problems:
         raise InputError.from_problems("shardstep bench scaling", problems)

@@ -47,6 +47,15 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def writable(path: str) -> str:
+    """An option's value that names a file to write, or - for stdout: found out before hours of measuring."""
+    if path != "-" and not Path(path).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder for {path}")
+    if path != "-" and Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder")
+    return path
+
+
 def importable(library: str) -> bool:
     """Whether an alternative is installed, whole."""
     try:

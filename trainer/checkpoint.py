@@ -336,7 +336,7 @@ def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set
             raise InputError(
                 f"{path} was evaluated on another test set (fingerprint {values['test_fingerprint'][:12]}) than data.test "
                 f"now names ({state.test_fingerprint[:12]}), so that its figures could not be compared with new ones. "
-                f"Give another run.dir, or go on with run.allow_changes=[data.test] and forget the best evaluation so far"
+                f"Give another run.dir, or go on with 'run.allow_changes=[data.test]' and forget the best evaluation so far"
             )
         values |= {"test_fingerprint": state.test_fingerprint, "best": None}
     if len(values["sums"]) != world_size:  # rank 0 carries what all have counted

@@ -1,11 +1,10 @@
 """What the person at the terminal sees: notes, a calm live area on a terminal, timed lines elsewhere. Rank 0 only.
 
 Where output is no terminal, as in a batch job's log, or NO_COLOR is set, there are plain lines: one with every evaluation,
-and one about training every ten seconds.
+and one about training every ten seconds, which says how far it is where no figures have been logged since.
 """
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from shardstep.datasets.progress import is_drawable
 from shardstep.trainer.status import Status, describe_line, span
 
 _PLAIN_INTERVAL_S = 10  # between lines about training steps where there is no terminal; evaluations always get one
@@ -70,7 +70,8 @@ class Display:
         self._console = Console(highlight=False, file=cast(TextIO | None, output))
         self._errors = Console(highlight=False, file=cast(TextIO | None, errors), stderr=True)
         self._live: Live | None = None
-        self._last_plain_s = -float("inf")
+        self._last_plain_s = -float("inf")  # when the last line about training was printed
+        self._last_said_s = 0.0  # when anything was
         self._remark = ""
         self.status = Status()
 
@@ -91,7 +92,8 @@ class Display:
     def start(self, total_steps: int | None, done_steps: int, share_done: float) -> None:
         """Open the live area, if there is a terminal for it; the arguments are as in Status."""
         self.status.total_steps, self.status.step, self.status.share_done = total_steps, done_steps, share_done
-        if self._enabled and self.is_live():
+        self._last_said_s = time.monotonic()
+        if self._enabled and is_drawable(self._console):
             self._live = Live(
                 get_renderable=self._area, console=self._console, refresh_per_second=_REDRAWN_PER_S, transient=True
             )
@@ -99,8 +101,10 @@ class Display:
             self._console.show_cursor(True)  # a run that is killed could not bring it back
 
     def advance(self, step: int) -> None:
-        """Note that a step is done; drawn when it is time."""
+        """Note that a step is done; drawn when it is time, or a line where there is no terminal and no other for a while."""
         self.status.step = step
+        if self._enabled and not self._live and time.monotonic() - self._last_said_s >= _PLAIN_INTERVAL_S:
+            self._timed(self.status.place(time.time()).lstrip())
 
     def line(self, line: dict[str, Any]) -> None:
         """Show a line of metrics.jsonl."""
@@ -133,12 +137,8 @@ class Display:
             self._live.stop()
             self._live = None
 
-    def is_live(self) -> bool:
-        """Whether there is a terminal to draw on. FORCE_COLOR and the like make none of a file."""
-        file = self._console.file
-        return file.isatty() and not self._console.is_dumb_terminal and not os.environ.get("NO_COLOR")
-
     def _timed(self, text: str) -> None:
+        self._last_said_s = time.monotonic()
         self.note(f"{time.strftime('%H:%M:%S')}  {text}")
 
     def _area(self) -> RenderableType:

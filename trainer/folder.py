@@ -100,7 +100,7 @@ def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
     if refused:
         raise InputError.from_problems(
             f"{folder} holds a run with another recipe. To go on with the new values give "
-            f"run.allow_changes=[{','.join([*recipe.run.allow_changes, *refused])}]; otherwise give another run.dir, or "
+            f"'run.allow_changes=[{','.join([*recipe.run.allow_changes, *refused])}]'; otherwise give another run.dir, or "
             f"run.resume=never to begin again (the old run is then kept beside it)",
             [f"{key}: {was} -> {now}" for key, (was, now) in refused.items()],
         )

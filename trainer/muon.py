@@ -48,14 +48,15 @@ class FilterMuon(Optimizer):
                 updates = orthogonalize(matrices, group["ns_steps"]).to(matrices.dtype)  # (n, out, rest)
                 if group["renormalize"]:
                     norms = torch._foreach_norm(parameters)
-                    torch._foreach_mul_(parameters, [len(parameters[0]) ** 0.5 / norm for norm in norms])
+                    wanted = len(parameters[0]) ** 0.5
+                    torch._foreach_mul_(parameters, [torch.where(norm > 0, wanted / norm, 1) for norm in norms])
                 if group["weight_decay"]:
                     torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 shaped = [update.view_as(parameter) for parameter, update in zip(parameters, updates, strict=True)]
                 torch._foreach_add_(parameters, shaped, alpha=-group["lr"])
 
     def _directions(self, parameters: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
-        """The gradients with their momentum; a CPU rounds this factor to the format of half weights (torch 2.15)."""
+        """The gradients with their momentum. A CPU rounds `momentum` to the format of half weights (torch 2.15)."""
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

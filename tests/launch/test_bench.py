@@ -126,9 +126,12 @@ def test_json_alone_is_on_stdout(capsys: pytest.CaptureFixture[str], monkeypatch
     [
         (["step", "--repeats", "0"], "0 is not a whole number from 1"),
         (["loader", "--images", "nowhere"], "no shards in nowhere"),
+        (["step", "--json", "nowhere/found.json"], "there is no folder for nowhere/found.json"),
+        (["scaling", "--predict-only", "--gpus", "8,²"], "--gpus 8,² must be whole numbers"),
         (["startup", "data.trian=x"], "data.trian"),
         (["startup", "optimizer.name=sdg"], "sdg"),
         (["record", "smoke", "--runs", "1", "data.trian=x"], "data.trian"),
+        (["record", "data.trian=x"], "data.trian"),
         (["record", "smoke", "--runns", "1"], "unrecognized arguments: --runns 1"),
         (["record", "smoke", "--script", "data.resize=24"], "--script is for images of 32x32"),
     ],

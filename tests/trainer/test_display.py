@@ -188,6 +188,25 @@ def test_plain_lines_come_every_ten_seconds(
     assert shown == ["0", "3", "5"]
 
 
+def test_a_log_tells_how_far_training_is_before_figures_are_logged(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from shardstep.trainer.display import Display
+
+    display = Display(enabled=True)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    display.start(total_steps=100, done_steps=0, share_done=0.0)
+    for step, moment in enumerate([5.0, 10.0, 15.0, 20.0, 21.0, 25.0, 31.0], start=1):
+        monkeypatch.setattr(time, "monotonic", lambda moment=moment: moment)
+        display.advance(step)
+        if step == 5:
+            display.line(LONGEST_TRAIN | {"step": 5, "total_steps": 100})
+    shown = re.findall(r"step (\d+)/100(  \d+ MB)?", capsys.readouterr().out)
+    assert shown[:2] == [("2", ""), ("4", "")]
+    assert shown[2][0] == "5"
+    assert shown[3:] == [("7", "")]
+
+
 def test_a_remark_is_made_once_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     from shardstep.trainer.display import Display
 

@@ -366,6 +366,15 @@ def test_filter_muon_takes_filters_of_one_shape_together() -> None:
     assert counts == [1, 2, 1]
 
 
+def test_filter_muon_renormalizes_and_leaves_filters_of_zeros_finite() -> None:
+    filters = [torch.nn.Parameter(torch.zeros(4, 2, 3, 3)), torch.nn.Parameter(torch.ones(4, 2, 3, 3))]
+    optimizer = FilterMuon(filters, 0.0, 0.6, True, ns_steps=3, renormalize=True, weight_decay=0.0)
+    for each in filters:
+        each.grad = torch.ones_like(each)
+    optimizer.step()
+    assert [each.norm().item() for each in filters] == pytest.approx([0, 2])  # sqrt(4)
+
+
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (6, 8)])
 def test_orthogonalize_moves_singular_values_by_the_quintic(shape: tuple[int, int]) -> None:
     left, _, right = torch.linalg.svd(
