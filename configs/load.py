@@ -28,12 +28,14 @@ class Loaded:
 
     Attributes:
         recipe: without what it says for one kind of device only.
+        source: where it comes from, as it was given: a path, or a name.
         problems: what could not be read.
         notes: what the person should know.
         for_device: the recipe for a device (cpu or cuda), or None where it is the same for all.
     """
 
     recipe: Recipe
+    source: str = ""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     for_device: Callable[[str], "Loaded"] | None = None
@@ -70,7 +72,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
         InputError: the recipe cannot be found, or is not YAML. What is wrong inside it comes back as problems.
     """
     path, overrides = find_recipe(name), list(overrides)
-    loaded = Loaded(Recipe())
+    loaded = Loaded(Recipe(), source=name)
     config = OmegaConf.structured(Recipe)
 
     written = _read_yaml(path)

@@ -220,8 +220,8 @@ def _start(
 def _finish(started: list[tuple[str, "subprocess.Popen[str]"]], folder: Path) -> float:
     """Wait for runs; returns the images per second of all together over their last logged steps."""
     total = 0.0
-    for name, process in started:
-        _, errors = process.communicate()
+    ended = [(name, process, process.communicate()[1]) for name, process in started]  # all, before one's error is told
+    for name, process, errors in ended:
         if process.returncode:
             last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
             raise TrainingFailed(f"a run that was to be timed did not end well: {last}")

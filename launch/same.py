@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     worlds = _check(given)
     recipe = load_recipe(given.recipe, given.overrides)
     if recipe.problems:
-        raise InputError.from_problems(f"recipe {recipe.recipe.run.name}", recipe.problems)
+        raise InputError.from_problems(f"recipe {recipe.source}", recipe.problems)
     overrides = [*given.overrides, *_overrides(recipe.recipe, given.steps)]
     with tempfile.TemporaryDirectory(prefix="shardstep-same-") as place:
         folders = {ranks: _train(given.recipe, overrides, ranks, Path(place)) for ranks in worlds}

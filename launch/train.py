@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     # torch and all that needs it come after the first checks: a typo is answered at once
     from shardstep.trainer import data, folder, launcher, loop, runtime, setup
     from shardstep.trainer.check import check_recipe
-    from shardstep.trainer.description import describe
+    from shardstep.trainer.description import INDENT, describe
     from shardstep.trainer.display import Display
     from shardstep.trainer.starts import write_start
 
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
             f"{recipe.train.precision}"
         )
     for text in describe(run):
-        display.note(text)
+        display.note(text, indent=INDENT)
 
     was_finished, before = folder.read_summary(run.folder).get("status") == "finished", run.state.progress
     is_over = run.plan.is_over(before) or run.plan.is_out_of_time(run.state.train_s)

@@ -54,7 +54,7 @@ def check_recipe(loaded: Loaded) -> Recipe:
     if not problems:
         problems += optimizers.check_schedule_has_effect(recipe.optimizer, recipe.schedule)
     if problems:
-        raise InputError.from_problems(f"recipe {recipe.run.name}", problems)
+        raise InputError.from_problems(f"recipe {loaded.source}", problems)
     return recipe
 
 

@@ -12,6 +12,9 @@ from shardstep.trainer.setup import Run
 from shardstep.trainer.sharing import describe_sharing
 from shardstep.trainer.time_limit import time_text
 
+INDENT = 13
+"""Columns before what is said of each thing."""
+
 
 def describe(run: Run) -> list[str]:
     """The lines to print before the first step of a run."""
@@ -69,7 +72,7 @@ def describe(run: Run) -> list[str]:
     headline = (
         f"shardstep {metadata.version('shardstep')} on torch {torch.__version__}: {recipe.run.name}, in {run.folder}"
     )
-    return [headline, *(f"  {name:<10} {text}" for name, text in facts)]
+    return [headline, *(f"{'  ' + name:<{INDENT}}{text}" for name, text in facts)]
 
 
 def _batch_norm_notes(module: nn.Module, plan: Plan) -> list[str]:

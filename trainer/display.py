@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import Any, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
@@ -75,9 +76,14 @@ class Display:
         self._remark = ""
         self.status = Status()
 
-    def note(self, text: str = "") -> None:
-        """Print a line."""
+    def note(self, text: str = "", indent: int = 0) -> None:
+        """Print a line; what a terminal has no room for goes below it, indented by as many columns."""
         if self._enabled:
+            if indent and self._console.file.isatty():
+                below = indent * " "
+                text = fill(
+                    text, self._console.width, subsequent_indent=below, break_long_words=False, break_on_hyphens=False
+                )
             self._console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:

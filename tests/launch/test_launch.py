@@ -83,9 +83,10 @@ def test_training_goes_on_where_its_output_cannot(output: str, reason: str, shar
 
 
 def test_bad_input_exits_with_2_and_one_message(shards: Path, tmp_path: Path) -> None:
-    result = start(*FORMS["python"], str(write_recipe(tmp_path, shards)), "optimizer.lrr=1", cwd=tmp_path)
+    recipe = write_recipe(tmp_path, shards)
+    result = start(*FORMS["python"], str(recipe), "optimizer.lrr=1", cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr == "error: recipe recipe: optimizer.lrr is not an option of sgd; did you mean lr?\n"
+    assert result.stderr == f"error: recipe {recipe}: optimizer.lrr is not an option of sgd; did you mean lr?\n"
 
 
 def test_evaluate_prints_one_object_last(shards: Path, tmp_path: Path, reference: list[float]) -> None:
