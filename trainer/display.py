@@ -1,7 +1,8 @@
 """What the person at the terminal sees: notes, a calm live area on a terminal, timed lines elsewhere. Rank 0 only.
 
 Where output is no terminal, as in a batch job's log, or NO_COLOR is set, there are plain lines: one with every evaluation,
-and one about training every ten seconds, which says how far it is where no figures have been logged since.
+and one about training every ten seconds. Where figures are logged more rarely, lines after 10, 20, 40, ... seconds without any
+say how far training is.
 """
 
 import contextlib
@@ -73,6 +74,7 @@ class Display:
         self._live: Live | None = None
         self._last_plain_s = -float("inf")  # when the last line about training was printed
         self._last_said_s = 0.0  # when anything was
+        self._patience_s = _PLAIN_INTERVAL_S  # after which a line without figures says how far training is
         self._remark = ""
         self.status = Status()
 
@@ -109,12 +111,14 @@ class Display:
     def advance(self, step: int) -> None:
         """Note that a step is done; drawn when it is time, or a line where there is no terminal and no other for a while."""
         self.status.step = step
-        if self._enabled and not self._live and time.monotonic() - self._last_said_s >= _PLAIN_INTERVAL_S:
+        if self._enabled and not self._live and time.monotonic() - self._last_said_s >= self._patience_s:
+            self._patience_s *= 2
             self._timed(self.status.place(time.time()).lstrip())
 
     def line(self, line: dict[str, Any]) -> None:
         """Show a line of metrics.jsonl."""
         self.status.take(line)
+        self._patience_s = _PLAIN_INTERVAL_S
         if line["kind"] == "eval":
             (self.note if self._live else self._timed)(describe_line(line))  # without the time it fits 80 columns
         elif not self._live and time.monotonic() - self._last_plain_s >= _PLAIN_INTERVAL_S:

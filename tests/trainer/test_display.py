@@ -199,7 +199,7 @@ def test_a_log_tells_how_far_training_is_before_figures_are_logged(
     display = Display(enabled=True)
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
     display.start(total_steps=100, done_steps=0, share_done=0.0)
-    for step, moment in enumerate([5.0, 10.0, 15.0, 20.0, 21.0, 25.0, 31.0], start=1):
+    for step, moment in enumerate([5.0, 10.0, 20.0, 30.0, 31.0, 35.0, 41.0], start=1):
         monkeypatch.setattr(time, "monotonic", lambda moment=moment: moment)
         display.advance(step)
         if step == 5:
