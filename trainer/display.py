@@ -1,8 +1,8 @@
 """What the person at the terminal sees: notes, a calm live area on a terminal, timed lines elsewhere. Rank 0 only.
 
 Where output is no terminal, as in a batch job's log, or NO_COLOR is set, there are plain lines: one with every evaluation,
-and one about training every ten seconds. Where figures are logged more rarely, lines after 10, 20, 40, ... seconds without any
-say how far training is.
+and one about training every ten seconds. Where figures are logged more rarely, lines after 10, 20, 40, ... seconds without
+any say how far training is.
 """
 
 import contextlib
