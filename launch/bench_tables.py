@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
+from textwrap import fill
 from typing import Any, TextIO
 
 _OTHER_LIBRARIES = ("lightning", "litdata", "mosaicml-streaming", "numpy", "opencv-python-headless", "pillow")
@@ -131,21 +133,33 @@ def standard_error(values: list[float]) -> float | None:
 
 
 def print_table(table: Table, out: TextIO) -> None:
-    """Write a table for people: median, range, and the median ratio of pairs with its range."""
-    print(f"\n{table.title}", file=out)
-    heads = f"{table.unit:>12}{'range':>22}{'ratio':>8}{'range':>17}"
-    print(f"  {'':<{_NAME_WIDTH}}{heads}", file=out)
+    """Write a table for people: median, range, and the median ratio of pairs with its range.
+
+    On a narrow terminal figures are below their names.
+    """
+    heads = _cells(table.unit, "range", "ratio", "range")
+    columns = shutil.get_terminal_size().columns if out.isatty() else None
+    is_narrow = columns is not None and columns < 2 + _NAME_WIDTH + len(heads)
+    before = "  " if is_narrow else " " * (2 + _NAME_WIDTH)
+    lines = ["", table.title, before + heads]
     for name, values in table.rows.items():
         ratios = paired_ratios(table, name)
-        spans = [f"{_figure(min(found))} to {_figure(max(found))}" for found in (values, ratios)]
-        print(
-            f"  {name:<{_NAME_WIDTH}}{_figure(statistics.median(values)):>12}{spans[0]:>22}"
-            f"{_figure(statistics.median(ratios)):>8}{spans[1]:>17}",
-            file=out,
+        figures = _cells(
+            _figure(statistics.median(values)), _range(values), _figure(statistics.median(ratios)), _range(ratios)
         )
-    print(f"  ratio: to {table.reference!r}; n = {len(table.rows[table.reference])}", file=out)
-    for note in table.notes:
-        print(f"  {note}", file=out)
+        lines += [f"  {name}", before + figures] if is_narrow else [f"  {name:<{_NAME_WIDTH}}{figures}"]
+    lines += [f"  ratio: to {table.reference!r}; n = {len(table.rows[table.reference])}"]
+    lines += [f"  {note}" for note in table.notes]
+    for line in lines:
+        print(fill(line, columns, subsequent_indent="    ") if columns and line.strip() else line, file=out)
+
+
+def _cells(value: str, spread: str, ratio: str, ratio_spread: str) -> str:
+    return f"{value:>12}{spread:>24}{ratio:>8}{ratio_spread:>17}"
+
+
+def _range(values: list[float]) -> str:
+    return f"{_figure(min(values))} to {_figure(max(values))}"
 
 
 def report(command: str, tables: list[Table], json_path: str | None) -> None:

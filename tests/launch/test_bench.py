@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -181,6 +182,21 @@ def test_ratios_are_of_pairs() -> None:
     # of 20, 30 and 80: deviations from 43.3 are 23.3, 13.3 and 36.7, so that s = sqrt(2066.7 / 2)
     assert (row["mean"], row["standard_error"]) == pytest.approx((130 / 3, (2066.67 / 2 / 3) ** 0.5), rel=1e-4)
     print_table(table, sys.stdout)
+
+
+@pytest.mark.parametrize("columns", [80, 130])
+def test_a_table_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    rows = {"a name of sixty characters, such as libraries with a loader": [1.0, 2.0], "plain": [123456.0, 234567.0]}
+    print_table(Table("a title " * 20, "images/s", rows, "plain", ["a note " * 20]), terminal := Terminal())
+    lines = terminal.getvalue().splitlines()
+    assert max(map(len, lines)) <= columns
+    named = next(line for line in lines if line.startswith("  a name"))
+    assert (" to 2.00" in named) == (columns == 130)
 
 
 def _benchmark(tables: list[Table]) -> ModuleType:
