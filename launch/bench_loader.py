@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardstep.configs.errors import InputError
 from shardstep.launch.bench_tables import Table, add_clock_option, importable, in_turn, rate, seconds, whole_number
 
 if TYPE_CHECKING:
@@ -41,7 +42,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
-    """A table each for small images, large ones, cold reads and starts."""
+    """A table each for small images, large ones, cold reads and starts.
+
+    Raises:
+        InputError: the small images differ in size.
+    """
     import torch
 
     from shardstep.datasets.manifest import open_shards
@@ -54,6 +59,8 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
         given.images = folder / "small"
         write_shards(f"synthetic:{given.samples}", "train", given.images)
     small = open_shards(given.images)
+    if small.manifest.image_shape is None:
+        raise InputError(f"the images in {given.images} differ in size: the small images must be alike")
     large = _large_jpegs(given.jpegs, folder)
     return [
         _small_images(small, min(given.samples, small.manifest.samples), folder, given),
