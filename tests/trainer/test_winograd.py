@@ -121,8 +121,10 @@ def test_what_it_cannot_do_stays_torchs() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         layer(images).float().sum().backward()
     assert layer.weight.grad is not None
-    for size in (256, 1):  # for the caches, and for the filter
-        assert winograd._speedup(layer, torch.randn(1, 64, size, size)) == 0
+    large = torch.randn(1, 64, 256, 256)
+    assert winograd._speedup(layer, large) == 0
+    small = torch.randn(1, 64, 2, 2)
+    assert winograd._speedup(nn.Conv2d(64, 64, 3), small) == 0  # smaller than the filter
     layer.double()(images.double()).sum().backward()
 
 
