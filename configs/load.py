@@ -47,6 +47,11 @@ def recipe_names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
+def is_override(word: str) -> bool:
+    """Whether a command's first word changes its default recipe, as `log.wandb=offline` does, rather than naming one."""
+    return "=" in word and not Path(word).is_file()
+
+
 def find_recipe(name: str) -> Path:
     """The file of a recipe: a path, or the name of one in configs/.
 

@@ -21,6 +21,7 @@ from shardstep.launch.bench_tables import Table, standard_error
 if TYPE_CHECKING:
     from shardstep.configs.schema import Recipe
 
+_RECIPE = "speedrun94"
 _SCRIPT_BATCH_SIZE, _SCRIPT_EPOCHS = 2000, 8
 _NEVER = ("log.every=1000000 epochs", "eval.every=1000000 epochs", "checkpoint.every=1000000 epochs")
 
@@ -42,7 +43,7 @@ class Timed:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `shardstep bench record`."""
-    parser.add_argument("recipe", nargs="?", default="speedrun94", help="(default: %(default)s)")
+    parser.add_argument("recipe", nargs="?", default=_RECIPE, help="(default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
         "--script", action="store_true",
@@ -57,11 +58,12 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
         InputError: the recipe cannot be trained, keeps no accuracy, or is on data that the script cannot take.
     """
     from shardstep.configs.errors import InputError
+    from shardstep.configs.load import is_override
     from shardstep.trainer.data import make_missing_data
 
-    if "=" in given.recipe and not Path(given.recipe).is_file():  # the default recipe, changed
+    if is_override(given.recipe):
         given.overrides.insert(0, given.recipe)
-        given.recipe = "speedrun94"
+        given.recipe = _RECIPE
     warm_up = _load(given, 0, folder / "warm-up", "train.duration=3 steps")
     make_missing_data(warm_up.data)
     samples = _script_samples(warm_up) if given.script else 0

@@ -14,11 +14,10 @@ import dataclasses
 import json
 import sys
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.load import Loaded, load_recipe, recipe_names
+from shardstep.configs.load import Loaded, is_override, load_recipe, recipe_names
 from shardstep.launch.cli import FAILED, leave
 from shardstep.launch.cli import run as run_command
 from shardstep.trainer import launcher
@@ -42,7 +41,7 @@ def main(arguments: list[str]) -> int:
         "--timeout", type=_seconds, default=60.0, metavar="S", help="seconds that each wait may take (default: 60)"
     )
     given = parser.parse_intermixed_args(arguments)
-    if given.recipe and "=" in given.recipe and not Path(given.recipe).is_file():
+    if given.recipe and is_override(given.recipe):
         given.overrides.insert(0, given.recipe)
         given.recipe = _DEFAULT
     loaded = _load(given.recipe or _DEFAULT, given.overrides)

@@ -7,11 +7,10 @@ accelerate launch --multi_gpu --num_processes 2 launch/train.py [RECIPE] [sectio
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from shardstep.configs.errors import InputError, TrainingFailed
-from shardstep.configs.load import load_recipe, recipe_names
+from shardstep.configs.load import is_override, load_recipe, recipe_names
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 from shardstep.trainer.preempt import StopRequest
@@ -30,9 +29,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.duration='2 epochs'")
     parser.add_argument("--nproc", type=int, default=1, help="ranks to start here, without torchrun (default: 1)")
     given = parser.parse_intermixed_args(arguments)
-    if (
-        "=" in given.recipe and not Path(given.recipe).is_file()
-    ):  # `shardstep train log.wandb=offline`: the default recipe, changed
+    if is_override(given.recipe):
         given.overrides.insert(0, given.recipe)
         given.recipe = "quickstart"
 
