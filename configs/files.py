@@ -1,7 +1,9 @@
-"""Files that appear whole: written under another name, then renamed."""
+"""Files that appear whole: written under another name, then renamed; and whether an option's file can be written."""
 
 import os
 from pathlib import Path
+
+from shardstep.configs.errors import InputError
 
 
 def partial_of(path: Path) -> Path:
@@ -21,3 +23,15 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def check_output(option: str, path: Path) -> None:
+    """Find out before the work, rather than after it, that an option's file cannot be written.
+
+    Raises:
+        InputError: `path` is a folder, or there is no folder for it.
+    """
+    if path.is_dir():
+        raise InputError(f"{option}={path} is a folder: give the name of a file in it")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{option}={path}: there is no folder {path.absolute().parent}")

@@ -8,7 +8,7 @@
     shardstep bench scaling [--cluster NAME] [--workload NAME] [--gpus N,N]
 
 All take --repeats N and --json, for which all but scaling want a path, or - for stdout. Each is a module
-launch/bench_NAME.py with `add_options(parser)` and `measure(given, folder)`, which returns tables. An alternative that is not
+launch/bench_NAME.py with `add_options(parser)` and `measure(given, folder)`, which gives tables. An alternative that is not
 installed is left out, with a word.
 """
 
@@ -18,8 +18,9 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
+from shardstep.configs.files import check_output
 from shardstep.launch import bench_scaling
-from shardstep.launch.bench_tables import report, whole_number, writable
+from shardstep.launch.bench_tables import report, whole_number
 from shardstep.launch.cli import run as run_command
 
 BENCHMARKS = {
@@ -39,9 +40,7 @@ def main(arguments: list[str]) -> int:
     for name, what in BENCHMARKS.items():
         command = commands.add_parser(name, help=what, description=modules[name].__doc__)
         command.add_argument("--repeats", "--runs", type=whole_number, default=7, help="(default: %(default)s)")
-        command.add_argument(
-            "--json", type=writable, metavar="PATH", help="write the figures there as JSON; - is stdout"
-        )
+        command.add_argument("--json", metavar="PATH", help="write the figures there as JSON; - is stdout")
         modules[name].add_options(command)
     bench_scaling.add_arguments(
         commands.add_parser("scaling", help="what more ranks give: measured here, and by a model of a cluster")
@@ -53,9 +52,10 @@ def main(arguments: list[str]) -> int:
         given.overrides += left
     if given.command == "scaling":  # a model beside the figures: no table of works
         return bench_scaling.main(given)
+    if given.json not in (None, "-"):
+        check_output("--json", Path(given.json))
     with tempfile.TemporaryDirectory(prefix="shardstep-bench-") as folder:
-        tables = modules[given.command].measure(given, Path(folder))
-    report(f"bench {given.command}", tables, given.json)
+        report(f"bench {given.command}", modules[given.command].measure(given, Path(folder)), given.json)
     return 0
 
 

@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
+def measure(given: argparse.Namespace, folder: Path) -> Iterator[Table]:
     """A table each for small images, large ones, cold reads and starts.
 
     Raises:
@@ -62,15 +62,13 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
     if small.manifest.image_shape is None:
         raise InputError(f"the images in {given.images} differ in size: the small images must be alike")
     large = _large_jpegs(given.jpegs, folder)
-    return [
-        _small_images(small, min(given.samples, small.manifest.samples), folder, given),
-        _large_images(large, given),
-        _cold_reads(small, f"small images, {small.manifest.bytes / 1e6:,.0f} MB", given.repeats),
-        _cold_reads(
-            large, f"JPEGs of {_JPEG_WIDTH}x{_JPEG_HEIGHT}, {large.manifest.bytes / 1e6:,.0f} MB", given.repeats
-        ),
-        _starts(small, folder, given),
-    ]
+    yield _small_images(small, min(given.samples, small.manifest.samples), folder, given)
+    yield _large_images(large, given)
+    yield _cold_reads(small, f"small images, {small.manifest.bytes / 1e6:,.0f} MB", given.repeats)
+    yield _cold_reads(
+        large, f"JPEGs of {_JPEG_WIDTH}x{_JPEG_HEIGHT}, {large.manifest.bytes / 1e6:,.0f} MB", given.repeats
+    )
+    yield _starts(small, folder, given)
 
 
 # --- small images -----------------------------------------------------------------------------------------------------

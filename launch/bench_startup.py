@@ -1,8 +1,7 @@
 """Seconds from a command to its first optimizer step, with warm files, beside the imports that it cannot do without.
 
-    shardstep bench startup data.train=DIR data.test=DIR     quickstart's shards, if they are not where it looks
-
-Each work is a process of its own. A run ends when its first step has been taken.
+Each work is a process of its own. A run ends when its first step has been taken. data.train=DIR data.test=DIR say where
+quickstart's shards are, if not where it looks.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 import argparse
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,16 +31,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
+def measure(given: argparse.Namespace, folder: Path) -> Iterator[Table]:
     """Images per second of each loop, a table per batch size."""
     precision, gradients = settle(folder, given.precision or "auto")
     with_lightning = importable("lightning")
     notes = [] if with_lightning else ["Lightning is not installed"]
-    tables = []
     for batch_size in given.batches:
         steps = max(2, given.images // batch_size)
         works = {
-            "bare loop": lambda size=batch_size, count=steps: _bare_loop(size, count, precision),
+            "bare loop": lambda size=batch_size, count=steps: _in_own_process("bare_loop", size, count, precision),
             "shardstep": lambda size=batch_size, count=steps: _trainer(folder, size, count, precision, "direct"),
         }
         if gradients == "winograd":
@@ -48,11 +47,12 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
                 folder, size, count, precision, "winograd"
             )
         if with_lightning:
-            works["Lightning"] = lambda size=batch_size, count=steps: _lightning(folder, size, count, precision)
+            works["Lightning"] = lambda size=batch_size, count=steps: _in_own_process(
+                "lightning_loop", size, count, precision
+            )
         values = in_turn(works, given.repeats)
         title = f"article_cnn, Adam, {precision}, batch {batch_size}, {steps} steps after as many to warm up"
-        tables.append(Table(title, "images/s", values, "bare loop", notes))
-    return tables
+        yield Table(title, "images/s", values, "bare loop", notes)
 
 
 def article_run(folder: Path, *overrides: str) -> "Run":
@@ -99,56 +99,7 @@ def _trainer(folder: Path, batch_size: int, steps: int, precision: str, gradient
     return float(run.metrics.last_train["samples_per_s"])
 
 
-def _bare_loop(batch_size: int, steps: int, precision: str) -> float:
-    """Images per second of the loop written by hand."""
-    arguments = map(str, [batch_size, steps, precision])
-    command = [sys.executable, "-m", "shardstep.launch.bare_loop", *arguments]
+def _in_own_process(loop: str, batch_size: int, steps: int, precision: str) -> float:
+    """Images per second of launch/bare_loop.py or launch/lightning_loop.py."""
+    command = [sys.executable, "-m", f"shardstep.launch.{loop}", *map(str, [batch_size, steps, precision])]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-
-
-def _lightning(folder: Path, batch_size: int, steps: int, precision: str) -> float:
-    """Images per second of Lightning's Trainer, without its logger, bar and checkpoints, on the bare loop's batches."""
-    import logging
-    import warnings
-
-    import lightning
-    import torch
-
-    from shardstep.launch.bare_loop import article_net, images_and_labels, random_batch
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images, labels = images_and_labels(torch.device("cpu"))
-    marks = []
-
-    class Batches(torch.utils.data.IterableDataset):
-        def __iter__(self):  # type: ignore[no-untyped-def]
-            while True:
-                yield random_batch(images, labels, batch_size)
-
-    class Article(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.optimizer = article_net(torch.device("cpu"))
-
-        def training_step(self, batch, index):  # type: ignore[no-untyped-def]
-            return torch.nn.functional.cross_entropy(self.net(batch[0]).float(), batch[1])
-
-        def on_train_batch_end(self, outputs, batch, index):  # type: ignore[no-untyped-def]
-            if index + 1 in (steps, 2 * steps):
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                marks.append(time.perf_counter())
-
-        def configure_optimizers(self):  # type: ignore[no-untyped-def]
-            return self.optimizer
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of how many workers a loader should have, and the like
-        trainer = lightning.Trainer(
-            accelerator=device.type, devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true",
-            max_steps=2 * steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=folder,
-        )  # fmt: skip
-        trainer.fit(Article(), torch.utils.data.DataLoader(Batches(), batch_size=None))
-    return steps * batch_size / (marks[1] - marks[0])

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
@@ -47,15 +47,6 @@ def whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
     return int(text)
-
-
-def writable(path: str) -> str:
-    """An option's value that names a file to write, or - for stdout: found out before hours of measuring."""
-    if path != "-" and not Path(path).absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder for {path}")
-    if path != "-" and Path(path).is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder")
-    return path
 
 
 def importable(library: str) -> bool:
@@ -162,22 +153,29 @@ def _range(values: list[float]) -> str:
     return f"{_figure(min(values))} to {_figure(max(values))}"
 
 
-def report(command: str, tables: list[Table], json_path: str | None) -> None:
-    """Print tables below the machine they come from, and write them as JSON to a file, or to stdout for `-`.
+def report(command: str, tables: Iterable[Table], json_path: str | None) -> None:
+    """Print each table as soon as it is measured, and write all as JSON to a file, or to stdout for `-`.
 
-    With `-` the text goes to stderr, so that stdout is JSON alone.
+    With `-` the text goes to stderr, so that stdout is JSON alone. Tables that were there before an interruption are kept.
     """
-    machine = hardware()
+    machine: dict[str, Any] = {}
+    done: list[Table] = []
     out = sys.stderr if json_path == "-" else sys.stdout
-    print(_machine_line(machine), file=out)
-    for table in tables:
-        print_table(table, out)
-    if json_path is not None:
-        text = json.dumps({"command": command, **machine, "tables": [as_json(table) for table in tables]}, indent=1)
-        if json_path == "-":
-            print(text)
-        else:
-            Path(json_path).write_text(text + "\n")
+    try:
+        for table in tables:
+            if not done:
+                machine = hardware()
+                print(_machine_line(machine), file=out)
+            print_table(table, out)
+            out.flush()
+            done.append(table)
+    finally:
+        if json_path is not None and done:
+            text = json.dumps({"command": command, **machine, "tables": [as_json(table) for table in done]}, indent=1)
+            if json_path == "-":
+                print(text)
+            else:
+                Path(json_path).write_text(text + "\n")
 
 
 def as_json(table: Table) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.launch.cli import run as run_command
+from shardstep.trainer.checkpoint_files import list_checkpoints, problems_of, read_manifest
 
 
 def main(arguments: list[str]) -> int:
@@ -23,15 +24,13 @@ def main(arguments: list[str]) -> int:
         commands.add_parser(name, help=what).add_argument("run", type=Path, help="a run's folder")
     given = parser.parse_args(arguments)
 
-    from shardstep.trainer import checkpoint
-
     folder = given.run / "checkpoints"
-    found = checkpoint.list_checkpoints(folder)
+    found = list_checkpoints(folder)
     if not found:
         raise InputError(f"there is no checkpoint in {folder}")
     damaged = []
     for path in found:
-        problems = checkpoint.problems_of(path) if given.command == "verify" else []
+        problems = problems_of(path) if given.command == "verify" else []
         damaged += [f"{path}: {problem}" for problem in problems]
         print(
             f"{path.name}  {_figures(path)}{'  damaged' if problems else '  whole' if given.command == 'verify' else ''}"
@@ -42,8 +41,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _figures(path: Path) -> str:
-    from shardstep.trainer.checkpoint import read_manifest
-
     try:
         manifest = read_manifest(path)
     except ValueError as error:

@@ -154,7 +154,7 @@ def optimizer_memory(run: Path) -> float | None:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    from shardstep.trainer.checkpoint import OPTIMIZER, WEIGHTS, list_checkpoints
+    from shardstep.trainer.checkpoint_files import OPTIMIZER, WEIGHTS, list_checkpoints
 
     checkpoints = list_checkpoints(run / "checkpoints")
     if not checkpoints:

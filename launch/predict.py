@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import check_output
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 
@@ -44,8 +45,8 @@ def main(arguments: list[str]) -> int:
 
     if given.grid and given.grid.suffix.lstrip(".").lower() not in FORMATS:
         raise InputError(f"--grid={given.grid} must end in one of {', '.join(FORMATS)}")
-    if given.grid and not given.grid.absolute().parent.is_dir():
-        raise InputError(f"--grid={given.grid}: there is no folder {given.grid.absolute().parent}")
+    if given.grid:
+        check_output("--grid", given.grid)
     trained = open_trained(given.run, given.device)
     if trained.objective.reconstructs:
         raise InputError(

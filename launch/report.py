@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import check_output, write_whole
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 
@@ -26,12 +27,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     given = parser.parse_args(arguments)
     out = given.out or (given.runs[0] if len(given.runs) == 1 else Path()) / "report.html"
-    if out.is_dir():
-        raise InputError(f"--out={out} is a folder: give the name of a file in it, such as {out / 'report.html'}")
-    if given.out and not out.absolute().parent.is_dir():
-        raise InputError(f"--out={out}: there is no folder {out.absolute().parent}")
+    if given.out:
+        check_output("--out", out)
 
-    from shardstep.configs.files import write_whole
     from shardstep.trainer.pages.report import report_page
     from shardstep.trainer.record import check_comparable, read_record
     from shardstep.trainer.study import study

@@ -86,7 +86,7 @@ def drill(folder: Path, shards: Path, world_size: int, moments: list[Moment]) ->
     Returns:
         How often it was killed.
     """
-    from shardstep.trainer import checkpoint
+    from shardstep.trainer import checkpoint_files
 
     whole, killed = (write_recipe(folder / name, shards, **SECTIONS) for name in ("whole", "killed"))
     began = time.monotonic()
@@ -96,9 +96,13 @@ def drill(folder: Path, shards: Path, world_size: int, moments: list[Moment]) ->
     for moment in itertools.chain(moments, [Moment()]):
         ended = run_until_killed(world_size, killed, moment, whole_s)
         kills += not ended
-        found = [path for path in checkpoint.list_checkpoints(checkpoints) if not checkpoint.problems_of(path)]
-        assert found == checkpoint.list_checkpoints(checkpoints), "a checkpoint that is not whole has its final name"
-        now = checkpoint.step_of(found[-1]) if found else -1
+        found = [
+            path for path in checkpoint_files.list_checkpoints(checkpoints) if not checkpoint_files.problems_of(path)
+        ]
+        assert found == checkpoint_files.list_checkpoints(checkpoints), (
+            "a checkpoint that is not whole has its final name"
+        )
+        now = checkpoint_files.step_of(found[-1]) if found else -1
         assert now >= newest, f"the newest checkpoint was that of step {newest}, now it is {now}"
         newest = now
         if ended:

@@ -1,8 +1,8 @@
 """What must survive a restart, to disk and back.
 
-A checkpoint is a folder checkpoints/step-NNNNNNNN: weights as safetensors, the optimizer's state as a file that torch reads
-with weights_only, the rest as JSON and YAML, and a manifest with the size and sha256 of each. It is written under another
-name, synced, renamed and read back: it is whole, or it does not exist. No pickle in it is ever executed.
+The weights are written as safetensors, the optimizer's state as a file that torch reads with weights_only, the rest as JSON
+and YAML. A checkpoint is written under another name, synced, renamed and read back: it is whole, or it does not exist. No
+pickle in it is ever executed.
 """
 
 import hashlib
@@ -25,19 +25,19 @@ from shardstep.configs.durations import Progress
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import write_whole
 from shardstep.datasets.cache import sync_to_disk
-from shardstep.datasets.scan import file_sha256
 from shardstep.trainer.buffers import set_buffers, split_buffers
-
-FORMAT = 2
-WEIGHTS, AVERAGE, OPTIMIZER, STATE, RECIPE, BUFFERS = (
-    "model.safetensors",
-    "average.safetensors",
-    "optimizer.pt",
-    "state.json",
-    "recipe.yaml",
-    "rank_buffers.safetensors",
+from shardstep.trainer.checkpoint_files import (
+    AVERAGE,
+    BUFFERS,
+    OPTIMIZER,
+    RECIPE,
+    STATE,
+    WEIGHTS,
+    problems_of,
+    step_name,
+    write_manifest,
 )
-MANIFEST = "manifest.json"
+
 _LOAD_ERRORS = (
     OSError,
     EOFError,
@@ -169,8 +169,7 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
     for name, content in _files(snapshot):
         (partial / name).write_bytes(content)
         entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest = {"format": FORMAT, "step": snapshot.step, "world_size": snapshot.world_size, "files": entries}
-    (partial / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1) + "\n")
+    write_manifest(partial, snapshot.step, snapshot.world_size, entries)
     for path in (*partial.iterdir(), partial):
         sync_to_disk(path)
     if target.exists():  # damaged, and passed over when this run was resumed
@@ -183,28 +182,6 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
     return target
 
 
-def set_aside(folder: Path, step: int) -> None:
-    """Take the name of a checkpoint from the damaged ones after `step`, from which a run now goes on."""
-    for path in list_checkpoints(folder):
-        if step_of(path) > step:
-            path.replace(path.with_name(f".{path.name}.damaged"))
-
-
-def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Delete all checkpoints but the newest `keep` and the best."""
-    for path in list_checkpoints(folder)[:-keep]:
-        if step_of(path) != best_step:
-            # Under another name first: a folder that is deleted halfway must not look like a checkpoint.
-            doomed = path.replace(path.with_name(f".{path.name}.deleted"))
-            shutil.rmtree(doomed)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed run left half written or half deleted."""
-    for path in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.deleted"), *folder.glob(".step-*.damaged")]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def weights(module: nn.Module) -> dict[str, Tensor]:
     """A copy of a model's parameters and buffers as contiguous tensors on the host."""
     return _contiguous_on_host(module.state_dict())
@@ -213,83 +190,6 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 def write_weights(module: nn.Module, path: Path) -> None:
     """Write a model's weights as safetensors."""
     write_whole(path, safetensors.torch.save(weights(module)))
-
-
-# --- finding ----------------------------------------------------------------------------------------------------------
-
-
-def step_name(step: int) -> str:
-    """The name of a step's checkpoint."""
-    return f"step-{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint, by its name."""
-    return int(path.name.removeprefix("step-"))
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints below a folder, whole or not, oldest first."""
-    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=step_of)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-        ValueError: it is missing, damaged, or of another step or a later format.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        claimed = manifest.pop("sha256")
-        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-    except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} cannot be read: {str(error) or type(error).__name__}") from None
-    if claimed != _digest(manifest):
-        raise ValueError(f"{MANIFEST} is damaged: its own sha256 is another")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"it has format {manifest['format']}, this version of shardstep reads format {FORMAT}")
-    if step_name(manifest["step"]) != path.name:
-        raise ValueError(f"{MANIFEST} is that of step {manifest['step']}")
-    return manifest | {"files": files}
-
-
-def problems_of(path: Path, only: str | None = None) -> list[str]:
-    """What is wrong with a checkpoint, or with one of its files: every byte is read. Empty if it is whole."""
-    try:
-        manifest = read_manifest(path)
-    except ValueError as error:
-        return [str(error)]
-    problems = []
-    for name, (size, digest) in manifest["files"].items():
-        if only not in (None, name):
-            continue
-        try:
-            found = (path / name).stat().st_size
-            if found != size:
-                problems.append(f"{name} has {found:,} bytes in place of {size:,}")
-                continue
-            if file_sha256(path / name) != digest:
-                problems.append(f"{name} is damaged: its sha256 is another")
-        except FileNotFoundError:
-            problems.append(f"{name} is missing")
-        except OSError as error:
-            problems.append(f"{name} cannot be read: {error.strerror}")
-    return problems
-
-
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with the newer ones."""
-    passed_over: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
-        problems = problems_of(path)
-        if not problems:
-            return path, passed_over
-        passed_over.append(f"{path}: {'; '.join(problems)}")
-    return None, passed_over
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -408,7 +308,3 @@ def _to_host(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_to_host(part) for part in value)
     return value
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

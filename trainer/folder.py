@@ -13,7 +13,7 @@ from shardstep.configs.files import partial_of
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.trainer.check import check_recipe
-from shardstep.trainer.checkpoint import RECIPE, STATE, list_checkpoints, newest_whole, problems_of
+from shardstep.trainer.checkpoint_files import RECIPE, STATE, list_checkpoints, newest_whole, problems_of
 from shardstep.trainer.lock import LOCK_NAME, hold
 from shardstep.trainer.precision import excludes_winograd
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardstep.trainer import checkpoint
+from shardstep.trainer import checkpoint, checkpoint_files
 from shardstep.trainer.checkpoint import Snapshot
 
 THREAD_NAME = "saver"
@@ -60,7 +60,7 @@ class Saver:
         except Exception as error:  # a full disk, a mount that is gone: whatever it is, the next one may succeed
             self._succeeded = False
             self._warn(f"step {snapshot.step} could not be saved, training goes on: {error}")
-            checkpoint.sweep(self._folder)
+            checkpoint_files.sweep(self._folder)
             return
         self._succeeded = True
         if best and best["step"] == snapshot.step:
@@ -68,6 +68,6 @@ class Saver:
         for listener in self._listeners:
             listener(path)
         try:
-            checkpoint.prune(self._folder, self._keep, self._best_step)
+            checkpoint_files.prune(self._folder, self._keep, self._best_step)
         except OSError as error:
             self._warn(f"an old checkpoint could not be deleted: {error}")

@@ -23,7 +23,7 @@ from shardstep.datasets.batches import GlobalBatch, OrderConfig, TrainBatches, m
 from shardstep.datasets.manifest import manifest_bytes
 from shardstep.datasets.order import window_of
 from shardstep.datasets.reader import Reader
-from shardstep.trainer import checkpoint, data, launcher, machine, runtime
+from shardstep.trainer import checkpoint, checkpoint_files, data, launcher, machine, runtime
 from shardstep.trainer.average import Average, averaged
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.clip import Clip
@@ -557,8 +557,8 @@ def _claim_folder(
                 display.note(f"the run that was in {folder} is now in {aside}")
             save_recipe(recipe, folder / CONFIG_NAME)
             write_whole(folder / MANIFEST_NAME, manifest_bytes(loaded.train.manifest))
-            checkpoint.sweep(folder / "checkpoints")
-            checkpoint.set_aside(folder / "checkpoints", state.progress.step)
+            checkpoint_files.sweep(folder / "checkpoints")
+            checkpoint_files.set_aside(folder / "checkpoints", state.progress.step)
             for lines in folder.glob("*.jsonl"):
                 cut_lines(lines, state.progress.step, state.evaluation_due)
         except InputError as error:

@@ -15,7 +15,8 @@ from shardstep.datasets.manifest import Manifest, ShardFolder, open_shards, pars
 from shardstep.datasets.reader import StreamReader
 from shardstep.trainer import data
 from shardstep.trainer.check import check_recipe
-from shardstep.trainer.checkpoint import WEIGHTS, load_weights, newest_whole, problems_of
+from shardstep.trainer.checkpoint import load_weights
+from shardstep.trainer.checkpoint_files import WEIGHTS, newest_whole, problems_of
 from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, is_run, read_summary
 from shardstep.trainer.losses import Objective, build_objective
 from shardstep.trainer.models import build_model

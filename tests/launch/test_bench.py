@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from shardstep.configs.durations import Duration, Progress
 from shardstep.launch import bench, record_script
 from shardstep.launch.bench_record import script_plan
-from shardstep.launch.bench_step import _bare_loop
+from shardstep.launch.bench_step import _in_own_process
 from shardstep.launch.bench_tables import Table, as_json, importable, in_turn, paired_ratios, print_table
 from shardstep.launch.cli import run
 from shardstep.trainer.models.whitening_cnn import WhiteningCnn, whitening_cnn
@@ -77,7 +77,7 @@ def once(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[
 
 def test_the_bare_loop_has_a_process_of_its_own() -> None:
     torch.manual_seed(5)
-    assert _bare_loop(4, 1, "fp32") > 0
+    assert _in_own_process("bare_loop", 4, 1, "fp32") > 0
     assert torch.initial_seed() == 5  # that loop seeds its own process with 0
 
 
@@ -122,12 +122,26 @@ def test_json_alone_is_on_stdout(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "a thing" in captured.err
 
 
+def test_tables_that_were_done_before_an_interruption_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> Iterator[Table]:
+        yield Table("a thing", "s", {"one": [1.0]}, "one")
+        assert "a thing" in capsys.readouterr().out  # before the next is measured
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "shardstep.launch.bench_step", _benchmark(interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["step", "--json", str(tmp_path / "found.json")])
+    assert [table["title"] for table in json.loads((tmp_path / "found.json").read_text())["tables"]] == ["a thing"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["step", "--repeats", "0"], "0 is not a whole number from 1"),
         (["loader", "--images", "nowhere"], "no shards in nowhere"),
-        (["step", "--json", "nowhere/found.json"], "there is no folder for nowhere/found.json"),
+        (["step", "--json", "nowhere/found.json"], "--json=nowhere/found.json: there is no folder"),
         (["scaling", "--predict-only", "--gpus", "8,²"], "--gpus 8,² must be whole numbers"),
         (["startup", "data.trian=x"], "data.trian"),
         (["startup", "optimizer.name=sdg"], "sdg"),
@@ -199,7 +213,7 @@ def test_a_table_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch
     assert (" to 2.00" in named) == (columns == 130)
 
 
-def _benchmark(tables: list[Table]) -> ModuleType:
+def _benchmark(tables: Iterable[Table]) -> ModuleType:
     module = ModuleType("shardstep.launch.bench_step")
     module.__dict__.update(add_options=lambda parser: None, measure=lambda given, folder: tables)
     return module

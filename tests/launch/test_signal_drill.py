@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shardstep.trainer import checkpoint
+from shardstep.trainer import checkpoint_files
 from tests.launch.test_launch import BIN, FORMS, TRAIN
 from tests.runs import read_lines, train_lines, write_recipe
 from tests.trainer.test_train import read_wandb
@@ -97,9 +97,9 @@ def test_a_signal_saves_the_step(form: str, name: str, target: str, code: int, s
 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "preempted", output
-    (saved,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert checkpoint.step_of(saved) == summary["step"] > 0
-    assert not checkpoint.problems_of(saved)
+    (saved,) = checkpoint_files.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoint_files.step_of(saved) == summary["step"] > 0
+    assert not checkpoint_files.problems_of(saved)
 
     more = summary["step"] + 20
     again = subprocess.run(
@@ -186,6 +186,6 @@ def test_damage_to_the_shards_while_training_is_named(shards: Path, tmp_path: Pa
     assert victim.name in output
     assert 'launch/train.py", line' not in output  # a traceback of ours
     victim.write_bytes(content)
-    newest, passed_over = checkpoint.newest_whole(tmp_path / "run" / "checkpoints")
+    newest, passed_over = checkpoint_files.newest_whole(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert not passed_over

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from shardstep.launch.job_script import Job, render
-from shardstep.trainer import checkpoint
+from shardstep.trainer import checkpoint_files
 from tests.conftest import ROOT
 from tests.runs import read_lines, train_lines, write_recipe
 from tests.slurm.cluster import Cluster
@@ -219,9 +219,9 @@ def test_cancelled_is_saved_and_stays_cancelled(cluster: Cluster, shards: Path, 
     cluster.sh(["scancel", submitted.job])
     assert submitted.end() == "CANCELLED", submitted.log()
     cluster.wait(submitted.job, lambda facts: submitted.summary()["status"] == "preempted", "the summary", 10)
-    (saved,) = checkpoint.list_checkpoints(submitted.folder / "run" / "checkpoints")
-    assert checkpoint.step_of(saved) == submitted.summary()["step"] > 0
-    assert not checkpoint.problems_of(saved)
+    (saved,) = checkpoint_files.list_checkpoints(submitted.folder / "run" / "checkpoints")
+    assert checkpoint_files.step_of(saved) == submitted.summary()["step"] > 0
+    assert not checkpoint_files.problems_of(saved)
     CANCELLED.append(submitted)
 
 
@@ -284,9 +284,9 @@ def test_requeue_onto_fewer_nodes(cluster: Cluster, shards: Path, tmp_path: Path
     cluster.wait(submitted.job, lambda facts: facts["JobState"] == "PENDING", "the requeue")
     cluster.sh(["scontrol", "update", f"JobId={submitted.job}", "NumNodes=1", "NumTasks=1"])
     assert submitted.end() == "COMPLETED", submitted.log()
-    starts = json.loads((checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json").read_text())[
-        "starts"
-    ]
+    starts = json.loads(
+        (checkpoint_files.list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json").read_text()
+    )["starts"]
     assert [start["world_size"] for start in starts] == [4, 2]
     lines = [line for path in (tmp_path / "run").glob("samples-rank*.jsonl") for line in read_lines(path)]
     epochs = STEPS // 13  # 101 samples in batches of 8: 13 steps an epoch

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from shardstep.launch.checkpoints import main as checkpoints_command
-from shardstep.trainer import checkpoint
+from shardstep.trainer import checkpoint_files
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, train_until, write_recipe
 
@@ -40,7 +40,9 @@ def copy_of(trained: Path, folder: Path, shards: Path, duration: str = "7 steps"
 
 
 def steps_in(folder: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder / "run" / "checkpoints")]
+    return [
+        checkpoint_files.step_of(path) for path in checkpoint_files.list_checkpoints(folder / "run" / "checkpoints")
+    ]
 
 
 def test_keeps_the_newest_and_no_rest(trained: Path) -> None:
@@ -101,7 +103,7 @@ def test_damage_is_found_and_named(trained: Path, tmp_path: Path, name: str, dam
     folder = tmp_path / "checkpoints"
     shutil.copytree(trained / "run" / "checkpoints", folder)
     expected = damage(folder / "step-00000007" / name, folder / "step-00000006" / name)
-    found, passed_over = checkpoint.newest_whole(folder)
+    found, passed_over = checkpoint_files.newest_whole(folder)
     assert found == folder / "step-00000006"
     assert len(passed_over) == 1
     assert "step-00000007" in passed_over[0]
@@ -122,12 +124,12 @@ def test_every_single_flipped_bit_of_a_manifest_is_found(trained: Path, tmp_path
                 same = json.loads(changed) == whole  # another kind of white space
             except ValueError:
                 same = False
-            assert bool(checkpoint.problems_of(path)) != same, (place, bit)
+            assert bool(checkpoint_files.problems_of(path)) != same, (place, bit)
 
 
 def test_another_steps_folder_is_found(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "run" / "checkpoints" / "step-00000006", tmp_path / "step-00000009")
-    assert "that of step 6" in checkpoint.problems_of(tmp_path / "step-00000009")[0]
+    assert "that of step 6" in checkpoint_files.problems_of(tmp_path / "step-00000009")[0]
 
 
 def test_resume_passes_over_damage_and_says_so(trained: Path, shards: Path, tmp_path: Path) -> None:
@@ -146,7 +148,8 @@ def test_resume_passes_over_damage_and_says_so(trained: Path, shards: Path, tmp_
         line["loss"] for line in train_lines(trained / "run")
     ]
     assert not any(
-        checkpoint.problems_of(path) for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+        checkpoint_files.problems_of(path)
+        for path in checkpoint_files.list_checkpoints(tmp_path / "run" / "checkpoints")
     )
 
 
@@ -160,7 +163,7 @@ def test_a_damaged_recipe_is_passed_over_too(trained: Path, shards: Path, tmp_pa
 
 def test_when_all_are_damaged_nothing_is_begun_anew(trained: Path, shards: Path, tmp_path: Path) -> None:
     recipe = copy_of(trained, tmp_path, shards)
-    for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"):
+    for path in checkpoint_files.list_checkpoints(tmp_path / "run" / "checkpoints"):
         remove(path / "manifest.json", path)
     ((code, _, message),) = run_ranks(1, failure_of, str(recipe))
     assert code == 2
@@ -193,7 +196,7 @@ def test_code_in_a_checkpoint_is_not_run(trained: Path, shards: Path, tmp_path: 
     del manifest["sha256"]
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest}))
-    assert not checkpoint.problems_of(path)
+    assert not checkpoint_files.problems_of(path)
     ((code, _, message),) = run_ranks(1, failure_of, str(recipe))
     assert code == 2
     assert "cannot be resumed from" in message
@@ -248,7 +251,8 @@ def test_damaged_newer_checkpoints_do_not_push_out_good_ones(trained: Path, shar
     run_ranks(1, train_until, str(recipe), 6, "checkpoint.keep=2", "checkpoint.every=1 steps")  # saves 5 and 6
     assert steps_in(tmp_path) == [5, 6]
     assert not any(
-        checkpoint.problems_of(path) for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+        checkpoint_files.problems_of(path)
+        for path in checkpoint_files.list_checkpoints(tmp_path / "run" / "checkpoints")
     )
 
 

@@ -501,11 +501,11 @@ def test_a_full_disk_is_told_and_training_goes_on(shards: Path, tmp_path: Path, 
     ((code, _, message),) = run_ranks(1, on_a_disk_that_fills, str(recipe), str(small_disk))
     assert "warning: step 6 could not be saved, training goes on: [Errno 28] No space left on device" in message
     assert [line["step"] for line in train_lines(small_disk / "run")] == list(range(1, 13))
-    from shardstep.trainer import checkpoint
+    from shardstep.trainer import checkpoint_files
 
-    found = checkpoint.list_checkpoints(small_disk / "run" / "checkpoints")
-    assert checkpoint.step_of(found[-1]) == 12
-    assert not any(checkpoint.problems_of(path) for path in found)
+    found = checkpoint_files.list_checkpoints(small_disk / "run" / "checkpoints")
+    assert checkpoint_files.step_of(found[-1]) == 12
+    assert not any(checkpoint_files.problems_of(path) for path in found)
     assert code == 0
     assert "warning: not all pictures could be drawn" in message
 
@@ -548,11 +548,11 @@ def test_a_folder_out_of_reach_is_told_and_training_goes_on(
     for step in (6, 8):
         assert f"warning: step {step} could not be saved, training goes on: " in message
     assert reason in message
-    from shardstep.trainer import checkpoint
+    from shardstep.trainer import checkpoint_files
 
-    found = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert checkpoint.step_of(found[-1]) == 12
-    assert not any(checkpoint.problems_of(path) for path in found)
+    found = checkpoint_files.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoint_files.step_of(found[-1]) == 12
+    assert not any(checkpoint_files.problems_of(path) for path in found)
     weights = [load_file(run / "model.safetensors") for run in (tmp_path / "run", undisturbed(1))]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

@@ -11,7 +11,7 @@ import pytest
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.order import EpochOrder
 from shardstep.datasets.tar import BLOCK
-from shardstep.trainer import checkpoint
+from shardstep.trainer import checkpoint_files
 from tests.distributed import run_ranks
 from tests.runs import failure_of, train_lines, train_ranks, write_recipe
 
@@ -132,7 +132,7 @@ def test_damage_to_a_shard_is_named_and_the_mended_run_goes_on(undisturbed: Path
         assert "Traceback" not in message
         losses = [line["loss"] for line in train_lines(folder / "run")]
         assert losses == whole[: len(losses)], folder  # what was learnt until then was right
-        newest, passed_over = checkpoint.newest_whole(folder / "run" / "checkpoints")
+        newest, passed_over = checkpoint_files.newest_whole(folder / "run" / "checkpoints")
         assert newest is not None
         assert not passed_over
         shutil.rmtree(folder / "shards")
