@@ -10,7 +10,7 @@ from typing import Any, Literal, Optional, Union
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
-ConvGradients = Literal["auto", "direct", "winograd"]
+ConvGradients = Literal["auto", "direct", "winograd", "unfold"]
 Views = Literal["plain", "mirror", "mirror_translate"]
 
 
@@ -73,8 +73,8 @@ class TrainConfig:
     memory_format: MemoryFormat = "auto"
     """Layout of images and convolution weights. auto: on a GPU channels_last, on a CPU measured with the precision."""
     conv_gradients: ConvGradients = "auto"
-    """Of 3x3 convolutions of stride 1. winograd: only in fp32 on a CPU, where it can be faster. auto: measured with precision
-    and memory_format; direct where both are given, or on a GPU."""
+    """Of 3x3 convolutions of stride 1, on a CPU: winograd in fp32, unfold in bf16, each where it is faster. auto: winograd if
+    it wins when precision and memory_format are measured, unfold in bf16 where some layer gains; on a GPU direct."""
     max_micro_batch: int = 2048
     """Samples: the largest batch per rank per backward. The number of micro-steps per step follows from it."""
     clip_norm: Optional[float] = None  # noqa: UP045

@@ -52,6 +52,7 @@ def main(given: argparse.Namespace) -> int:
         InputError: an option makes no sense.
         TrainingFailed: a run that was to be timed did not end well.
     """
+    from shardstep.launch.answer import text_table
     from shardstep.trainer.scaling import prediction_rows
 
     ranks = _check(given)
@@ -66,25 +67,27 @@ def main(given: argparse.Namespace) -> int:
         return 0
     if found:
         _print_measured(given, found)
-    print(f"model: {given.workload} on {given.cluster} (published parts, see docs/scaling.md)")
-    print("\n".join(table(rows)))
+    print(f"model: {given.workload} on {given.cluster}, published parts, times in ms (docs/scaling.md explains it)")
+    print("\n".join(text_table(COLUMNS, cells(rows))))
     too_many = [count for count in ranks if ("kept", count) not in [(batch, row.ranks) for batch, row in rows]]
     if too_many:
         print(f"a kept batch has not an image for each of {', '.join(map(str, too_many))} ranks")
     return 0
 
 
-def table(rows: "Sequence[tuple[str, Prediction]]") -> list[str]:  # type: ignore[name-defined] # noqa: F821
-    """Lines of a table of predictions, as docs/scaling.md has it."""
-    lines = [
-        "| global batch | ranks | images a rank | compute, ms | all-reduce, ms | waits for it, ms | images/s | efficiency |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    return lines + [
-        f"| {batch} | {row.ranks} | {row.images_per_rank} | {1000 * row.compute_s:.2f} | {1000 * row.all_reduce_s:.2f} | "
-        f"{1000 * row.exposed_s:.2f} | {row.images_per_s:,.0f} | {row.efficiency:.1%} |"
+COLUMNS = ["batch", "ranks", "share", "compute", "all-reduce", "waiting", "images/s", "efficiency"]
+
+
+def cells(rows: "Sequence[tuple[str, Prediction]]") -> list[list[str]]:  # type: ignore[name-defined] # noqa: F821
+    """Predictions as texts for COLUMNS: the share is a rank's images of a step, times are in ms."""
+    return [
+        [
+            batch, str(row.ranks), str(row.images_per_rank),
+            *(f"{1000 * seconds:.2f}" for seconds in (row.compute_s, row.all_reduce_s, row.exposed_s)),
+            f"{row.images_per_s:,.0f}", f"{row.efficiency:.1%}",
+        ]
         for batch, row in rows
-    ]
+    ]  # fmt: skip
 
 
 def _check(given: argparse.Namespace) -> list[int]:

@@ -42,9 +42,9 @@ def measure(given: argparse.Namespace, folder: Path) -> Iterator[Table]:
             "bare loop": lambda size=batch_size, count=steps: _in_own_process("bare_loop", size, count, precision),
             "shardstep": lambda size=batch_size, count=steps: _trainer(folder, size, count, precision, "direct"),
         }
-        if gradients == "winograd":
-            works["shardstep, winograd gradients"] = lambda size=batch_size, count=steps: _trainer(
-                folder, size, count, precision, "winograd"
+        if gradients != "direct":
+            works[f"shardstep, {gradients} gradients"] = lambda size=batch_size, count=steps: _trainer(
+                folder, size, count, precision, gradients
             )
         if with_lightning:
             works["Lightning"] = lambda size=batch_size, count=steps: _in_own_process(

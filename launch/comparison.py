@@ -237,6 +237,7 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
 
     budget, variants = Budget.parse(given.budget), read_variants(given.over, given.variants)
     recipes = {}
+    refused: dict[str, list[str]] = {}  # why -> the variants: a key that does not exist is told once
     for name, overrides in variants.items():
         problems += [
             f"variant {name}: {problem}"
@@ -245,7 +246,8 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
         try:
             recipes[name] = _check([given.recipe, *given.overrides, *overrides, *budget.overrides])
         except InputError as error:
-            problems.append(f"variant {name}: {error}")
+            refused.setdefault(str(error), []).append(name)
+    problems += [f"variant {', '.join(names)}: {reason}" for reason, names in refused.items()]
     base_rates: dict[str, float | None] = dict.fromkeys(variants)
     for name, recipe in recipes.items() if given.tune else ():
         rate = _number(recipe, given.tune)

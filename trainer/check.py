@@ -11,7 +11,7 @@ from shardstep.configs.load import Loaded
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import TRANSFORMS
 from shardstep.trainer import average, losses, models, optimizers, profiler, runtime, schedules
-from shardstep.trainer.precision import excludes_winograd
+from shardstep.trainer.convolutions import WAYS, excludes
 from shardstep.trainer.sharing import sharing_problems
 
 
@@ -133,9 +133,12 @@ def _check_numbers(recipe: Recipe) -> list[str]:
         )
     if recipe.train.weights == "half" and recipe.train.precision not in ("bf16", "fp16"):
         problems.append(f"train.weights=half needs train.precision=bf16 or fp16, not {recipe.train.precision}")
-    if recipe.train.conv_gradients == "winograd":
-        problems += [f"train.conv_gradients=winograd is for fp32 on a CPU, not for {other}: use auto or direct"
-                     for other in excludes_winograd(recipe.train)]  # fmt: skip
+    name = recipe.train.conv_gradients
+    if name in WAYS:
+        problems += [
+            f"train.conv_gradients={name} is for {WAYS[name].precision} on a CPU, not for {other}: use auto or direct"
+            for other in excludes(recipe.train, name)
+        ]
     sure = recipe.eval.sure_above
     if sure is not None and not 0 < sure <= 1:
         problems.append(f"eval.sure_above={sure} must be a probability, above 0 and at most 1; null turns it off")

@@ -32,7 +32,8 @@ def describe(run: Run) -> list[str]:
     )
     largest_micro_batch = min(-(-plan.global_batch_size // plan.world_size), recipe.train.max_micro_batch)
     measured = ", ".join(f"{compute} {1000 * value:.0f} ms" for compute, value in run.probed_s.items())
-    winograd = ", winograd gradients" if recipe.train.conv_gradients == "winograd" else ""
+    way = recipe.train.conv_gradients
+    gradients = "" if way == "direct" else f", {way} gradients"
     per_epoch = (
         f" of ceil({plan.samples_per_epoch:,} / {plan.global_batch_size}) = {plan.steps_per_epoch} per epoch"
         if plan.duration.unit == "epochs"
@@ -56,7 +57,7 @@ def describe(run: Run) -> list[str]:
         ("optimizer", f"{recipe.optimizer['name']}, rate {run.base_lr:g}, {recipe.schedule['name']}{groups}"),
         (
             "precision",
-            f"{recipe.train.precision}, {recipe.train.memory_format}{winograd}"
+            f"{recipe.train.precision}, {recipe.train.memory_format}{gradients}"
             f"{f' (measured: {measured})' if measured else ''}",
         ),
         (

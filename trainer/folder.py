@@ -14,8 +14,8 @@ from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.trainer.check import check_recipe
 from shardstep.trainer.checkpoint_files import RECIPE, STATE, list_checkpoints, newest_whole, problems_of
+from shardstep.trainer.convolutions import WAYS, excludes
 from shardstep.trainer.lock import LOCK_NAME, hold
-from shardstep.trainer.precision import excludes_winograd
 
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "train_manifest.json"  # classes, mean and std of the training set: what an evaluation needs of it
@@ -61,7 +61,8 @@ def settle_from(recipe: Recipe) -> None:
     for section, key in SETTLED:
         if getattr(getattr(recipe, section), key) == "auto":
             setattr(getattr(recipe, section), key, getattr(getattr(saved, section), key))
-    if excludes_winograd(recipe.train) and saved.train.conv_gradients == "winograd":
+    way = saved.train.conv_gradients
+    if way in WAYS and excludes(recipe.train, way):
         recipe.train.conv_gradients = "direct"  # it was chosen together with another precision, say
 
 

@@ -1,11 +1,13 @@
 """Muon for the filters of convolutions: momentum whose update is made orthogonal."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+NsPrecision = Literal["auto", "bf16", "fp32"]
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that lifts small singular values fastest
 # On X X^T: where an eigenvalue should be 0, rounding leaves about 1e-7, which may be below 0, and a step makes that 12 times
@@ -25,10 +27,11 @@ class FilterMuon(Optimizer):
         ns_steps: int,
         renormalize: bool,
         weight_decay: float,
+        ns_precision: NsPrecision = "auto",
     ):
         defaults = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "renormalize": renormalize,
-            "weight_decay": weight_decay,
+            "weight_decay": weight_decay, "ns_precision": ns_precision,
         }  # fmt: skip
         super().__init__(parameters, defaults)
         flat = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim < 2]
@@ -45,7 +48,8 @@ class FilterMuon(Optimizer):
                     by_shape.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
             for parameters in by_shape.values():
                 matrices = torch.stack([direction.flatten(1) for direction in self._directions(parameters, group)])
-                updates = orthogonalize(matrices, group["ns_steps"]).to(matrices.dtype)  # (n, out, rest)
+                rounded = matrices.to(_product_dtype(matrices, group["ns_precision"]))
+                updates = orthogonalize(rounded, group["ns_steps"]).to(matrices.dtype)  # (n, out, rest)
                 if group["renormalize"]:
                     norms = torch._foreach_norm(parameters)
                     wanted = len(parameters[0]) ** 0.5
@@ -67,17 +71,20 @@ class FilterMuon(Optimizer):
         return torch._foreach_add(gradients, velocities, alpha=group["momentum"]) if group["nesterov"] else velocities
 
 
+def _product_dtype(matrices: Tensor, wanted: NsPrecision) -> torch.dtype:
+    """bf16, which the iteration bears, or at least float32."""
+    if wanted == "bf16" or (wanted == "auto" and (matrices.device.type == "cuda" or matrices.dtype == torch.bfloat16)):
+        return torch.bfloat16
+    return torch.promote_types(matrices.dtype, torch.float32)
+
+
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     """Matrices (n, rows, columns) with their singular values moved towards 1: U S V^T to about U V^T.
 
     Newton and Schulz's iteration with Jordan's quintic, X <- P X with P = a I + b A + c A^2 and A = X X^T; it ends between
-    0.7 and 1.2 after five steps. In bf16 on a GPU, which bears it.
+    0.7 and 1.2 after five steps. In the matrices' own format.
     """
-    x = (
-        matrices.bfloat16()
-        if matrices.device.type == "cuda"
-        else matrices.to(torch.promote_types(matrices.dtype, torch.float32))
-    )
+    x = matrices
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x  # the smaller product
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

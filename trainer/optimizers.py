@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from shardstep.configs.components import check_limits, convert, hint_of, neighbours, options_of, resolve
 from shardstep.configs.durations import duration_problems
 from shardstep.configs.errors import InputError
-from shardstep.trainer.muon import FilterMuon
+from shardstep.configs.schema import Precision
+from shardstep.trainer.muon import FilterMuon, NsPrecision
 
 Parameters = Iterable[dict[str, Any]] | Iterable[nn.Parameter]
 
@@ -163,16 +164,18 @@ def filter_muon(
     ns_steps: int = 5,
     renormalize: bool = False,
     weight_decay: float = 0.0,
+    ns_precision: NsPrecision = "auto",
 ) -> Optimizer:
     """Muon on matrices and on the filters of convolutions, flattened to (out, in x height x width). Jordan et al. 2024.
 
     v <- mu v + g,  d = g + mu v (nesterov) or v,  w <- (1 - eta weight_decay) w - eta orthogonal(d).
 
     orthogonal(U S V^T) is about U V^T, by `ns_steps` of Newton and Schulz's iteration. `renormalize` scales w to the norm
-    sqrt(out) before each step, as the CIFAR-10 speed records do. torch's own, `muon`, takes matrices only. Parameters of one
-    dimension need another optimizer beside it: optimizer.groups. Memory: one number per parameter.
+    sqrt(out) before each step, as the CIFAR-10 speed records do. The iteration's products are in `ns_precision`; auto: bf16
+    on a GPU, and on a CPU that trains in bf16. torch's own, `muon`, takes matrices only. Parameters of one dimension need
+    another optimizer beside it: optimizer.groups. Memory: one number per parameter.
     """
-    return FilterMuon(parameters, lr, momentum, nesterov, ns_steps, renormalize, weight_decay)
+    return FilterMuon(parameters, lr, momentum, nesterov, ns_steps, renormalize, weight_decay, ns_precision)
 
 
 CANNOT_WORK = {
@@ -239,7 +242,9 @@ class Several(Optimizer):
         self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
 
-def build_optimizer(section: dict[str, Any], model: nn.Module, has_scaler: bool = False) -> Optimizer:
+def build_optimizer(
+    section: dict[str, Any], model: nn.Module, has_scaler: bool = False, precision: Precision = "fp32"
+) -> Optimizer:
     """Build what a checked recipe section names, over the trainable parameters of a model.
 
     Each parameter group keeps its base rate as `initial_lr`; schedules multiply it.
@@ -248,11 +253,14 @@ def build_optimizer(section: dict[str, Any], model: nn.Module, has_scaler: bool 
         section: `name`, its options, and those of COMMON_OPTIONS.
         model: on its device.
         has_scaler: whether fp16's scaler looks at the gradients before a step.
+        precision: of the forward and backward pass.
 
     Raises:
         InputError: the options contradict each other, or a group matches no parameter.
     """
-    optimizers = [_build_one(options, groups, has_scaler) for options, groups in _parameter_groups(section, model)]
+    optimizers = [
+        _build_one(options, groups, has_scaler, precision) for options, groups in _parameter_groups(section, model)
+    ]
     optimizer = optimizers[0] if len(optimizers) == 1 else Several(optimizers)
     if all("until" in group for group in optimizer.param_groups):
         raise InputError(
@@ -314,7 +322,9 @@ def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str
     return converted, problems
 
 
-def _build_one(options: dict[str, Any], groups: list[dict[str, Any]], has_scaler: bool) -> Optimizer:
+def _build_one(
+    options: dict[str, Any], groups: list[dict[str, Any]], has_scaler: bool, precision: Precision
+) -> Optimizer:
     name = options["name"]
     arguments = {key: value for key, value in options.items() if key not in ("name", *_GROUP_KEYS, *COMMON_OPTIONS)}
     on_cpu = groups[0]["params"][0].device.type == "cpu"
@@ -327,6 +337,8 @@ def _build_one(options: dict[str, Any], groups: list[dict[str, Any]], has_scaler
     wins = not has_scaler and (on_cpu or name not in _FUSED_ON_CPU_ONLY)
     if wins and "fused" in arguments and arguments["fused"] is None and not arguments.get("foreach"):
         arguments["fused"] = True
+    if arguments.get("ns_precision") == "auto" and precision == "bf16":
+        arguments["ns_precision"] = "bf16"
     try:
         return OPTIMIZERS[name](groups, **arguments)
     except (ValueError, RuntimeError) as error:

@@ -2,14 +2,14 @@
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import ConvGradients, MemoryFormat, Precision, TrainConfig
-from shardstep.trainer import winograd
+from shardstep.trainer.convolutions import WAYS, convert_convolutions, excludes, gains
 from shardstep.trainer.losses import Objective
 from shardstep.trainer.machine import Cpu
 from shardstep.trainer.models.batch_norm import convert_batch_norm
@@ -29,9 +29,8 @@ class Compute:
     conv_gradients: ConvGradients = "direct"
 
     def __str__(self) -> str:
-        return " ".join(
-            [self.precision, self.memory_format, *(["winograd"] if self.conv_gradients == "winograd" else [])]
-        )
+        way = [] if self.conv_gradients == "direct" else [self.conv_gradients]
+        return " ".join([self.precision, self.memory_format, *way])
 
 
 def check_precision(precision: str, device: torch.device, module: nn.Module, cpu: Cpu) -> str | None:
@@ -91,7 +90,7 @@ def candidates(
         cpu: of this machine; bf16 is not tried where it is known to have no units for it: it takes 15 times as long.
 
     Raises:
-        InputError: Winograd's gradients are asked for on a GPU, or no convolution of the model would use them.
+        InputError: other gradients of convolutions are asked for on a GPU, or none of the model's would use them.
     """
     formats: list[MemoryFormat] = [config.memory_format]
     if config.memory_format == "auto":
@@ -108,16 +107,29 @@ def candidates(
     choices = [Compute(p, f) for p in precisions for f in formats]
     if config.conv_gradients == "direct":
         return choices
-    if config.conv_gradients == "winograd":
+    if config.conv_gradients != "auto":
+        way = WAYS[config.conv_gradients]
         if device.type != "cpu":
-            raise InputError(f"train.conv_gradients=winograd is for CPUs, and this is {device}: use auto or direct")
-        if not winograd.gains(module, image_shape):
             raise InputError(
-                "train.conv_gradients=winograd has no effect: this model has no 3x3 convolutions that would be faster by it"
+                f"train.conv_gradients={config.conv_gradients} is for CPUs, and this is {device}: use auto or direct"
             )
-        return [Compute("fp32", layout, "winograd") for layout in formats]
-    possible = device.type == "cpu" and not excludes_winograd(config)
-    if possible and is_measured(config) and "channels_last" in formats and winograd.gains(module, image_shape):
+        if not gains(module, image_shape, config.conv_gradients):
+            raise InputError(
+                f"train.conv_gradients={config.conv_gradients} has no effect: this model has no 3x3 convolutions that "
+                f"would be faster by it"
+            )
+        return [Compute(way.precision, layout, config.conv_gradients) for layout in formats]
+
+    def can_gain(name: str) -> bool:
+        fits = device.type == "cpu" and "channels_last" in formats and not excludes(config, name)
+        return fits and gains(module, image_shape, name)
+
+    if cpu.bf16_units and can_gain("unfold"):
+        choices = [
+            replace(choice, conv_gradients="unfold") if choice == Compute("bf16", "channels_last") else choice
+            for choice in choices
+        ]
+    if is_measured(config) and can_gain("winograd"):
         choices.append(Compute("fp32", "channels_last", "winograd"))
     return choices
 
@@ -125,14 +137,6 @@ def candidates(
 def is_measured(config: TrainConfig) -> bool:
     """Whether a step is measured on a CPU before the first one."""
     return "auto" in (config.precision, config.memory_format)
-
-
-def excludes_winograd(config: TrainConfig) -> list[str]:
-    """What of a recipe does not go with Winograd's gradients, as key=value."""
-    fitting = {"precision": ("auto", "fp32"), "compile": ("none",), "device": ("auto", "cpu")}
-    return [
-        f"train.{key}={getattr(config, key)}" for key, values in fitting.items() if getattr(config, key) not in values
-    ]
 
 
 def measure(
@@ -163,7 +167,7 @@ def measure(
 def _probe(compute: Compute, module: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
     layout = MEMORY_FORMATS[compute.memory_format]
     model = copy.deepcopy(module).to(memory_format=layout).train()
-    if compute.conv_gradients == "winograd":
-        winograd.convert_convolutions(model)
+    if compute.conv_gradients in WAYS:
+        convert_convolutions(model, compute.conv_gradients)
     convert_batch_norm(model, synchronised=False)  # the other ranks do not take part
     return model, images.contiguous(memory_format=layout)

@@ -16,10 +16,9 @@ The backward pass is the transpose of each step. The forward pass would gain a f
 outputs are those of any other convolution. Gradients are rounded otherwise, and differ by about 1e-5 of the largest.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,47 +43,18 @@ class WinogradConv2d(nn.Conv2d):
     """nn.Conv2d whose backward pass goes by Winograd's method for images of a size that makes it faster."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and _is_float32(input, self.weight) and _speedup(self, input) > _WORTH_IT:
+        if torch.is_grad_enabled() and _is_float32(input, self.weight) and is_faster(self, input):
             return convolve(input, self.weight, self.bias, int(self.padding[0]))
         return super().forward(input)
-
-
-def convert_convolutions(model: nn.Module) -> None:
-    """Let the 3x3 convolutions of a model compute their gradients in this way, where it is faster."""
-    for layer in model.modules():
-        if _is_plain(layer):
-            layer.__class__ = WinogradConv2d
-
-
-@torch.no_grad()
-def gains(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
-    """Whether there is a convolution in a model that would be faster for images (channels, height, width)."""
-    speedups = [0.0]
-
-    def look(layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        speedups.append(_speedup(cast(nn.Conv2d, layer), (*given, *named.values())[0]))
-
-    if any(_is_plain(layer) for layer in model.modules()):
-        model = copy.deepcopy(model).eval()
-        for layer in filter(_is_plain, model.modules()):
-            layer.register_forward_pre_hook(look, with_kwargs=True)
-        model(torch.zeros(1, *image_shape))
-    return max(speedups) > _WORTH_IT
 
 
 def _is_float32(images: Tensor, weight: Tensor) -> bool:
     return images.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    return (
-        type(layer) is nn.Conv2d
-        and layer.kernel_size == (3, 3)
-        and layer.stride == layer.dilation == (1, 1)
-        and layer.groups == 1
-        and layer.padding in ((0, 0), (1, 1))
-        and layer.padding_mode == "zeros"
-    )
+def is_faster(layer: nn.Conv2d, images: Tensor) -> bool:
+    """Whether the backward pass of a 3x3 convolution of images (N, C, H, W) gains."""
+    return _speedup(layer, images) > _WORTH_IT
 
 
 def _speedup(layer: nn.Conv2d, images: Tensor) -> float:

@@ -158,6 +158,7 @@ def test_what_is_left_out_for_once_stays_known(shards: Path, tmp_path: Path) -> 
     ("options", "told"),
     [
         ([], "give --over KEY=A,B"),
+        (["--over", "optimizer.lrr=1,2"], "^nothing was begun: variant 1, 2: recipe .*optimizer.lrr is not an option"),
         (["--over", "optimizer.name=sgd,adma"], "variant adma: .*optimizer.name=adma is unknown; did you mean adam"),
         (["--over", "optimizer.name=sgd", "--budget", "soon"], "write epochs, steps or a time"),
         (["--over", "optimizer.name=sgd", "--trials", "3"], "--trials has no effect without --tune"),

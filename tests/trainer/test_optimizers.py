@@ -10,6 +10,7 @@ import torch
 
 from shardstep.configs.components import resolve
 from shardstep.configs.errors import InputError
+from shardstep.configs.schema import Precision
 from shardstep.trainer.muon import FilterMuon, orthogonalize
 from shardstep.trainer.optimizers import (
     CANNOT_WORK,
@@ -403,6 +404,23 @@ def test_orthogonalize_bears_singular_values_of_0(steps: int) -> None:
     generator = torch.Generator().manual_seed(1)
     matrix = torch.randn(64, 8, generator=generator) @ torch.randn(8, 576, generator=generator)
     assert torch.linalg.matrix_norm(orthogonalize(matrix[None], steps)[0], 2) < 1.3
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision", "taken"),
+    [("auto", "bf16", "bf16"), ("auto", "fp32", "auto"), ("fp32", "bf16", "fp32"), ("bf16", "fp32", "bf16")],
+)
+def test_filter_muon_iterates_in_the_format_of_the_training(asked: str, precision: Precision, taken: str) -> None:
+    section = DEFAULTS | {"name": "filter_muon", "lr": 1.0, "momentum": 0.0, "ns_steps": 3, "ns_precision": asked}
+    net = torch.nn.Conv2d(8, 16, 3, bias=False)
+    optimizer = build_optimizer(section, net, precision=precision)
+    assert optimizer.param_groups[0]["ns_precision"] == taken
+    before, net.weight.grad = net.weight.detach().clone(), torch.randn_like(net.weight)
+    exact = orthogonalize(net.weight.grad.flatten(1)[None], 3)[0].view_as(before)
+    optimizer.step()
+    error = ((before - net.weight.detach() - exact).norm() / exact.norm()).item()
+    assert error < 2**-5
+    assert (error > 2**-12) == (taken == "bf16")  # rounded where it should be, and nowhere else
 
 
 def test_filter_muon_refuses_vectors() -> None:

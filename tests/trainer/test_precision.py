@@ -104,6 +104,24 @@ def test_winograd_is_tried_where_it_may_pay() -> None:
     assert tried(wide, **asked) == [Compute("fp32", "contiguous", "winograd")]
 
 
+def test_unfold_takes_the_place_of_direct_where_it_gains() -> None:
+    deep = nn.Conv2d(128, 128, 3, padding=1)
+
+    def tried(cpu: Cpu = AMX, model: nn.Conv2d = deep, size: int = 4, **options: Any) -> set[Compute]:
+        found = precision.candidates(TrainConfig(**options), model, (model.in_channels, size, size), CPU, cpu)  # type: ignore[arg-type]
+        return {choice for choice in found if choice.precision == "bf16"}
+
+    direct, unfold = Compute("bf16", "channels_last"), Compute("bf16", "channels_last", "unfold")
+    both_given = {"precision": "bf16", "memory_format": "channels_last"}
+    assert tried() == {unfold, Compute("bf16", "contiguous")}
+    assert (
+        tried(**both_given) == tried(**both_given, conv_gradients="unfold") == {unfold}
+    )  # by a rule: nothing to measure
+    assert tried(conv_gradients="unfold", memory_format="contiguous") == {Compute("bf16", "contiguous", "unfold")}
+    other = [{"conv_gradients": "direct"}, {"compile": "default"}, {"size": 5}, {"model": CONV}, {"cpu": UNKNOWN}]
+    assert all(tried(**both_given | options) == {direct} for options in other)  # type: ignore[arg-type]
+
+
 def test_winograd_is_refused_where_there_is_none() -> None:
     asked, wide = TrainConfig(conv_gradients="winograd"), nn.Conv2d(128, 128, 3, padding=1)
     with pytest.raises(InputError, match="winograd is for CPUs, and this is cuda:0: use auto or direct"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shardstep.trainer import winograd
+from shardstep.trainer.convolutions import convert_convolutions, gains
 from tests.distributed import run_ranks
 from tests.runs import failure_of, train_lines, train_ranks, train_until, write_recipe
 
@@ -80,7 +81,7 @@ def test_other_convolutions_stay_as_they_are() -> None:
     ]
     model = nn.Sequential(*kept, nn.Conv2d(128, 128, 3))
     names = list(model.state_dict())
-    winograd.convert_convolutions(model)
+    convert_convolutions(model, "winograd")
     assert [type(layer) for layer in model] == [nn.Conv2d] * len(kept) + [winograd.WinogradConv2d]
     assert list(model.state_dict()) == names
 
@@ -97,8 +98,8 @@ def test_it_is_used_where_it_is_faster(
     inputs: int, outputs: int, size: int, faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = nn.Conv2d(inputs, outputs, 3, padding=1)
-    assert winograd.gains(layer, (inputs, size, size)) == faster
-    winograd.convert_convolutions(layer)
+    assert gains(layer, (inputs, size, size), "winograd") == faster
+    convert_convolutions(layer, "winograd")
     used = []
     monkeypatch.setattr(
         winograd, "convolve", lambda *given: used.append(given) or functional.conv2d(*given[:3], padding=given[3])
@@ -114,7 +115,7 @@ def test_it_is_used_where_it_is_faster(
 def test_what_it_cannot_do_stays_torchs() -> None:
     layer, plain = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
     plain.load_state_dict(layer.state_dict())
-    winograd.convert_convolutions(layer)
+    convert_convolutions(layer, "winograd")
     images = torch.randn(2, 64, 8, 8)
     assert torch.equal(layer(input=images), plain(images))
     assert torch.equal(layer(images[0]), plain(images[0]))  # without a batch
@@ -139,7 +140,7 @@ def test_looking_for_gains_changes_no_model() -> None:
     model = nn.Sequential(nn.Conv2d(3, 128, 3), nn.BatchNorm2d(128), nn.Conv2d(128, 128, 3)).train()
     model[1].eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert winograd.gains(model, (3, 12, 12))
+    assert gains(model, (3, 12, 12), "winograd")
     assert [part.training for part in model] == [True, False, True]
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not model[2]._forward_pre_hooks

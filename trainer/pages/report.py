@@ -410,7 +410,9 @@ def _facts(one: Study) -> dict[str, Child]:
         "starts": _starts(record),
         "ranks": f"{ranks}, {record.recipe.train.device}" if ranks else None,
         "precision": f"{record.recipe.train.precision}, {record.recipe.train.memory_format}",
-        "convolutions": "winograd gradients" if record.recipe.train.conv_gradients == "winograd" else None,
+        "convolutions": f"{way} gradients"
+        if (way := record.recipe.train.conv_gradients) not in ("auto", "direct")
+        else None,
         "GPU": f"{hardware['gpu']}, {_bytes(hardware['gpu_memory_bytes'])}, CUDA {hardware.get('cuda')}"
         if "gpu" in hardware
         else None,
