@@ -25,7 +25,7 @@ def write_whole(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def check_output(option: str, path: Path) -> None:
+def check_output_file(option: str, path: Path) -> None:
     """Find out before the work, rather than after it, that an option's file cannot be written.
 
     Raises:

@@ -73,8 +73,9 @@ class TrainConfig:
     memory_format: MemoryFormat = "auto"
     """Layout of images and convolution weights. auto: on a GPU channels_last, on a CPU measured with the precision."""
     conv_gradients: ConvGradients = "auto"
-    """Of 3x3 convolutions of stride 1, on a CPU: winograd in fp32, unfold in bf16, each where it is faster. auto: winograd if
-    it wins when precision and memory_format are measured, unfold in bf16 where some layer gains; on a GPU direct."""
+    """Of 3x3 convolutions of stride 1, on a CPU: winograd in fp32, unfold in bf16, each in layers where it is faster; direct:
+    torch's. auto: direct on a GPU, with compile, and in contiguous; else unfold in bf16 where the processor has units for it
+    and a layer gains; in fp32 winograd if it wins when precision or memory_format is measured."""
     max_micro_batch: int = 2048
     """Samples: the largest batch per rank per backward. The number of micro-steps per step follows from it."""
     clip_norm: Optional[float] = None  # noqa: UP045

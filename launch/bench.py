@@ -18,7 +18,7 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-from shardstep.configs.files import check_output
+from shardstep.configs.files import check_output_file
 from shardstep.launch import bench_scaling
 from shardstep.launch.bench_tables import report, whole_number
 from shardstep.launch.cli import run as run_command
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     if given.command == "scaling":  # a model beside the figures: no table of works
         return bench_scaling.main(given)
     if given.json not in (None, "-"):
-        check_output("--json", Path(given.json))
+        check_output_file("--json", Path(given.json))
     with tempfile.TemporaryDirectory(prefix="shardstep-bench-") as folder:
         report(f"bench {given.command}", modules[given.command].measure(given, Path(folder)), given.json)
     return 0

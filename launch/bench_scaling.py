@@ -22,6 +22,7 @@ from shardstep.configs.errors import InputError, TrainingFailed
 from shardstep.launch.cli import leave
 from shardstep.launch.ranks import start_ranks
 
+COLUMNS = ["batch", "ranks", "share", "compute", "all-reduce", "waiting", "images/s", "efficiency"]
 _TARGET = 0.95  # of the images/s of one rank with two threads
 _REDUCED_BYTES = (4, 64 << 10, 1 << 20, 4 << 20, 16 << 20)
 _REDUCTIONS = 30
@@ -67,15 +68,13 @@ def main(given: argparse.Namespace) -> int:
         return 0
     if found:
         _print_measured(given, found)
-    print(f"model: {given.workload} on {given.cluster}, published parts, times in ms (docs/scaling.md explains it)")
+    print(f"model: {given.workload} on {given.cluster} (docs/scaling.md), from published parts")
     print("\n".join(text_table(COLUMNS, cells(rows))))
+    print("share: images of a rank; compute, all-reduce and waiting for it: ms a step")
     too_many = [count for count in ranks if ("kept", count) not in [(batch, row.ranks) for batch, row in rows]]
     if too_many:
         print(f"a kept batch has not an image for each of {', '.join(map(str, too_many))} ranks")
     return 0
-
-
-COLUMNS = ["batch", "ranks", "share", "compute", "all-reduce", "waiting", "images/s", "efficiency"]
 
 
 def cells(rows: "Sequence[tuple[str, Prediction]]") -> list[list[str]]:  # type: ignore[name-defined] # noqa: F821

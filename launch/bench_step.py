@@ -102,4 +102,5 @@ def _trainer(folder: Path, batch_size: int, steps: int, precision: str, gradient
 def _in_own_process(loop: str, batch_size: int, steps: int, precision: str) -> float:
     """Images per second of launch/bare_loop.py or launch/lightning_loop.py."""
     command = [sys.executable, "-m", f"shardstep.launch.{loop}", *map(str, [batch_size, steps, precision])]
-    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return float(printed.splitlines()[-1])  # libraries may have said something before

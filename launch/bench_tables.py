@@ -19,6 +19,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, TextIO
 
+from shardstep.configs.files import write_whole
+
 _OTHER_LIBRARIES = ("lightning", "litdata", "mosaicml-streaming", "numpy", "opencv-python-headless", "pillow")
 _NAME_WIDTH = 62
 
@@ -156,26 +158,21 @@ def _range(values: list[float]) -> str:
 def report(command: str, tables: Iterable[Table], json_path: str | None) -> None:
     """Print each table as soon as it is measured, and write all as JSON to a file, or to stdout for `-`.
 
-    With `-` the text goes to stderr, so that stdout is JSON alone. Tables that were there before an interruption are kept.
+    The file is there from the first table on. With `-` the text goes to stderr, so that stdout is JSON alone.
     """
-    machine: dict[str, Any] = {}
-    done: list[Table] = []
+    found: dict[str, Any] = {}
     out = sys.stderr if json_path == "-" else sys.stdout
-    try:
-        for table in tables:
-            if not done:
-                machine = hardware()
-                print(_machine_line(machine), file=out)
-            print_table(table, out)
-            out.flush()
-            done.append(table)
-    finally:
-        if json_path is not None and done:
-            text = json.dumps({"command": command, **machine, "tables": [as_json(table) for table in done]}, indent=1)
-            if json_path == "-":
-                print(text)
-            else:
-                Path(json_path).write_text(text + "\n")
+    for table in tables:
+        if not found:
+            found = {"command": command, **hardware(), "tables": []}
+            print(_machine_line(found), file=out)
+        found["tables"].append(as_json(table))
+        if json_path not in (None, "-"):
+            write_whole(Path(json_path), (json.dumps(found, indent=1) + "\n").encode())
+        print_table(table, out)
+        out.flush()
+    if json_path == "-":
+        print(json.dumps(found, indent=1))
 
 
 def as_json(table: Table) -> dict[str, Any]:

@@ -28,9 +28,16 @@ from shardstep.trainer import launcher
 from shardstep.trainer.lock import LOCK_NAME, is_held
 
 PLAN_NAME = "comparison.json"
-# Of the section train: what `auto` measures, once for all runs; and what the choice of conv_gradients depends on.
-_MEASURED = ("precision", "memory_format", "conv_gradients")
-_MEASURED_TOGETHER = {f"train.{key}" for key in ("precision", "memory_format", "compile", "device")}
+_MEASURED = (
+    "precision",
+    "memory_format",
+    "conv_gradients",
+)  # of the section train: what `auto` chooses once for all runs
+_GRADIENTS_DEPEND_ON = (
+    "model.",
+    "data.",
+    *(f"train.{key}" for key in ("precision", "memory_format", "compile", "device")),
+)
 _OVER = ("finished", "failed")  # states in which a run stays
 
 
@@ -196,10 +203,14 @@ class Comparison:
         runs = [str(seed) for seed in range(self.seeds) if self._outcome(name, str(seed)).last]
         return optimizer_memory(self.folder / name / runs[0]) if runs else None
 
+    def _own_conditions(self, name: str) -> set[str]:
+        """What a variant sets of all that the choice of train.conv_gradients depends on."""
+        return {override for override in self.variants[name] if override.startswith(_GRADIENTS_DEPEND_ON)}
+
     def _task(self, name: str, run: str, added: list[str]) -> Task:
         place = [f"run.dir={self.folder / name / run}", f"run.name={name}-{run}"]
         settled = self.settled
-        if _MEASURED_TOGETHER & {override.partition("=")[0] for override in self.variants[name]}:
+        if settled and self._own_conditions(name) != self._own_conditions(self.measured):
             settled = [override for override in settled if not override.startswith("train.conv_gradients=")]
         overrides = [*self.arguments[1:], *settled, *self.variants[name], *self.budget.overrides, *added, *place]
         return Task(f"{name} {run}", [self.arguments[0], *overrides], self.log(name, run))

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import check_output
+from shardstep.configs.files import check_output_file
 from shardstep.launch.cli import FAILED, leave
 from shardstep.launch.cli import run as run_command
 
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     out = given.out or trained.folder / f"exported{suffix}"
     if out.suffix != suffix:
         raise InputError(f"--out={out} must end in {suffix} for --format={given.format}")
-    check_output("--out", out)
+    check_output_file("--out", out)
     if out.resolve() == trained.weights:
         raise InputError(f"--out={out} holds the weights of the run itself: give another name")
     try:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import check_output
+from shardstep.configs.files import check_output_file
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     if given.grid and given.grid.suffix.lstrip(".").lower() not in FORMATS:
         raise InputError(f"--grid={given.grid} must end in one of {', '.join(FORMATS)}")
     if given.grid:
-        check_output("--grid", given.grid)
+        check_output_file("--grid", given.grid)
     trained = open_trained(given.run, given.device)
     if trained.objective.reconstructs:
         raise InputError(

@@ -131,9 +131,10 @@ def _optimizers(model: WhiteningCnn, batch_size: int, bias_steps: int) -> list[t
         {"params": [head], "lr": _HEAD_LR, "weight_decay": decay / _HEAD_LR},
     ]
     filters = [parameter for parameter in trained if parameter.ndim == 4]
+    product_dtype = torch.float32 if head.dtype == torch.float32 else torch.bfloat16
     optimizers = [
         torch.optim.SGD(groups, momentum=0.85, nesterov=True, fused=head.device.type == "cuda"),
-        FilterMuon(filters, _FILTER_LR, 0.6, True, ns_steps=3, renormalize=True, weight_decay=0.0),
+        FilterMuon(filters, _FILTER_LR, 0.6, True, 3, renormalize=True, weight_decay=0.0, product_dtype=product_dtype),
     ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:

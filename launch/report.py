@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import check_output, write_whole
+from shardstep.configs.files import check_output_file, write_whole
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 
@@ -27,8 +27,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     given = parser.parse_args(arguments)
     out = given.out or (given.runs[0] if len(given.runs) == 1 else Path()) / "report.html"
-    if given.out:
-        check_output("--out", out)
+    check_output_file("--out", out)
 
     from shardstep.trainer.pages.report import report_page
     from shardstep.trainer.record import check_comparable, read_record

@@ -1,4 +1,4 @@
-"""Other ways to gradients of 3x3 convolutions than torch's own, on a CPU: which there are, and which models gain by them."""
+"""Other methods than torch's for gradients of 3x3 convolutions on a CPU: which there are, and which models gain by them."""
 
 import copy
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from shardstep.configs.schema import Precision, TrainConfig
 from shardstep.trainer import unfold, winograd
 
 
-class Way(NamedTuple):
+class GradientMethod(NamedTuple):
     """A value of train.conv_gradients.
 
     Attributes:
-        precision: that it is for.
+        precision: the only one it works in.
         layer: takes the place of nn.Conv2d.
         is_faster: whether a convolution of images (N, C, H, W) gains.
     """
@@ -25,26 +25,26 @@ class Way(NamedTuple):
     is_faster: Callable[[nn.Conv2d, Tensor], bool]
 
 
-WAYS = {
-    "winograd": Way("fp32", winograd.WinogradConv2d, winograd.is_faster),
-    "unfold": Way("bf16", unfold.UnfoldConv2d, unfold.is_faster),
+GRADIENT_METHODS = {
+    "winograd": GradientMethod("fp32", winograd.WinogradConv2d, winograd.is_faster),
+    "unfold": GradientMethod("bf16", unfold.UnfoldConv2d, unfold.is_faster),
 }
 
 
-def convert_convolutions(model: nn.Module, name: str) -> None:
-    """Let the 3x3 convolutions of a model compute their gradients in this way, where it is faster."""
+def convert_convolutions(model: nn.Module, method: str) -> None:
+    """Let the 3x3 convolutions of a model compute their gradients by a method, where it is faster."""
     for layer in model.modules():
         if _is_plain(layer):
-            layer.__class__ = WAYS[name].layer
+            layer.__class__ = GRADIENT_METHODS[method].layer
 
 
 @torch.no_grad()
-def gains(model: nn.Module, image_shape: tuple[int, int, int], name: str) -> bool:
+def gains(model: nn.Module, image_shape: tuple[int, int, int], method: str) -> bool:
     """Whether there is a convolution in a model that would be faster for images (channels, height, width)."""
     faster = [False]
 
     def look(layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        faster.append(WAYS[name].is_faster(cast(nn.Conv2d, layer), (*given, *named.values())[0]))
+        faster.append(GRADIENT_METHODS[method].is_faster(cast(nn.Conv2d, layer), (*given, *named.values())[0]))
 
     if any(_is_plain(layer) for layer in model.modules()):
         model = copy.deepcopy(model).eval()
@@ -54,9 +54,13 @@ def gains(model: nn.Module, image_shape: tuple[int, int, int], name: str) -> boo
     return any(faster)
 
 
-def excludes(config: TrainConfig, name: str) -> list[str]:
-    """What of a recipe does not go with this way, as key=value."""
-    fitting = {"precision": ("auto", WAYS[name].precision), "compile": ("none",), "device": ("auto", "cpu")}
+def excludes(config: TrainConfig, method: str) -> list[str]:
+    """What of a recipe does not go with a method, as key=value."""
+    fitting = {
+        "precision": ("auto", GRADIENT_METHODS[method].precision),
+        "compile": ("none",),
+        "device": ("auto", "cpu"),
+    }
     return [
         f"train.{key}={getattr(config, key)}" for key, values in fitting.items() if getattr(config, key) not in values
     ]

@@ -32,8 +32,8 @@ def describe(run: Run) -> list[str]:
     )
     largest_micro_batch = min(-(-plan.global_batch_size // plan.world_size), recipe.train.max_micro_batch)
     measured = ", ".join(f"{compute} {1000 * value:.0f} ms" for compute, value in run.probed_s.items())
-    way = recipe.train.conv_gradients
-    gradients = "" if way == "direct" else f", {way} gradients"
+    method = recipe.train.conv_gradients
+    gradients = "" if method == "direct" else f", {method} gradients"
     per_epoch = (
         f" of ceil({plan.samples_per_epoch:,} / {plan.global_batch_size}) = {plan.steps_per_epoch} per epoch"
         if plan.duration.unit == "epochs"

@@ -14,7 +14,7 @@ from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.trainer.check import check_recipe
 from shardstep.trainer.checkpoint_files import RECIPE, STATE, list_checkpoints, newest_whole, problems_of
-from shardstep.trainer.convolutions import WAYS, excludes
+from shardstep.trainer.convolutions import GRADIENT_METHODS, excludes
 from shardstep.trainer.lock import LOCK_NAME, hold
 
 CONFIG_NAME = "config.yaml"
@@ -58,11 +58,12 @@ def settle_from(recipe: Recipe) -> None:
     if newest is None:
         return
     saved = load_recipe(str(newest / RECIPE)).recipe
+    left_open = recipe.train.conv_gradients == "auto"
     for section, key in SETTLED:
         if getattr(getattr(recipe, section), key) == "auto":
             setattr(getattr(recipe, section), key, getattr(getattr(saved, section), key))
-    way = saved.train.conv_gradients
-    if way in WAYS and excludes(recipe.train, way):
+    method = saved.train.conv_gradients
+    if left_open and method in GRADIENT_METHODS and excludes(recipe.train, method):
         recipe.train.conv_gradients = "direct"  # it was chosen together with another precision, say
 
 

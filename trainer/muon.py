@@ -1,13 +1,11 @@
 """Muon for the filters of convolutions: momentum whose update is made orthogonal."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-
-NsPrecision = Literal["auto", "bf16", "fp32"]
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that lifts small singular values fastest
 # On X X^T: where an eigenvalue should be 0, rounding leaves about 1e-7, which may be below 0, and a step makes that 12 times
@@ -16,7 +14,10 @@ _STEPS_AT_ONCE = 3
 
 
 class FilterMuon(Optimizer):
-    """Muon on parameters of two or more dimensions, each flattened to a matrix (out, everything else)."""
+    """Muon on parameters of two or more dimensions, each flattened to a matrix (out, everything else).
+
+    `product_dtype` is that of the iteration's products: no option of a group, because it belongs to the machine.
+    """
 
     def __init__(
         self,
@@ -27,13 +28,14 @@ class FilterMuon(Optimizer):
         ns_steps: int,
         renormalize: bool,
         weight_decay: float,
-        ns_precision: NsPrecision = "auto",
+        product_dtype: torch.dtype = torch.float32,
     ):
         defaults = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "renormalize": renormalize,
-            "weight_decay": weight_decay, "ns_precision": ns_precision,
+            "weight_decay": weight_decay,
         }  # fmt: skip
         super().__init__(parameters, defaults)
+        self.product_dtype = product_dtype
         flat = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim < 2]
         if flat:
             raise ValueError(f"it works on matrices and filters, and has been given parameters of shape {flat[0]}")
@@ -48,8 +50,7 @@ class FilterMuon(Optimizer):
                     by_shape.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
             for parameters in by_shape.values():
                 matrices = torch.stack([direction.flatten(1) for direction in self._directions(parameters, group)])
-                rounded = matrices.to(_product_dtype(matrices, group["ns_precision"]))
-                updates = orthogonalize(rounded, group["ns_steps"]).to(matrices.dtype)  # (n, out, rest)
+                updates = orthogonalize(matrices, group["ns_steps"], self.product_dtype)  # (n, out, rest)
                 if group["renormalize"]:
                     norms = torch._foreach_norm(parameters)
                     wanted = len(parameters[0]) ** 0.5
@@ -71,20 +72,16 @@ class FilterMuon(Optimizer):
         return torch._foreach_add(gradients, velocities, alpha=group["momentum"]) if group["nesterov"] else velocities
 
 
-def _product_dtype(matrices: Tensor, wanted: NsPrecision) -> torch.dtype:
-    """bf16, which the iteration bears, or at least float32."""
-    if wanted == "bf16" or (wanted == "auto" and (matrices.device.type == "cuda" or matrices.dtype == torch.bfloat16)):
-        return torch.bfloat16
-    return torch.promote_types(matrices.dtype, torch.float32)
-
-
-def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int, product_dtype: torch.dtype = torch.float32) -> Tensor:
     """Matrices (n, rows, columns) with their singular values moved towards 1: U S V^T to about U V^T.
 
     Newton and Schulz's iteration with Jordan's quintic, X <- P X with P = a I + b A + c A^2 and A = X X^T; it ends between
-    0.7 and 1.2 after five steps. In the matrices' own format.
+    0.7 and 1.2 after five steps. Products are of `product_dtype`: bf16, which the iteration bears, or float32 (float64 for
+    such matrices).
     """
-    x = matrices
+    x = matrices.to(
+        product_dtype if product_dtype == torch.bfloat16 else torch.promote_types(matrices.dtype, product_dtype)
+    )
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x  # the smaller product
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -93,7 +90,7 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
             x = _iterate_gram(x, min(_STEPS_AT_ONCE, steps - begun))
     else:
         x = _iterate(x, steps)
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def _iterate(x: Tensor, steps: int) -> Tensor:

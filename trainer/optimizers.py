@@ -9,7 +9,7 @@ exists, and where no scaler has to look at the gradients first.
 
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from shardstep.configs.components import check_limits, convert, hint_of, neighbo
 from shardstep.configs.durations import duration_problems
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import Precision
-from shardstep.trainer.muon import FilterMuon, NsPrecision
+from shardstep.trainer.muon import FilterMuon
 
 Parameters = Iterable[dict[str, Any]] | Iterable[nn.Parameter]
 
@@ -164,7 +164,7 @@ def filter_muon(
     ns_steps: int = 5,
     renormalize: bool = False,
     weight_decay: float = 0.0,
-    ns_precision: NsPrecision = "auto",
+    ns_precision: Literal["auto", "bf16", "fp32"] = "auto",
 ) -> Optimizer:
     """Muon on matrices and on the filters of convolutions, flattened to (out, in x height x width). Jordan et al. 2024.
 
@@ -172,10 +172,11 @@ def filter_muon(
 
     orthogonal(U S V^T) is about U V^T, by `ns_steps` of Newton and Schulz's iteration. `renormalize` scales w to the norm
     sqrt(out) before each step, as the CIFAR-10 speed records do. The iteration's products are in `ns_precision`; auto: bf16
-    on a GPU, and on a CPU that trains in bf16. torch's own, `muon`, takes matrices only. Parameters of one dimension need
+    on a GPU, and where training is in bf16. torch's own, `muon`, takes matrices only. Parameters of one dimension need
     another optimizer beside it: optimizer.groups. Memory: one number per parameter.
     """
-    return FilterMuon(parameters, lr, momentum, nesterov, ns_steps, renormalize, weight_decay, ns_precision)
+    product_dtype = torch.bfloat16 if ns_precision == "bf16" else torch.float32
+    return FilterMuon(parameters, lr, momentum, nesterov, ns_steps, renormalize, weight_decay, product_dtype)
 
 
 CANNOT_WORK = {
@@ -337,7 +338,7 @@ def _build_one(
     wins = not has_scaler and (on_cpu or name not in _FUSED_ON_CPU_ONLY)
     if wins and "fused" in arguments and arguments["fused"] is None and not arguments.get("foreach"):
         arguments["fused"] = True
-    if arguments.get("ns_precision") == "auto" and precision == "bf16":
+    if arguments.get("ns_precision") == "auto" and (precision == "bf16" or not on_cpu):
         arguments["ns_precision"] = "bf16"
     try:
         return OPTIMIZERS[name](groups, **arguments)

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import ConvGradients, MemoryFormat, Precision, TrainConfig
-from shardstep.trainer.convolutions import WAYS, convert_convolutions, excludes, gains
+from shardstep.trainer.convolutions import GRADIENT_METHODS, convert_convolutions, excludes, gains
 from shardstep.trainer.losses import Objective
 from shardstep.trainer.machine import Cpu
 from shardstep.trainer.models.batch_norm import convert_batch_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_UNFOLD_PAYS_ON = ("AVX-512", "AMX")  # bf16 units whose kernel for weight gradients on small maps is slow in oneDNN
 _FAR_BEHIND = (3.0, 1.2, 1.1, 1.1)  # after each round; the first one sets things up, and says little
 PROBE_SAMPLES = 32  # enough work to tell the formats apart, little enough to take a fraction of a second
 
@@ -29,8 +30,8 @@ class Compute:
     conv_gradients: ConvGradients = "direct"
 
     def __str__(self) -> str:
-        way = [] if self.conv_gradients == "direct" else [self.conv_gradients]
-        return " ".join([self.precision, self.memory_format, *way])
+        method = [] if self.conv_gradients == "direct" else [self.conv_gradients]
+        return " ".join([self.precision, self.memory_format, *method])
 
 
 def check_precision(precision: str, device: torch.device, module: nn.Module, cpu: Cpu) -> str | None:
@@ -90,7 +91,7 @@ def candidates(
         cpu: of this machine; bf16 is not tried where it is known to have no units for it: it takes 15 times as long.
 
     Raises:
-        InputError: other gradients of convolutions are asked for on a GPU, or none of the model's would use them.
+        InputError: conv_gradients names a method that this device, processor or model cannot use or does not gain by.
     """
     formats: list[MemoryFormat] = [config.memory_format]
     if config.memory_format == "auto":
@@ -108,7 +109,7 @@ def candidates(
     if config.conv_gradients == "direct":
         return choices
     if config.conv_gradients != "auto":
-        way = WAYS[config.conv_gradients]
+        method = GRADIENT_METHODS[config.conv_gradients]
         if device.type != "cpu":
             raise InputError(
                 f"train.conv_gradients={config.conv_gradients} is for CPUs, and this is {device}: use auto or direct"
@@ -118,17 +119,20 @@ def candidates(
                 f"train.conv_gradients={config.conv_gradients} has no effect: this model has no 3x3 convolutions that "
                 f"would be faster by it"
             )
-        return [Compute(way.precision, layout, config.conv_gradients) for layout in formats]
+        if config.precision == "auto" and method.precision not in precisions:
+            raise InputError(
+                f"train.conv_gradients={config.conv_gradients} is for {method.precision}, for which this processor has no "
+                f"units: use auto or direct"
+            )
+        return [Compute(method.precision, layout, config.conv_gradients) for layout in formats]
 
-    def can_gain(name: str) -> bool:
-        fits = device.type == "cpu" and "channels_last" in formats and not excludes(config, name)
-        return fits and gains(module, image_shape, name)
+    def can_gain(method: str) -> bool:
+        fits = device.type == "cpu" and "channels_last" in formats and not excludes(config, method)
+        return fits and gains(module, image_shape, method)
 
-    if cpu.bf16_units and can_gain("unfold"):
-        choices = [
-            replace(choice, conv_gradients="unfold") if choice == Compute("bf16", "channels_last") else choice
-            for choice in choices
-        ]
+    if cpu.bf16_units in _UNFOLD_PAYS_ON and can_gain("unfold"):
+        place = choices.index(Compute("bf16", "channels_last"))
+        choices[place] = replace(choices[place], conv_gradients="unfold")
     if is_measured(config) and can_gain("winograd"):
         choices.append(Compute("fp32", "channels_last", "winograd"))
     return choices
@@ -167,7 +171,7 @@ def measure(
 def _probe(compute: Compute, module: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
     layout = MEMORY_FORMATS[compute.memory_format]
     model = copy.deepcopy(module).to(memory_format=layout).train()
-    if compute.conv_gradients in WAYS:
+    if compute.conv_gradients in GRADIENT_METHODS:
         convert_convolutions(model, compute.conv_gradients)
     convert_batch_norm(model, synchronised=False)  # the other ranks do not take part
     return model, images.contiguous(memory_format=layout)

@@ -91,10 +91,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # nothing is known here of how gradients depend on images and weights
-            raise NotImplementedError(
-                "Winograd's gradients have no gradients themselves: use train.conv_gradients=direct"
-            )
+        refuse_second_derivatives("winograd")
         images, weight = ctx.saved_tensors
         of_images, of_weight, of_bias, _ = ctx.needs_input_grad
         inputs, outputs = images.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
@@ -113,6 +110,14 @@ class _Convolution(torch.autograd.Function):
             _collect_filters(filters_gradient) if filters_gradient is not None else None,
             gradient.sum(dim=(0, 2, 3)) if of_bias else None,
             None,
+        )
+
+
+def refuse_second_derivatives(method: str) -> None:
+    """In a backward pass that knows nothing of how its gradients depend on images and weights."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"train.conv_gradients={method}: its gradients have no gradients themselves; use train.conv_gradients=direct"
         )
 
 

@@ -28,6 +28,12 @@ def test_ranks_without_an_image_are_named(capsys: pytest.CaptureFixture[str]) ->
     assert "a kept batch has not an image for each of 512 ranks" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("workload", ["record94_captured", "resnet50"])
+def test_a_prediction_fits_80_columns(workload: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scaling", "--predict-only", "--workload", workload, "--gpus", "1,8,512"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_bad_options_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--cluster", "a10", "--workload", "resnet", "--gpus", "8,x", "--repeats", "0", "--batch", "1"]
     assert run(main, ["scaling", *options]) == 2

@@ -164,6 +164,16 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     assert result.stdout.splitlines()[-1] == "[]"
 
 
+def test_checkpoints_are_listed_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from shardstep.launch import cli; sys.argv = ['shardstep', 'checkpoints', 'list', sys.argv[1]];"
+        "print(cli.main(), 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "there is no checkpoint in" in result.stderr
+    assert result.stdout == "2 False\n"
+
+
 def test_unknown_command_names_its_neighbours() -> None:
     result = subprocess.run([BIN / "shardstep", "trian"], capture_output=True, text=True)
     assert result.returncode == 2

@@ -399,22 +399,28 @@ def test_orthogonalize_keeps_directions_and_evens_out_lengths() -> None:
     assert 0.6 < inner.diagonal().min() < inner.diagonal().max() < 1.3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [0, 5, 12, 20])
-def test_orthogonalize_bears_singular_values_of_0(steps: int) -> None:
+def test_orthogonalize_bears_singular_values_of_0(steps: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     matrix = torch.randn(64, 8, generator=generator) @ torch.randn(8, 576, generator=generator)
-    assert torch.linalg.matrix_norm(orthogonalize(matrix[None], steps)[0], 2) < 1.3
+    assert torch.linalg.matrix_norm(orthogonalize(matrix[None], steps, dtype)[0], 2) < 1.3
+
+
+def test_orthogonalize_in_bf16_is_near_float32_for_large_matrices() -> None:
+    matrices = torch.randn(2, 256, 2304, generator=torch.Generator().manual_seed(1))
+    exact = orthogonalize(matrices, 3)
+    assert (orthogonalize(matrices, 3, torch.bfloat16) - exact).norm() < 2**-6 * exact.norm()
 
 
 @pytest.mark.parametrize(
     ("asked", "precision", "taken"),
-    [("auto", "bf16", "bf16"), ("auto", "fp32", "auto"), ("fp32", "bf16", "fp32"), ("bf16", "fp32", "bf16")],
+    [("auto", "bf16", "bf16"), ("auto", "fp32", "fp32"), ("fp32", "bf16", "fp32"), ("bf16", "fp32", "bf16")],
 )
 def test_filter_muon_iterates_in_the_format_of_the_training(asked: str, precision: Precision, taken: str) -> None:
     section = DEFAULTS | {"name": "filter_muon", "lr": 1.0, "momentum": 0.0, "ns_steps": 3, "ns_precision": asked}
     net = torch.nn.Conv2d(8, 16, 3, bias=False)
     optimizer = build_optimizer(section, net, precision=precision)
-    assert optimizer.param_groups[0]["ns_precision"] == taken
     before, net.weight.grad = net.weight.detach().clone(), torch.randn_like(net.weight)
     exact = orthogonalize(net.weight.grad.flatten(1)[None], 3)[0].view_as(before)
     optimizer.step()

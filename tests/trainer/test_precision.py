@@ -118,6 +118,13 @@ def test_unfold_takes_the_place_of_direct_where_it_gains() -> None:
         tried(**both_given) == tried(**both_given, conv_gradients="unfold") == {unfold}
     )  # by a rule: nothing to measure
     assert tried(conv_gradients="unfold", memory_format="contiguous") == {Compute("bf16", "contiguous", "unfold")}
+    assert tried(Cpu("arm", vectors="NEON", bf16_units="NEON"), **both_given) == {
+        direct
+    }  # where it has not been measured
+    with pytest.raises(
+        InputError, match="unfold is for bf16, for which this processor has no units: use auto or direct"
+    ):
+        tried(AVX2, conv_gradients="unfold")
     other = [{"conv_gradients": "direct"}, {"compile": "default"}, {"size": 5}, {"model": CONV}, {"cpu": UNKNOWN}]
     assert all(tried(**both_given | options) == {direct} for options in other)  # type: ignore[arg-type]
 

@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from shardstep.trainer import unfold
-from shardstep.trainer.convolutions import convert_convolutions
+from shardstep.trainer import machine, unfold
+from shardstep.trainer.convolutions import convert_convolutions, gains
 from tests.distributed import run_ranks
 from tests.runs import train_lines, train_ranks, train_until, write_recipe
+
+DEEP = {"name": "whitening_cnn", "widths": [16, 128, 128]}
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -62,9 +64,8 @@ def test_what_needs_no_gradient_gets_none() -> None:
 def test_gradients_of_gradients_are_refused() -> None:
     weight = torch.randn(4, 4, 3, 3, requires_grad=True)
     outputs = unfold.convolve(torch.randn(2, 4, 3, 3), weight, None, 1)
-    (gradient,) = torch.autograd.grad(outputs.square().sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(NotImplementedError, match="use train.conv_gradients=direct"):
+        torch.autograd.grad(outputs.sum(), weight, create_graph=True)
 
 
 @pytest.fixture
@@ -82,6 +83,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 )
 def test_it_is_used_where_it_is_faster(inputs: int, outputs: int, size: int, faster: bool, used: list[Any]) -> None:
     layer, images = nn.Conv2d(inputs, outputs, 3, padding=1), torch.randn(2, inputs, size, size)
+    assert gains(layer, (inputs, size, size), "unfold") == faster
     convert_convolutions(layer, "unfold")
     layer(images)
     assert not used  # in fp32
@@ -107,7 +109,35 @@ def test_what_it_cannot_do_stays_torchs() -> None:
     assert not unfold.is_faster(nn.Conv2d(128, 128, 3), torch.randn(1, 128, 2, 2))  # smaller than the filter
 
 
-DEEP = {"name": "whitening_cnn", "widths": [16, 128, 128]}
+def test_a_precision_that_changes_takes_the_gradients_with_it_unless_they_are_asked_for(
+    shards: Path, tmp_path: Path
+) -> None:
+    train = {"precision": "fp32", "memory_format": "channels_last", "duration": "2 steps"}
+    recipe = write_recipe(tmp_path, shards, model=DEEP | {"widths": [128, 128, 128]}, train=train)
+    train_ranks(1, recipe, "train.conv_gradients=winograd")
+    more = ["train.precision=bf16", "train.conv_gradients=unfold", "train.duration=4 steps"]
+    train_ranks(1, recipe, *more, "run.allow_changes=[train.precision,train.conv_gradients,train.duration]")
+    assert _gradients_of(tmp_path / "run") == "unfold"
+
+
+def test_it_is_taken_by_itself_on_any_number_of_ranks(shards: Path, tmp_path: Path) -> None:
+    """With micro-batches and weights in half precision, too; only rounding differs."""
+    if machine.read_cpu().bf16_units not in ("AVX-512", "AMX"):
+        pytest.skip("this processor has no units for it")
+    train = {"precision": "bf16", "memory_format": "channels_last", "duration": "6 steps", "max_micro_batch": 8}
+    losses = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        train_ranks(ranks, write_recipe(folder, shards, model=DEEP, train=train))
+        assert _gradients_of(folder / "run") == "unfold"
+        losses[ranks] = [line["loss"] for line in train_lines(folder / "run")]
+    assert losses[2] == pytest.approx(losses[1], rel=2e-2)
+    train_ranks(1, write_recipe(tmp_path / "half", shards, model=DEEP, train=train | {"weights": "half"}))
+    assert [line["loss"] for line in train_lines(tmp_path / "half" / "run")] == pytest.approx(losses[1], rel=5e-2)
+
+
+def _gradients_of(folder: Path) -> str:
+    return str(yaml.safe_load((folder / "config.yaml").read_text())["train"]["conv_gradients"])
 
 
 def test_a_run_trains_with_it_and_goes_on_with_it(shards: Path, tmp_path: Path) -> None:
@@ -125,7 +155,6 @@ def test_a_run_trains_with_it_and_goes_on_with_it(shards: Path, tmp_path: Path) 
     run_ranks(1, train_until, str(recipe), 3, "checkpoint.every=1 steps")
     train_ranks(1, recipe, "checkpoint.every=1 steps")
     assert [line["loss"] for line in train_lines(tmp_path / "halves" / "run")] == losses["unfold"]
-    settled = yaml.safe_load((tmp_path / "halves" / "run" / "config.yaml").read_text())["train"]["conv_gradients"]
-    assert settled == "unfold"
+    assert _gradients_of(tmp_path / "halves" / "run") == "unfold"
     found = load_file(tmp_path / "halves" / "run" / "model.safetensors")["groups.2.4.weight"]
     assert torch.equal(found, filters["unfold"])
