@@ -89,6 +89,12 @@ def resolve(
     return resolved, problems
 
 
+def refusal(value: Any, error: Exception) -> str:
+    """Why OmegaConf does not take a value."""
+    reason = str(error).split("\n")[0]
+    return f"{value} is no list: write [{value}]" if "is not a ListConfig" in reason else reason
+
+
 def convert(value: Any, hint: Any) -> Any:
     """Convert a YAML value to the type of a parameter, as OmegaConf does it for its structured configs.
 
@@ -100,7 +106,7 @@ def convert(value: Any, hint: Any) -> Any:
     try:
         result = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(holder), {"value": value}), resolve=True)
     except (OmegaConfBaseException, TypeError) as error:
-        raise ValueError(str(error).split("\n")[0]) from None
+        raise ValueError(refusal(value, error)) from None
     assert isinstance(result, dict)
     plain = result["value"]
     if isinstance(plain, float) and not math.isfinite(plain):

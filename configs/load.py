@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from shardstep.configs.components import neighbours
+from shardstep.configs.components import neighbours, refusal
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import write_whole
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
@@ -208,7 +208,7 @@ def _set(config: DictConfig, section: str, key: str, value: Any, problems: list[
     try:
         OmegaConf.update(config, f"{section}.{key}", value)
     except OmegaConfBaseException as error:
-        problems.append(f"{section}.{key}: {_first_line(error)}")
+        problems.append(f"{section}.{key}: {refusal(value, error)}")
 
 
 def _first_line(error: Exception) -> str:

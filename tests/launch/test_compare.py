@@ -253,7 +253,7 @@ def test_a_variant_with_a_precision_of_its_own_leaves_gradients_that_were_measur
 def test_gradients_measured_with_another_model_are_not_taken_over(shards: Path, tmp_path: Path) -> None:
     recipe, variants = write_recipe(tmp_path, shards, **SPARING), tmp_path / "variants.yaml"
     variants.write_text(
-        "wide: [model.hidden=64]\nplain: [optimizer.lr=0.1]\nwide too: [model.hidden=64, optimizer.lr=0.1]\n"
+        "wide: ['model.hidden=[64]']\nplain: [optimizer.lr=0.1]\nwide_too: ['model.hidden=[64]', optimizer.lr=0.1]\n"
     )
     options = [str(recipe), "train.precision=auto", "--variants", str(variants), "--out", str(tmp_path / "out")]
     comparison = compare.prepare(compare._parser().parse_intermixed_args(options), "")
@@ -262,7 +262,7 @@ def test_gradients_measured_with_another_model_are_not_taken_over(shards: Path, 
     taken = {
         name: "train.conv_gradients=unfold" in comparison._task(name, "0", []).arguments for name in comparison.variants
     }
-    assert taken == {"wide": True, "plain": False, "wide too": True}
+    assert taken == {"wide": True, "plain": False, "wide_too": True}
 
 
 def test_losing_the_terminal_asks_the_runs_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
