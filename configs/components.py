@@ -91,8 +91,13 @@ def resolve(
 
 def refusal(value: Any, error: Exception) -> str:
     """Why OmegaConf does not take a value."""
-    reason = str(error).split("\n")[0]
+    reason = first_line(error)
     return f"{value} is no list: write [{value}]" if "is not a ListConfig" in reason else reason
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what its library adds below."""
+    return str(error).split("\n")[0]
 
 
 def convert(value: Any, hint: Any) -> Any:

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from shardstep.configs.components import neighbours, refusal
+from shardstep.configs.components import first_line, neighbours, refusal
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import write_whole
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
@@ -102,7 +102,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
     try:
         recipe = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-        raise InputError(f"{path}: {_first_line(error)}") from None
+        raise InputError(f"{path}: {first_line(error)}") from None
     assert isinstance(recipe, Recipe)
     recipe.run.name = recipe.run.name or path.stem
     recipe.run.dir = recipe.run.dir or f"runs/{recipe.run.name}"
@@ -166,7 +166,7 @@ def _split_override(text: str, problems: list[str]) -> tuple[str, str, Any]:
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        problems.append(f"{name}: {value!r} cannot be read: {_first_line(error)}")
+        problems.append(f"{name}: {value!r} cannot be read: {first_line(error)}")
         return "", "", None
     assert isinstance(parsed, dict)
     return section, key, parsed["value"]
@@ -199,7 +199,7 @@ def _set(config: DictConfig, section: str, key: str, value: Any, problems: list[
         try:
             config[section][key] = value
         except OmegaConfBaseException as error:
-            problems.append(f"{section}.{key}: {_first_line(error)}")
+            problems.append(f"{section}.{key}: {first_line(error)}")
         return
     known = list(config[section])
     if key not in known:
@@ -209,7 +209,3 @@ def _set(config: DictConfig, section: str, key: str, value: Any, problems: list[
         OmegaConf.update(config, f"{section}.{key}", value)
     except OmegaConfBaseException as error:
         problems.append(f"{section}.{key}: {refusal(value, error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0]

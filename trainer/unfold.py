@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shardstep.trainer.winograd import refuse_second_derivatives
+from shardstep.trainer.winograd import TorchForward, refuse_second_derivatives
 
 # Fitted to 145 shapes on two cores of an AMD EPYC (AVX-512's bf16 units, torch 2.15.0): below, at least 1.06 times as fast.
 _MOST_PLACES = 4 * 4
@@ -56,13 +56,7 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) 
     return _Convolution.apply(images, weight, bias, padding)
 
 
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-        ctx.padding = padding
-        ctx.save_for_backward(images, weight)
-        return functional.conv2d(images, weight, bias, padding=padding)
-
+class _Convolution(TorchForward):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("unfold")

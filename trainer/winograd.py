@@ -82,13 +82,17 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) 
     return _Convolution.apply(images, weight, bias, padding)
 
 
-class _Convolution(torch.autograd.Function):
+class TorchForward(torch.autograd.Function):
+    """A convolution whose forward pass is torch's, and whose backward pass is left to a subclass."""
+
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         ctx.padding = padding
         ctx.save_for_backward(images, weight)
         return functional.conv2d(images, weight, bias, padding=padding)
 
+
+class _Convolution(TorchForward):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("winograd")

@@ -6,14 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from shardstep.trainer import winograd
 from shardstep.trainer.convolutions import convert_convolutions, gains
-from tests.distributed import run_ranks
-from tests.runs import failure_of, train_lines, train_ranks, train_until, write_recipe
+from tests.runs import failure_of, train_ranks, write_recipe
 
 
 def _gradients(outputs: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
@@ -147,24 +145,6 @@ def test_looking_for_gains_changes_no_model() -> None:
 
 
 WIDE = {"name": "article_cnn", "dropout": 0.0}
-
-
-def test_a_run_trains_with_it_and_goes_on_with_it(shards: Path, tmp_path: Path) -> None:
-    train = {"precision": "fp32", "memory_format": "channels_last", "duration": "6 steps"}
-    losses, filters = {}, {}
-    for gradients in ("direct", "winograd"):
-        recipe = write_recipe(tmp_path / gradients, shards, model=WIDE, train=train | {"conv_gradients": gradients})
-        train_ranks(1, recipe)
-        losses[gradients] = [line["loss"] for line in train_lines(tmp_path / gradients / "run")]
-        filters[gradients] = load_file(tmp_path / gradients / "run" / "model.safetensors")["2.weight"]
-    assert losses["winograd"] == pytest.approx(losses["direct"], rel=1e-5)
-    assert not torch.equal(filters["winograd"], filters["direct"])  # it was at work, and rounds otherwise
-
-    recipe = write_recipe(tmp_path / "halves", shards, model=WIDE, train=train | {"conv_gradients": "winograd"})
-    run_ranks(1, train_until, str(recipe), 3, "checkpoint.every=1 steps")
-    train_ranks(1, recipe, "checkpoint.every=1 steps")
-    assert [line["loss"] for line in train_lines(tmp_path / "halves" / "run")] == losses["winograd"]
-    assert torch.equal(load_file(tmp_path / "halves" / "run" / "model.safetensors")["2.weight"], filters["winograd"])
 
 
 def test_auto_is_settled_by_the_first_start(shards: Path, tmp_path: Path) -> None:
