@@ -10,7 +10,7 @@ from typing import Any, Literal, Optional, Union
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
-ConvGradients = Literal["auto", "direct", "winograd", "unfold"]
+Convolutions = Literal["auto", "direct", "winograd", "unfold"]
 Views = Literal["plain", "mirror", "mirror_translate"]
 
 
@@ -72,10 +72,11 @@ class TrainConfig:
     """Of the forward and backward pass; see also weights. auto: bf16 or fp16 on a GPU, the faster of bf16, fp32 on a CPU."""
     memory_format: MemoryFormat = "auto"
     """Layout of images and convolution weights. auto: on a GPU channels_last, on a CPU measured with the precision."""
-    conv_gradients: ConvGradients = "auto"
-    """Of 3x3 convolutions of stride 1, on a CPU: winograd in fp32, unfold in bf16, each in layers where it is faster; direct:
-    torch's. auto: direct on a GPU, with compile, and in contiguous; else unfold in bf16 where the processor has units for it
-    and a layer gains; in fp32 winograd if it wins when precision or memory_format is measured."""
+    convolutions: Convolutions = "auto"
+    """How those of 3x3 and stride 1 train on a CPU, in layers where it is faster: by winograd (needs a C compiler), or weight
+    gradients in bf16 by unfold, both rounded otherwise than torch's; direct: torch's. auto: direct on a GPU, with compile,
+    and in contiguous; else winograd if it wins when precision or memory_format is measured, and in bf16 unfold where the
+    processor has units."""
     max_micro_batch: int = 2048
     """Samples: the largest batch per rank per backward. The number of micro-steps per step follows from it."""
     clip_norm: Optional[float] = None  # noqa: UP045

@@ -2,6 +2,7 @@
 
     shardstep bench loader [--images DIR] [--clock cpu]
     shardstep bench step [--batches SIZE ...]
+    shardstep bench convolutions [--precision fp32] [--images N] [--layers IN,OUT,SIDE ...]
     shardstep bench checkpoint
     shardstep bench startup [section.key=value ...] [--clock cpu]
     shardstep bench record [RECIPE [section.key=value ...]]
@@ -26,6 +27,7 @@ from shardstep.launch.cli import run as run_command
 BENCHMARKS = {
     "loader": "images per second of the loaders, on one core",
     "step": "the trainer against a bare PyTorch loop, on the article's net",
+    "convolutions": "single ones by each method of train.convolutions, on a CPU",
     "checkpoint": "steps with and without a checkpoint every 50 of them",
     "startup": "from the command to the first optimizer step",
     "record": "a recipe with one seed after another, timed as speed records are",

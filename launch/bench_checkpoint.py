@@ -15,8 +15,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
     """Steps per second of both."""
-    precision, gradients = settle(folder, "auto")
-    compute = [f"train.precision={precision}", "train.memory_format=channels_last", f"train.conv_gradients={gradients}"]
+    precision, method = settle(folder, "auto")
+    compute = [f"train.precision={precision}", "train.memory_format=channels_last", f"train.convolutions={method}"]
     values = in_turn(
         {
             "no checkpoint": lambda: _steps_per_s(folder, given.steps, "1000 epochs", compute),
@@ -24,7 +24,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
         },
         given.repeats,
     )
-    title = f"article_cnn, Adam, {precision}, {gradients} gradients, batch 16, {given.steps} steps"
+    title = f"article_cnn, Adam, {precision}, {method} convolutions, batch 16, {given.steps} steps"
     return [Table(title, "steps/s", values, "no checkpoint")]
 
 

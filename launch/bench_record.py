@@ -70,11 +70,9 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Table]:
     if _train(warm_up) is None:
         raise InputError(f"recipe {given.recipe} reconstructs images: it has no accuracy to keep a record of")
     settled = warm_up.train  # `auto` has been measured: all runs are to be alike
-    alike = [
-        f"train.{key}={getattr(settled, key)}" for key in ("device", "precision", "memory_format", "conv_gradients")
-    ]
+    alike = [f"train.{key}={getattr(settled, key)}" for key in ("device", "precision", "memory_format", "convolutions")]
     notes = [
-        f"{given.recipe}: {settled.device}, {settled.precision}, {settled.memory_format}, {settled.conv_gradients} gradients"
+        f"{given.recipe}: {settled.device}, {settled.precision}, {settled.memory_format}, {settled.convolutions} convolutions"
     ]
     runs: dict[str, list[Timed]] = {name: [] for name in (given.recipe, *(["a script"] if given.script else []))}
     for seed in range(given.repeats):

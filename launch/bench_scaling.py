@@ -183,7 +183,7 @@ def _settle(given: argparse.Namespace, folder: Path) -> dict[str, str]:
 
     _train(given, folder, {})
     config = load_recipe(str(folder / "run" / "config.yaml")).recipe.train
-    return {key: getattr(config, key) for key in ("precision", "memory_format", "conv_gradients")}
+    return {key: getattr(config, key) for key in ("precision", "memory_format", "convolutions")}
 
 
 def _train(given: argparse.Namespace, folder: Path, options: dict[str, str], *more: str) -> float:

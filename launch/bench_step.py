@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(given: argparse.Namespace, folder: Path) -> Iterator[Table]:
     """Images per second of each loop, a table per batch size."""
-    precision, gradients = settle(folder, given.precision or "auto")
+    precision, method = settle(folder, given.precision or "auto")
     with_lightning = importable("lightning")
     notes = [] if with_lightning else ["Lightning is not installed"]
     for batch_size in given.batches:
@@ -42,9 +42,9 @@ def measure(given: argparse.Namespace, folder: Path) -> Iterator[Table]:
             "bare loop": lambda size=batch_size, count=steps: _in_own_process("bare_loop", size, count, precision),
             "shardstep": lambda size=batch_size, count=steps: _trainer(folder, size, count, precision, "direct"),
         }
-        if gradients != "direct":
-            works[f"shardstep, {gradients} gradients"] = lambda size=batch_size, count=steps: _trainer(
-                folder, size, count, precision, gradients
+        if method != "direct":
+            works[f"shardstep, {method} convolutions"] = lambda size=batch_size, count=steps: _trainer(
+                folder, size, count, precision, method
             )
         if with_lightning:
             works["Lightning"] = lambda size=batch_size, count=steps: _in_own_process(
@@ -76,21 +76,21 @@ def article_run(folder: Path, *overrides: str) -> "Run":
 
 
 def settle(folder: Path, precision: str) -> tuple[str, str]:
-    """Precision, of bf16 and fp32, and gradients of convolutions, as the trainer's probe chooses at the smallest batch."""
+    """Precision, of bf16 and fp32, and method for convolutions, as the trainer's probe chooses at the smallest batch."""
     given = [f"train.precision={precision}", "train.global_batch_size=16", "train.duration=1 steps"]
     run = article_run(folder, *given)
     run.watchdog.stop()
     settled = run.recipe.train
-    return "bf16" if settled.precision == "bf16" else "fp32", settled.conv_gradients
+    return "bf16" if settled.precision == "bf16" else "fp32", settled.convolutions
 
 
-def _trainer(folder: Path, batch_size: int, steps: int, precision: str, gradients: str) -> float:
+def _trainer(folder: Path, batch_size: int, steps: int, precision: str, method: str) -> float:
     """Images per second of the real loop over its last `steps` steps, logging included."""
     from shardstep.trainer import loop
 
     run = article_run(
         folder, f"train.global_batch_size={batch_size}", f"train.duration={2 * steps} steps",
-        f"train.precision={precision}", "train.memory_format=channels_last", f"train.conv_gradients={gradients}",
+        f"train.precision={precision}", "train.memory_format=channels_last", f"train.convolutions={method}",
         f"log.every={steps} steps", "checkpoint.every=1000 epochs",
     )  # fmt: skip
     loop.train(run)

@@ -31,7 +31,7 @@ PLAN_NAME = "comparison.json"
 _MEASURED = (
     "precision",
     "memory_format",
-    "conv_gradients",
+    "convolutions",
 )  # of the section train: what `auto` chooses once for all runs
 _GRADIENTS_DEPEND_ON = (
     "model.",
@@ -204,14 +204,14 @@ class Comparison:
         return optimizer_memory(self.folder / name / runs[0]) if runs else None
 
     def _own_conditions(self, name: str) -> set[str]:
-        """What a variant sets of all that the choice of train.conv_gradients depends on."""
+        """What a variant sets of all that the choice of train.convolutions depends on."""
         return {override for override in self.variants[name] if override.startswith(_GRADIENTS_DEPEND_ON)}
 
     def _task(self, name: str, run: str, added: list[str]) -> Task:
         place = [f"run.dir={self.folder / name / run}", f"run.name={name}-{run}"]
         settled = self.settled
         if settled and self._own_conditions(name) != self._own_conditions(self.measured):
-            settled = [override for override in settled if not override.startswith("train.conv_gradients=")]
+            settled = [override for override in settled if not override.startswith("train.convolutions=")]
         overrides = [*self.arguments[1:], *settled, *self.variants[name], *self.budget.overrides, *added, *place]
         return Task(f"{name} {run}", [self.arguments[0], *overrides], self.log(name, run))
 

@@ -11,7 +11,7 @@ from shardstep.configs.load import Loaded
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import TRANSFORMS
 from shardstep.trainer import average, losses, models, optimizers, profiler, runtime, schedules
-from shardstep.trainer.convolutions import GRADIENT_METHODS, excludes
+from shardstep.trainer.convolutions import CONVOLUTION_METHODS, excludes
 from shardstep.trainer.sharing import sharing_problems
 
 
@@ -133,11 +133,11 @@ def _check_numbers(recipe: Recipe) -> list[str]:
         )
     if recipe.train.weights == "half" and recipe.train.precision not in ("bf16", "fp16"):
         problems.append(f"train.weights=half needs train.precision=bf16 or fp16, not {recipe.train.precision}")
-    method = recipe.train.conv_gradients
-    if method in GRADIENT_METHODS:
-        precision = GRADIENT_METHODS[method].precision
+    method = recipe.train.convolutions
+    if method in CONVOLUTION_METHODS:
+        precisions = " and ".join(CONVOLUTION_METHODS[method].precisions)
         problems += [
-            f"train.conv_gradients={method} is for {precision} on a CPU, not for {other}: use auto or direct"
+            f"train.convolutions={method} is for {precisions} on a CPU, not for {other}: use auto or direct"
             for other in excludes(recipe.train, method)
         ]
     sure = recipe.eval.sure_above

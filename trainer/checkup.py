@@ -28,7 +28,7 @@ from shardstep.configs.load import Loaded, recipe_text
 from shardstep.configs.schema import Recipe, TrainConfig
 from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest
-from shardstep.trainer import data, launcher, machine, probe, runtime
+from shardstep.trainer import data, launcher, machine, probe, runtime, winograd
 from shardstep.trainer.check import check_recipe
 from shardstep.trainer.folder import find_resume, settle_from
 from shardstep.trainer.preflight import (
@@ -155,6 +155,9 @@ def _look(loaded: Loaded | InputError, is_named: bool) -> tuple[Recipe | None, R
     cpu, names = machine.read_cpu(), machine.interfaces()
     findings += socket_findings(launch, names, uses_nccl=device.type == "cuda")
     findings += precision_findings(wanted.precision, device.type, cpu)
+    if device.type == "cpu" and (lacking := winograd.missing()):
+        cure = "install gcc, or name a compiler in CC: convolutional networks train faster on a CPU with one"
+        findings.append(Finding("warning", "compiler", f"train.convolutions=winograd needs {lacking}", cure))
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "versions": machine.versions(),

@@ -1,4 +1,4 @@
-"""Other methods than torch's for gradients of 3x3 convolutions on a CPU: which there are, and which models gain by them."""
+"""Other methods than torch's for 3x3 convolutions in training on a CPU: which there are, and which models gain by them."""
 
 import copy
 from collections.abc import Callable
@@ -11,31 +11,33 @@ from shardstep.configs.schema import Precision, TrainConfig
 from shardstep.trainer import unfold, winograd
 
 
-class GradientMethod(NamedTuple):
-    """A value of train.conv_gradients.
+class ConvolutionMethod(NamedTuple):
+    """A value of train.convolutions.
 
     Attributes:
-        precision: the only one it works in.
+        precisions: those it works in.
         layer: takes the place of nn.Conv2d.
         is_faster: whether a convolution of images (N, C, H, W) gains.
+        missing: what this machine lacks for it, in a few words, if anything.
     """
 
-    precision: Precision
+    precisions: tuple[Precision, ...]
     layer: type[nn.Conv2d]
     is_faster: Callable[[nn.Conv2d, Tensor], bool]
+    missing: Callable[[], str | None] = lambda: None
 
 
-GRADIENT_METHODS = {
-    "winograd": GradientMethod("fp32", winograd.WinogradConv2d, winograd.is_faster),
-    "unfold": GradientMethod("bf16", unfold.UnfoldConv2d, unfold.is_faster),
+CONVOLUTION_METHODS = {
+    "winograd": ConvolutionMethod(("bf16", "fp32"), winograd.WinogradConv2d, winograd.is_faster, winograd.missing),
+    "unfold": ConvolutionMethod(("bf16",), unfold.UnfoldConv2d, unfold.is_faster),
 }
 
 
 def convert_convolutions(model: nn.Module, method: str) -> None:
-    """Let the 3x3 convolutions of a model compute their gradients by a method, where it is faster."""
+    """Let the 3x3 convolutions of a model train by a method, where it is faster."""
     for layer in model.modules():
         if _is_plain(layer):
-            layer.__class__ = GRADIENT_METHODS[method].layer
+            layer.__class__ = CONVOLUTION_METHODS[method].layer
 
 
 @torch.no_grad()
@@ -44,7 +46,7 @@ def gains(model: nn.Module, image_shape: tuple[int, int, int], method: str) -> b
     faster = [False]
 
     def look(layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        faster.append(GRADIENT_METHODS[method].is_faster(cast(nn.Conv2d, layer), (*given, *named.values())[0]))
+        faster.append(CONVOLUTION_METHODS[method].is_faster(cast(nn.Conv2d, layer), (*given, *named.values())[0]))
 
     if any(_is_plain(layer) for layer in model.modules()):
         model = copy.deepcopy(model).eval()
@@ -57,7 +59,7 @@ def gains(model: nn.Module, image_shape: tuple[int, int, int], method: str) -> b
 def excludes(config: TrainConfig, method: str) -> list[str]:
     """What of a recipe does not go with a method, as key=value."""
     fitting = {
-        "precision": ("auto", GRADIENT_METHODS[method].precision),
+        "precision": ("auto", *CONVOLUTION_METHODS[method].precisions),
         "compile": ("none",),
         "device": ("auto", "cpu"),
     }

@@ -32,8 +32,8 @@ def describe(run: Run) -> list[str]:
     )
     largest_micro_batch = min(-(-plan.global_batch_size // plan.world_size), recipe.train.max_micro_batch)
     measured = ", ".join(f"{compute} {1000 * value:.0f} ms" for compute, value in run.probed_s.items())
-    method = recipe.train.conv_gradients
-    gradients = "" if method == "direct" else f", {method} gradients"
+    method = recipe.train.convolutions
+    by_method = "" if method == "direct" else f", convolutions by {method}"
     per_epoch = (
         f" of ceil({plan.samples_per_epoch:,} / {plan.global_batch_size}) = {plan.steps_per_epoch} per epoch"
         if plan.duration.unit == "epochs"
@@ -57,7 +57,7 @@ def describe(run: Run) -> list[str]:
         ("optimizer", f"{recipe.optimizer['name']}, rate {run.base_lr:g}, {recipe.schedule['name']}{groups}"),
         (
             "precision",
-            f"{recipe.train.precision}, {recipe.train.memory_format}{gradients}"
+            f"{recipe.train.precision}, {recipe.train.memory_format}{by_method}"
             f"{f' (measured: {measured})' if measured else ''}",
         ),
         (

@@ -14,7 +14,7 @@ from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.trainer.check import check_recipe
 from shardstep.trainer.checkpoint_files import RECIPE, STATE, list_checkpoints, newest_whole, problems_of
-from shardstep.trainer.convolutions import GRADIENT_METHODS, excludes
+from shardstep.trainer.convolutions import CONVOLUTION_METHODS, excludes
 from shardstep.trainer.lock import LOCK_NAME, hold
 
 CONFIG_NAME = "config.yaml"
@@ -25,7 +25,7 @@ SETTLED = (
     ("train", "device"),
     ("train", "precision"),
     ("train", "memory_format"),
-    ("train", "conv_gradients"),
+    ("train", "convolutions"),
 )
 """What a recipe may leave to `auto`: section and key."""
 
@@ -33,7 +33,7 @@ _MATHEMATICS = {
     "run": ["seed"],
     "data": ["augment", "normalize", "resize", "lanes", "window_shards", "last_batch"],
     "train": [
-        *("global_batch_size", "precision", "weights", "memory_format", "conv_gradients", "compile", "compress"),
+        *("global_batch_size", "precision", "weights", "memory_format", "convolutions", "compile", "compress"),
         *("clip_norm", "clip_value", "duration", "max_wall_s", "on_nan"),
     ],
 }
@@ -58,13 +58,13 @@ def settle_from(recipe: Recipe) -> None:
     if newest is None:
         return
     saved = load_recipe(str(newest / RECIPE)).recipe
-    left_open = recipe.train.conv_gradients == "auto"
+    left_open = recipe.train.convolutions == "auto"
     for section, key in SETTLED:
         if getattr(getattr(recipe, section), key) == "auto":
             setattr(getattr(recipe, section), key, getattr(getattr(saved, section), key))
-    method = saved.train.conv_gradients
-    if left_open and method in GRADIENT_METHODS and excludes(recipe.train, method):
-        recipe.train.conv_gradients = "direct"  # it was chosen together with another precision, say
+    method = saved.train.convolutions
+    if left_open and method in CONVOLUTION_METHODS and excludes(recipe.train, method):
+        recipe.train.convolutions = "direct"  # it was chosen together with another precision, say
 
 
 def find_resume(recipe: Recipe) -> Resume:

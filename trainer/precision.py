@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.schema import ConvGradients, MemoryFormat, Precision, TrainConfig
-from shardstep.trainer.convolutions import GRADIENT_METHODS, convert_convolutions, excludes, gains
+from shardstep.configs.schema import Convolutions, MemoryFormat, Precision, TrainConfig
+from shardstep.trainer.convolutions import CONVOLUTION_METHODS, convert_convolutions, excludes, gains
 from shardstep.trainer.losses import Objective
 from shardstep.trainer.machine import Cpu
 from shardstep.trainer.models.batch_norm import convert_batch_norm
@@ -23,14 +23,14 @@ PROBE_SAMPLES = 32  # enough work to tell the formats apart, little enough to ta
 
 @dataclass(frozen=True)
 class Compute:
-    """A number format, a memory layout, and how gradients of convolutions are computed."""
+    """A number format, a memory layout, and a method for convolutions."""
 
     precision: Precision
     memory_format: MemoryFormat
-    conv_gradients: ConvGradients = "direct"
+    convolutions: Convolutions = "direct"
 
     def __str__(self) -> str:
-        method = [] if self.conv_gradients == "direct" else [self.conv_gradients]
+        method = [] if self.convolutions == "direct" else [self.convolutions]
         return " ".join([self.precision, self.memory_format, *method])
 
 
@@ -91,7 +91,7 @@ def candidates(
         cpu: of this machine; bf16 is not tried where it is known to have no units for it: it takes 15 times as long.
 
     Raises:
-        InputError: conv_gradients names a method that this device, processor or model cannot use or does not gain by.
+        InputError: convolutions names a method that this device, processor or model cannot use or does not gain by.
     """
     formats: list[MemoryFormat] = [config.memory_format]
     if config.memory_format == "auto":
@@ -106,35 +106,38 @@ def candidates(
     elif config.precision == "auto":
         precisions = ["fp32"] if cpu.vectors and not cpu.bf16_units else ["bf16", "fp32"]
     choices = [Compute(p, f) for p in precisions for f in formats]
-    if config.conv_gradients == "direct":
+    if config.convolutions == "direct":
         return choices
-    if config.conv_gradients != "auto":
-        method = GRADIENT_METHODS[config.conv_gradients]
+    if config.convolutions != "auto":
+        method = CONVOLUTION_METHODS[config.convolutions]
         if device.type != "cpu":
             raise InputError(
-                f"train.conv_gradients={config.conv_gradients} is for CPUs, and this is {device}: use auto or direct"
+                f"train.convolutions={config.convolutions} is for CPUs, and this is {device}: use auto or direct"
             )
-        if not gains(module, image_shape, config.conv_gradients):
+        if not gains(module, image_shape, config.convolutions):
             raise InputError(
-                f"train.conv_gradients={config.conv_gradients} has no effect: this model has no 3x3 convolutions that "
+                f"train.convolutions={config.convolutions} has no effect: this model has no 3x3 convolutions that "
                 f"would be faster by it"
             )
-        if config.precision == "auto" and method.precision not in precisions:
+        if missing := method.missing():
+            raise InputError(f"train.convolutions={config.convolutions} needs {missing}: use auto or direct")
+        fitting = [precision for precision in precisions if precision in method.precisions]
+        if not fitting:
             raise InputError(
-                f"train.conv_gradients={config.conv_gradients} is for {method.precision}, for which this processor has no "
-                f"units: use auto or direct"
+                f"train.convolutions={config.convolutions} is for {' and '.join(method.precisions)}, for which this "
+                f"processor has no units: use auto or direct"
             )
-        return [Compute(method.precision, layout, config.conv_gradients) for layout in formats]
+        return [Compute(precision, layout, config.convolutions) for precision in fitting for layout in formats]
 
     def can_gain(method: str) -> bool:
         fits = device.type == "cpu" and "channels_last" in formats and not excludes(config, method)
-        return fits and gains(module, image_shape, method)
+        return fits and gains(module, image_shape, method) and not CONVOLUTION_METHODS[method].missing()
 
     if cpu.bf16_units in _UNFOLD_PAYS_ON and can_gain("unfold"):
         place = choices.index(Compute("bf16", "channels_last"))
-        choices[place] = replace(choices[place], conv_gradients="unfold")
+        choices[place] = replace(choices[place], convolutions="unfold")
     if is_measured(config) and can_gain("winograd"):
-        choices.append(Compute("fp32", "channels_last", "winograd"))
+        choices += [Compute(precision, "channels_last", "winograd") for precision in precisions]
     return choices
 
 
@@ -171,7 +174,7 @@ def measure(
 def _probe(compute: Compute, module: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
     layout = MEMORY_FORMATS[compute.memory_format]
     model = copy.deepcopy(module).to(memory_format=layout).train()
-    if compute.conv_gradients in GRADIENT_METHODS:
-        convert_convolutions(model, compute.conv_gradients)
+    if compute.convolutions in CONVOLUTION_METHODS:
+        convert_convolutions(model, compute.convolutions)
     convert_batch_norm(model, synchronised=False)  # the other ranks do not take part
     return model, images.contiguous(memory_format=layout)

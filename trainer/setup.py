@@ -27,7 +27,7 @@ from shardstep.trainer import checkpoint, checkpoint_files, data, launcher, mach
 from shardstep.trainer.average import Average, averaged
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.clip import Clip
-from shardstep.trainer.convolutions import GRADIENT_METHODS, convert_convolutions
+from shardstep.trainer.convolutions import CONVOLUTION_METHODS, convert_convolutions
 from shardstep.trainer.data import Data
 from shardstep.trainer.display import Display
 from shardstep.trainer.evaluate import Evaluation, TestBatches, evaluate
@@ -362,8 +362,8 @@ def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]
         halve(module, config.precision)
     accelerator = runtime.build_accelerator("fp32" if config.weights == "half" else config.precision)
     module = module.to(memory_format=MEMORY_FORMATS[config.memory_format])
-    if config.conv_gradients in GRADIENT_METHODS:
-        convert_convolutions(module, config.conv_gradients)
+    if config.convolutions in CONVOLUTION_METHODS:
+        convert_convolutions(module, config.convolutions)
     optimizer = build_optimizer(recipe.optimizer, module, accelerator.scaler is not None, config.precision)
     return accelerator, TrainState(module, module, runtime.wrap_optimizer(accelerator, optimizer), accelerator.scaler)
 
@@ -526,7 +526,7 @@ def _settle_compute(
         display.warn(warning)
     recipe.train.precision = chosen.precision
     recipe.train.memory_format = chosen.memory_format
-    recipe.train.conv_gradients = chosen.conv_gradients
+    recipe.train.convolutions = chosen.convolutions
     return seconds
 
 

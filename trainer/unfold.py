@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shardstep.trainer.winograd import TorchForward, refuse_second_derivatives
+from shardstep.trainer.conv_function import format_of, refuse_second_derivatives
 
 # Fitted to 145 shapes on two cores of an AMD EPYC (AVX-512's bf16 units, torch 2.15.0): below, at least 1.06 times as fast.
 _MOST_PLACES = 4 * 4
@@ -25,7 +25,7 @@ class UnfoldConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         trains = torch.is_grad_enabled() and self.weight.requires_grad
-        if trains and _is_bf16(input, self.weight) and is_faster(self, input):
+        if trains and format_of(input, self.weight) == torch.bfloat16 and is_faster(self, input):
             bias = None if self.bias is None else self.bias.bfloat16()
             return convolve(input.bfloat16(), self.weight.bfloat16(), bias, int(self.padding[0]))
         return super().forward(input)
@@ -36,13 +36,6 @@ def is_faster(layer: nn.Conv2d, images: Tensor) -> bool:
     height, width = (size + 2 * int(layer.padding[0]) - 2 for size in images.shape[-2:])
     pairs = layer.in_channels * layer.out_channels
     return images.ndim == 4 and min(height, width) > 0 and height * width <= _MOST_PLACES and pairs >= _FEWEST_PAIRS
-
-
-def _is_bf16(images: Tensor, weight: Tensor) -> bool:
-    """What torch would compute in, under autocast or because weights are half."""
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return images.dtype == weight.dtype == torch.bfloat16
 
 
 def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
@@ -56,7 +49,13 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) 
     return _Convolution.apply(images, weight, bias, padding)
 
 
-class _Convolution(TorchForward):
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+        ctx.padding = padding
+        ctx.save_for_backward(images, weight)
+        return functional.conv2d(images, weight, bias, padding=padding)
+
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("unfold")

@@ -25,6 +25,7 @@ from shardstep.trainer.schedules import LearningRate
 TINY = {
     "loader": ["--samples", "40", "--jpegs", "4"],
     "step": ["--batches", "8", "--images", "16", "--precision", "fp32"],
+    "convolutions": ["--images", "2", "--layers", "32,128,12", "128,128,3"],
     "checkpoint": ["--steps", "3"],
     "startup": ["--clock", "cpu"],
     "record": ["smoke", "train.duration=2 steps", "--script", "train.global_batch_size=50"],
@@ -35,6 +36,7 @@ ROWS = {  # those that need nothing but our own requirements
                "stream: index, pread, crc32, decode", "the files one after the other", "stream, all shards shuffled together",
                "first start: decode and keep", "later start: check and map"],
     "step": ["bare loop", "shardstep"],
+    "convolutions": ["direct", "winograd", "unfold"],
     "checkpoint": ["no checkpoint", "a checkpoint every 50 steps"],
     "startup": ["import torch", "shardstep --help", "smoke: a small recipe, to its first step"],
     "record": ["smoke", "smoke: initialisation, training and evaluation", "smoke: training",

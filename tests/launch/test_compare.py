@@ -220,7 +220,7 @@ def test_what_auto_leaves_open_is_measured_once(shards: Path, tmp_path: Path) ->
     assert [text.partition("=")[0] for text in settled] == [
         "train.precision",
         "train.memory_format",
-        "train.conv_gradients",
+        "train.convolutions",
     ]
     for name in ("sgd", "adam"):
         starts = json.loads((tmp_path / "out" / name / "0" / "starts.json").read_text())
@@ -244,10 +244,10 @@ def test_a_variant_with_a_precision_of_its_own_leaves_gradients_that_were_measur
         str(tmp_path / "out"),
     ]
     comparison = compare.prepare(compare._parser().parse_intermixed_args(options), "")
-    comparison.settled = ["train.precision=fp32", "train.memory_format=channels_last", "train.conv_gradients=winograd"]
+    comparison.settled = ["train.precision=fp32", "train.memory_format=channels_last", "train.convolutions=winograd"]
     arguments = {name: comparison._task(name, "0", []).arguments for name in ("plain", "half")}
-    assert "train.conv_gradients=winograd" in arguments["plain"]
-    assert not any("conv_gradients" in text for text in arguments["half"])
+    assert "train.convolutions=winograd" in arguments["plain"]
+    assert not any("convolutions" in text for text in arguments["half"])
 
 
 def test_gradients_measured_with_another_model_are_not_taken_over(shards: Path, tmp_path: Path) -> None:
@@ -258,9 +258,9 @@ def test_gradients_measured_with_another_model_are_not_taken_over(shards: Path, 
     options = [str(recipe), "train.precision=auto", "--variants", str(variants), "--out", str(tmp_path / "out")]
     comparison = compare.prepare(compare._parser().parse_intermixed_args(options), "")
     assert comparison.measured == "wide"
-    comparison.settled = ["train.precision=bf16", "train.memory_format=channels_last", "train.conv_gradients=unfold"]
+    comparison.settled = ["train.precision=bf16", "train.memory_format=channels_last", "train.convolutions=unfold"]
     taken = {
-        name: "train.conv_gradients=unfold" in comparison._task(name, "0", []).arguments for name in comparison.variants
+        name: "train.convolutions=unfold" in comparison._task(name, "0", []).arguments for name in comparison.variants
     }
     assert taken == {"wide": True, "plain": False, "wide_too": True}
 

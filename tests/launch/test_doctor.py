@@ -163,6 +163,14 @@ def test_a_slow_step_of_one_rank_is_a_warning(shards: Path, tmp_path: Path) -> N
     assert [finding["check"] for finding in report["findings"]] == ["step"]
 
 
+def test_a_missing_compiler_is_a_warning(tmp_path: Path) -> None:
+    result = start(sys.executable, DOCTOR, "--json", cwd=tmp_path, CC="no-such-compiler")
+    assert result.returncode == 0, result.stdout
+    (found,) = (one for one in json.loads(result.stdout)["findings"] if one["check"] == "compiler")
+    assert found["severity"] == "warning"
+    assert "no no-such-compiler" in found["what"]
+
+
 def test_missing_data_that_can_be_made_are_no_fault(tmp_path: Path) -> None:
     ((code, report, _),) = run_ranks(1, examine, ["quickstart", f"data.train={tmp_path}/a", f"data.test={tmp_path}/b"])
     assert code == 0

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from shardstep.trainer import precision, winograd
 from shardstep.trainer.check import check_recipe
 from shardstep.trainer.losses import build_objective
 from shardstep.trainer.machine import Cpu
+from shardstep.trainer.native import NoCompilerError
 from shardstep.trainer.precision import Compute
 
 PASSES: Counter[str] = Counter()
@@ -79,29 +81,42 @@ def test_bf16_is_tried_where_it_may_pay(cpu: Cpu, tried: set[str]) -> None:
     assert precision.candidates(asked, CONV, (3, 8, 8), CPU, cpu) == [Compute("bf16", "contiguous")]
 
 
-def test_winograd_is_tried_where_it_may_pay() -> None:
+@pytest.fixture
+def asks_anew() -> Iterator[None]:
+    """What was found missing is forgotten, before and after a test."""
+    winograd.missing.cache_clear()
+    yield
+    winograd.missing.cache_clear()
+
+
+@pytest.mark.usefixtures("asks_anew")
+def test_winograd_is_tried_where_it_may_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = nn.Conv2d(128, 128, 3, padding=1)
 
     def tried(model: nn.Module, cpu: Cpu = AVX2, size: int = 8, **options: Any) -> list[Compute]:
         found = precision.candidates(TrainConfig(**options), model, (model.in_channels, size, size), CPU, cpu)  # type: ignore[arg-type]
-        return [choice for choice in found if choice.conv_gradients == "winograd"]
+        return [choice for choice in found if choice.convolutions == "winograd"]
 
-    one = [Compute("fp32", "channels_last", "winograd")]
-    assert (
-        tried(wide)
-        == tried(wide, AMX)
-        == tried(wide, precision="fp32")
-        == tried(wide, memory_format="channels_last")
-        == one
-    )
-    assert tried(CONV) == tried(wide, size=5) == tried(wide, conv_gradients="direct") == []
-    assert (
-        tried(wide, precision="bf16") == tried(wide, memory_format="contiguous") == tried(wide, compile="default") == []
-    )
+    fp32, bf16 = (Compute(precision, "channels_last", "winograd") for precision in ("fp32", "bf16"))
+    assert tried(wide) == tried(wide, AMX, precision="fp32") == tried(wide, memory_format="channels_last") == [fp32]
+    assert tried(wide, AMX) == tried(wide, AMX, memory_format="channels_last") == [bf16, fp32]
+    assert tried(wide, AMX, precision="bf16") == [bf16]
+    assert tried(CONV) == tried(wide, size=5) == tried(wide, convolutions="direct") == []
+    assert tried(wide, memory_format="contiguous") == tried(wide, compile="default") == []
     # whoever has given both has left nothing to measure, and gets what needs no measurement
     assert tried(wide, precision="fp32", memory_format="channels_last") == []
-    asked = {"precision": "fp32", "memory_format": "contiguous", "conv_gradients": "winograd"}
+    asked = {"precision": "fp32", "memory_format": "contiguous", "convolutions": "winograd"}
     assert tried(wide, **asked) == [Compute("fp32", "contiguous", "winograd")]
+    assert tried(wide, AMX, convolutions="winograd", memory_format="channels_last") == [bf16, fp32]
+    monkeypatch.setattr(winograd, "_sums", _no_compiler)
+    winograd.missing.cache_clear()
+    assert tried(wide) == []
+    with pytest.raises(InputError, match=r"winograd needs a C compiler \(there is no cc\): use auto or direct"):
+        tried(wide, convolutions="winograd")
+
+
+def _no_compiler() -> None:
+    raise NoCompilerError("there is no cc")
 
 
 def test_unfold_takes_the_place_of_direct_where_it_gains() -> None:
@@ -109,28 +124,28 @@ def test_unfold_takes_the_place_of_direct_where_it_gains() -> None:
 
     def tried(cpu: Cpu = AMX, model: nn.Conv2d = deep, size: int = 4, **options: Any) -> set[Compute]:
         found = precision.candidates(TrainConfig(**options), model, (model.in_channels, size, size), CPU, cpu)  # type: ignore[arg-type]
-        return {choice for choice in found if choice.precision == "bf16"}
+        return {choice for choice in found if choice.precision == "bf16" and choice.convolutions != "winograd"}
 
     direct, unfold = Compute("bf16", "channels_last"), Compute("bf16", "channels_last", "unfold")
     both_given = {"precision": "bf16", "memory_format": "channels_last"}
     assert tried() == {unfold, Compute("bf16", "contiguous")}
     assert (
-        tried(**both_given) == tried(**both_given, conv_gradients="unfold") == {unfold}
+        tried(**both_given) == tried(**both_given, convolutions="unfold") == {unfold}
     )  # by a rule: nothing to measure
-    assert tried(conv_gradients="unfold", memory_format="contiguous") == {Compute("bf16", "contiguous", "unfold")}
+    assert tried(convolutions="unfold", memory_format="contiguous") == {Compute("bf16", "contiguous", "unfold")}
     assert tried(Cpu("arm", vectors="NEON", bf16_units="NEON"), **both_given) == {
         direct
     }  # where it has not been measured
     with pytest.raises(
         InputError, match="unfold is for bf16, for which this processor has no units: use auto or direct"
     ):
-        tried(AVX2, conv_gradients="unfold")
-    other = [{"conv_gradients": "direct"}, {"compile": "default"}, {"size": 5}, {"model": CONV}, {"cpu": UNKNOWN}]
+        tried(AVX2, convolutions="unfold")
+    other = [{"convolutions": "direct"}, {"compile": "default"}, {"size": 5}, {"model": CONV}, {"cpu": UNKNOWN}]
     assert all(tried(**both_given | options) == {direct} for options in other)  # type: ignore[arg-type]
 
 
 def test_winograd_is_refused_where_there_is_none() -> None:
-    asked, wide = TrainConfig(conv_gradients="winograd"), nn.Conv2d(128, 128, 3, padding=1)
+    asked, wide = TrainConfig(convolutions="winograd"), nn.Conv2d(128, 128, 3, padding=1)
     with pytest.raises(InputError, match="winograd is for CPUs, and this is cuda:0: use auto or direct"):
         precision.candidates(asked, wide, (128, 8, 8), torch.device("cuda", 0), AVX2)
     with pytest.raises(
@@ -139,10 +154,12 @@ def test_winograd_is_refused_where_there_is_none() -> None:
         precision.candidates(asked, CONV, (3, 8, 8), CPU, AVX2)
 
 
-@pytest.mark.parametrize("other", ["train.precision=bf16", "train.compile=default", "train.device=cuda"])
+@pytest.mark.parametrize("other", ["train.precision=fp16", "train.compile=default", "train.device=cuda"])
 def test_winograd_goes_only_with_what_it_is_for(other: str) -> None:
-    with pytest.raises(InputError, match=f"winograd is for fp32 on a CPU, not for {other}: use auto or direct"):
-        check_recipe(load_recipe("smoke", ["train.conv_gradients=winograd", other]))
+    with pytest.raises(
+        InputError, match=f"winograd is for bf16 and fp32 on a CPU, not for {other}: use auto or direct"
+    ):
+        check_recipe(load_recipe("smoke", ["train.convolutions=winograd", other]))
 
 
 def test_winograd_is_what_is_measured_as_winograd(monkeypatch: pytest.MonkeyPatch) -> None:

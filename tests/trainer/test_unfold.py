@@ -62,7 +62,7 @@ def test_what_needs_no_gradient_gets_none() -> None:
 def test_gradients_of_gradients_are_refused() -> None:
     weight = torch.randn(4, 4, 3, 3, requires_grad=True)
     outputs = unfold.convolve(torch.randn(2, 4, 3, 3), weight, None, 1)
-    with pytest.raises(NotImplementedError, match="use train.conv_gradients=direct"):
+    with pytest.raises(NotImplementedError, match="use train.convolutions=direct"):
         torch.autograd.grad(outputs.sum(), weight, create_graph=True)
 
 
@@ -112,10 +112,10 @@ def test_a_precision_that_changes_takes_the_gradients_with_it_unless_they_are_as
 ) -> None:
     train = {"precision": "fp32", "memory_format": "channels_last", "duration": "2 steps"}
     recipe = write_recipe(tmp_path, shards, model=DEEP | {"widths": [128, 128, 128]}, train=train)
-    train_ranks(1, recipe, "train.conv_gradients=winograd")
-    more = ["train.precision=bf16", "train.conv_gradients=unfold", "train.duration=4 steps"]
-    train_ranks(1, recipe, *more, "run.allow_changes=[train.precision,train.conv_gradients,train.duration]")
-    assert _gradients_of(tmp_path / "run") == "unfold"
+    train_ranks(1, recipe, "train.convolutions=winograd")
+    more = ["train.precision=bf16", "train.convolutions=unfold", "train.duration=4 steps"]
+    train_ranks(1, recipe, *more, "run.allow_changes=[train.precision,train.convolutions,train.duration]")
+    assert _method_of(tmp_path / "run") == "unfold"
 
 
 def test_it_is_taken_by_itself_on_any_number_of_ranks(shards: Path, tmp_path: Path) -> None:
@@ -127,12 +127,12 @@ def test_it_is_taken_by_itself_on_any_number_of_ranks(shards: Path, tmp_path: Pa
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         train_ranks(ranks, write_recipe(folder, shards, model=DEEP, train=train))
-        assert _gradients_of(folder / "run") == "unfold"
+        assert _method_of(folder / "run") == "unfold"
         losses[ranks] = [line["loss"] for line in train_lines(folder / "run")]
     assert losses[2] == pytest.approx(losses[1], rel=2e-2)
     train_ranks(1, write_recipe(tmp_path / "half", shards, model=DEEP, train=train | {"weights": "half"}))
     assert [line["loss"] for line in train_lines(tmp_path / "half" / "run")] == pytest.approx(losses[1], rel=5e-2)
 
 
-def _gradients_of(folder: Path) -> str:
-    return str(yaml.safe_load((folder / "config.yaml").read_text())["train"]["conv_gradients"])
+def _method_of(folder: Path) -> str:
+    return str(yaml.safe_load((folder / "config.yaml").read_text())["train"]["convolutions"])

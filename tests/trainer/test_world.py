@@ -74,7 +74,7 @@ def test_the_same_curve_for_other_settings(shards: Path, tmp_path: Path) -> None
     steps = {"train": {"duration": "26 steps", "global_batch_size": 13}}
     cases: dict[str, dict[str, Any]] = {
         "convolutions": steps | {"model": NO_NORM, "data": {"augment": ["flip", {"name": "translate", "pixels": 2}]}},
-        "winograd": steps | {"model": NO_NORM, "train": steps["train"] | {"conv_gradients": "winograd"}},
+        "winograd": steps | {"model": NO_NORM, "train": steps["train"] | {"convolutions": "winograd"}},
         "schedule and clipping": {
             "schedule": {"name": "one_cycle"},
             "train": {"duration": "7 epochs", "clip_norm": 0.5},

@@ -401,7 +401,7 @@ def _facts(one: Study) -> dict[str, Child]:
     waits = [wait for line in record.train if (wait := number(line, "data_wait_share")) is not None]
     ranks = _ranks(record)
     vectors = f", {hardware['vectors']}" if hardware.get("vectors") else ""
-    method = record.recipe.train.conv_gradients
+    method = record.recipe.train.convolutions
     facts: dict[str, Child] = {
         "steps": f"{record.last['step']:,} ({epochs:.4g} epochs)" if record.last and epochs is not None else None,
         "training and evaluation": _time(seconds) if seconds else None,
@@ -411,7 +411,7 @@ def _facts(one: Study) -> dict[str, Child]:
         "starts": _starts(record),
         "ranks": f"{ranks}, {record.recipe.train.device}" if ranks else None,
         "precision": f"{record.recipe.train.precision}, {record.recipe.train.memory_format}",
-        "convolutions": f"{method} gradients" if method not in ("auto", "direct") else None,
+        "convolutions": f"by {method}" if method not in ("auto", "direct") else None,
         "GPU": f"{hardware['gpu']}, {_bytes(hardware['gpu_memory_bytes'])}, CUDA {hardware.get('cuda')}"
         if "gpu" in hardware
         else None,
