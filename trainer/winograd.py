@@ -37,7 +37,7 @@ from shardstep.trainer.unfold import UnfoldConv2d
 _TILE, _SIDE = 4, 6  # outputs and inputs of a tile, per axis
 _PART_BYTES = 4 << 20  # of transformed tiles at once, few enough to stay in a processor's caches between two steps
 _PART_PAIRS = 128 * 128  # of channels: the gradients of more of them, to which each part adds, need larger parts
-_MOST_BYTES = 16 << 20  # of one image's tiles
+_MOST_NUMBERS = 4 << 20  # in one image's tiles
 _WORTH_IT = 1.3  # times as fast: below, it depends on the processor
 
 
@@ -69,9 +69,11 @@ def _speedup(layer: nn.Conv2d, images: Tensor) -> float:
     of 15 shapes, of 16 to 500 images, on two cores of an AMD EPYC (AVX-512, torch 2.15.0): 0.9 to 3.7 times as fast.
     """
     height, width = (size + 2 * int(layer.padding[0]) - 2 for size in images.shape[-2:])
-    if images.ndim != 4 or min(height, width) < 1 or _image_bytes(layer.weight, height, width) > _MOST_BYTES:
+    tiles = -(-height // _TILE) * -(-width // _TILE)
+    numbers = _image_numbers(tiles, layer.in_channels + layer.out_channels)
+    if images.ndim != 4 or min(height, width) < 1 or numbers > _MOST_NUMBERS:
         return 0.0
-    saved = 9 * height * width / (_SIDE**2 * _num_tiles(height, width))
+    saved = 9 * height * width / (_SIDE**2 * tiles)
     return saved / (1 + 48 / layer.in_channels + 48 / layer.out_channels)
 
 
@@ -105,40 +107,39 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         ctx.padding = padding
-        ctx.save_for_backward(images, weight)
         inputs, filters = channels_last(images), channels_last(weight)
         shape = (len(images), len(weight), *(size + 2 * padding - 2 for size in images.shape[2:]))
-        found = torch.empty(
-            shape, dtype=images.dtype, memory_format=torch.channels_last
-        )  # no view: ReLU may work in place
+        # what is returned is no view, so that an activation may work in place
+        found = torch.empty(shape, dtype=images.dtype, memory_format=torch.channels_last)
         outputs = found.permute(0, 2, 3, 1)
-        grid = _Grid.of(outputs, weight, padding)
-        filter_tiles = _transform("filters", filters, _ONE_TILE).transpose(1, 2)  # (36, C, O)
+        filter_tiles = _transform("filters", filters, _ONE_TILE)  # (36, O, C)
+        ctx.save_for_backward(images, filter_tiles)
+        grid = _Grid.of(outputs, filter_tiles, padding)
         for part in grid.parts(len(images)):
             tiles = _transform("inputs", inputs[part], grid)
-            _collect("outputs", torch.bmm(tiles, filter_tiles), outputs[part], grid, bias)
+            _collect("outputs", torch.bmm(tiles, filter_tiles.transpose(1, 2)), outputs[part], grid, bias)
         return found
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("winograd")
-        images, weight = ctx.saved_tensors
+        images, filter_tiles = ctx.saved_tensors
         of_images, of_weight, of_bias, _ = ctx.needs_input_grad
-        inputs, outputs, filters = channels_last(images), channels_last(gradient), channels_last(weight)
-        grid = _Grid.of(outputs, weight, ctx.padding)
-        filter_tiles = _transform("filters", filters, _ONE_TILE) if of_images else None  # (36, O, C)
+        inputs, outputs = channels_last(images), channels_last(gradient)
+        grid = _Grid.of(outputs, filter_tiles, ctx.padding)
         inputs_gradient = torch.empty_like(inputs) if of_images else None
-        filters_gradient = torch.zeros(filters.shape) if of_weight else None  # bf16 would round after each part
+        # in fp32, because bf16 would round after each part
+        filters_gradient = torch.zeros(outputs.shape[3], 3, 3, inputs.shape[3]) if of_weight else None
         for part in grid.parts(len(images)):
             products = _transform("outputs", outputs[part], grid)  # their gradient, (36, tiles, O)
             if filters_gradient is not None:
                 of_filter_tiles = torch.bmm(products.transpose(1, 2), _transform("inputs", inputs[part], grid))
                 _collect("filters", of_filter_tiles, filters_gradient, _ONE_TILE)
-            if filter_tiles is not None and inputs_gradient is not None:
+            if inputs_gradient is not None:
                 _collect("inputs", torch.bmm(products, filter_tiles), inputs_gradient[part], grid)
         return (
             inputs_gradient.permute(0, 3, 1, 2) if inputs_gradient is not None else None,
-            filters_gradient.permute(0, 3, 1, 2).to(weight.dtype) if filters_gradient is not None else None,
+            filters_gradient.permute(0, 3, 1, 2).to(images.dtype) if filters_gradient is not None else None,
             gradient.sum(dim=(0, 2, 3)) if of_bias else None,
             None,
         )
@@ -154,11 +155,13 @@ class _Grid:
     images: int
 
     @classmethod
-    def of(cls, outputs: Tensor, weight: Tensor, padding: int) -> "_Grid":
-        """For outputs (N, H, W, O)."""
+    def of(cls, outputs: Tensor, filter_tiles: Tensor, padding: int) -> "_Grid":
+        """For outputs (N, H, W, O) by filters (36, O, C)."""
         down, right = -(-outputs.shape[1] // _TILE), -(-outputs.shape[2] // _TILE)
-        part_bytes = _PART_BYTES * max(1, weight.shape[0] * weight.shape[1] // _PART_PAIRS)
-        return cls(padding, down, right, max(1, part_bytes // _image_bytes(weight, *outputs.shape[1:3])))
+        out_channels, channels = filter_tiles.shape[1:]
+        part_bytes = _PART_BYTES * max(1, out_channels * channels // _PART_PAIRS)
+        image_bytes = outputs.itemsize * _image_numbers(down * right, out_channels + channels)
+        return cls(padding, down, right, max(1, part_bytes // image_bytes))
 
     def parts(self, count: int) -> Iterator[slice]:
         """At least one, even of no images."""
@@ -168,13 +171,9 @@ class _Grid:
 _ONE_TILE = _Grid(padding=0, down=1, right=1, images=1)
 
 
-def _num_tiles(height: int, width: int) -> int:
-    return -(-height // _TILE) * -(-width // _TILE)
-
-
-def _image_bytes(weight: Tensor, height: int, width: int) -> int:
-    """Of the transformed tiles of one image, for outputs of this size."""
-    return weight.itemsize * _SIDE**2 * _num_tiles(height, width) * (weight.shape[0] + weight.shape[1])
+def _image_numbers(tiles: int, channels: int) -> int:
+    """How many there are in the transformed tiles of one image, with its inputs' and its outputs' channels."""
+    return _SIDE**2 * tiles * channels
 
 
 class _Shape(ctypes.Structure):
