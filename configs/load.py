@@ -18,6 +18,7 @@ from shardstep.configs.files import write_whole
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 
 _SECTIONS = {section.name: section for section in dataclasses.fields(Recipe)}
+_RENAMED = {("train", "conv_gradients"): "convolutions"}  # in recipes that runs of earlier versions have kept
 _ON_DEVICE = {"on_cpu": "cpu", "on_cuda": "cuda"}
 """Parts of a recipe file that count on one kind of device only; they hold sections, like the file itself."""
 
@@ -201,6 +202,7 @@ def _set(config: DictConfig, section: str, key: str, value: Any, problems: list[
         except OmegaConfBaseException as error:
             problems.append(f"{section}.{key}: {first_line(error)}")
         return
+    key = _RENAMED.get((section, key), key)
     known = list(config[section])
     if key not in known:
         problems.append(f"{section}.{key} is not a key; {neighbours(key, known)}")

@@ -73,10 +73,10 @@ class TrainConfig:
     memory_format: MemoryFormat = "auto"
     """Layout of images and convolution weights. auto: on a GPU channels_last, on a CPU measured with the precision."""
     convolutions: Convolutions = "auto"
-    """How those of 3x3 and stride 1 train on a CPU, in layers where it is faster: by winograd (needs a C compiler), or weight
-    gradients in bf16 by unfold, both rounded otherwise than torch's; direct: torch's. auto: direct on a GPU, with compile,
-    and in contiguous; else winograd if it wins when precision or memory_format is measured, and in bf16 unfold where the
-    processor has units."""
+    """How those of 3x3 and stride 1 train on a CPU, in layers where it should be faster: by winograd (needs a C compiler), or
+    weight gradients in bf16 by unfold, both rounded otherwise than torch's; direct: torch's. auto: direct on a GPU, with
+    compile, and in contiguous; else winograd if it wins when precision or memory_format is measured, and in bf16 unfold
+    where the processor has units."""
     max_micro_batch: int = 2048
     """Samples: the largest batch per rank per backward. The number of micro-steps per step follows from it."""
     clip_norm: Optional[float] = None  # noqa: UP045

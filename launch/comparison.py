@@ -33,7 +33,7 @@ _MEASURED = (
     "memory_format",
     "convolutions",
 )  # of the section train: what `auto` chooses once for all runs
-_GRADIENTS_DEPEND_ON = (
+_CONVOLUTIONS_DEPEND_ON = (
     "model.",
     "data.",
     *(f"train.{key}" for key in ("precision", "memory_format", "compile", "device")),
@@ -205,7 +205,7 @@ class Comparison:
 
     def _own_conditions(self, name: str) -> set[str]:
         """What a variant sets of all that the choice of train.convolutions depends on."""
-        return {override for override in self.variants[name] if override.startswith(_GRADIENTS_DEPEND_ON)}
+        return {override for override in self.variants[name] if override.startswith(_CONVOLUTIONS_DEPEND_ON)}
 
     def _task(self, name: str, run: str, added: list[str]) -> Task:
         place = [f"run.dir={self.folder / name / run}", f"run.name={name}-{run}"]

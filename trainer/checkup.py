@@ -155,8 +155,9 @@ def _look(loaded: Loaded | InputError, is_named: bool) -> tuple[Recipe | None, R
     cpu, names = machine.read_cpu(), machine.interfaces()
     findings += socket_findings(launch, names, uses_nccl=device.type == "cuda")
     findings += precision_findings(wanted.precision, device.type, cpu)
-    if device.type == "cpu" and (lacking := winograd.missing()):
-        cure = "install gcc, or name a compiler in CC: convolutional networks train faster on a CPU with one"
+    may_compile = device.type == "cpu" and wanted.convolutions in ("auto", "winograd") and wanted.compile == "none"
+    if may_compile and (lacking := winograd.missing()):
+        cure = "install gcc, or name a compiler in CC; what it makes is kept in SHARDSTEP_CACHE"
         findings.append(Finding("warning", "compiler", f"train.convolutions=winograd needs {lacking}", cure))
     facts: dict[str, Any] = {
         "host": socket.gethostname(),

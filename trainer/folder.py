@@ -64,7 +64,7 @@ def settle_from(recipe: Recipe) -> None:
             setattr(getattr(recipe, section), key, getattr(getattr(saved, section), key))
     method = saved.train.convolutions
     if left_open and method in CONVOLUTION_METHODS and excludes(recipe.train, method):
-        recipe.train.convolutions = "direct"  # it was chosen together with another precision, say
+        recipe.train.convolutions = "direct"  # it was chosen together with another device, say
 
 
 def find_resume(recipe: Recipe) -> Resume:

@@ -119,8 +119,6 @@ def candidates(
                 f"train.convolutions={config.convolutions} has no effect: this model has no 3x3 convolutions that "
                 f"would be faster by it"
             )
-        if missing := method.missing():
-            raise InputError(f"train.convolutions={config.convolutions} needs {missing}: use auto or direct")
         fitting = [precision for precision in precisions if precision in method.precisions]
         if not fitting:
             raise InputError(

@@ -35,6 +35,7 @@ from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, SETTLED, Resume
 from shardstep.trainer.freeze import Freezer
 from shardstep.trainer.lock import hold
 from shardstep.trainer.losses import Objective, build_objective, check_outputs
+from shardstep.trainer.max_pool import convert_max_pools
 from shardstep.trainer.metrics import Metrics, cut_lines
 from shardstep.trainer.models import build_model
 from shardstep.trainer.optimizers import build_optimizer
@@ -364,6 +365,8 @@ def prepare(recipe: Recipe, module: nn.Module) -> tuple[Accelerator, TrainState]
     module = module.to(memory_format=MEMORY_FORMATS[config.memory_format])
     if config.convolutions in CONVOLUTION_METHODS:
         convert_convolutions(module, config.convolutions)
+    if accelerator.device.type == "cpu" and config.memory_format == "channels_last" and config.compile == "none":
+        convert_max_pools(module)
     optimizer = build_optimizer(recipe.optimizer, module, accelerator.scaler is not None, config.precision)
     return accelerator, TrainState(module, module, runtime.wrap_optimizer(accelerator, optimizer), accelerator.scaler)
 
@@ -524,10 +527,22 @@ def _settle_compute(
     warning = together(world, lambda: check_precision(chosen.precision, world.device, module, cpu))
     if warning:
         display.warn(warning)
+    _tell_what_is_missing(world, chosen, display)
     recipe.train.precision = chosen.precision
     recipe.train.memory_format = chosen.memory_format
     recipe.train.convolutions = chosen.convolutions
     return seconds
+
+
+def _tell_what_is_missing(world: PartialState, chosen: Compute, display: Display) -> None:
+    """Where a method for convolutions cannot be had, on a run that goes on elsewhere, say, torch's takes its place."""
+    method = CONVOLUTION_METHODS.get(chosen.convolutions)
+    lacking = method.missing() if method else None
+    text = f"train.convolutions={chosen.convolutions} needs {lacking}: convolutions are torch's"
+    if runtime.broadcast_object(world, lacking is not None):
+        display.warn(text)
+    elif lacking:
+        display.tell(f"warning: rank {world.process_index}: {text} on this rank")
 
 
 def _follow_rank_0(world: PartialState, recipe: Recipe) -> None:

@@ -5,13 +5,16 @@ of bfloat16; sums are of float32. Along each axis, a tile t of an image has four
 4 t - padding on, which are zero outside of the image. */
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { FILTER = 3, STEP = 4, SIDE = 6, LANES = 32 }; /* channels at once: bfloat16 of a cache line */
-#define A (2.0f / 3)
-#define B (3.0f / 2) /* 1 / A, which is used below */
-#define AT_A (2 * A * A * (A * A - B * B)) /* product of the distances of a from the other points */
-#define AT_B (2 * B * B * (B * B - A * A))
+#define POINT_A (2.0f / 3)
+#define POINT_B (3.0f / 2) /* 1 / POINT_A, which is used below */
+#define A_SQUARED (POINT_A * POINT_A)
+#define B_SQUARED (POINT_B * POINT_B)
+#define F_OF_A (2 * A_SQUARED * (A_SQUARED - B_SQUARED)) /* product of the distances of a from the other points */
+#define F_OF_B (2 * B_SQUARED * (B_SQUARED - A_SQUARED))
 typedef float Lanes[LANES] __attribute__((aligned(64)));
 typedef Lanes Tile[SIDE][SIDE];
 typedef void Sums(const float *restrict in, float *restrict out, long stride); /* of elements `stride` floats apart */
@@ -65,20 +68,21 @@ static inline void store(const Lanes from, void *to, long at, long channel, cons
     }
 }
 
-/* The sums, from and to up to six elements. Those for a and -a, and for b and -b, differ in the sign of what is odd. */
+/* out = M in along one axis, where the name says which matrix M is. Results for a and -a, and for b and -b, differ in the sign
+   of what is odd. */
 
 static inline void times_b_transposed(const float *restrict in, float *restrict out, long stride) {
     for (long lane = 0; lane < LANES; lane++) {
         const float *d = in + lane;
         float d0 = d[0], d1 = d[stride], d2 = d[2 * stride], d3 = d[3 * stride], d4 = d[4 * stride], d5 = d[5 * stride];
-        float *o = out + lane, even = d4 - B * B * d2, odd = A * d3 - B * d1;
-        o[0] = d0 - (A * A + B * B) * d2 + d4;
+        float *o = out + lane, even = d4 - B_SQUARED * d2, odd = POINT_A * d3 - POINT_B * d1;
+        o[0] = d0 - (A_SQUARED + B_SQUARED) * d2 + d4;
         o[stride] = even + odd;
         o[2 * stride] = even - odd;
-        even = d4 - A * A * d2, odd = B * d3 - A * d1;
+        even = d4 - A_SQUARED * d2, odd = POINT_B * d3 - POINT_A * d1;
         o[3 * stride] = even + odd;
         o[4 * stride] = even - odd;
-        o[5 * stride] = d1 - (A * A + B * B) * d3 + d5;
+        o[5 * stride] = d1 - (A_SQUARED + B_SQUARED) * d3 + d5;
     }
 }
 
@@ -88,9 +92,9 @@ static inline void times_b(const float *restrict in, float *restrict out, long s
         float t0 = t[0], t1 = t[stride], t2 = t[2 * stride], t3 = t[3 * stride], t4 = t[4 * stride], t5 = t[5 * stride];
         float *o = out + lane, sum_a = t1 + t2, difference_a = t1 - t2, sum_b = t3 + t4, difference_b = t3 - t4;
         o[0] = t0;
-        o[stride] = t5 - B * difference_a - A * difference_b;
-        o[2 * stride] = -(A * A + B * B) * t0 - B * B * sum_a - A * A * sum_b;
-        o[3 * stride] = A * difference_a + B * difference_b - (A * A + B * B) * t5;
+        o[stride] = t5 - POINT_B * difference_a - POINT_A * difference_b;
+        o[2 * stride] = -(A_SQUARED + B_SQUARED) * t0 - B_SQUARED * sum_a - A_SQUARED * sum_b;
+        o[3 * stride] = POINT_A * difference_a + POINT_B * difference_b - (A_SQUARED + B_SQUARED) * t5;
         o[4 * stride] = t0 + sum_a + sum_b;
         o[5 * stride] = t5;
     }
@@ -100,11 +104,11 @@ static inline void times_a(const float *restrict in, float *restrict out, long s
     for (long lane = 0; lane < LANES; lane++) {
         const float *y = in + lane;
         float y0 = y[0], y1 = y[stride], y2 = y[2 * stride], y3 = y[3 * stride];
-        float *o = out + lane, even = y0 + A * A * y2, odd = A * y1 + A * A * A * y3;
+        float *o = out + lane, even = y0 + A_SQUARED * y2, odd = POINT_A * y1 + A_SQUARED * POINT_A * y3;
         o[0] = y0;
         o[stride] = even + odd;
         o[2 * stride] = even - odd;
-        even = y0 + B * B * y2, odd = B * y1 + B * B * B * y3;
+        even = y0 + B_SQUARED * y2, odd = POINT_B * y1 + B_SQUARED * POINT_B * y3;
         o[3 * stride] = even + odd;
         o[4 * stride] = even - odd;
         o[5 * stride] = y3;
@@ -117,20 +121,20 @@ static inline void times_a_transposed(const float *restrict in, float *restrict 
         float m1 = m[stride], m2 = m[2 * stride], m3 = m[3 * stride], m4 = m[4 * stride];
         float *o = out + lane, sum_a = m1 + m2, difference_a = m1 - m2, sum_b = m3 + m4, difference_b = m3 - m4;
         o[0] = m[0] + sum_a + sum_b;
-        o[stride] = A * difference_a + B * difference_b;
-        o[2 * stride] = A * A * sum_a + B * B * sum_b;
-        o[3 * stride] = A * A * A * difference_a + B * B * B * difference_b + m[5 * stride];
+        o[stride] = POINT_A * difference_a + POINT_B * difference_b;
+        o[2 * stride] = A_SQUARED * sum_a + B_SQUARED * sum_b;
+        o[3 * stride] = A_SQUARED * POINT_A * difference_a + B_SQUARED * POINT_B * difference_b + m[5 * stride];
     }
 }
 
 static inline void times_g(const float *restrict in, float *restrict out, long stride) {
     for (long lane = 0; lane < LANES; lane++) {
         const float *g = in + lane;
-        float *o = out + lane, even = (g[0] + A * A * g[2 * stride]) / AT_A, odd = A * g[stride] / AT_A;
+        float *o = out + lane, even = (g[0] + A_SQUARED * g[2 * stride]) / F_OF_A, odd = POINT_A * g[stride] / F_OF_A;
         o[0] = g[0];
         o[stride] = even + odd;
         o[2 * stride] = even - odd;
-        even = (g[0] + B * B * g[2 * stride]) / AT_B, odd = B * g[stride] / AT_B;
+        even = (g[0] + B_SQUARED * g[2 * stride]) / F_OF_B, odd = POINT_B * g[stride] / F_OF_B;
         o[3 * stride] = even + odd;
         o[4 * stride] = even - odd;
         o[5 * stride] = g[2 * stride];
@@ -141,10 +145,10 @@ static inline void times_g_transposed(const float *restrict in, float *restrict 
     for (long lane = 0; lane < LANES; lane++) {
         const float *u = in + lane;
         float u1 = u[stride], u2 = u[2 * stride], u3 = u[3 * stride], u4 = u[4 * stride];
-        float *o = out + lane, sum_a = (u1 + u2) / AT_A, sum_b = (u3 + u4) / AT_B;
+        float *o = out + lane, sum_a = (u1 + u2) / F_OF_A, sum_b = (u3 + u4) / F_OF_B;
         o[0] = u[0] + sum_a + sum_b;
-        o[stride] = A * (u1 - u2) / AT_A + B * (u3 - u4) / AT_B;
-        o[2 * stride] = A * A * sum_a + B * B * sum_b + u[5 * stride];
+        o[stride] = POINT_A * (u1 - u2) / F_OF_A + POINT_B * (u3 - u4) / F_OF_B;
+        o[2 * stride] = A_SQUARED * sum_a + B_SQUARED * sum_b + u[5 * stride];
     }
 }
 
@@ -232,8 +236,8 @@ void collect_inputs(const void *tiles, void *images, const Shape *s) {
 #pragma omp parallel for collapse(2) num_threads(s->threads)
     for (long image = 0; image < s->count; image++)
         for (long channel = 0; channel < s->channels; channel += LANES) {
-            Lanes strip[SIDE][width]; /* of the padded image, as high as a tile */
-            memset(strip, 0, sizeof strip);
+            Lanes(*strip)[width] = aligned_alloc(sizeof(Lanes), SIDE * sizeof *strip); /* of the padded image, as high as a tile */
+            memset(strip, 0, SIDE * sizeof *strip);
             for (long down = 0; down < s->down; down++) {
                 for (long right = 0; right < s->right; right++) {
                     Tile in, out;
@@ -254,5 +258,6 @@ void collect_inputs(const void *tiles, void *images, const Shape *s) {
                 memmove(strip, strip + STEP, (SIDE - STEP) * sizeof *strip);
                 memset(strip + SIDE - STEP, 0, STEP * sizeof *strip);
             }
+            free(strip);
         }
 }

@@ -34,11 +34,14 @@ from shardstep.trainer import native
 from shardstep.trainer.conv_function import channels_last, format_of, refuse_second_derivatives
 from shardstep.trainer.unfold import UnfoldConv2d
 
+_SOURCE = Path(__file__).with_suffix(".c")
+_FORMATS = (torch.float32, torch.bfloat16)
 _TILE, _SIDE = 4, 6  # outputs and inputs of a tile, per axis
 _PART_BYTES = 4 << 20  # of transformed tiles at once, few enough to stay in a processor's caches between two steps
-_PART_PAIRS = 128 * 128  # of channels: the gradients of more of them, to which each part adds, need larger parts
+_PART_PAIRS = 128 * 128  # of input and output channels; more of them, up to 16 times as many, are worth a larger part,
+_MOST_PARTS_IN_ONE = 16  # because each adds to the gradients of all filters
 _MOST_NUMBERS = 4 << 20  # in one image's tiles
-_WORTH_IT = 1.3  # times as fast: below, it depends on the processor
+_WORTH_IT = 1.3  # times as fast by the rule below; whether it is depends on the processor, too
 
 
 class WinogradConv2d(UnfoldConv2d):
@@ -49,15 +52,16 @@ class WinogradConv2d(UnfoldConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = format_of(input, self.weight)
-        fits = dtype in (torch.float32, torch.bfloat16) and is_faster(self, input)
-        if torch.is_grad_enabled() and fits and not missing():  # a compiler that rank 0 has may be missing here
+        fits = dtype in _FORMATS and input.device.type == "cpu" and is_faster(self, input)
+        trains = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        if fits and trains and not missing():
             bias = None if self.bias is None else self.bias.to(dtype)
             return convolve(input.to(dtype), self.weight.to(dtype), bias, int(self.padding[0]))
         return super().forward(input)
 
 
 def is_faster(layer: nn.Conv2d, images: Tensor) -> bool:
-    """Whether a 3x3 convolution of images (N, C, H, W) gains."""
+    """Whether a 3x3 convolution of images (N, C, H, W) should gain: most do in bf16, and in fp32 with AVX2 alone."""
     return _speedup(layer, images) > _WORTH_IT
 
 
@@ -77,27 +81,23 @@ def _speedup(layer: nn.Conv2d, images: Tensor) -> float:
     return saved / (1 + 48 / layer.in_channels + 48 / layer.out_channels)
 
 
-@functools.cache
 def missing() -> str | None:
     """What this machine lacks for the method, in a few words."""
-    try:
-        _sums()
-    except native.NoCompilerError as error:
-        return f"a C compiler ({error})"
-    return None
+    return native.missing(_SOURCE)
 
 
 @functools.cache
 def _sums() -> ctypes.CDLL:
-    return native.load(Path(__file__).with_suffix(".c"))
+    return native.load(_SOURCE)
 
 
 def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """Cross-correlate images (N, C, H, W) with 3x3 filters (O, C, 3, 3), both fp32 or bf16: (N, O, H + 2p - 2, W + 2p - 2).
 
-    It is fast where images are torch.channels_last, and so are its outputs. Its gradients have none themselves.
+    It is fast where images are torch.channels_last. Outputs always are. Gradients have none themselves.
 
     Raises:
+        ValueError: another device or number format, or several of them.
         NotImplementedError: in a backward pass with create_graph=True.
     """
     return _Convolution.apply(images, weight, bias, padding)
@@ -105,7 +105,12 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # of the matrix products
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+        bias = None if bias is None else bias.contiguous()
+        given = [images, weight] if bias is None else [images, weight, bias]
+        if {(part.device.type, part.dtype) for part in given} not in [{("cpu", dtype)} for dtype in _FORMATS]:
+            raise ValueError("winograd: images, weight and bias must be on the CPU, all of fp32 or all of bf16")
         ctx.padding = padding
         inputs, filters = channels_last(images), channels_last(weight)
         shape = (len(images), len(weight), *(size + 2 * padding - 2 for size in images.shape[2:]))
@@ -121,6 +126,7 @@ class _Convolution(torch.autograd.Function):
         return found
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("winograd")
         images, filter_tiles = ctx.saved_tensors
@@ -128,8 +134,9 @@ class _Convolution(torch.autograd.Function):
         inputs, outputs = channels_last(images), channels_last(gradient)
         grid = _Grid.of(outputs, filter_tiles, ctx.padding)
         inputs_gradient = torch.empty_like(inputs) if of_images else None
-        # in fp32, because bf16 would round after each part
-        filters_gradient = torch.zeros(outputs.shape[3], 3, 3, inputs.shape[3]) if of_weight else None
+        filters_gradient: Tensor | None = None
+        if of_weight:  # in fp32, because bf16 would round after each part
+            filters_gradient = torch.zeros(outputs.shape[3], 3, 3, inputs.shape[3], dtype=torch.float32)
         for part in grid.parts(len(images)):
             products = _transform("outputs", outputs[part], grid)  # their gradient, (36, tiles, O)
             if filters_gradient is not None:
@@ -159,7 +166,7 @@ class _Grid:
         """For outputs (N, H, W, O) by filters (36, O, C)."""
         down, right = -(-outputs.shape[1] // _TILE), -(-outputs.shape[2] // _TILE)
         out_channels, channels = filter_tiles.shape[1:]
-        part_bytes = _PART_BYTES * max(1, out_channels * channels // _PART_PAIRS)
+        part_bytes = _PART_BYTES * min(max(1, out_channels * channels // _PART_PAIRS), _MOST_PARTS_IN_ONE)
         image_bytes = outputs.itemsize * _image_numbers(down * right, out_channels + channels)
         return cls(padding, down, right, max(1, part_bytes // image_bytes))
 
@@ -201,7 +208,7 @@ def _collect(kind: str, tiles: Tensor, images: Tensor, grid: _Grid, bias: Tensor
 
 
 def _call(sums: str, source: Tensor, target: Tensor, images: Tensor, grid: _Grid, bias: Tensor | None = None) -> None:
-    """A function of winograd.c, by as many threads as torch has. Tensors are contiguous."""
+    """A function of winograd.c, by as many threads as torch has. Tensors are contiguous; `images` is source or target."""
     half, of_bias = source.dtype == torch.bfloat16, None if bias is None else bias.data_ptr()
     shape = _Shape(*images.shape, grid.padding, grid.down, grid.right, half, torch.get_num_threads(), of_bias)
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (source, target))

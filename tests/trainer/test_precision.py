@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +12,10 @@ from torch.nn import functional
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import TrainConfig
-from shardstep.trainer import precision, winograd
+from shardstep.trainer import native, precision, winograd
 from shardstep.trainer.check import check_recipe
 from shardstep.trainer.losses import build_objective
 from shardstep.trainer.machine import Cpu
-from shardstep.trainer.native import NoCompilerError
 from shardstep.trainer.precision import Compute
 
 PASSES: Counter[str] = Counter()
@@ -81,15 +79,6 @@ def test_bf16_is_tried_where_it_may_pay(cpu: Cpu, tried: set[str]) -> None:
     assert precision.candidates(asked, CONV, (3, 8, 8), CPU, cpu) == [Compute("bf16", "contiguous")]
 
 
-@pytest.fixture
-def asks_anew() -> Iterator[None]:
-    """What was found missing is forgotten, before and after a test."""
-    winograd.missing.cache_clear()
-    yield
-    winograd.missing.cache_clear()
-
-
-@pytest.mark.usefixtures("asks_anew")
 def test_winograd_is_tried_where_it_may_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = nn.Conv2d(128, 128, 3, padding=1)
 
@@ -108,15 +97,8 @@ def test_winograd_is_tried_where_it_may_pay(monkeypatch: pytest.MonkeyPatch) -> 
     asked = {"precision": "fp32", "memory_format": "contiguous", "convolutions": "winograd"}
     assert tried(wide, **asked) == [Compute("fp32", "contiguous", "winograd")]
     assert tried(wide, AMX, convolutions="winograd", memory_format="channels_last") == [bf16, fp32]
-    monkeypatch.setattr(winograd, "_sums", _no_compiler)
-    winograd.missing.cache_clear()
+    monkeypatch.setattr(native, "missing", lambda source: "a C compiler (there is no cc)")
     assert tried(wide) == []
-    with pytest.raises(InputError, match=r"winograd needs a C compiler \(there is no cc\): use auto or direct"):
-        tried(wide, convolutions="winograd")
-
-
-def _no_compiler() -> None:
-    raise NoCompilerError("there is no cc")
 
 
 def test_unfold_takes_the_place_of_direct_where_it_gains() -> None:

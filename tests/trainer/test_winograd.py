@@ -1,5 +1,6 @@
 """Winograd's method computes what the convolution does, and is used in training where it is faster."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from torch.nn import functional
 
 from shardstep.trainer import winograd
 from shardstep.trainer.convolutions import convert_convolutions, gains
-from tests.runs import failure_of, train_ranks, write_recipe
+from tests.distributed import run_ranks
+from tests.runs import failure_of, train_lines, train_ranks, write_recipe
 
 
 def _gradients(outputs: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
@@ -74,18 +76,49 @@ def test_numbers_that_are_none_stay_none() -> None:
     assert not outputs[0, :, 4:, 4:].isnan().any()
 
 
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    images, weight = torch.randn(9, 40, 7, 7), torch.randn(40, 40, 3, 3)
-    before, found = torch.get_num_threads(), []
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+    images, weight = torch.randn(9, 7, 7, 40), torch.randn(40, 3, 3, 40)
+    grid, before, found = winograd._Grid(1, 2, 2, 9), torch.get_num_threads(), []
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            pair = (images.clone().requires_grad_(), weight.clone().requires_grad_())
-            found.append(_gradients(winograd.convolve(*pair, None, 1), *pair))
+            tiles = winograd._transform("inputs", images, grid)
+            filter_tiles = winograd._transform("filters", weight, winograd._ONE_TILE)
+            collected = [torch.zeros_like(images), torch.zeros_like(images), torch.zeros_like(weight)]
+            winograd._collect("inputs", tiles, collected[0], grid)
+            winograd._collect("outputs", winograd._transform("outputs", images, grid), collected[1], grid)
+            winograd._collect("filters", filter_tiles, collected[2], winograd._ONE_TILE)
+            found.append([tiles, filter_tiles, *collected])
     finally:
         torch.set_num_threads(before)
-    for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    for several in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], several, strict=True))
+
+
+@pytest.mark.parametrize("in_forward", [True, False])
+def test_autocast_elsewhere_changes_nothing(in_forward: bool) -> None:
+    """Tiles have the format of the images, whatever products would be computed in there."""
+    torch.manual_seed(0)
+    images, weight = torch.randn(2, 32, 8, 8), torch.randn(32, 32, 3, 3, requires_grad=True)
+    wanted = _gradients(winograd.convolve(images, weight, None, 1), weight)
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_forward):
+        outputs = winograd.convolve(images, weight, None, 1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not in_forward):
+        found = _gradients(outputs, weight)
+    assert torch.equal(found[0], wanted[0])
+
+
+def test_what_c_cannot_read_is_refused() -> None:
+    images, weight = torch.randn(1, 32, 8, 8), torch.randn(32, 32, 3, 3)
+    for given in [
+        (images.double(), weight.double(), None),
+        (images.half(), weight.half(), None),
+        (images, weight.bfloat16(), None),
+        (images, weight, torch.randn(32).bfloat16()),
+        (images.to("meta"), weight.to("meta"), None),
+    ]:
+        with pytest.raises(ValueError, match="on the CPU, all of fp32 or all of bf16"):
+            winograd.convolve(*given, 1)
 
 
 def test_what_needs_no_gradient_gets_none() -> None:
@@ -168,19 +201,22 @@ def test_what_it_cannot_do_stays_torchs() -> None:
     with torch.no_grad():
         assert torch.equal(layer(images), plain(images))
     with torch.autocast("cpu", torch.float16):
-        layer(images).float().sum().backward()
-    assert layer.weight.grad is not None
+        assert torch.equal(layer(images), plain(images))
     large = torch.randn(1, 64, 256, 256)
     assert winograd._speedup(layer, large) == 0
     small = torch.randn(1, 64, 2, 2)
     assert winograd._speedup(nn.Conv2d(64, 64, 3), small) == 0  # smaller than the filter
-    layer.double()(images.double()).sum().backward()
+    assert torch.equal(layer.double()(images.double()), plain.double()(images.double()))
+    layer.float().requires_grad_(False)
+    assert torch.equal(layer(images), plain.float()(images))  # nothing to learn
 
 
-def test_images_of_a_half_format_are_convolved_in_it() -> None:
-    layer = nn.Conv2d(64, 64, 3, padding=1)
+def test_under_autocast_it_computes_in_its_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.dtype] = []
+    convolve = winograd.convolve
+    monkeypatch.setattr(winograd, "convolve", lambda *given: used.append(given[0].dtype) or convolve(*given))
+    layer, images = nn.Conv2d(64, 64, 3, padding=1), torch.randn(2, 64, 8, 8)
     convert_convolutions(layer, "winograd")
-    images = torch.randn(2, 64, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = layer(images)
         assert outputs.dtype == torch.bfloat16
@@ -188,6 +224,7 @@ def test_images_of_a_half_format_are_convolved_in_it() -> None:
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype == torch.float32
     assert layer.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
+    assert used == [torch.bfloat16] * 2
 
 
 def test_without_a_compiler_a_layer_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,3 +279,41 @@ def test_a_precision_that_changes_takes_the_method_with_it(shards: Path, tmp_pat
     code, _, told = failure_of(str(recipe), *other)
     assert code == 2
     assert "train.precision: fp32 -> fp16\n  - train.convolutions: winograd -> direct\n" in told
+
+
+def _train_without_compiler(rank: int, recipe: str, *overrides: str) -> str:
+    """Runs in a rank: trains, on one rank without a compiler; what the command says."""
+    if os.environ["RANK"] == str(rank):
+        os.environ["CC"] = "no-such-compiler"
+    code, _, told = failure_of(recipe, *overrides)
+    assert code == 0, told
+    return told
+
+
+def test_a_run_goes_on_where_there_is_no_compiler_and_says_so(shards: Path, tmp_path: Path) -> None:
+    train = {"precision": "fp32", "memory_format": "channels_last", "duration": "2 steps"}
+    recipe = write_recipe(tmp_path, shards, model=WIDE, train=train)
+    train_ranks(1, recipe, "train.convolutions=winograd")
+    more = ["train.convolutions=auto", "train.duration=4 steps", "run.allow_changes=[train.duration]"]
+    (told,) = run_ranks(1, _train_without_compiler, 0, str(recipe), *more)
+    assert "warning: train.convolutions=winograd needs a C compiler (there is no no-such-compiler)" in told
+    assert "convolutions are torch's" in told
+    assert len(train_lines(tmp_path / "run")) == 4
+
+
+def test_a_rank_without_a_compiler_says_so_and_computes_as_torch_does(shards: Path, tmp_path: Path) -> None:
+    train = {"precision": "fp32", "memory_format": "channels_last", "duration": "2 steps", "convolutions": "winograd"}
+    recipe = write_recipe(tmp_path, shards, model=WIDE, train=train)
+    told = run_ranks(2, _train_without_compiler, 1, str(recipe))
+    assert "needs a C compiler" not in told[0]
+    assert "warning: rank 1: train.convolutions=winograd needs a C compiler" in told[1]
+
+
+def test_a_run_of_an_earlier_version_goes_on(shards: Path, tmp_path: Path) -> None:
+    """It has kept the key by its old name."""
+    train = {"precision": "fp32", "memory_format": "channels_last", "duration": "2 steps", "convolutions": "winograd"}
+    recipe = write_recipe(tmp_path, shards, model=WIDE, train=train)
+    recipe.write_text(recipe.read_text().replace("convolutions", "conv_gradients"))
+    train_ranks(1, recipe)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["train"]["convolutions"] == "winograd"
