@@ -1,6 +1,7 @@
 """The layout's guards: what is installed under which name, and who may import whom."""
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
@@ -101,3 +102,17 @@ def test_loop_is_short() -> None:
     }
     assert lengths["train"] < 60, lengths
     assert sum(lengths.values()) < 100, lengths
+
+
+def test_files_that_are_no_modules_are_installed_with_their_package() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = {package: text.split() for package, text in setup["options.package_data"].items()}
+    listed = subprocess.run(["git", "ls-files", *LAYERS], cwd=ROOT, capture_output=True, text=True, check=True)
+    for path in map(Path, listed.stdout.splitlines()):
+        packages = [
+            (patterns.get(".".join(["shardstep", *folder.parts]), []), path.relative_to(folder))
+            for folder in path.parents
+        ]
+        is_installed = any(name.match(pattern) for found, name in packages for pattern in found)
+        assert path.suffix == ".py" or is_installed, f"{path} is in no package_data of setup.cfg"

@@ -227,7 +227,7 @@ def test_what_auto_leaves_open_is_measured_once(shards: Path, tmp_path: Path) ->
         assert all(text in starts[0]["command"] for text in settled)
 
 
-def test_a_variant_with_a_precision_of_its_own_leaves_gradients_that_were_measured_with_another(
+def test_a_variant_with_a_precision_of_its_own_leaves_methods_that_were_measured_with_another(
     shards: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path, shards, **SPARING)
@@ -250,7 +250,7 @@ def test_a_variant_with_a_precision_of_its_own_leaves_gradients_that_were_measur
     assert not any("convolutions" in text for text in arguments["half"])
 
 
-def test_gradients_measured_with_another_model_are_not_taken_over(shards: Path, tmp_path: Path) -> None:
+def test_a_method_measured_with_another_model_are_not_taken_over(shards: Path, tmp_path: Path) -> None:
     recipe, variants = write_recipe(tmp_path, shards, **SPARING), tmp_path / "variants.yaml"
     variants.write_text(
         "wide: ['model.hidden=[64]']\nplain: [optimizer.lr=0.1]\nwide_too: ['model.hidden=[64]', optimizer.lr=0.1]\n"

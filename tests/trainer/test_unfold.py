@@ -107,7 +107,7 @@ def test_what_it_cannot_do_stays_torchs() -> None:
     assert not unfold.is_faster(nn.Conv2d(128, 128, 3), torch.randn(1, 128, 2, 2))  # smaller than the filter
 
 
-def test_a_precision_that_changes_takes_the_gradients_with_it_unless_they_are_asked_for(
+def test_a_precision_that_changes_takes_the_method_with_it_unless_they_are_asked_for(
     shards: Path, tmp_path: Path
 ) -> None:
     train = {"precision": "fp32", "memory_format": "channels_last", "duration": "2 steps"}
