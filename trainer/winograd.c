@@ -37,8 +37,8 @@ static inline uint16_t to_bfloat16(float value) { /* the nearest, of two the eve
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-/* From `channel` on, of the pixel or tile `at`; lanes behind the last channel are zero. A count of lanes that the compiler knows
-   makes the loops four times as fast. */
+/* From `channel` on, of the pixel or tile `at`; lanes behind the last channel are zero. Whole Lanes have loops of their own, of a
+   length that the compiler knows. */
 static inline void load(const void *from, long at, long channel, Lanes to, const Shape *s) {
     long lanes = s->channels - channel;
     const uint16_t *halves = (const uint16_t *)from + at * s->channels + channel;
@@ -195,6 +195,11 @@ void transform_filters(const void *filters, void *tiles, const Shape *s) {
     for (long tile = 0; tile < s->count; tile++) to_tile(times_g, FILTER, 0, filters, tiles, tile, s);
 }
 
+/* One of `all` tiles, whose 36 numbers of a channel lie `all` tiles apart. */
+static inline void load_tile(const void *tiles, long all, long tile, long channel, Tile in, const Shape *s) {
+    for (int k = 0; k < SIDE * SIDE; k++) load(tiles, k * all + tile, channel, in[k / SIDE][k % SIDE], s);
+}
+
 /* A^T m A + bias */
 void collect_outputs(const void *tiles, void *images, const Shape *s) {
     long all = s->count * s->down * s->right;
@@ -204,7 +209,7 @@ void collect_outputs(const void *tiles, void *images, const Shape *s) {
         for (long channel = 0; channel < s->channels; channel += LANES) {
             Tile in, out;
             Lanes bias = {0};
-            for (int k = 0; k < SIDE * SIDE; k++) load(tiles, k * all + tile, channel, in[k / SIDE][k % SIDE], s);
+            load_tile(tiles, all, tile, channel, in, s);
             along_both_axes(times_a_transposed, SIDE, STEP, in, out);
             if (s->bias) load(s->bias, 0, channel, bias, s);
             for (long row = 0; row < STEP && top + row < s->height; row++)
@@ -222,7 +227,7 @@ void collect_filters(const void *tiles, float *filters, const Shape *s) {
     for (long filter = 0; filter < s->count; filter++)
         for (long channel = 0; channel < s->channels; channel += LANES) {
             Tile in, out;
-            for (int k = 0; k < SIDE * SIDE; k++) load(tiles, k * s->count + filter, channel, in[k / SIDE][k % SIDE], s);
+            load_tile(tiles, s->count, filter, channel, in, s);
             along_both_axes(times_g_transposed, SIDE, FILTER, in, out);
             for (int k = 0; k < FILTER * FILTER; k++)
                 for (long lane = 0; lane < LANES && channel + lane < s->channels; lane++)
@@ -241,8 +246,7 @@ void collect_inputs(const void *tiles, void *images, const Shape *s) {
             for (long down = 0; down < s->down; down++) {
                 for (long right = 0; right < s->right; right++) {
                     Tile in, out;
-                    for (int k = 0; k < SIDE * SIDE; k++)
-                        load(tiles, k * all + (image * s->down + down) * s->right + right, channel, in[k / SIDE][k % SIDE], s);
+                    load_tile(tiles, all, (image * s->down + down) * s->right + right, channel, in, s);
                     along_both_axes(times_b, SIDE, SIDE, in, out);
                     for (int row = 0; row < SIDE; row++)
                         for (int column = 0; column < SIDE; column++)

@@ -38,8 +38,9 @@ _SOURCE = Path(__file__).with_suffix(".c")
 _FORMATS = (torch.float32, torch.bfloat16)
 _TILE, _SIDE = 4, 6  # outputs and inputs of a tile, per axis
 _PART_BYTES = 4 << 20  # of transformed tiles at once, few enough to stay in a processor's caches between two steps
-_PART_PAIRS = 128 * 128  # of input and output channels; more of them, up to 16 times as many, are worth a larger part,
-_MOST_PARTS_IN_ONE = 16  # because each adds to the gradients of all filters
+# Each part adds to the gradients of all filters: for more pairs of an input and an output channel parts are larger.
+_PART_PAIRS = 128 * 128
+_MOST_TIMES_LARGER = 16
 _MOST_NUMBERS = 4 << 20  # in one image's tiles
 _WORTH_IT = 1.3  # times as fast by the rule below; whether it is depends on the processor, too
 
@@ -166,7 +167,7 @@ class _Grid:
         """For outputs (N, H, W, O) by filters (36, O, C)."""
         down, right = -(-outputs.shape[1] // _TILE), -(-outputs.shape[2] // _TILE)
         out_channels, channels = filter_tiles.shape[1:]
-        part_bytes = _PART_BYTES * min(max(1, out_channels * channels // _PART_PAIRS), _MOST_PARTS_IN_ONE)
+        part_bytes = _PART_BYTES * min(max(1, out_channels * channels // _PART_PAIRS), _MOST_TIMES_LARGER)
         image_bytes = outputs.itemsize * _image_numbers(down * right, out_channels + channels)
         return cls(padding, down, right, max(1, part_bytes // image_bytes))
 
