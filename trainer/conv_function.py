@@ -1,7 +1,8 @@
 """What methods for convolutions share."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module
 
 
 def channels_last(images: Tensor) -> Tensor:
@@ -22,3 +23,9 @@ def refuse_second_derivatives(method: str) -> None:
         raise NotImplementedError(
             f"train.convolutions={method}: its gradients have no gradients themselves; use train.convolutions=direct"
         )
+
+
+def has_hooks(*layers: nn.Module) -> bool:
+    """Whether somebody looks at what goes into layers or comes out of them."""
+    own = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(layer, hooks) for layer in layers for hooks in own) or module._has_any_global_hook()

@@ -38,6 +38,8 @@ def convert_convolutions(model: nn.Module, method: str) -> None:
     for layer in model.modules():
         if _is_plain(layer):
             layer.__class__ = CONVOLUTION_METHODS[method].layer
+        elif type(layer) is nn.Sequential:
+            layer.__class__ = winograd.RectifyingSequential  # which is that of torch for all but winograd's layers
 
 
 @torch.no_grad()

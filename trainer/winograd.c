@@ -1,222 +1,298 @@
 /* The sums of Winograd's F(4x4, 3x3) for trainer/winograd.py, which says what they are.
 
-Images are (count, height, width, channels) and tiles (36, count * down * right, channels), contiguous, of float32 or, if `half`,
-of bfloat16; sums are of float32. Along each axis, a tile t of an image has four outputs from 4 t on, and six inputs from
-4 t - padding on, which are zero outside of the image. */
+Images are (count, height, width, channels) and tiles (36, rows, channels), contiguous, of float32 or, if `half`, of bfloat16;
+sums are of float32. Along each axis, a tile t of an image has four outputs from 4 t on, and six inputs from 4 t - padding on,
+which are zero outside of the image. There are rows for count * down * right tiles, and perhaps more, which are zero. */
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
-enum { FILTER = 3, STEP = 4, SIDE = 6, LANES = 32 }; /* channels at once: bfloat16 of a cache line */
+enum { FILTER = 3, STEP = 4, SIDE = 6, OVERLAP = SIDE - STEP, LANES = 16 };
 #define POINT_A (2.0f / 3)
 #define POINT_B (3.0f / 2) /* 1 / POINT_A, which is used below */
 #define A_SQUARED (POINT_A * POINT_A)
 #define B_SQUARED (POINT_B * POINT_B)
-#define F_OF_A (2 * A_SQUARED * (A_SQUARED - B_SQUARED)) /* product of the distances of a from the other points */
-#define F_OF_B (2 * B_SQUARED * (B_SQUARED - A_SQUARED))
-typedef float Lanes[LANES] __attribute__((aligned(64)));
-typedef Lanes Tile[SIDE][SIDE];
-typedef void Sums(const float *restrict in, float *restrict out, long stride); /* of elements `stride` floats apart */
+#define BY_F_OF_A (1 / (2 * A_SQUARED * (A_SQUARED - B_SQUARED))) /* 1 / product of the distances of a from the other points */
+#define BY_F_OF_B (1 / (2 * B_SQUARED * (B_SQUARED - A_SQUARED)))
+#define INLINE static inline __attribute__((always_inline)) /* with constants for arguments, of which the compiler makes use */
+
+typedef float Lanes __attribute__((vector_size(LANES * 4))); /* so many channels */
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef void Sums(const Lanes *in, Lanes *out);
 
 typedef struct {
-    long count, height, width, channels, padding, down, right, half, threads;
-    const void *bias; /* (channels), or NULL; added by collect_outputs */
+    long count, height, width, channels, padding, down, right, rows, half, threads, rectify;
+    const char *bias;    /* (channels), or NULL; added by collect_outputs */
+    const char *outputs; /* images that were rectified, or NULL; transform_gradient takes the gradient where they are not 0 */
+    float *sums;         /* (rows, channels), or NULL; of each tile's pixels, from transform_gradient */
 } Shape;
 
-static inline float to_float(uint16_t bfloat16) {
-    uint32_t bits = (uint32_t)bfloat16 << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+typedef struct {
+    long first, count; /* of at most LANES channels */
+    int half;
+} Channels;
+
+/* Where channel 0 of each number of a tile is, in images or in tiles; NULL outside of an image. */
+typedef char *Places[SIDE][SIDE];
+
+INLINE Lanes to_lanes(Halves halves) {
+#ifdef __AVX512BF16__ /* what the compiler makes of the other line is slower */
+    return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)halves), 16);
+#else
+    return (Lanes)(__builtin_convertvector(halves, Bits) << 16);
+#endif
 }
 
-static inline uint16_t to_bfloat16(float value) { /* the nearest, of two the even one; a NaN that sums of bfloat16 give stays one */
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+INLINE Halves to_halves(Lanes lanes) { /* the nearest, of two the even one; a NaN that sums of bfloat16 give stays one */
+#ifdef __AVX512BF16__
+    return (Halves)_mm512_cvtneps_pbh((__m512)lanes);
+#else
+    Bits bits = (Bits)lanes;
+    return __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
+#endif
 }
 
-/* From `channel` on, of the pixel or tile `at`; lanes behind the last channel are zero. Whole Lanes have loops of their own, of a
-   length that the compiler knows. */
-static inline void load(const void *from, long at, long channel, Lanes to, const Shape *s) {
-    long lanes = s->channels - channel;
-    const uint16_t *halves = (const uint16_t *)from + at * s->channels + channel;
-    const float *floats = (const float *)from + at * s->channels + channel;
-    if (lanes < LANES) {
-        memset(to, 0, sizeof(Lanes));
-        for (long lane = 0; lane < lanes; lane++) to[lane] = s->half ? to_float(halves[lane]) : floats[lane];
-    } else if (s->half) {
-        for (long lane = 0; lane < LANES; lane++) to[lane] = to_float(halves[lane]);
-    } else {
-        memcpy(to, floats, sizeof(Lanes));
+/* Zero where there is no place, and in lanes behind the last channel. Whole Lanes are copied by calls of their own, of a size
+   that the compiler knows. */
+INLINE Lanes load(const char *place, Channels c) {
+    Lanes floats = {0};
+    Halves halves = {0};
+    if (!place) return floats;
+    if (!c.half) {
+        const float *from = (const float *)place + c.first;
+        if (c.count == LANES) memcpy(&floats, from, sizeof floats);
+        else memcpy(&floats, from, c.count * sizeof *from);
+        return floats;
     }
+    const uint16_t *from = (const uint16_t *)place + c.first;
+    if (c.count == LANES) memcpy(&halves, from, sizeof halves);
+    else memcpy(&halves, from, c.count * sizeof *from);
+    return to_lanes(halves);
 }
 
-static inline void store(const Lanes from, void *to, long at, long channel, const Shape *s) {
-    long lanes = s->channels - channel;
-    uint16_t *halves = (uint16_t *)to + at * s->channels + channel;
-    float *floats = (float *)to + at * s->channels + channel;
-    if (lanes < LANES) {
-        for (long lane = 0; lane < lanes; lane++)
-            if (s->half) halves[lane] = to_bfloat16(from[lane]);
-            else floats[lane] = from[lane];
-    } else if (s->half) {
-        for (long lane = 0; lane < LANES; lane++) halves[lane] = to_bfloat16(from[lane]);
-    } else {
-        memcpy(floats, from, sizeof(Lanes));
+INLINE void store(Lanes floats, char *place, Channels c) {
+    if (!place) return;
+    if (!c.half) {
+        float *to = (float *)place + c.first;
+        if (c.count == LANES) memcpy(to, &floats, sizeof floats);
+        else memcpy(to, &floats, c.count * sizeof *to);
+        return;
     }
+    Halves halves = to_halves(floats);
+    uint16_t *to = (uint16_t *)place + c.first;
+    if (c.count == LANES) memcpy(to, &halves, sizeof halves);
+    else memcpy(to, &halves, c.count * sizeof *to);
 }
+
+/* work(channels, ...) for all channels from `from` to `to`: whole Lanes have code of their own in either format. */
+#define FOR_CHANNELS(from, to, half, work, ...)                             \
+    for (long first = from; first < (to); first += LANES) {                 \
+        long left = (to) - first;                                           \
+        if (left < LANES) work(((Channels){first, left, half}), __VA_ARGS__); \
+        else if (half) work(((Channels){first, LANES, 1}), __VA_ARGS__);    \
+        else work(((Channels){first, LANES, 0}), __VA_ARGS__);              \
+    }
 
 /* out = M in along one axis, where the name says which matrix M is. Results for a and -a, and for b and -b, differ in the sign
    of what is odd. */
 
-static inline void times_b_transposed(const float *restrict in, float *restrict out, long stride) {
-    for (long lane = 0; lane < LANES; lane++) {
-        const float *d = in + lane;
-        float d0 = d[0], d1 = d[stride], d2 = d[2 * stride], d3 = d[3 * stride], d4 = d[4 * stride], d5 = d[5 * stride];
-        float *o = out + lane, even = d4 - B_SQUARED * d2, odd = POINT_A * d3 - POINT_B * d1;
-        o[0] = d0 - (A_SQUARED + B_SQUARED) * d2 + d4;
-        o[stride] = even + odd;
-        o[2 * stride] = even - odd;
-        even = d4 - A_SQUARED * d2, odd = POINT_B * d3 - POINT_A * d1;
-        o[3 * stride] = even + odd;
-        o[4 * stride] = even - odd;
-        o[5 * stride] = d1 - (A_SQUARED + B_SQUARED) * d3 + d5;
+INLINE void times_b_transposed(const Lanes *d, Lanes *out) {
+    Lanes even = d[4] - B_SQUARED * d[2], odd = POINT_A * d[3] - POINT_B * d[1];
+    out[0] = d[0] - (A_SQUARED + B_SQUARED) * d[2] + d[4];
+    out[1] = even + odd;
+    out[2] = even - odd;
+    even = d[4] - A_SQUARED * d[2], odd = POINT_B * d[3] - POINT_A * d[1];
+    out[3] = even + odd;
+    out[4] = even - odd;
+    out[5] = d[1] - (A_SQUARED + B_SQUARED) * d[3] + d[5];
+}
+
+INLINE void times_b(const Lanes *t, Lanes *out) {
+    Lanes sum_a = t[1] + t[2], difference_a = t[1] - t[2], sum_b = t[3] + t[4], difference_b = t[3] - t[4];
+    out[0] = t[0];
+    out[1] = t[5] - POINT_B * difference_a - POINT_A * difference_b;
+    out[2] = -(A_SQUARED + B_SQUARED) * t[0] - B_SQUARED * sum_a - A_SQUARED * sum_b;
+    out[3] = POINT_A * difference_a + POINT_B * difference_b - (A_SQUARED + B_SQUARED) * t[5];
+    out[4] = t[0] + sum_a + sum_b;
+    out[5] = t[5];
+}
+
+INLINE void times_a(const Lanes *y, Lanes *out) {
+    Lanes even = y[0] + A_SQUARED * y[2], odd = POINT_A * y[1] + A_SQUARED * POINT_A * y[3];
+    out[0] = y[0];
+    out[1] = even + odd;
+    out[2] = even - odd;
+    even = y[0] + B_SQUARED * y[2], odd = POINT_B * y[1] + B_SQUARED * POINT_B * y[3];
+    out[3] = even + odd;
+    out[4] = even - odd;
+    out[5] = y[3];
+}
+
+INLINE void times_a_transposed(const Lanes *m, Lanes *out) {
+    Lanes sum_a = m[1] + m[2], difference_a = m[1] - m[2], sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+    out[0] = m[0] + sum_a + sum_b;
+    out[1] = POINT_A * difference_a + POINT_B * difference_b;
+    out[2] = A_SQUARED * sum_a + B_SQUARED * sum_b;
+    out[3] = A_SQUARED * POINT_A * difference_a + B_SQUARED * POINT_B * difference_b + m[5];
+}
+
+INLINE void times_g(const Lanes *g, Lanes *out) {
+    Lanes even = BY_F_OF_A * (g[0] + A_SQUARED * g[2]), odd = BY_F_OF_A * POINT_A * g[1];
+    out[0] = g[0];
+    out[1] = even + odd;
+    out[2] = even - odd;
+    even = BY_F_OF_B * (g[0] + B_SQUARED * g[2]), odd = BY_F_OF_B * POINT_B * g[1];
+    out[3] = even + odd;
+    out[4] = even - odd;
+    out[5] = g[2];
+}
+
+INLINE void times_g_transposed(const Lanes *u, Lanes *out) {
+    Lanes sum_a = BY_F_OF_A * (u[1] + u[2]), sum_b = BY_F_OF_B * (u[3] + u[4]);
+    out[0] = u[0] + sum_a + sum_b;
+    out[1] = BY_F_OF_A * POINT_A * (u[1] - u[2]) + BY_F_OF_B * POINT_B * (u[3] - u[4]);
+    out[2] = A_SQUARED * sum_a + B_SQUARED * sum_b + u[5];
+}
+
+/* M T, where T are the before x before numbers at `from`. */
+INLINE void along_columns(Channels c, Sums *times_m, int before, int after, Places from, Lanes to[SIDE][SIDE]) {
+    for (int column = 0; column < before; column++) {
+        Lanes in[SIDE], out[SIDE];
+#pragma GCC unroll 6
+        for (int row = 0; row < before; row++) in[row] = load(from[row][column], c);
+        times_m(in, out);
+#pragma GCC unroll 6
+        for (int row = 0; row < after; row++) to[row][column] = out[row];
     }
 }
 
-static inline void times_b(const float *restrict in, float *restrict out, long stride) {
-    for (long lane = 0; lane < LANES; lane++) {
-        const float *t = in + lane;
-        float t0 = t[0], t1 = t[stride], t2 = t[2 * stride], t3 = t[3 * stride], t4 = t[4 * stride], t5 = t[5 * stride];
-        float *o = out + lane, sum_a = t1 + t2, difference_a = t1 - t2, sum_b = t3 + t4, difference_b = t3 - t4;
-        o[0] = t0;
-        o[stride] = t5 - POINT_B * difference_a - POINT_A * difference_b;
-        o[2 * stride] = -(A_SQUARED + B_SQUARED) * t0 - B_SQUARED * sum_a - A_SQUARED * sum_b;
-        o[3 * stride] = POINT_A * difference_a + POINT_B * difference_b - (A_SQUARED + B_SQUARED) * t5;
-        o[4 * stride] = t0 + sum_a + sum_b;
-        o[5 * stride] = t5;
+/* x where a is not 0 (or is no number), else 0 */
+INLINE Lanes where_positive(Lanes a, Lanes x) { return (Lanes)((Bits)x & ~(Bits)(a <= 0)); }
+
+/* M T M^T */
+INLINE void along_both_axes(Channels c, Sums *times_m, int before, int after, Places from, Places to) {
+    Lanes half_way[SIDE][SIDE], out[SIDE];
+    along_columns(c, times_m, before, after, from, half_way);
+    for (int row = 0; row < after; row++) {
+        times_m(half_way[row], out);
+#pragma GCC unroll 6
+        for (int column = 0; column < after; column++) store(out[column], to[row][column], c);
     }
 }
 
-static inline void times_a(const float *restrict in, float *restrict out, long stride) {
-    for (long lane = 0; lane < LANES; lane++) {
-        const float *y = in + lane;
-        float y0 = y[0], y1 = y[stride], y2 = y[2 * stride], y3 = y[3 * stride];
-        float *o = out + lane, even = y0 + A_SQUARED * y2, odd = POINT_A * y1 + A_SQUARED * POINT_A * y3;
-        o[0] = y0;
-        o[stride] = even + odd;
-        o[2 * stride] = even - odd;
-        even = y0 + B_SQUARED * y2, odd = POINT_B * y1 + B_SQUARED * POINT_B * y3;
-        o[3 * stride] = even + odd;
-        o[4 * stride] = even - odd;
-        o[5 * stride] = y3;
-    }
+/* side x side pixels of a tile, of which `outside` lie above of the first output, and as many left of it */
+INLINE void find_pixels(Places places, const void *images, long tile, int side, long outside, const Shape *s) {
+    long image = tile / (s->down * s->right), bytes = s->channels * (s->half ? 2 : 4);
+    long top = STEP * (tile / s->right % s->down) - outside, left = STEP * (tile % s->right) - outside;
+    for (int row = 0; row < side; row++)
+        for (int column = 0; column < side; column++) {
+            long y = top + row, x = left + column;
+            int inside = image < s->count && y >= 0 && y < s->height && x >= 0 && x < s->width;
+            places[row][column] = inside ? (char *)images + ((image * s->height + y) * s->width + x) * bytes : NULL;
+        }
 }
 
-static inline void times_a_transposed(const float *restrict in, float *restrict out, long stride) {
-    for (long lane = 0; lane < LANES; lane++) {
-        const float *m = in + lane;
-        float m1 = m[stride], m2 = m[2 * stride], m3 = m[3 * stride], m4 = m[4 * stride];
-        float *o = out + lane, sum_a = m1 + m2, difference_a = m1 - m2, sum_b = m3 + m4, difference_b = m3 - m4;
-        o[0] = m[0] + sum_a + sum_b;
-        o[stride] = POINT_A * difference_a + POINT_B * difference_b;
-        o[2 * stride] = A_SQUARED * sum_a + B_SQUARED * sum_b;
-        o[3 * stride] = A_SQUARED * POINT_A * difference_a + B_SQUARED * POINT_B * difference_b + m[5 * stride];
-    }
+INLINE void find_tile(Places places, const void *tiles, long tile, const Shape *s) {
+    long bytes = s->channels * (s->half ? 2 : 4);
+    for (int k = 0; k < SIDE * SIDE; k++) places[k / SIDE][k % SIDE] = (char *)tiles + (k * s->rows + tile) * bytes;
 }
 
-static inline void times_g(const float *restrict in, float *restrict out, long stride) {
-    for (long lane = 0; lane < LANES; lane++) {
-        const float *g = in + lane;
-        float *o = out + lane, even = (g[0] + A_SQUARED * g[2 * stride]) / F_OF_A, odd = POINT_A * g[stride] / F_OF_A;
-        o[0] = g[0];
-        o[stride] = even + odd;
-        o[2 * stride] = even - odd;
-        even = (g[0] + B_SQUARED * g[2 * stride]) / F_OF_B, odd = POINT_B * g[stride] / F_OF_B;
-        o[3 * stride] = even + odd;
-        o[4 * stride] = even - odd;
-        o[5 * stride] = g[2 * stride];
-    }
-}
-
-static inline void times_g_transposed(const float *restrict in, float *restrict out, long stride) {
-    for (long lane = 0; lane < LANES; lane++) {
-        const float *u = in + lane;
-        float u1 = u[stride], u2 = u[2 * stride], u3 = u[3 * stride], u4 = u[4 * stride];
-        float *o = out + lane, sum_a = (u1 + u2) / F_OF_A, sum_b = (u3 + u4) / F_OF_B;
-        o[0] = u[0] + sum_a + sum_b;
-        o[stride] = POINT_A * (u1 - u2) / F_OF_A + POINT_B * (u3 - u4) / F_OF_B;
-        o[2 * stride] = A_SQUARED * sum_a + B_SQUARED * sum_b + u[5 * stride];
-    }
-}
-
-static inline void along_both_axes(Sums *sums, int side_before, int side_after, Tile in, Tile out) {
-    Tile rows;
-    for (int column = 0; column < side_before; column++) sums(in[0][column], rows[0][column], SIDE * LANES);
-    for (int row = 0; row < side_after; row++) sums(rows[row][0], out[row][0], LANES);
-}
-
-static inline void to_tile(Sums *sums, int side, long padding, const void *images, void *tiles, long tile, const Shape *s) {
-    long image = tile / (s->down * s->right), all = s->count * s->down * s->right;
-    long top = STEP * (tile / s->right % s->down) - padding, left = STEP * (tile % s->right) - padding;
-    for (long channel = 0; channel < s->channels; channel += LANES) {
-        Tile in, out;
-        for (int row = 0; row < side; row++)
-            for (int column = 0; column < side; column++) {
-                long y = top + row, x = left + column;
-                if (y >= 0 && y < s->height && x >= 0 && x < s->width)
-                    load(images, (image * s->height + y) * s->width + x, channel, in[row][column], s);
-                else
-                    memset(in[row][column], 0, sizeof(Lanes));
-            }
-        along_both_axes(sums, side, SIDE, in, out);
-        for (int k = 0; k < SIDE * SIDE; k++) store(out[k / SIDE][k % SIDE], tiles, k * all + tile, channel, s);
-    }
+INLINE void to_tile(Sums *times_m, int side, long outside, const void *images, void *tiles, long tile, const Shape *s) {
+    Places from, to;
+    find_pixels(from, images, tile, side, outside, s);
+    find_tile(to, tiles, tile, s);
+    FOR_CHANNELS(0, s->channels, s->half, along_both_axes, times_m, side, SIDE, from, to)
 }
 
 /* B^T d B */
 void transform_inputs(const void *images, void *tiles, const Shape *s) {
 #pragma omp parallel for num_threads(s->threads)
-    for (long tile = 0; tile < s->count * s->down * s->right; tile++)
-        to_tile(times_b_transposed, SIDE, s->padding, images, tiles, tile, s);
+    for (long tile = 0; tile < s->rows; tile++) to_tile(times_b_transposed, SIDE, s->padding, images, tiles, tile, s);
 }
 
-/* A y A^T */
-void transform_outputs(const void *images, void *tiles, const Shape *s) {
+/* A y A^T, and the sum of y */
+INLINE void gradient_to_tile(Channels c, Places from, Places outputs, int rectified, Places to, float *sums) {
+    Lanes half_way[SIDE][SIDE], in[SIDE], out[SIDE], sum = {0};
+    for (int column = 0; column < STEP; column++) {
+#pragma GCC unroll 4
+        for (int row = 0; row < STEP; row++) {
+            in[row] = load(from[row][column], c);
+            if (rectified) in[row] = where_positive(load(outputs[row][column], c), in[row]);
+            sum += in[row];
+        }
+        times_a(in, out);
+#pragma GCC unroll 6
+        for (int row = 0; row < SIDE; row++) half_way[row][column] = out[row];
+    }
+    store(sum, (char *)sums, (Channels){c.first, c.count, 0});
+    for (int row = 0; row < SIDE; row++) {
+        times_a(half_way[row], out);
+#pragma GCC unroll 6
+        for (int column = 0; column < SIDE; column++) store(out[column], to[row][column], c);
+    }
+}
+
+/* Of the outputs' gradient, A y A^T and sums */
+void transform_gradient(const void *images, void *tiles, const Shape *s) {
 #pragma omp parallel for num_threads(s->threads)
-    for (long tile = 0; tile < s->count * s->down * s->right; tile++) to_tile(times_a, STEP, 0, images, tiles, tile, s);
+    for (long tile = 0; tile < s->rows; tile++) {
+        Places from, outputs, to;
+        float *sums = s->sums ? s->sums + tile * s->channels : NULL;
+        find_pixels(from, images, tile, STEP, 0, s);
+        find_tile(to, tiles, tile, s);
+        if (s->outputs) {
+            find_pixels(outputs, s->outputs, tile, STEP, 0, s);
+            FOR_CHANNELS(0, s->channels, s->half, gradient_to_tile, from, outputs, 1, to, sums)
+        } else {
+            FOR_CHANNELS(0, s->channels, s->half, gradient_to_tile, from, outputs, 0, to, sums)
+        }
+    }
 }
 
 /* G g G^T; filters (count, 3, 3, channels) have one tile each */
 void transform_filters(const void *filters, void *tiles, const Shape *s) {
 #pragma omp parallel for num_threads(s->threads)
-    for (long tile = 0; tile < s->count; tile++) to_tile(times_g, FILTER, 0, filters, tiles, tile, s);
+    for (long tile = 0; tile < s->rows; tile++) to_tile(times_g, FILTER, 0, filters, tiles, tile, s);
 }
 
-/* One of `all` tiles, whose 36 numbers of a channel lie `all` tiles apart. */
-static inline void load_tile(const void *tiles, long all, long tile, long channel, Tile in, const Shape *s) {
-    for (int k = 0; k < SIDE * SIDE; k++) load(tiles, k * all + tile, channel, in[k / SIDE][k % SIDE], s);
+INLINE void tile_to_outputs(Channels c, Places from, Places to, const char *bias, int rectify) {
+    Lanes half_way[SIDE][SIDE], out[SIDE], added = load(bias, c);
+    along_columns(c, times_a_transposed, SIDE, STEP, from, half_way);
+    for (int row = 0; row < STEP; row++) {
+        times_a_transposed(half_way[row], out);
+#pragma GCC unroll 4
+        for (int column = 0; column < STEP; column++) {
+            out[column] += added;
+            store(rectify ? where_positive(out[column], out[column]) : out[column], to[row][column], c);
+        }
+    }
 }
 
-/* A^T m A + bias */
+/* A^T m A + bias, zero where that is negative if `rectify` */
 void collect_outputs(const void *tiles, void *images, const Shape *s) {
-    long all = s->count * s->down * s->right;
 #pragma omp parallel for num_threads(s->threads)
-    for (long tile = 0; tile < all; tile++) {
-        long image = tile / (s->down * s->right), top = STEP * (tile / s->right % s->down), left = STEP * (tile % s->right);
-        for (long channel = 0; channel < s->channels; channel += LANES) {
-            Tile in, out;
-            Lanes bias = {0};
-            load_tile(tiles, all, tile, channel, in, s);
-            along_both_axes(times_a_transposed, SIDE, STEP, in, out);
-            if (s->bias) load(s->bias, 0, channel, bias, s);
-            for (long row = 0; row < STEP && top + row < s->height; row++)
-                for (long column = 0; column < STEP && left + column < s->width; column++) {
-                    for (int lane = 0; lane < LANES; lane++) out[row][column][lane] += bias[lane];
-                    store(out[row][column], images, (image * s->height + top + row) * s->width + left + column, channel, s);
-                }
+    for (long tile = 0; tile < s->count * s->down * s->right; tile++) {
+        Places from, to;
+        find_tile(from, tiles, tile, s);
+        find_pixels(to, images, tile, STEP, 0, s);
+        FOR_CHANNELS(0, s->channels, s->half, tile_to_outputs, from, to, s->bias, s->rectify)
+    }
+}
+
+INLINE void add_to_filter(Channels c, Places from, float *filter, long channels) {
+    Lanes half_way[SIDE][SIDE], out[SIDE];
+    Channels floats = {c.first, c.count, 0};
+    along_columns(c, times_g_transposed, SIDE, FILTER, from, half_way);
+    for (int row = 0; row < FILTER; row++) {
+        times_g_transposed(half_way[row], out);
+        for (int column = 0; column < FILTER; column++) {
+            char *to = (char *)(filter + (row * FILTER + column) * channels);
+            store(load(to, floats) + out[column], to, floats);
         }
     }
 }
@@ -224,44 +300,62 @@ void collect_outputs(const void *tiles, void *images, const Shape *s) {
 /* G^T u G, added to what `filters`, always of float32, hold already */
 void collect_filters(const void *tiles, float *filters, const Shape *s) {
 #pragma omp parallel for num_threads(s->threads)
-    for (long filter = 0; filter < s->count; filter++)
-        for (long channel = 0; channel < s->channels; channel += LANES) {
-            Tile in, out;
-            load_tile(tiles, s->count, filter, channel, in, s);
-            along_both_axes(times_g_transposed, SIDE, FILTER, in, out);
-            for (int k = 0; k < FILTER * FILTER; k++)
-                for (long lane = 0; lane < LANES && channel + lane < s->channels; lane++)
-                    filters[(filter * FILTER * FILTER + k) * s->channels + channel + lane] += out[k / FILTER][k % FILTER][lane];
+    for (long filter = 0; filter < s->count; filter++) {
+        Places from;
+        find_tile(from, tiles, filter, s);
+        FOR_CHANNELS(0, s->channels, s->half, add_to_filter, from, filters + filter * FILTER * FILTER * s->channels, s->channels)
+    }
+}
+
+/* B T B^T of one tile, to which the overlapping sums of its neighbours are added: `beside` from the tile to the left, `above`,
+   rows of `width`, from those above. Sums to which a further tile adds stay there. */
+INLINE void add_to_pixels(Channels c, Places from, Places to, Lanes beside[][SIDE][OVERLAP], Lanes *above, long width, int last_row,
+                          int last_column) {
+    Lanes half_way[SIDE][SIDE], out[SIDE];
+    long vector = c.first / LANES;
+    int columns = last_column ? SIDE : STEP;
+    above += vector * OVERLAP * width;
+    along_columns(c, times_b, SIDE, SIDE, from, half_way);
+    for (int row = 0; row < SIDE; row++) {
+        times_b(half_way[row], out);
+        for (int column = 0; column < OVERLAP; column++) {
+            out[column] += beside[vector][row][column];
+            beside[vector][row][column] = out[STEP + column];
         }
+#pragma GCC unroll 6
+        for (int column = 0; column < SIDE; column++) {
+            if (column >= columns) break;
+            if (row < OVERLAP) out[column] += above[row * width + column];
+            if (row < STEP || last_row) store(out[column], to[row][column], c);
+            else above[(row - STEP) * width + column] = out[column];
+        }
+    }
 }
 
 /* B t B^T, the transpose of transform_inputs: where tiles overlap, what they hold is added. */
 void collect_inputs(const void *tiles, void *images, const Shape *s) {
-    long all = s->count * s->down * s->right, width = STEP * s->right + SIDE - STEP;
+    long width = STEP * s->right + OVERLAP, vectors = (s->channels + LANES - 1) / LANES;
+    long at_once = s->count < s->threads ? LANES : vectors * LANES; /* channels; fewer for threads without an image of their own */
 #pragma omp parallel for collapse(2) num_threads(s->threads)
     for (long image = 0; image < s->count; image++)
-        for (long channel = 0; channel < s->channels; channel += LANES) {
-            Lanes(*strip)[width] = aligned_alloc(sizeof(Lanes), SIDE * sizeof *strip); /* of the padded image, as high as a tile */
-            memset(strip, 0, SIDE * sizeof *strip);
+        for (long begin = 0; begin < s->channels; begin += at_once) {
+            long end = begin + at_once < s->channels ? begin + at_once : s->channels;
+            long above_bytes = vectors * OVERLAP * width * sizeof(Lanes), beside_bytes = vectors * SIDE * OVERLAP * sizeof(Lanes);
+            Lanes *above = aligned_alloc(sizeof(Lanes), above_bytes);
+            Lanes(*beside)[SIDE][OVERLAP] = aligned_alloc(sizeof(Lanes), beside_bytes);
+            memset(above, 0, above_bytes);
             for (long down = 0; down < s->down; down++) {
+                memset(beside, 0, beside_bytes);
                 for (long right = 0; right < s->right; right++) {
-                    Tile in, out;
-                    load_tile(tiles, all, (image * s->down + down) * s->right + right, channel, in, s);
-                    along_both_axes(times_b, SIDE, SIDE, in, out);
-                    for (int row = 0; row < SIDE; row++)
-                        for (int column = 0; column < SIDE; column++)
-                            for (int lane = 0; lane < LANES; lane++)
-                                strip[row][STEP * right + column][lane] += out[row][column][lane];
+                    long tile = (image * s->down + down) * s->right + right;
+                    Places from, to;
+                    find_tile(from, tiles, tile, s);
+                    find_pixels(to, images, tile, SIDE, s->padding, s);
+                    FOR_CHANNELS(begin, end, s->half, add_to_pixels, from, to, beside, above + STEP * right, width,
+                                 down + 1 == s->down, right + 1 == s->right)
                 }
-                int complete = down + 1 < s->down ? STEP : SIDE; /* rows to which no further tile adds */
-                for (int row = 0; row < complete; row++) {
-                    long y = STEP * down + row - s->padding;
-                    for (long x = 0; x < s->width && y >= 0 && y < s->height; x++)
-                        store(strip[row][x + s->padding], images, (image * s->height + y) * s->width + x, channel, s);
-                }
-                memmove(strip, strip + STEP, (SIDE - STEP) * sizeof *strip);
-                memset(strip + SIDE - STEP, 0, STEP * sizeof *strip);
             }
-            free(strip);
+            free(above);
+            free(beside);
         }
 }

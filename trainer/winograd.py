@@ -22,6 +22,7 @@ bf16, where the transformed tiles are rounded, too. Without gradients, as in an 
 
 import ctypes
 import functools
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from shardstep.trainer import native
-from shardstep.trainer.conv_function import channels_last, format_of, refuse_second_derivatives
+from shardstep.trainer.conv_function import channels_last, format_of, has_hooks, refuse_second_derivatives
 from shardstep.trainer.unfold import UnfoldConv2d
 
 _SOURCE = Path(__file__).with_suffix(".c")
@@ -52,13 +54,37 @@ class WinogradConv2d(UnfoldConv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = format_of(input, self.weight)
-        fits = dtype in _FORMATS and input.device.type == "cpu" and is_faster(self, input)
-        trains = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        if fits and trains and not missing():
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return convolve(input.to(dtype), self.weight.to(dtype), bias, int(self.padding[0]))
-        return super().forward(input)
+        return self._convolve(input) if self._takes(input) else super().forward(input)
+
+    def rectified(self, input: Tensor) -> Tensor:
+        """What a ReLU makes of the outputs; here, in passes over them that the layer makes anyway."""
+        return self._convolve(input, rectify=True) if self._takes(input) else functional.relu_(super().forward(input))
+
+    def _takes(self, images: Tensor) -> bool:
+        fits = format_of(images, self.weight) in _FORMATS and images.device.type == "cpu" and is_faster(self, images)
+        trains = torch.is_grad_enabled() and (images.requires_grad or self.weight.requires_grad)
+        return fits and trains and not missing()
+
+    def _convolve(self, images: Tensor, rectify: bool = False) -> Tensor:
+        dtype = format_of(images, self.weight)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return convolve(images.to(dtype), self.weight.to(dtype), bias, int(self.padding[0]), rectify)
+
+
+class RectifyingSequential(nn.Sequential):
+    """nn.Sequential whose WinogradConv2d rectify their outputs where nn.ReLU follows and nobody looks in between."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        layers = deque(self)
+        while layers:
+            layer = layers.popleft()
+            rectifies = isinstance(layer, WinogradConv2d) and bool(layers) and type(layers[0]) is nn.ReLU
+            if rectifies and not has_hooks(layer, layers[0]):
+                layers.popleft()
+                input = layer.rectified(input)
+            else:
+                input = layer(input)
+        return input
 
 
 def is_faster(layer: nn.Conv2d, images: Tensor) -> bool:
@@ -92,63 +118,71 @@ def _sums() -> ctypes.CDLL:
     return native.load(_SOURCE)
 
 
-def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, padding: int, rectify: bool = False) -> Tensor:
     """Cross-correlate images (N, C, H, W) with 3x3 filters (O, C, 3, 3), both fp32 or bf16: (N, O, H + 2p - 2, W + 2p - 2).
 
     It is fast where images are torch.channels_last. Outputs always are. Gradients have none themselves.
+
+    Args:
+        rectify: set negative outputs to 0.
 
     Raises:
         ValueError: another device or number format, or several of them.
         NotImplementedError: in a backward pass with create_graph=True.
     """
-    return _Convolution.apply(images, weight, bias, padding)
+    return _Convolution.apply(images, weight, bias, padding, rectify)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
     @torch.autocast("cpu", enabled=False)  # of the matrix products
-    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, padding: int, rectify: bool) -> Tensor:
         bias = None if bias is None else bias.contiguous()
         given = [images, weight] if bias is None else [images, weight, bias]
         if {(part.device.type, part.dtype) for part in given} not in [{("cpu", dtype)} for dtype in _FORMATS]:
             raise ValueError("winograd: images, weight and bias must be on the CPU, all of fp32 or all of bf16")
-        ctx.padding = padding
         inputs, filters = channels_last(images), channels_last(weight)
         shape = (len(images), len(weight), *(size + 2 * padding - 2 for size in images.shape[2:]))
         # what is returned is no view, so that an activation may work in place
         found = torch.empty(shape, dtype=images.dtype, memory_format=torch.channels_last)
         outputs = found.permute(0, 2, 3, 1)
         filter_tiles = _transform("filters", filters, _ONE_TILE)  # (36, O, C)
-        ctx.save_for_backward(images, filter_tiles)
+        ctx.save_for_backward(images, filter_tiles, found if rectify else None)
+        ctx.padding = padding
         grid = _Grid.of(outputs, filter_tiles, padding)
         for part in grid.parts(len(images)):
-            tiles = _transform("inputs", inputs[part], grid)
-            _collect("outputs", torch.bmm(tiles, filter_tiles.transpose(1, 2)), outputs[part], grid, bias)
+            products = torch.bmm(_transform("inputs", inputs[part], grid), filter_tiles.transpose(1, 2))
+            _collect("outputs", products, outputs[part], grid, bias=bias, rectify=rectify)
         return found
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("winograd")
-        images, filter_tiles = ctx.saved_tensors
-        of_images, of_weight, of_bias, _ = ctx.needs_input_grad
-        inputs, outputs = channels_last(images), channels_last(gradient)
-        grid = _Grid.of(outputs, filter_tiles, ctx.padding)
+        images, filter_tiles, rectified = ctx.saved_tensors
+        of_images, of_weight, of_bias, *_ = ctx.needs_input_grad
+        inputs, of_outputs = channels_last(images), channels_last(gradient)
+        outputs = channels_last(rectified) if rectified is not None else None
+        grid = _Grid.of(of_outputs, filter_tiles, ctx.padding)
         inputs_gradient = torch.empty_like(inputs) if of_images else None
-        filters_gradient: Tensor | None = None
-        if of_weight:  # in fp32, because bf16 would round after each part
-            filters_gradient = torch.zeros(outputs.shape[3], 3, 3, inputs.shape[3], dtype=torch.float32)
+        # in fp32, because bf16 would round after each part
+        filters_gradient = torch.zeros(of_outputs.shape[3], 3, 3, inputs.shape[3]) if of_weight else None
+        bias_gradient = torch.zeros(of_outputs.shape[3]) if of_bias else None
         for part in grid.parts(len(images)):
-            products = _transform("outputs", outputs[part], grid)  # their gradient, (36, tiles, O)
+            rectified_part = outputs[part] if outputs is not None else None
+            products, sums = _transform_gradient(of_outputs[part], rectified_part, grid, with_sums=of_bias)
             if filters_gradient is not None:
                 of_filter_tiles = torch.bmm(products.transpose(1, 2), _transform("inputs", inputs[part], grid))
                 _collect("filters", of_filter_tiles, filters_gradient, _ONE_TILE)
             if inputs_gradient is not None:
                 _collect("inputs", torch.bmm(products, filter_tiles), inputs_gradient[part], grid)
+            if bias_gradient is not None and sums is not None:
+                bias_gradient += sums.sum(dim=0)
         return (
             inputs_gradient.permute(0, 3, 1, 2) if inputs_gradient is not None else None,
             filters_gradient.permute(0, 3, 1, 2).to(images.dtype) if filters_gradient is not None else None,
-            gradient.sum(dim=(0, 2, 3)) if of_bias else None,
+            bias_gradient.to(images.dtype) if bias_gradient is not None else None,
+            None,
             None,
         )
 
@@ -175,6 +209,11 @@ class _Grid:
         """At least one, even of no images."""
         return (slice(start, start + self.images) for start in range(0, max(count, 1), self.images))
 
+    def rows(self, count: int) -> int:
+        """Of the tiles of `count` images, with one of zeros where that is even: an even number of rows apart, the 36 numbers
+        of a tile would share few places in a processor's caches."""
+        return count * self.down * self.right | 1
+
 
 _ONE_TILE = _Grid(padding=0, down=1, right=1, images=1)
 
@@ -190,27 +229,49 @@ class _Shape(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_long)
-            for name in ("count", "height", "width", "channels", "padding", "down", "right", "half", "threads")
+            for name in (
+                "count", "height", "width", "channels", "padding", "down", "right", "rows", "half", "threads", "rectify"
+            )
         ),
-        ("bias", ctypes.c_void_p),
-    ]
+        *((name, ctypes.c_void_p) for name in ("bias", "outputs", "sums")),
+    ]  # fmt: skip
 
 
 def _transform(kind: str, images: Tensor, grid: _Grid) -> Tensor:
-    """Inputs, outputs or filters (n, H, W, C) to tiles (36, n * tiles of one, C)."""
-    tiles = images.new_empty(_SIDE**2, len(images) * grid.down * grid.right, images.shape[-1])
+    """Inputs or filters (n, H, W, C) to tiles (36, rows, C)."""
+    rows = len(images) if kind == "filters" else grid.rows(len(images))
+    tiles = images.new_empty(_SIDE**2, rows, images.shape[-1])
     _call(f"transform_{kind}", images, tiles, images, grid)
     return tiles
 
 
-def _collect(kind: str, tiles: Tensor, images: Tensor, grid: _Grid, bias: Tensor | None = None) -> None:
+def _transform_gradient(
+    gradient: Tensor, rectified: Tensor | None, grid: _Grid, with_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of outputs (n, H, W, O), where they are above 0 if rectified: tiles (36, rows, O) and their sums (rows, O)."""
+    rows, channels = grid.rows(len(gradient)), gradient.shape[-1]
+    tiles = gradient.new_empty(_SIDE**2, rows, channels)
+    sums = torch.empty(rows, channels) if with_sums else None
+    _call("transform_gradient", gradient, tiles, gradient, grid, outputs=rectified, sums=sums)
+    return tiles, sums
+
+
+def _collect(kind: str, tiles: Tensor, images: Tensor, grid: _Grid, **also: Tensor | bool | None) -> None:
     """Tiles to inputs or outputs, in place; to filters of float32, to which they are added."""
-    _call(f"collect_{kind}", tiles, images, images, grid, bias)
+    _call(f"collect_{kind}", tiles, images, images, grid, **also)
 
 
-def _call(sums: str, source: Tensor, target: Tensor, images: Tensor, grid: _Grid, bias: Tensor | None = None) -> None:
-    """A function of winograd.c, by as many threads as torch has. Tensors are contiguous; `images` is source or target."""
-    half, of_bias = source.dtype == torch.bfloat16, None if bias is None else bias.data_ptr()
-    shape = _Shape(*images.shape, grid.padding, grid.down, grid.right, half, torch.get_num_threads(), of_bias)
+def _call(
+    function: str, source: Tensor, target: Tensor, images: Tensor, grid: _Grid, **also: Tensor | bool | None
+) -> None:
+    """A function of winograd.c, by as many threads as torch has. Tensors are contiguous; `images` is source or target.
+
+    Args:
+        also: other fields of its Shape.
+    """
+    rows = (source if images is target else target).shape[1]
+    half, threads = source.dtype == torch.bfloat16, torch.get_num_threads()
+    fields = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in also.items()}
+    shape = _Shape(*images.shape, grid.padding, grid.down, grid.right, rows, half, threads, **fields)
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (source, target))
-    getattr(_sums(), sums)(*pointers, ctypes.byref(shape))
+    getattr(_sums(), function)(*pointers, ctypes.byref(shape))

@@ -1,5 +1,6 @@
 """Winograd's method computes what the convolution does, and is used in training where it is faster."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -68,10 +69,25 @@ def test_many_parts_are_as_exact_as_one(monkeypatch: pytest.MonkeyPatch) -> None
     assert distances[1] < 1.3 * distances[0]
 
 
-def test_numbers_that_are_none_stay_none() -> None:
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
+@pytest.mark.parametrize("channels", [24, 64])
+def test_rectified_outputs_have_the_gradients_of_a_relu(channels: int, dtype: torch.dtype, close: float) -> None:
+    torch.manual_seed(0)
+    shapes = (3, channels, 9, 8), (channels, channels, 3, 3), (channels,)
+    own = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    found = winograd.convolve(own[0], own[1], own[2], 1, rectify=True)
+    wanted = functional.relu(winograd.convolve(own[0], own[1], own[2], 1))
+    assert torch.equal(found, wanted)
+    assert 0.4 < (found == 0).float().mean() < 0.6
+    for gradient, right in zip(_gradients(found, *own), _gradients(wanted, *own), strict=True):
+        assert _distance(gradient, right.double()) < close
+
+
+@pytest.mark.parametrize("rectify", [False, True])
+def test_numbers_that_are_none_stay_none(rectify: bool) -> None:
     images, weight = torch.randn(1, 32, 8, 8).bfloat16(), torch.randn(32, 32, 3, 3).bfloat16()
     images[0, 3, 0, 0] = float("nan")
-    outputs = winograd.convolve(images, weight, None, 1)
+    outputs = winograd.convolve(images, weight, None, 1, rectify)
     assert outputs[0, :, :4, :4].isnan().all()
     assert not outputs[0, :, 4:, 4:].isnan().any()
 
@@ -84,15 +100,27 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
             torch.set_num_threads(threads)
             tiles = winograd._transform("inputs", images, grid)
             filter_tiles = winograd._transform("filters", weight, winograd._ONE_TILE)
+            of_gradient, sums = winograd._transform_gradient(images, images, grid, with_sums=True)
             collected = [torch.zeros_like(images), torch.zeros_like(images), torch.zeros_like(weight)]
             winograd._collect("inputs", tiles, collected[0], grid)
-            winograd._collect("outputs", winograd._transform("outputs", images, grid), collected[1], grid)
+            winograd._collect("outputs", of_gradient, collected[1], grid)
             winograd._collect("filters", filter_tiles, collected[2], winograd._ONE_TILE)
-            found.append([tiles, filter_tiles, *collected])
+            found.append([tiles, filter_tiles, of_gradient, sums, *collected])
     finally:
         torch.set_num_threads(before)
     for several in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], several, strict=True))
+
+
+def test_a_row_beyond_the_tiles_of_images_is_zero() -> None:
+    grid = winograd._Grid(padding=0, down=2, right=2, images=1)
+    images = torch.ones(3, 6, 6, 5)
+    tiles = winograd._transform("inputs", images, grid)
+    of_gradient, sums = winograd._transform_gradient(images, None, grid, with_sums=True)
+    assert sums is not None
+    assert tiles.shape == of_gradient.shape == (36, 13, 5)
+    assert not any(part[..., 12, :].any() for part in (tiles, of_gradient, sums))
+    assert tiles[..., 11, :].any()
 
 
 @pytest.mark.parametrize("in_forward", [True, False])
@@ -209,6 +237,35 @@ def test_what_it_cannot_do_stays_torchs() -> None:
     assert torch.equal(layer.double()(images.double()), plain.double()(images.double()))
     layer.float().requires_grad_(False)
     assert torch.equal(layer(images), plain.float()(images))  # nothing to learn
+
+
+def test_a_relu_behind_a_layer_is_computed_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)  # only the second gains by it
+    plain = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(inplace=True), nn.BatchNorm2d(64), nn.ReLU())
+    model = copy.deepcopy(plain)
+    convert_convolutions(model, "winograd")
+    images = torch.randn(2, 3, 8, 8)
+    gradients = [torch.autograd.grad(each(images).square().sum(), list(each.parameters())) for each in (plain, model)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plain[:3](images), model[:3](images), rtol=1e-5, atol=1e-5)  # ends before the ReLU
+    torch.testing.assert_close(plain[2:](first(images)), model[2:](first(images)), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), plain.eval()(images))
+
+    rectified = []
+    relu = nn.ReLU.forward
+    monkeypatch.setattr(nn.ReLU, "forward", lambda layer, input: rectified.append(layer) or relu(layer, input))
+    model.train()(images)
+    assert rectified == [model[5]]
+    seen: list[Tensor] = []
+    handle = model[2].register_forward_hook(lambda layer, given, found: seen.append(found.detach().clone()))
+    model(images)
+    assert rectified == [model[5], model[3], model[5]]
+    assert (seen[0] < 0).any()
+    handle.remove()
+    model(images)
+    assert rectified[3:] == [model[5]]
 
 
 def test_under_autocast_it_computes_in_its_format(monkeypatch: pytest.MonkeyPatch) -> None:
