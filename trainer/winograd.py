@@ -78,8 +78,8 @@ class RectifyingSequential(nn.Sequential):
         layers = deque(self)
         while layers:
             layer = layers.popleft()
-            rectifies = isinstance(layer, WinogradConv2d) and bool(layers) and type(layers[0]) is nn.ReLU
-            if rectifies and not has_hooks(layer, layers[0]):
+            followed = len(layers) > 0 and type(layers[0]) is nn.ReLU
+            if isinstance(layer, WinogradConv2d) and followed and not has_hooks(layer, layers[0]):
                 layers.popleft()
                 input = layer.rectified(input)
             else:
