@@ -11,7 +11,12 @@ which are zero outside of the image. There are rows for count * down * right til
 #include <immintrin.h>
 #endif
 
-enum { FILTER = 3, STEP = 4, SIDE = 6, OVERLAP = SIDE - STEP, LANES = 16 };
+enum { FILTER = 3, STEP = 4, SIDE = 6, OVERLAP = SIDE - STEP };
+#ifdef __AVX512F__
+enum { LANES = 16 }; /* floats of a register */
+#else
+enum { LANES = 8 };
+#endif
 #define POINT_A (2.0f / 3)
 #define POINT_B (3.0f / 2) /* 1 / POINT_A, which is used below */
 #define A_SQUARED (POINT_A * POINT_A)
