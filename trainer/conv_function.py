@@ -25,7 +25,8 @@ def refuse_second_derivatives(method: str) -> None:
         )
 
 
-def has_hooks(*layers: nn.Module) -> bool:
-    """Whether somebody looks at what goes into layers or comes out of them."""
+def is_watched(*layers: nn.Module) -> bool:
+    """Whether somebody looks at what goes into layers or comes out of them, or has given one a forward pass of its own."""
     own = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return any(getattr(layer, hooks) for layer in layers for hooks in own) or module._has_any_global_hook()
+    hooked = any(getattr(layer, hooks) for layer in layers for hooks in own) or module._has_any_global_hook()
+    return hooked or any("forward" in vars(layer) for layer in layers)

@@ -34,12 +34,12 @@ CONVOLUTION_METHODS = {
 
 
 def convert_convolutions(model: nn.Module, method: str) -> None:
-    """Let the 3x3 convolutions of a model train by a method, where it is faster."""
+    """Let the 3x3 convolutions of a model train by a method, where it is faster; by winograd, with the ReLU behind them."""
     for layer in model.modules():
         if _is_plain(layer):
             layer.__class__ = CONVOLUTION_METHODS[method].layer
-        elif type(layer) is nn.Sequential:
-            layer.__class__ = winograd.RectifyingSequential  # which is that of torch for all but winograd's layers
+        elif type(layer) is nn.Sequential and method == "winograd":
+            layer.__class__ = winograd.RectifyingSequential
 
 
 @torch.no_grad()

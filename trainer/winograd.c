@@ -2,7 +2,8 @@
 
 Images are (count, height, width, channels) and tiles (36, rows, channels), contiguous, of float32 or, if `half`, of bfloat16;
 sums are of float32. Along each axis, a tile t of an image has four outputs from 4 t on, and six inputs from 4 t - padding on,
-which are zero outside of the image. There are rows for count * down * right tiles, and perhaps more, which are zero. */
+which are zero outside of the image. There are rows for count * down * right tiles, and perhaps more, which transforms set to
+zero. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -23,18 +24,19 @@ enum { LANES = 8 };
 #define B_SQUARED (POINT_B * POINT_B)
 #define BY_F_OF_A (1 / (2 * A_SQUARED * (A_SQUARED - B_SQUARED))) /* 1 / product of the distances of a from the other points */
 #define BY_F_OF_B (1 / (2 * B_SQUARED * (B_SQUARED - A_SQUARED)))
-#define INLINE static inline __attribute__((always_inline)) /* with constants for arguments, of which the compiler makes use */
+#define INLINE static inline __attribute__((always_inline)) /* arguments that are constants count as such */
 
-typedef float Lanes __attribute__((vector_size(LANES * 4))); /* so many channels */
+typedef float Lanes __attribute__((vector_size(LANES * 4))); /* one number of each of so many channels */
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-typedef void Sums(const Lanes *in, Lanes *out);
+typedef void Transform(const Lanes *in, Lanes *out);
 
 typedef struct {
-    long count, height, width, channels, padding, down, right, rows, half, threads, rectify;
+    long count, height, width, channels, padding, down, right, rows, half, threads;
+    long rectify;        /* collect_outputs sets what is negative to 0 */
     const char *bias;    /* (channels), or NULL; added by collect_outputs */
-    const char *outputs; /* images that were rectified, or NULL; transform_gradient takes the gradient where they are not 0 */
-    float *sums;         /* (rows, channels), or NULL; of each tile's pixels, from transform_gradient */
+    const char *outputs; /* that were rectified, or NULL: transform_gradient takes the gradient for 0 where they are 0 */
+    float *pixel_sums;   /* (rows, channels), or NULL: of the gradient over each tile's pixels, by transform_gradient */
 } Shape;
 
 typedef struct {
@@ -46,7 +48,7 @@ typedef struct {
 typedef char *Places[SIDE][SIDE];
 
 INLINE Lanes to_lanes(Halves halves) {
-#ifdef __AVX512BF16__ /* what the compiler makes of the other line is slower */
+#ifdef __AVX512BF16__ /* GCC 12 makes five instructions of the other line, where two do */
     return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)halves), 16);
 #else
     return (Lanes)(__builtin_convertvector(halves, Bits) << 16);
@@ -54,7 +56,7 @@ INLINE Lanes to_lanes(Halves halves) {
 }
 
 INLINE Halves to_halves(Lanes lanes) { /* the nearest, of two the even one; a NaN that sums of bfloat16 give stays one */
-#ifdef __AVX512BF16__
+#ifdef __AVX512BF16__ /* subnormal numbers become zero */
     return (Halves)_mm512_cvtneps_pbh((__m512)lanes);
 #else
     Bits bits = (Bits)lanes;
@@ -165,7 +167,7 @@ INLINE void times_g_transposed(const Lanes *u, Lanes *out) {
 }
 
 /* M T, where T are the before x before numbers at `from`. */
-INLINE void along_columns(Channels c, Sums *times_m, int before, int after, Places from, Lanes to[SIDE][SIDE]) {
+INLINE void along_columns(Channels c, Transform *times_m, int before, int after, Places from, Lanes to[SIDE][SIDE]) {
     for (int column = 0; column < before; column++) {
         Lanes in[SIDE], out[SIDE];
 #pragma GCC unroll 6
@@ -176,11 +178,11 @@ INLINE void along_columns(Channels c, Sums *times_m, int before, int after, Plac
     }
 }
 
-/* x where a is not 0 (or is no number), else 0 */
+/* x where a is above 0 or no number, else 0 */
 INLINE Lanes where_positive(Lanes a, Lanes x) { return (Lanes)((Bits)x & ~(Bits)(a <= 0)); }
 
 /* M T M^T */
-INLINE void along_both_axes(Channels c, Sums *times_m, int before, int after, Places from, Places to) {
+INLINE void along_both_axes(Channels c, Transform *times_m, int before, int after, Places from, Places to) {
     Lanes half_way[SIDE][SIDE], out[SIDE];
     along_columns(c, times_m, before, after, from, half_way);
     for (int row = 0; row < after; row++) {
@@ -207,7 +209,7 @@ INLINE void find_tile(Places places, const void *tiles, long tile, const Shape *
     for (int k = 0; k < SIDE * SIDE; k++) places[k / SIDE][k % SIDE] = (char *)tiles + (k * s->rows + tile) * bytes;
 }
 
-INLINE void to_tile(Sums *times_m, int side, long outside, const void *images, void *tiles, long tile, const Shape *s) {
+INLINE void to_tile(Transform *times_m, int side, long outside, const void *images, void *tiles, long tile, const Shape *s) {
     Places from, to;
     find_pixels(from, images, tile, side, outside, s);
     find_tile(to, tiles, tile, s);
@@ -220,7 +222,7 @@ void transform_inputs(const void *images, void *tiles, const Shape *s) {
     for (long tile = 0; tile < s->rows; tile++) to_tile(times_b_transposed, SIDE, s->padding, images, tiles, tile, s);
 }
 
-/* A y A^T, and the sum of y */
+/* A y A^T, and the sum of y, which is masked while it is in registers */
 INLINE void gradient_to_tile(Channels c, Places from, Places outputs, int rectified, Places to, float *sums) {
     Lanes half_way[SIDE][SIDE], in[SIDE], out[SIDE], sum = {0};
     for (int column = 0; column < STEP; column++) {
@@ -247,7 +249,7 @@ void transform_gradient(const void *images, void *tiles, const Shape *s) {
 #pragma omp parallel for num_threads(s->threads)
     for (long tile = 0; tile < s->rows; tile++) {
         Places from, outputs, to;
-        float *sums = s->sums ? s->sums + tile * s->channels : NULL;
+        float *sums = s->pixel_sums ? s->pixel_sums + tile * s->channels : NULL;
         find_pixels(from, images, tile, STEP, 0, s);
         find_tile(to, tiles, tile, s);
         if (s->outputs) {
@@ -314,10 +316,10 @@ void collect_filters(const void *tiles, float *filters, const Shape *s) {
 
 /* B T B^T of one tile, to which the overlapping sums of its neighbours are added: `beside` from the tile to the left, `above`,
    rows of `width`, from those above. Sums to which a further tile adds stay there. */
-INLINE void add_to_pixels(Channels c, Places from, Places to, Lanes beside[][SIDE][OVERLAP], Lanes *above, long width, int last_row,
-                          int last_column) {
+INLINE void add_to_pixels(Channels c, long begin, Places from, Places to, Lanes beside[][SIDE][OVERLAP], Lanes *above, long width,
+                          int last_row, int last_column) {
     Lanes half_way[SIDE][SIDE], out[SIDE];
-    long vector = c.first / LANES;
+    long vector = (c.first - begin) / LANES;
     int columns = last_column ? SIDE : STEP;
     above += vector * OVERLAP * width;
     along_columns(c, times_b, SIDE, SIDE, from, half_way);
@@ -328,7 +330,7 @@ INLINE void add_to_pixels(Channels c, Places from, Places to, Lanes beside[][SID
             beside[vector][row][column] = out[STEP + column];
         }
 #pragma GCC unroll 6
-        for (int column = 0; column < SIDE; column++) {
+        for (int column = 0; column < SIDE; column++) { /* a bound that is known, for the unrolling */
             if (column >= columns) break;
             if (row < OVERLAP) out[column] += above[row * width + column];
             if (row < STEP || last_row) store(out[column], to[row][column], c);
@@ -339,13 +341,14 @@ INLINE void add_to_pixels(Channels c, Places from, Places to, Lanes beside[][SID
 
 /* B t B^T, the transpose of transform_inputs: where tiles overlap, what they hold is added. */
 void collect_inputs(const void *tiles, void *images, const Shape *s) {
-    long width = STEP * s->right + OVERLAP, vectors = (s->channels + LANES - 1) / LANES;
-    long at_once = s->count < s->threads ? LANES : vectors * LANES; /* channels; fewer for threads without an image of their own */
+    long width = STEP * s->right + OVERLAP;
+    int uneven = s->count < 4 * s->threads && s->count % s->threads; /* whole images would leave threads without work */
+    long vectors = uneven ? 1 : (s->channels + LANES - 1) / LANES, at_once = vectors * LANES; /* channels */
+    long above_bytes = vectors * OVERLAP * width * sizeof(Lanes), beside_bytes = vectors * SIDE * OVERLAP * sizeof(Lanes);
 #pragma omp parallel for collapse(2) num_threads(s->threads)
     for (long image = 0; image < s->count; image++)
         for (long begin = 0; begin < s->channels; begin += at_once) {
             long end = begin + at_once < s->channels ? begin + at_once : s->channels;
-            long above_bytes = vectors * OVERLAP * width * sizeof(Lanes), beside_bytes = vectors * SIDE * OVERLAP * sizeof(Lanes);
             Lanes *above = aligned_alloc(sizeof(Lanes), above_bytes);
             Lanes(*beside)[SIDE][OVERLAP] = aligned_alloc(sizeof(Lanes), beside_bytes);
             memset(above, 0, above_bytes);
@@ -356,7 +359,7 @@ void collect_inputs(const void *tiles, void *images, const Shape *s) {
                     Places from, to;
                     find_tile(from, tiles, tile, s);
                     find_pixels(to, images, tile, SIDE, s->padding, s);
-                    FOR_CHANNELS(begin, end, s->half, add_to_pixels, from, to, beside, above + STEP * right, width,
+                    FOR_CHANNELS(begin, end, s->half, add_to_pixels, begin, from, to, beside, above + STEP * right, width,
                                  down + 1 == s->down, right + 1 == s->right)
                 }
             }

@@ -16,7 +16,8 @@ where f(x) is the product of the distances of x from the other points. With them
 they are with the customary 1 and 2.
 
 The backward pass is the transpose of each step. The sums are in C (winograd.c): they read and write once, where torch's
-operations would do so for every addition. Results are rounded otherwise: by about 1e-6 of their size in fp32, and by 1.5 % in
+operations would do so for every addition. The bias and its gradient, and those of a ReLU behind the layer, are computed in
+the same passes. Results are rounded otherwise: by about 1e-6 of their size in fp32, and by 1.5 % in
 bf16, where the transformed tiles are rounded, too. Without gradients, as in an evaluation, a layer is torch's.
 """
 
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shardstep.trainer import native
-from shardstep.trainer.conv_function import channels_last, format_of, has_hooks, refuse_second_derivatives
+from shardstep.trainer.conv_function import channels_last, format_of, is_watched, refuse_second_derivatives
 from shardstep.trainer.unfold import UnfoldConv2d
 
 _SOURCE = Path(__file__).with_suffix(".c")
@@ -57,7 +58,7 @@ class WinogradConv2d(UnfoldConv2d):
         return self._convolve(input) if self._takes(input) else super().forward(input)
 
     def rectified(self, input: Tensor) -> Tensor:
-        """What a ReLU makes of the outputs; here, in passes over them that the layer makes anyway."""
+        """What a ReLU makes of the outputs, in passes over them that are made anyway."""
         return self._convolve(input, rectify=True) if self._takes(input) else functional.relu_(super().forward(input))
 
     def _takes(self, images: Tensor) -> bool:
@@ -79,7 +80,7 @@ class RectifyingSequential(nn.Sequential):
         while layers:
             layer = layers.popleft()
             followed = len(layers) > 0 and type(layers[0]) is nn.ReLU
-            if isinstance(layer, WinogradConv2d) and followed and not has_hooks(layer, layers[0]):
+            if isinstance(layer, WinogradConv2d) and followed and not is_watched(layer, layers[0]):
                 layers.popleft()
                 input = layer.rectified(input)
             else:
@@ -88,7 +89,7 @@ class RectifyingSequential(nn.Sequential):
 
 
 def is_faster(layer: nn.Conv2d, images: Tensor) -> bool:
-    """Whether a 3x3 convolution of images (N, C, H, W) should gain: most do in bf16, and in fp32 with AVX2 alone."""
+    """Whether a 3x3 convolution of images (N, C, H, W) should gain: most do in bf16, and in fp32 on many processors."""
     return _speedup(layer, images) > _WORTH_IT
 
 
@@ -96,8 +97,8 @@ def _speedup(layer: nn.Conv2d, images: Tensor) -> float:
     """About how many times as fast it becomes; 0 for images that are not in a batch, smaller than the filter,
     or too large for the caches.
 
-    Products saved, where the sums take as long as products of 48 channels would. That was fitted to backward passes in bf16
-    of 15 shapes, of 16 to 500 images, on two cores of an AMD EPYC (AVX-512, torch 2.15.0): 0.9 to 3.7 times as fast.
+    Products saved, where the sums take as long as products of 48 channels would. On two cores of an AMD EPYC (Zen 4, torch
+    2.15.0), of 23 shapes in bf16, the 14 above _WORTH_IT became 1.2 to 2.0 times as fast, the others 0.5 to 1.1.
     """
     height, width = (size + 2 * int(layer.padding[0]) - 2 for size in images.shape[-2:])
     tiles = -(-height // _TILE) * -(-width // _TILE)
@@ -166,8 +167,10 @@ class _Convolution(torch.autograd.Function):
         grid = _Grid.of(of_outputs, filter_tiles, ctx.padding)
         inputs_gradient = torch.empty_like(inputs) if of_images else None
         # in fp32, because bf16 would round after each part
-        filters_gradient = torch.zeros(of_outputs.shape[3], 3, 3, inputs.shape[3]) if of_weight else None
-        bias_gradient = torch.zeros(of_outputs.shape[3]) if of_bias else None
+        filters_gradient = (
+            torch.zeros(of_outputs.shape[3], 3, 3, inputs.shape[3], dtype=torch.float32) if of_weight else None
+        )
+        bias_gradient = torch.zeros(of_outputs.shape[3], dtype=torch.float32) if of_bias else None
         for part in grid.parts(len(images)):
             rectified_part = outputs[part] if outputs is not None else None
             products, sums = _transform_gradient(of_outputs[part], rectified_part, grid, with_sums=of_bias)
@@ -233,7 +236,7 @@ class _Shape(ctypes.Structure):
                 "count", "height", "width", "channels", "padding", "down", "right", "rows", "half", "threads", "rectify"
             )
         ),
-        *((name, ctypes.c_void_p) for name in ("bias", "outputs", "sums")),
+        *((name, ctypes.c_void_p) for name in ("bias", "outputs", "pixel_sums")),
     ]  # fmt: skip
 
 
@@ -248,30 +251,29 @@ def _transform(kind: str, images: Tensor, grid: _Grid) -> Tensor:
 def _transform_gradient(
     gradient: Tensor, rectified: Tensor | None, grid: _Grid, with_sums: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Of outputs (n, H, W, O), where they are above 0 if rectified: tiles (36, rows, O) and their sums (rows, O)."""
+    """Of outputs (n, H, W, O), masked if they were rectified: tiles (36, rows, O), sums of each tile's pixels (rows, O)."""
     rows, channels = grid.rows(len(gradient)), gradient.shape[-1]
     tiles = gradient.new_empty(_SIDE**2, rows, channels)
-    sums = torch.empty(rows, channels) if with_sums else None
-    _call("transform_gradient", gradient, tiles, gradient, grid, outputs=rectified, sums=sums)
+    sums = torch.empty(rows, channels, dtype=torch.float32) if with_sums else None
+    _call("transform_gradient", gradient, tiles, gradient, grid, outputs=rectified, pixel_sums=sums)
     return tiles, sums
 
 
-def _collect(kind: str, tiles: Tensor, images: Tensor, grid: _Grid, **also: Tensor | bool | None) -> None:
+def _collect(
+    kind: str, tiles: Tensor, images: Tensor, grid: _Grid, bias: Tensor | None = None, rectify: bool = False
+) -> None:
     """Tiles to inputs or outputs, in place; to filters of float32, to which they are added."""
-    _call(f"collect_{kind}", tiles, images, images, grid, **also)
+    _call(f"collect_{kind}", tiles, images, images, grid, bias=bias, rectify=rectify)
 
 
 def _call(
-    function: str, source: Tensor, target: Tensor, images: Tensor, grid: _Grid, **also: Tensor | bool | None
-) -> None:
-    """A function of winograd.c, by as many threads as torch has. Tensors are contiguous; `images` is source or target.
-
-    Args:
-        also: other fields of its Shape.
-    """
+    function: str, source: Tensor, target: Tensor, images: Tensor, grid: _Grid, *,
+    rectify: bool = False, bias: Tensor | None = None, outputs: Tensor | None = None, pixel_sums: Tensor | None = None,
+) -> None:  # fmt: skip
+    """A function of winograd.c, by as many threads as torch has. Tensors are contiguous; `images` is source or target."""
     rows = (source if images is target else target).shape[1]
     half, threads = source.dtype == torch.bfloat16, torch.get_num_threads()
-    fields = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in also.items()}
-    shape = _Shape(*images.shape, grid.padding, grid.down, grid.right, rows, half, threads, **fields)
+    also = (None if tensor is None else tensor.data_ptr() for tensor in (bias, outputs, pixel_sums))
+    shape = _Shape(*images.shape, grid.padding, grid.down, grid.right, rows, half, threads, rectify, *also)
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (source, target))
     getattr(_sums(), function)(*pointers, ctypes.byref(shape))

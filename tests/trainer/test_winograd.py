@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from shardstep.trainer import winograd
 from shardstep.trainer.convolutions import convert_convolutions, gains
@@ -32,7 +34,7 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize(
     ("count", "height", "width"), [(3, 7, 7), (5, 15, 6), (1, 3, 3), (2, 4, 9), (4, 12, 5), (1, 8, 16)]
 )
-@pytest.mark.parametrize("channels", [(5, 6), (32, 70)])
+@pytest.mark.parametrize("channels", [(5, 6), (40, 70)])
 def test_outputs_and_gradients_are_those_of_the_convolution(
     channels: tuple[int, int], count: int, height: int, width: int, padding: int, dtype: torch.dtype, close: float,
     monkeypatch: pytest.MonkeyPatch,
@@ -59,14 +61,16 @@ def test_outputs_and_gradients_are_those_of_the_convolution(
 
 def test_many_parts_are_as_exact_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    images, weight = torch.randn(200, 32, 4, 4).bfloat16(), torch.randn(32, 32, 3, 3).bfloat16().requires_grad_()
-    exact = weight.detach().double().requires_grad_()
-    (wanted,) = _gradients(functional.conv2d(images.double(), exact, padding=1), exact)
+    images = torch.randn(200, 32, 4, 4).bfloat16()
+    own = [part.bfloat16().requires_grad_() for part in (torch.randn(32, 32, 3, 3), torch.randn(32))]
+    exact = [part.detach().double().requires_grad_() for part in own]
+    wanted = _gradients(functional.conv2d(images.double(), *exact, padding=1), *exact)
     distances = []
     for images_at_once in (200, 1):
         monkeypatch.setattr(winograd, "_PART_BYTES", images_at_once * 2 * 36 * 64)
-        distances.append(_distance(*_gradients(winograd.convolve(images, weight, None, 1), weight), wanted))
-    assert distances[1] < 1.3 * distances[0]
+        found = _gradients(winograd.convolve(images, own[0], own[1], 1), *own)
+        distances.append([_distance(*pair) for pair in zip(found, wanted, strict=True)])
+    assert all(many < 1.3 * one for one, many in zip(*distances, strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
@@ -96,7 +100,7 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     images, weight = torch.randn(9, 7, 7, 40), torch.randn(40, 3, 3, 40)
     grid, before, found = winograd._Grid(1, 2, 2, 9), torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 5, 16):
             torch.set_num_threads(threads)
             tiles = winograd._transform("inputs", images, grid)
             filter_tiles = winograd._transform("filters", weight, winograd._ONE_TILE)
@@ -119,6 +123,7 @@ def test_a_row_beyond_the_tiles_of_images_is_zero() -> None:
     of_gradient, sums = winograd._transform_gradient(images, None, grid, with_sums=True)
     assert sums is not None
     assert tiles.shape == of_gradient.shape == (36, 13, 5)
+    assert winograd._Grid(padding=0, down=3, right=3, images=1).rows(3) == 27  # odd by themselves
     assert not any(part[..., 12, :].any() for part in (tiles, of_gradient, sums))
     assert tiles[..., 11, :].any()
 
@@ -160,9 +165,34 @@ def test_what_needs_no_gradient_gets_none() -> None:
     assert weight.grad is None
 
 
-def test_no_images_have_no_gradient() -> None:
+def test_sums_are_fp32_whatever_the_default_is() -> None:
+    own = [torch.randn(2, 24, 7, 7), torch.randn(24, 24, 3, 3), torch.randn(24)]
+    own = [part.requires_grad_() for part in own]
+    wanted = _gradients(winograd.convolve(own[0], own[1], own[2], 1, rectify=True), *own)
+    torch.set_default_dtype(torch.float64)
+    try:
+        gradient = torch.randn(2, 24, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+        found = torch.autograd.grad(winograd.convolve(own[0], own[1], own[2], 1, rectify=True), own, gradient)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+def test_rectified_outputs_that_were_changed_have_no_gradient() -> None:
+    outputs = winograd.convolve(
+        torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3, requires_grad=True), None, 1, rectify=True
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.mul_(2).sum().backward()
+
+
+@pytest.mark.parametrize("rectify", [False, True])
+def test_no_images_have_no_gradient(rectify: bool) -> None:
     images, weight = torch.randn(0, 4, 6, 6, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)
-    winograd.convolve(images, weight, None, 1).sum().backward()
+    bias = torch.randn(4, requires_grad=True)
+    winograd.convolve(images, weight, bias, 1, rectify).sum().backward()
+    assert bias.grad is not None
+    assert not bias.grad.any()
     assert images.grad is not None
     assert images.grad.shape == images.shape
     assert weight.grad is not None
@@ -253,19 +283,57 @@ def test_a_relu_behind_a_layer_is_computed_with_it(monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         assert torch.equal(model.eval()(images), plain.eval()(images))
 
-    rectified = []
+    assert _relus_called(model.train(), images, monkeypatch) == [model[5]]
+
+
+def _relus_called(model: nn.Sequential, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    called: list[nn.Module] = []
     relu = nn.ReLU.forward
-    monkeypatch.setattr(nn.ReLU, "forward", lambda layer, input: rectified.append(layer) or relu(layer, input))
-    model.train()(images)
-    assert rectified == [model[5]]
-    seen: list[Tensor] = []
-    handle = model[2].register_forward_hook(lambda layer, given, found: seen.append(found.detach().clone()))
-    model(images)
-    assert rectified == [model[5], model[3], model[5]]
-    assert (seen[0] < 0).any()
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.ReLU, "forward", lambda layer, input: called.append(layer) or relu(layer, input))
+        model(images)
+    return called
+
+
+class _Shifted(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input + 1)
+
+
+@pytest.mark.parametrize("following", [nn.LeakyReLU(), nn.BatchNorm2d(64), nn.GELU(), _Shifted()])
+def test_what_is_no_relu_follows_as_it_is(following: nn.Module) -> None:
+    plain = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), following)
+    model = copy.deepcopy(plain)
+    convert_convolutions(model, "winograd")
+    images = torch.randn(2, 32, 8, 8)
+    torch.testing.assert_close(model(images), plain(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("watched", [0, 1])
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda layer: layer.register_forward_hook(lambda *given: None),
+        lambda layer: layer.register_forward_pre_hook(lambda *given: None),
+        lambda layer: layer.register_full_backward_hook(lambda *given: None),
+        lambda layer: layer.register_full_backward_pre_hook(lambda *given: None),
+        lambda layer: nn.modules.module.register_module_forward_hook(lambda *given: None),
+    ],
+)
+def test_who_watches_a_layer_sees_what_goes_through(
+    watch: Callable[[nn.Module], RemovableHandle], watched: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU())
+    convert_convolutions(model, "winograd")
+    images = torch.randn(2, 32, 8, 8)
+    assert _relus_called(model, images, monkeypatch) == []
+    handle = watch(model[watched])
+    assert _relus_called(model, images, monkeypatch) == [model[1]]
     handle.remove()
-    model(images)
-    assert rectified[3:] == [model[5]]
+    assert _relus_called(model, images, monkeypatch) == []
+    own = model[0].forward
+    model[0].forward = lambda input: own(input)
+    assert _relus_called(model, images, monkeypatch) == [model[1]]
 
 
 def test_under_autocast_it_computes_in_its_format(monkeypatch: pytest.MonkeyPatch) -> None:
