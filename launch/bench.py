@@ -2,7 +2,7 @@
 
     shardstep bench loader [--images DIR] [--clock cpu]
     shardstep bench step [--batches SIZE ...]
-    shardstep bench convolutions [--precision fp32] [--images N] [--layers IN,OUT,SIDE ...]
+    shardstep bench convolutions [--precision bf16|fp32] [--images N] [--layers IN,OUT,SIDE ...]
     shardstep bench checkpoint
     shardstep bench startup [section.key=value ...] [--clock cpu]
     shardstep bench record [RECIPE [section.key=value ...]]

@@ -34,7 +34,9 @@ def layer(text: str) -> Layer:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what this benchmark can be told."""
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), help="(default: bf16 on a processor with units for it, else fp32)"
+    )
     parser.add_argument("--images", type=whole_number, default=128, help="in a batch (default: %(default)s)")
     parser.add_argument(
         "--layers", type=layer, nargs="+", default=[layer(text) for text in _LAYERS], metavar="IN,OUT,SIDE",
@@ -46,24 +48,23 @@ def measure(given: argparse.Namespace, folder: Path) -> Iterator[Table]:
     """A table for each layer."""
     import torch
 
-    from shardstep.trainer import runtime
+    from shardstep.trainer import machine, runtime
     from shardstep.trainer.convolutions import CONVOLUTION_METHODS
 
     runtime.keep_freed_memory()
+    precision = given.precision or ("bf16" if machine.read_cpu().bf16_units else "fp32")
     for one in given.layers:
-        works = {"direct": _pass_ms(one, "direct", given)}
+        works = {"direct": _pass_ms(one, "direct", precision, given.images)}
         for name, method in CONVOLUTION_METHODS.items():
             convolution = torch.nn.Conv2d(one.inputs, one.outputs, 3, padding=1)
             gains = method.is_faster(convolution, torch.empty(given.images, one.inputs, one.side, one.side))
-            if given.precision in method.precisions and gains and not method.missing():
-                works[name] = _pass_ms(one, name, given)
-        title = (
-            f"{given.images} images of {one.side}x{one.side}, {one.inputs} to {one.outputs} channels, {given.precision}"
-        )
+            if precision in method.precisions and gains and not method.missing():
+                works[name] = _pass_ms(one, name, precision, given.images)
+        title = f"{given.images} images of {one.side}x{one.side}, {one.inputs} to {one.outputs} channels, {precision}"
         yield Table(title, "ms", in_turn(works, given.repeats), "direct")
 
 
-def _pass_ms(one: Layer, method: str, given: argparse.Namespace) -> Callable[[], float]:
+def _pass_ms(one: Layer, method: str, precision: str, count: int) -> Callable[[], float]:
     import torch
 
     from shardstep.trainer.convolutions import CONVOLUTION_METHODS, convert_convolutions
@@ -72,9 +73,9 @@ def _pass_ms(one: Layer, method: str, given: argparse.Namespace) -> Callable[[],
     convolution = torch.nn.Conv2d(one.inputs, one.outputs, 3, padding=1).to(memory_format=torch.channels_last)
     if method in CONVOLUTION_METHODS:
         convert_convolutions(convolution, method)
-    autocast = partial(torch.autocast, "cpu", DTYPES[given.precision], enabled=given.precision != "fp32")
-    images = torch.randn(given.images, one.inputs, one.side, one.side).to(memory_format=torch.channels_last)
-    images = images.to(DTYPES[given.precision]).requires_grad_()
+    autocast = partial(torch.autocast, "cpu", DTYPES[precision], enabled=precision != "fp32")
+    images = torch.randn(count, one.inputs, one.side, one.side).to(memory_format=torch.channels_last)
+    images = images.to(DTYPES[precision]).requires_grad_()
     with torch.no_grad(), autocast():
         gradient = torch.randn_like(convolution(images))
 

@@ -23,6 +23,7 @@ from shardstep.configs.files import write_whole
 
 _OTHER_LIBRARIES = ("lightning", "litdata", "mosaicml-streaming", "numpy", "opencv-python-headless", "pillow")
 _NAME_WIDTH = 62
+_WORTH_TELLING = 3  # seconds of a repeat: then one wants to know how long the rest will take
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ def in_turn(works: Mapping[str, Callable[[], float]], repeats: int) -> dict[str,
     for repeat in range(repeats + 1):
         began = time.perf_counter()
         found = {name: work() for name, work in works.items()}
-        which = f"repeat {repeat} of {repeats}" if repeat else "a repeat that does not count"
-        # so that one knows how long the rest will take
-        print(f"{which}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        took = time.perf_counter() - began
+        if took >= _WORTH_TELLING:
+            which = f"repeat {repeat} of {repeats}" if repeat else "a repeat that does not count"
+            print(f"{which}: {took:.0f} s", file=sys.stderr, flush=True)
         if repeat:
             for name, value in found.items():
                 values[name].append(value)

@@ -33,14 +33,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shardstep.trainer import native
+from shardstep.trainer import machine, native
 from shardstep.trainer.conv_function import channels_last, format_of, is_watched, refuse_second_derivatives
 from shardstep.trainer.unfold import UnfoldConv2d
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FORMATS = (torch.float32, torch.bfloat16)
 _TILE, _SIDE = 4, 6  # outputs and inputs of a tile, per axis
-_PART_BYTES = 4 << 20  # of transformed tiles at once, few enough to stay in a processor's caches between two steps
+# Transformed tiles of one part, few enough to stay in a processor's caches between two steps, for each byte of its threads'
+# level-2 caches, which hold at least:
+_PART_BYTES_PER_CACHE_BYTE, _LEAST_CACHE_BYTES = 2, 1 << 20
 # Each part adds to the gradients of all filters: for more pairs of an input and an output channel parts are larger.
 _PART_PAIRS = 128 * 128
 _MOST_TIMES_LARGER = 16
@@ -204,7 +206,7 @@ class _Grid:
         """For outputs (N, H, W, O) by filters (36, O, C)."""
         down, right = -(-outputs.shape[1] // _TILE), -(-outputs.shape[2] // _TILE)
         out_channels, channels = filter_tiles.shape[1:]
-        part_bytes = _PART_BYTES * min(max(1, out_channels * channels // _PART_PAIRS), _MOST_TIMES_LARGER)
+        part_bytes = _part_bytes() * min(max(1, out_channels * channels // _PART_PAIRS), _MOST_TIMES_LARGER)
         image_bytes = outputs.itemsize * _image_numbers(down * right, out_channels + channels)
         return cls(padding, down, right, max(1, part_bytes // image_bytes))
 
@@ -219,6 +221,16 @@ class _Grid:
 
 
 _ONE_TILE = _Grid(padding=0, down=1, right=1, images=1)
+
+
+def _part_bytes() -> int:
+    return _PART_BYTES_PER_CACHE_BYTE * _cache_bytes() * torch.get_num_threads()
+
+
+@functools.cache
+def _cache_bytes() -> int:
+    """Of a core's level-2 cache."""
+    return max(_LEAST_CACHE_BYTES, machine.level_2_cache_bytes())
 
 
 def _image_numbers(tiles: int, channels: int) -> int:

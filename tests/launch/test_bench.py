@@ -1,11 +1,12 @@
 """The benchmarks run, on tiny inputs, and say what they promise; how fast anything is, is not tested."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from shardstep.configs.durations import Duration, Progress
-from shardstep.launch import bench, record_script
+from shardstep.launch import bench, bench_tables, record_script
 from shardstep.launch.bench_record import script_plan
 from shardstep.launch.bench_step import _in_own_process
 from shardstep.launch.bench_tables import Table, as_json, importable, in_turn, paired_ratios, print_table
@@ -25,7 +26,7 @@ from shardstep.trainer.schedules import LearningRate
 TINY = {
     "loader": ["--samples", "40", "--jpegs", "4"],
     "step": ["--batches", "8", "--images", "16", "--precision", "fp32"],
-    "convolutions": ["--images", "2", "--layers", "32,128,12", "128,128,3"],
+    "convolutions": ["--precision", "bf16", "--images", "2", "--layers", "32,128,12", "128,128,3"],
     "checkpoint": ["--steps", "3"],
     "startup": ["--clock", "cpu"],
     "record": ["smoke", "train.duration=2 steps", "--script", "train.global_batch_size=50"],
@@ -171,7 +172,7 @@ def test_bad_input_is_one_clear_message(
     assert "Traceback" not in error
 
 
-def test_works_are_warmed_up_once_and_then_measured_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
+def test_works_are_warmed_up_once_and_then_measured_in_turn() -> None:
     calls: list[str] = []
 
     def work(name: str) -> Any:
@@ -184,8 +185,19 @@ def test_works_are_warmed_up_once_and_then_measured_in_turn(capsys: pytest.Captu
     values = in_turn({"a": work("a"), "b": work("b")}, 2)
     assert calls == ["a", "b", "a", "b", "a", "b"]
     assert values == {"a": [3, 5], "b": [4, 6]}
-    told = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
-    assert told == ["a repeat that does not count", "repeat 1 of 2", "repeat 2 of 2"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(3, ["a repeat that does not count: 3 s", "repeat 1 of 2: 3 s", "repeat 2 of 2: 3 s"]), (2, [])],
+)
+def test_long_repeats_are_told(
+    seconds: int, told: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = itertools.count(0, seconds)
+    monkeypatch.setattr(bench_tables, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    in_turn({"a": lambda: 1.0}, 2)
+    assert capsys.readouterr().err.splitlines() == told
 
 
 def test_ratios_are_of_pairs() -> None:

@@ -40,9 +40,8 @@ def test_outputs_and_gradients_are_those_of_the_convolution(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     inputs, outputs = channels
-    monkeypatch.setattr(
-        winograd, "_PART_BYTES", 2 * 2 * 36 * 4 * (inputs + outputs)
-    )  # few images at once: several parts
+    part_bytes = 2 * 2 * 36 * 4 * (inputs + outputs)  # few images at once: several parts
+    monkeypatch.setattr(winograd, "_part_bytes", lambda: part_bytes)
     torch.manual_seed(0)
     images = torch.randn(count, inputs, height, width).to(memory_format=torch.channels_last)
     own = [
@@ -67,7 +66,7 @@ def test_many_parts_are_as_exact_as_one(monkeypatch: pytest.MonkeyPatch) -> None
     wanted = _gradients(functional.conv2d(images.double(), *exact, padding=1), *exact)
     distances = []
     for images_at_once in (200, 1):
-        monkeypatch.setattr(winograd, "_PART_BYTES", images_at_once * 2 * 36 * 64)
+        monkeypatch.setattr(winograd, "_part_bytes", lambda images=images_at_once: images * 2 * 36 * 64)
         found = _gradients(winograd.convolve(images, own[0], own[1], 1), *own)
         distances.append([_distance(*pair) for pair in zip(found, wanted, strict=True)])
     assert all(many < 1.3 * one for one, many in zip(*distances, strict=True))
@@ -114,6 +113,22 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(before)
     for several in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], several, strict=True))
+
+
+def test_parts_grow_with_the_caches_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the article's third layer, whose images have tiles of 36 * 49 * 256 floats each, 1.8 MB."""
+    before, images = torch.get_num_threads(), []
+    outputs, filter_tiles = torch.empty(1, 26, 26, 128), torch.empty(36, 128, 128)
+    try:
+        for megabytes, threads in [(0, 1), (1, 1), (1, 2), (2, 2), (2, 8)]:
+            monkeypatch.setattr(winograd.machine, "level_2_cache_bytes", lambda bytes=megabytes << 20: bytes)
+            winograd._cache_bytes.cache_clear()
+            torch.set_num_threads(threads)
+            images.append(winograd._Grid.of(outputs, filter_tiles, 0).images)
+    finally:
+        torch.set_num_threads(before)
+        winograd._cache_bytes.cache_clear()
+    assert images == [1, 1, 2, 4, 18]
 
 
 def test_a_row_beyond_the_tiles_of_images_is_zero() -> None:
