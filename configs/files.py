@@ -1,5 +1,6 @@
 """Files that appear whole: written under another name, then renamed; and whether an option's file can be written."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -15,14 +16,21 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that there is always a whole one under its name, after a kill or a power cut too.
 
     Raises:
-        OSError: it cannot be written; what was there before is still there.
+        OSError: it cannot be written; what was there before is still there. Its `filename` is set.
     """
     partial = partial_of(path)
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:  # a full disk
+        if error.errno is not None:  # its text would be lost
+            error.filename = str(path)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def check_output_file(option: str, path: Path) -> None:

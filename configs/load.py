@@ -1,6 +1,7 @@
 """A recipe's name and overrides to a checked Recipe: YAML, then `section.key=value`, all problems at once."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -107,8 +108,15 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
     assert isinstance(recipe, Recipe)
     recipe.run.name = recipe.run.name or path.stem
     recipe.run.dir = recipe.run.dir or f"runs/{recipe.run.name}"
+    folder = f"data/{source_name(recipe.data.source or 'cifar10')}"
+    recipe.data.train, recipe.data.test = recipe.data.train or f"{folder}/train", recipe.data.test or f"{folder}/test"
     loaded.recipe = recipe
     return loaded
+
+
+def source_name(source: str) -> str:
+    """What to call a source of images: cifar10, digits, synthetic-N, or as its folder or archive is called."""
+    return re.sub(r"\.(tar|tar\.gz|tgz)$", "", Path(source).expanduser().resolve().name).replace(":", "-")
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -189,8 +197,9 @@ def _change_name(config: DictConfig, section: str, name: str, loaded: Loaded) ->
         return
     dropped = [f"{key}={value}" for key, value in previous.items() if key != "name"]
     if dropped:
+        verb = "apply" if len(dropped) > 1 else "applies"
         loaded.notes.append(
-            f"{section}.name={name} replaces {previous.get('name')}: its {', '.join(dropped)} no longer apply"
+            f"{section}.name={name} replaces {previous.get('name')}: its {', '.join(dropped)} no longer {verb}"
         )
     config[section] = {"name": name}
 

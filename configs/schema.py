@@ -36,12 +36,13 @@ class RunConfig:
 class DataConfig:
     """Which samples, in which order, and how they are prepared."""
 
-    train: str = "data/cifar10/train"
-    """Folder of the training shards."""
-    test: str = "data/cifar10/test"
-    """Folder of the test shards."""
+    train: str = ""
+    """Folder of the training shards; empty means data/<name of the source>/train, without one data/cifar10/train."""
+    test: str = ""
+    """Folder of the test shards; empty means data/<name of the source>/test, without one data/cifar10/test."""
     source: Optional[str] = None  # noqa: UP045 - OmegaConf reads the field on Python 3.10 too
-    """What missing shards are made from, each split for itself: cifar10, digits, synthetic:N, a folder, an archive."""
+    """What missing shards are made from, each split for itself: cifar10, digits, synthetic:N, a folder, an archive. Where
+    there are shards it is not used."""
     mode: Literal["auto", "resident", "stream"] = "auto"
     """resident: decoded once, kept in RAM or on the device; stream: read from the shards; auto: resident if it fits."""
     workers: int = 2

@@ -26,6 +26,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.datasets.cache import cache_folder, node_lock
 from shardstep.datasets.images import EXTENSIONS
+from shardstep.datasets.manifest import Manifest
 from shardstep.datasets.randomness import philox_words
 from shardstep.datasets.tar import read_members
 
@@ -33,6 +34,7 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 SPLITS = ("train", "test")
 _SPLIT_FOLDERS = ("train", "test", "val", "valid", "validation")
 _MOST_SYNTHETIC = 10_000_000
+_DIGITS = "digits of scikit-learn"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,18 @@ def open_source(source: str, split: str) -> Source:
             f"no source {source!r}: neither cifar10, digits, synthetic:N, nor a folder or archive that exists"
         )
     return _from_path(path, split)
+
+
+def surely_differs(source: str, manifest: Manifest, split: str) -> bool:
+    """Whether shards hold other images than a source, as far as a look at names tells; the source may be gone."""
+    made_from, classes = manifest.made.get("source"), manifest.classes
+    if source == "cifar10":
+        return classes != CIFAR10_CLASSES
+    if source == "digits" or source.startswith("synthetic:"):
+        return made_from != (_DIGITS if source == "digits" else source)
+    folder = Path(source).expanduser() / split
+    folders = {place.name for place in folder.iterdir() if place.is_dir()} if folder.is_dir() else set(classes)
+    return folders != set(classes)
 
 
 def _from_path(path: Path, split: str) -> Source:
@@ -364,7 +378,7 @@ def _digits(split: str) -> Source:
     chosen = np.flatnonzero((rank_in_class % 5 == 4) == (split == "test"))
     images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 17 grey levels, (N, 8, 8)
     return Source(
-        "digits of scikit-learn",
+        _DIGITS,
         [str(label) for label in range(10)],
         digits.target[chosen].astype(np.int64),
         lambda number: images[number, :, :, np.newaxis],

@@ -22,7 +22,6 @@ from typing import Any, TextIO
 from shardstep.configs.files import write_whole
 
 _OTHER_LIBRARIES = ("lightning", "litdata", "mosaicml-streaming", "numpy", "opencv-python-headless", "pillow")
-_NAME_WIDTH = 62
 _WORTH_TELLING = 3  # seconds of a repeat: then one wants to know how long the rest will take
 
 
@@ -134,15 +133,16 @@ def print_table(table: Table, out: TextIO) -> None:
     """
     heads = _cells(table.unit, "range", "ratio", "range")
     columns = shutil.get_terminal_size().columns if out.isatty() else None
-    is_narrow = columns is not None and columns < 2 + _NAME_WIDTH + len(heads)
-    before = "  " if is_narrow else " " * (2 + _NAME_WIDTH)
+    width = max(map(len, table.rows))
+    is_narrow = columns is not None and columns < 2 + width + len(heads)
+    before = "  " if is_narrow else " " * (2 + width)
     lines = ["", table.title, before + heads]
     for name, values in table.rows.items():
         ratios = paired_ratios(table, name)
         figures = _cells(
             _figure(statistics.median(values)), _range(values), _figure(statistics.median(ratios)), _range(ratios)
         )
-        lines += [f"  {name}", before + figures] if is_narrow else [f"  {name:<{_NAME_WIDTH}}{figures}"]
+        lines += [f"  {name}", before + figures] if is_narrow else [f"  {name:<{width}}{figures}"]
     lines += [f"  ratio: to {table.reference!r}; n = {len(table.rows[table.reference])}"]
     lines += [f"  {note}" for note in table.notes]
     for line in lines:

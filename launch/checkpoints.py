@@ -27,7 +27,8 @@ def main(arguments: list[str]) -> int:
     folder = given.run / "checkpoints"
     found = list_checkpoints(folder)
     if not found:
-        raise InputError(f"there is no checkpoint in {folder}")
+        cause = "" if folder.is_dir() else f": {given.run} is no run's folder"
+        raise InputError(f"there is no checkpoint in {folder}{cause}")
     damaged = []
     for path in found:
         problems = problems_of(path) if given.command == "verify" else []

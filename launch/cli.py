@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "write a trained model for use elsewhere, and compare it",
     "bench": "measure loaders, steps, checkpoints, starts, records and scaling",
 }
+_LESS_MEMORY = "a smaller train.max_micro_batch, eval.batch_size or data.resize needs less memory"
 _FIRST_WORD_S = 1.0  # for the rank whose failure it was
 BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 85, 130
 
@@ -74,6 +75,9 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         _tell("interrupted")
         return INTERRUPTED
     except RuntimeError as error:
+        if _is_out_of_memory(error):
+            _tell(f"failed: {str(error).splitlines()[0]}\n{_LESS_MEMORY}", everywhere=False)
+            return FAILED
         if not _lost_rank(error):
             raise
         time.sleep(_FIRST_WORD_S)
@@ -113,6 +117,10 @@ def leave(code: int) -> NoReturn:
 
 def _reason(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _lost_rank(error: RuntimeError) -> bool:

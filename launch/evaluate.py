@@ -4,11 +4,12 @@
     torchrun --nproc-per-node 2 launch/evaluate.py RUN_DIR_OR_CHECKPOINT [--data DIR]
 
 Of a run that has not finished it takes the newest whole checkpoint, and says so. The last line of stdout is one JSON object:
-loss, accuracy, top5, samples, world_size.
+loss, accuracy, top5, samples, world_size; a loss that is no number is null.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -34,12 +35,14 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.losses import build_objective
     from shardstep.trainer.models import build_model
     from shardstep.trainer.precision import MEMORY_FORMATS
-    from shardstep.trainer.trained import find_weights
+    from shardstep.trainer.trained import find_device, find_weights, unfinished_note
 
     weights, folder = find_weights(given.run)
-    if given.run.resolve() == folder != weights.parent and launcher.is_first_rank():
-        print(f"{given.run} is not finished: this is its checkpoint {weights.parent.name}")
+    note = unfinished_note(given.run, weights)
+    if note and launcher.is_first_rank():
+        print(note)
     recipe = check_recipe(load_recipe(str(folder / CONFIG_NAME)))
+    find_device(given.device)
     recipe.train.device, recipe.train.world_size = given.device, None
     recipe.data.test = given.data or recipe.data.test
     train = parse_manifest((folder / MANIFEST_NAME).read_text(), str(folder / MANIFEST_NAME))
@@ -61,7 +64,7 @@ def main(arguments: list[str]) -> int:
         print(
             json.dumps(
                 {
-                    "loss": result.loss,
+                    "loss": result.loss if math.isfinite(result.loss) else None,
                     "accuracy": result.accuracy,
                     "top5": result.top5,
                     "samples": result.samples,

@@ -27,10 +27,13 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
 
     from shardstep.trainer.export import FORMATS, ExportFailed, export
-    from shardstep.trainer.trained import open_trained
+    from shardstep.trainer.trained import open_trained, unfinished_note
 
     suffix = FORMATS[given.format].suffix
     trained = open_trained(given.run, "cpu")
+    note = unfinished_note(given.run, trained.weights)
+    if note:
+        print(note)
     out = given.out or trained.folder / f"exported{suffix}"
     if out.suffix != suffix:
         raise InputError(f"--out={out} must end in {suffix} for --format={given.format}")
@@ -40,8 +43,9 @@ def main(arguments: list[str]) -> int:
     try:
         test, reader = trained.open_test_set(given.data)
     except InputError as error:
+        cure = "another --data" if given.data else "--data"
         raise InputError(
-            f"there are no images to compare on, and what is not compared is not exported: {error}. Give --data"
+            f"there are no images to compare on, and what is not compared is not exported: {error}. Give {cure}"
         ) from None
     try:
         found = export(trained, given.format, out, reader, test.manifest.samples)

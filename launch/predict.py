@@ -41,13 +41,16 @@ def main(arguments: list[str]) -> int:
     from shardstep.datasets.image_files import find_image_files
     from shardstep.trainer.file_predictions import predict_files
     from shardstep.trainer.picture_grid import FORMATS, draw_picture_grid
-    from shardstep.trainer.trained import open_trained
+    from shardstep.trainer.trained import open_trained, unfinished_note
 
     if given.grid and given.grid.suffix.lstrip(".").lower() not in FORMATS:
         raise InputError(f"--grid={given.grid} must end in one of {', '.join(FORMATS)}")
     if given.grid:
         check_output_file("--grid", given.grid)
     trained = open_trained(given.run, given.device)
+    note = unfinished_note(given.run, trained.weights)
+    if note:
+        print(note, file=sys.stderr, flush=True)
     if trained.objective.reconstructs:
         raise InputError(
             f"{given.run} reconstructs images: it has no classes to predict. `shardstep report` shows what it does"

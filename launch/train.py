@@ -68,6 +68,9 @@ def main(arguments: list[str]) -> int:
         )
     for text in describe(run):
         display.note(text, indent=INDENT)
+    passed_over = data.passed_over_source(run.recipe.data, run.data)
+    if passed_over:
+        display.warn(passed_over)
 
     was_finished, before = folder.read_summary(run.folder).get("status") == "finished", run.state.progress
     is_over = run.plan.is_over(before) or run.plan.is_out_of_time(run.state.train_s)
@@ -131,6 +134,7 @@ def _stop(run: "setup.Run", is_safe: bool, under_agent: bool) -> int:  # type: i
     """End a run that was asked to: the state is saved, then the summary says so, then wandb hears of it."""
     from shardstep.launch.cli import FAILED, STOPPED
     from shardstep.trainer import runtime
+    from shardstep.trainer.checkpoint_files import newest_whole
 
     step, reason = run.state.progress.step, run.requests.reason
     if run.accelerator.is_main_process:
@@ -144,9 +148,9 @@ def _stop(run: "setup.Run", is_safe: bool, under_agent: bool) -> int:  # type: i
         elif is_safe:
             run.display.note(f"stopped by {reason}: step {step} is saved, the same command goes on from it")
         else:
-            run.display.note(
-                f"stopped by {reason}, but step {step} could not be saved: the step before it can be resumed"
-            )
+            saved, _ = newest_whole(run.folder / "checkpoints")
+            rest = f"the same command goes on from {saved.name}" if saved else "there is no checkpoint to go on from"
+            run.display.note(f"stopped by {reason}, but step {step} could not be saved: {rest}")
         outlook = run.time_limit.outlook()
         if outlook:
             run.display.note(outlook)
@@ -203,7 +207,7 @@ def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore
     )
     per_class = zip(evaluation.per_class_accuracy or [], classes, strict=False)
     known = [(accuracy, name) for accuracy, name in per_class if accuracy is not None]
-    if len(known) > 1:
+    if known and min(known)[0] < max(known)[0]:
         run.display.note(f"best class: {max(known)[1]} {max(known)[0]:.1%}, worst: {min(known)[1]} {min(known)[0]:.1%}")
     run.display.note(f"{', '.join([*pictures, 'model.safetensors'])} are in {folder}")
 

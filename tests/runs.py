@@ -49,6 +49,18 @@ def train_lines(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "train"]
 
 
+def spoil_weights(run: Path, name: str) -> None:
+    """Make a tensor of a finished run's weights NaN, as if training had."""
+    from safetensors.torch import load_file, save_file
+
+    from shardstep.datasets.scan import file_sha256
+
+    path, summary = run / "model.safetensors", json.loads((run / "summary.json").read_text())
+    weights = load_file(path)
+    save_file(weights | {name: weights[name] * float("nan")}, path)
+    (run / "summary.json").write_text(json.dumps(summary | {"weights_sha256": file_sha256(path)}))
+
+
 def _train(arguments: list[str]) -> None:
     from shardstep.launch.train import main
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from pathlib import Path
 from typing import Any
 
 from shardstep.configs.components import convert, resolve
@@ -13,6 +14,8 @@ from shardstep.datasets.augment import TRANSFORMS
 from shardstep.trainer import average, losses, models, optimizers, profiler, runtime, schedules
 from shardstep.trainer.convolutions import CONVOLUTION_METHODS, excludes
 from shardstep.trainer.sharing import sharing_problems
+
+_LARGEST_SIDE = 16_384  # pixels: a batch of one image with three channels of floats is 3 GB then
 
 
 def check_recipe(loaded: Loaded) -> Recipe:
@@ -93,6 +96,13 @@ def _check_numbers(recipe: Recipe) -> list[str]:
         problems.append(f"train.global_batch_size={batch} must be a whole number from 1, or full")
     if not (window in ("auto", "all") or (isinstance(window, int) and window >= 1)):
         problems.append(f"data.window_shards={window} must be a whole number from 1, or auto, or all")
+    name = recipe.run.name
+    if not name.isprintable() or name != name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
+        problems.append(
+            f"run.name={name!r} must be a name within runs/, of printable characters: for another place give run.dir"
+        )
+    if recipe.data.resize is not None and recipe.data.resize > _LARGEST_SIDE:
+        problems.append(f"data.resize={recipe.data.resize} must be at most {_LARGEST_SIDE} pixels")
     at_least = {
         "data.workers": (recipe.data.workers, 0),
         "data.lanes": (recipe.data.lanes, 1),

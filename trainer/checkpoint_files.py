@@ -7,6 +7,7 @@ Nothing here needs torch.
 import hashlib
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest | {"files": files}
 
 
-def problems_of(path: Path, only: str | None = None) -> list[str]:
-    """What is wrong with a checkpoint, or with one of its files: every byte is read. Empty if it is whole."""
+def problems_of(path: Path, only: Collection[str] | None = None) -> list[str]:
+    """What is wrong with a checkpoint, or with some of its files: every byte is read. Empty if it is whole."""
     try:
         manifest = read_manifest(path)
     except ValueError as error:
         return [str(error)]
     problems = []
     for name, (size, digest) in manifest["files"].items():
-        if only not in (None, name):
+        if only is not None and name not in only:
             continue
         try:
             found = (path / name).stat().st_size

@@ -12,6 +12,7 @@ from shardstep.datasets.augment import Normalize, smallest_side
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, open_shards
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
+from shardstep.datasets.sources import surely_differs
 from shardstep.datasets.write import make_missing_shards
 from shardstep.trainer import launcher
 
@@ -54,6 +55,23 @@ def make_missing_data(config: DataConfig) -> None:
             except InputError as error:  # perhaps of this node alone: its first rank tells
                 error.everywhere = not launcher.is_first_rank_of_node()
                 raise
+
+
+def passed_over_source(config: DataConfig, data: Data) -> str | None:
+    """What to warn of where there were shards, but of other images than those of data.source; else None."""
+    if config.source is None:
+        return None
+    for split, folder, manifest in (
+        ("train", config.train, data.train.manifest),
+        ("test", config.test, data.test.manifest),
+    ):
+        if surely_differs(config.source, manifest, split):
+            return (
+                f"data.source={config.source} is not used: there are shards in {folder}, of other images "
+                f"({manifest.made.get('source', 'of unknown origin')}; classes {_short(manifest)}). For those of the source "
+                f"give another folder as data.{split}, for these data.source=null"
+            )
+    return None
 
 
 def open_both(config: DataConfig) -> tuple[ShardFolder, ShardFolder]:

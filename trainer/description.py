@@ -53,6 +53,7 @@ def describe(run: Run) -> list[str]:
             f"{train.samples:,} + {run.data.test.manifest.samples:,} images {width}x{height}x{channels}, "
             f"{run.data.num_classes} classes, {recipe.data.mode}; order: lanes {recipe.data.lanes}, window {window}",
         ),
+        ("shards", f"{recipe.data.train}, {recipe.data.test}"),
         ("model", f"{recipe.model['name']}, {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained"),
         ("optimizer", f"{recipe.optimizer['name']}, rate {run.base_lr:g}, {recipe.schedule['name']}{groups}"),
         (

@@ -86,6 +86,7 @@ def describe(trained: Trained) -> dict[str, Any]:
     )
     return {
         "shardstep": metadata.version("shardstep"),
+        "weights": trained.which,
         "model": trained.recipe.model,
         "classes": trained.manifest.classes,
         "input": {

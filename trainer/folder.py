@@ -54,7 +54,7 @@ def settle_from(recipe: Recipe) -> None:
     if recipe.run.resume == "never" or not is_run(folder):
         return
     newest_first = reversed(list_checkpoints(folder / "checkpoints"))
-    newest = next((path for path in newest_first if not problems_of(path, only=RECIPE)), None)
+    newest = next((path for path in newest_first if not problems_of(path, only=[RECIPE])), None)
     if newest is None:
         return
     saved = load_recipe(str(newest / RECIPE)).recipe
@@ -97,6 +97,9 @@ def find_resume(recipe: Recipe) -> Resume:
 
 def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
     saved = check_recipe(load_recipe(str(path / RECIPE)))
+    wrong = [key for key in recipe.run.allow_changes if not _is_compared(key, saved, recipe)]
+    if wrong:
+        raise InputError(f"run.allow_changes: {', '.join(wrong)} is not a key that has to stay the same")
     differences = _differences(saved, recipe)
     refused = {key: change for key, change in differences.items() if key not in recipe.run.allow_changes}
     if refused:
@@ -113,16 +116,15 @@ def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
             f"{', '.join(moved)} cannot change in the middle of an epoch (position {position}): samples would be seen "
             f"twice, or not at all"
         )
-    wrong = [key for key in recipe.run.allow_changes if not _is_compared(key)]
-    if wrong:
-        raise InputError(f"run.allow_changes: {', '.join(wrong)} is not a key that has to stay the same")
 
 
-def _is_compared(key: str) -> bool:
+def _is_compared(key: str, saved: Recipe, given: Recipe) -> bool:
     if key == "data.test":  # by its content, when the checkpoint is loaded
         return True
     section, _, name = key.partition(".")
-    return section in OPEN_SECTIONS or name in _MATHEMATICS.get(section, [])
+    if section in OPEN_SECTIONS:
+        return name in getattr(saved, section) or name in getattr(given, section)
+    return name in _MATHEMATICS.get(section, [])
 
 
 def begin(folder: Path, warn: Callable[[str], None]) -> Path | None:

@@ -118,7 +118,7 @@ def make_plan(config: TrainConfig, num_samples: int, drop_last: bool, world_size
     if size < world_size:
         raise InputError(
             f"train.global_batch_size={size} is below the number of ranks, {world_size}: some would have no "
-            f"sample in any step. Raise it to {world_size} or more, or start at most {size} ranks"
+            f"sample in any step. Raise it to {world_size} or more, or start at most {size} rank{'s' * (size > 1)}"
         )
     if size > num_samples:
         raise InputError(

@@ -69,9 +69,16 @@ class Status:
             return "starting"
         parts = [f"{self.share:4.0%}  step {self.step:,}{'' if self.total_steps is None else f'/{self.total_steps:,}'}"]
         if self.train:
-            left_s = self.train["left_s"] - (now_s - self.train["time"])
-            parts += [f"epoch {self.train['epoch']:.4g}", f"{span(max(0.0, left_s))} left"]
+            parts += [f"epoch {self.train['epoch']:.4g}", f"{span(self._left_s(now_s))} left"]
         return "  ".join(parts)
+
+    def _left_s(self, now_s: float) -> float:
+        """At the pace of the last train line, by the steps since; by the clock where they, or the length, are not known."""
+        line = self.train
+        if line["total_steps"] is None or self.step <= line["step"]:
+            return max(0.0, line["left_s"] - (now_s - line["time"]))
+        steps_left = max(0, line["total_steps"] - self.step)
+        return float(line["left_s"]) * steps_left / max(1, line["total_steps"] - line["step"])
 
     def rows(self, now_s: float) -> list[str]:
         """How well it learns, and how fast it works: two rows, each within 80 columns."""

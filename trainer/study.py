@@ -95,8 +95,7 @@ def study(record: Record, device: Literal["auto", "cpu", "cuda"]) -> Study:
     except InputError as error:
         found.left_out.append(f"what the model says of the test set, and its filters: {error}")
         return found
-    final = trained.weights.parent == trained.folder
-    found.weights = "the final weights" if final else f"the checkpoint {trained.weights.parent.name}"
+    found.weights = trained.which
     filters = first_filters(trained.module, trained.image_shape)
     if isinstance(filters, str):
         found.left_out.append(f"filters: {filters}")

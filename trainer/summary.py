@@ -4,7 +4,9 @@ import json
 from typing import Any
 
 from shardstep.configs.files import write_whole
+from shardstep.datasets.scan import file_sha256
 from shardstep.trainer import runtime
+from shardstep.trainer.checkpoint_files import WEIGHTS
 from shardstep.trainer.evaluate import Evaluation
 from shardstep.trainer.setup import Run
 
@@ -29,6 +31,7 @@ def write_summary(run: Run, status: str, evaluation: Evaluation | None, reason: 
         "eval": {"loss": evaluation.loss, "accuracy": evaluation.accuracy, "top5": evaluation.top5}
         if evaluation
         else None,
+        **({"weights_sha256": file_sha256(run.folder / WEIGHTS)} if status == "finished" else {}),
         "wall_s": round(state.wall_s, 3),
         "train_s": round(state.train_s, 3),
         "time_s": run.timer.time_s(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,10 +13,11 @@ from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import Normalize
 from shardstep.datasets.manifest import Manifest, ShardFolder, open_shards, parse_manifest
 from shardstep.datasets.reader import StreamReader
+from shardstep.datasets.scan import file_sha256
 from shardstep.trainer import data
 from shardstep.trainer.check import check_recipe
 from shardstep.trainer.checkpoint import load_weights
-from shardstep.trainer.checkpoint_files import WEIGHTS, newest_whole, problems_of
+from shardstep.trainer.checkpoint_files import AVERAGE, WEIGHTS, newest_whole, problems_of
 from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME, is_run, read_summary
 from shardstep.trainer.losses import Objective, build_objective
 from shardstep.trainer.models import build_model
@@ -47,6 +48,13 @@ class Trained:
     normalize: Normalize
     objective: Objective
     device: torch.device
+
+    @property
+    def which(self) -> str:
+        """Of a run's weights: "the final weights", or which checkpoint's."""
+        return (
+            "the final weights" if self.weights.parent == self.folder else f"the checkpoint {self.weights.parent.name}"
+        )
 
     def open_test_set(self, folder: str | None = None) -> tuple[ShardFolder, StreamReader]:
         """The run's test set, or another one of the same task.
@@ -107,14 +115,18 @@ def find_weights(path: Path) -> tuple[Path, Path]:
     if folder is None:
         raise InputError(f"{path} is neither a run's folder nor a checkpoint of one: no {CONFIG_NAME}")
     if folder != resolved:
-        problems = problems_of(resolved, only=WEIGHTS)
+        problems = problems_of(resolved, only=(WEIGHTS, AVERAGE))
         if problems:
             raise InputError(f"{path} is not whole: {'; '.join(problems)}")
         return resolved / WEIGHTS, folder
-    final = folder / WEIGHTS
-    newest, passed_over = (
-        (None, []) if final.is_file() and _is_finished(folder) else newest_whole(folder / "checkpoints")
-    )
+    final, summary = folder / WEIGHTS, _read_summary(folder)
+    is_final = final.is_file() and summary.get("status") == "finished"
+    claimed = summary.get("weights_sha256")  # runs of earlier versions have none
+    if is_final and claimed and file_sha256(final) != claimed:
+        raise InputError(
+            f"{final} is damaged: its sha256 is another. {folder / 'checkpoints'} may hold the same weights"
+        )
+    newest, passed_over = (None, []) if is_final else newest_whole(folder / "checkpoints")
     if newest:
         return newest / WEIGHTS, folder
     if final.is_file():
@@ -123,11 +135,18 @@ def find_weights(path: Path) -> tuple[Path, Path]:
     raise InputError(f"{path} has neither {WEIGHTS} nor a whole checkpoint{damaged}")
 
 
-def _is_finished(folder: Path) -> bool:
+def unfinished_note(path: Path, weights: Path) -> str | None:
+    """What to say where the weights found for a run's folder are those of a checkpoint, because it has not finished."""
+    asked_for_run = is_run(path.resolve()) and weights.parent != path.resolve()
+    return f"{path} is not finished: this is its checkpoint {weights.parent.name}" if asked_for_run else None
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
     try:
-        return read_summary(folder).get("status") == "finished"
-    except (OSError, ValueError, AttributeError):
-        return False
+        summary = read_summary(folder)
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def find_device(name: str) -> torch.device:

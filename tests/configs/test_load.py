@@ -28,6 +28,20 @@ def test_name_and_folder_come_from_the_file(tmp_path: Path) -> None:
     assert (recipe.run.name, recipe.run.dir) == ("mine", "runs/mine")
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("null", "cifar10"), ("cifar10", "cifar10"), ("digits", "digits"), ("synthetic:320", "synthetic-320"),
+        ("/tmp/my images/", "my images"), ("/tmp/mine.v2.tar.gz", "mine.v2"), ("../mine.tar", "mine"),
+    ],
+)  # fmt: skip
+def test_a_source_has_a_folder_of_its_own(source: str, name: str, tmp_path: Path) -> None:
+    data = load(tmp_path, MINIMAL, f"data.source={source}").recipe.data
+    assert (data.train, data.test) == (f"data/{name}/train", f"data/{name}/test")
+    data = load(tmp_path, MINIMAL, f"data.source={source}", "data.train=elsewhere").recipe.data
+    assert (data.train, data.test) == ("elsewhere", f"data/{name}/test")
+
+
 def test_overrides(tmp_path: Path) -> None:
     overrides = [
         "optimizer.lr=1e-3",
@@ -90,6 +104,10 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         ("train.global_batch_size=half", "train.global_batch_size=half must be"),
         ("data.window_shards=0", "data.window_shards=0 must be"),
         ("data.lanes=0", "data.lanes=0 must be at least 1"),
+        ("data.resize=100000", "data.resize=100000 must be at most"),
+        ("run.name=../outside", "run.name='../outside' must be a name within runs/"),
+        ("run.name=/tmp/outside", "run.name='/tmp/outside' must be a name within runs/"),
+        ("run.name=a\nb", "run.name='a\\nb' must be a name within runs/"),
         ("train.clip_norm=0", "train.clip_norm=0.0 must be above 0"),
         ("data.normalize=foo", "data.normalize=foo must be"),
         ("data.normalize={mean: [1, 2], std: [1, 2]}", "mean and std must both have 1 or 3 numbers"),

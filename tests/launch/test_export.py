@@ -1,10 +1,12 @@
 """`shardstep export`: the command around trainer/export.py."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import safe_open
 
 from shardstep.launch.cli import run as run_command
 from shardstep.launch.export import main
@@ -24,6 +26,12 @@ def test_a_run_and_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert main([str(checkpoint), "--format", "torch_export", "--out", str(tmp_path / "a.pt2")]) == 0
     assert (tmp_path / "a.pt2").is_file()
     assert len(list(checkpoint.iterdir())) == 5  # nothing is added to a checkpoint
+    assert "is not finished" not in capsys.readouterr().out
+    (run / "summary.json").unlink()
+    assert main([str(run), "--format", "safetensors"]) == 0
+    assert f"{run} is not finished: this is its checkpoint step-00000008\n" in capsys.readouterr().out
+    with safe_open(run / "exported.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["shardstep"])["weights"] == "the checkpoint step-00000008"
 
 
 def test_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

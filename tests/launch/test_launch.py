@@ -2,17 +2,20 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from shardstep.configs.load import load_recipe, recipe_names
+from shardstep.launch import cli
 from shardstep.trainer.check import check_recipe
 from tests.conftest import ROOT
 from tests.distributed import run_ranks
-from tests.runs import train_lines, write_recipe
+from tests.runs import spoil_weights, train_lines, write_recipe
 
 BIN = Path(sys.executable).parent
 TRAIN = str(ROOT / "launch" / "train.py")
@@ -117,6 +120,10 @@ def test_evaluate_prints_one_object_last(shards: Path, tmp_path: Path, reference
     (tmp_path / "recipe.yaml").unlink()
     result = start(str(BIN / "shardstep"), "evaluate", "../run", "--data", str(shards / "test"), cwd=elsewhere)
     assert json.loads(result.stdout.splitlines()[-1])["samples"] == 53
+    flip_a_bit(tmp_path / "run" / "model.safetensors")
+    result = start(str(BIN / "shardstep"), "evaluate", str(tmp_path / "run"), cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "model.safetensors is damaged: its sha256 is another" in result.stderr
     (tmp_path / "run" / "summary.json").unlink()
     result = start(str(BIN / "shardstep"), "evaluate", str(tmp_path / "run"), cwd=tmp_path)
     assert "is not finished: this is its checkpoint step-" in result.stdout
@@ -125,6 +132,20 @@ def test_evaluate_prints_one_object_last(shards: Path, tmp_path: Path, reference
         result = start(str(BIN / "shardstep"), "evaluate", str(path), cwd=tmp_path)
         assert result.returncode == 2
         assert "neither a run's folder nor a checkpoint" in result.stderr
+
+
+def test_a_loss_that_is_no_number_is_null(finished_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    spoil_weights(run, "head.weight")
+    result = start(str(BIN / "shardstep"), "evaluate", str(run), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert '"loss": null' in result.stdout.splitlines()[-1]
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 def test_shards_commands(tmp_path: Path) -> None:
@@ -174,6 +195,14 @@ def test_checkpoints_are_listed_without_torch(tmp_path: Path) -> None:
     assert result.stdout == "2 False\n"
 
 
+def test_memory_that_is_not_there_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(lambda _: int(torch.empty(1 << 50).numel()), []) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("failed: ")
+    assert "can't allocate memory" in message
+    assert "a smaller train.max_micro_batch" in message
+
+
 def test_unknown_command_names_its_neighbours() -> None:
     result = subprocess.run([BIN / "shardstep", "trian"], capture_output=True, text=True)
     assert result.returncode == 2
@@ -196,6 +225,18 @@ def test_missing_shards_are_made_before_training(tmp_path: Path) -> None:
         "test",
         "train",
     ]
+
+
+def test_shards_of_another_source_are_told(shards: Path, tmp_path: Path) -> None:
+    data = [f"data.train={shards}/train", f"data.test={shards}/test", "train.duration=1 steps"]
+    result = start(*FORMS["python"], "smoke", "data.source=synthetic:101", *data, cwd=tmp_path)
+    assert f"shards     {shards}/train, {shards}/test" in result.stdout
+    assert f"data.source=synthetic:101 is not used: there are shards in {shards}/test, of other images" in result.stderr
+    (tmp_path / "mine" / "train" / "a").mkdir(parents=True)
+    for source, told in {"cifar10": True, "digits": True, "mine": True, "null": False}.items():
+        result = start(*FORMS["python"], "smoke", f"data.source={source}", *data, f"run.name={source}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert (f"data.source={source} is not used: there are shards in {shards}/train" in result.stderr) == told
 
 
 def train_two_steps(names: list[str], shards: str, folder: str) -> list[int]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets.manifest import open_shards
@@ -15,7 +14,7 @@ from shardstep.datasets.reader import StreamReader
 from shardstep.launch.cli import run as run_command
 from shardstep.launch.predict import main
 from shardstep.trainer.trained import open_trained
-from tests.runs import train_ranks, write_recipe
+from tests.runs import spoil_weights, train_ranks, write_recipe
 
 
 @pytest.fixture
@@ -114,10 +113,19 @@ def test_names_that_cannot_be_printed_or_are_formulas(
 
 def test_a_run_that_has_diverged(finished_run: Path, images: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path / "run")
-    weights = load_file(tmp_path / "run" / "model.safetensors")
-    save_file(weights | {"head.weight": weights["head.weight"] * np.nan}, tmp_path / "run" / "model.safetensors")
+    spoil_weights(tmp_path / "run", "head.weight")
     with pytest.raises(InputError, match="its outputs are not numbers"):
         main([str(tmp_path / "run"), str(images), "--json"])
+
+
+def test_a_run_that_has_not_finished(
+    finished_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("summary.json"))
+    assert main([str(run), str(images), "--json"]) == 0
+    assert capsys.readouterr().err == f"{run} is not finished: this is its checkpoint step-00000008\n"
+    assert main([str(run / "checkpoints" / "step-00000004"), str(images), "--json"]) == 0
+    assert "finished" not in capsys.readouterr().err
 
 
 def test_an_autoencoder_has_no_classes(shards: Path, images: Path, tmp_path: Path) -> None:

@@ -56,6 +56,14 @@ def test_time_left_runs_down_between_two_lines() -> None:
     assert "0 s left" in status.place(2000.0)
 
 
+def test_time_left_is_by_steps_where_they_are_known() -> None:
+    """A run that other work slows down would come to 0 s by the clock."""
+    status = Status()
+    status.take(LONGEST_TRAIN | {"left_s": 60.0, "step": 20, "total_steps": 320, "time": 1000.0})
+    status.step = 170
+    assert "30 s left" in status.place(1100.0)
+
+
 def test_a_run_that_its_time_ends_has_no_number_of_steps() -> None:
     status = Status()
     line = LONGEST_TRAIN | {"step": 1377, "total_steps": None, "share_done": 0.25, "left_s": 60.0}

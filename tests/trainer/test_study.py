@@ -17,7 +17,7 @@ from shardstep.trainer.predictions import PREDICTIONS_NAME, Predictions, predict
 from shardstep.trainer.record import read_record
 from shardstep.trainer.study import study
 from shardstep.trainer.trained import find_weights, open_trained
-from tests.runs import train_ranks, write_recipe
+from tests.runs import spoil_weights, train_ranks, write_recipe
 
 
 @pytest.fixture
@@ -186,10 +186,7 @@ def test_a_run_of_an_older_format_is_shown_as_far_as_it_goes(run: Path) -> None:
 
 
 def test_weights_that_are_no_numbers_are_told(run: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(run / "model.safetensors")
-    save_file(weights | {"head.weight": weights["head.weight"] * torch.nan}, run / "model.safetensors")
+    spoil_weights(run, "head.weight")
     found = study(read_record(run), "cpu")
     assert found.left_out == ["what the model says of the test set: its outputs are not all numbers"]
     assert found.predictions is None
