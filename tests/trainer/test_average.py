@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from shardstep.configs.durations import Duration, Progress
+from shardstep.configs.errors import InputError
 from shardstep.trainer.average import Average, averaged
 from shardstep.trainer.checkpoint import TrainState
 from shardstep.trainer.plan import Plan
@@ -128,6 +129,9 @@ def test_the_average_is_what_is_evaluated_and_kept(shards: Path, tmp_path: Path)
         assert not all(torch.equal(final[name], trained[name]) for name in final)
         losses = [line["loss"] for line in read_lines(folder / "run" / "metrics.jsonl") if line["kind"] == "train"]
         assert json.loads((folder / "run" / "summary.json").read_text())["eval"]["loss"] > losses[-1]
+    (path / "average.safetensors").write_bytes(bytes((path / "average.safetensors").stat().st_size))
+    with pytest.raises(InputError, match="average.safetensors is damaged: its sha256 is another"):
+        open_trained(path, "cpu")
 
 
 def test_progress_is_counted_in_steps_and_no_clock_changes_the_weights() -> None:
