@@ -82,10 +82,10 @@ def _draw_final(plt: Any, variants: Sequence[Variant], target: float | None) -> 
     for row, variant in enumerate(finished):
         interval = mean_interval([100 * value for value in variant.accuracies])
         color = f"C{list(variants).index(variant) % 10}"
-        axis.errorbar(interval.mean, row, xerr=interval.half_width, fmt="o", color=color, capsize=4)
-        axis.plot(
-            [100 * value for value in variant.accuracies], [row] * len(variant.accuracies), "|", color=color, ms=11
-        )
+        axis.errorbar(interval.mean, row, xerr=interval.half_width, fmt="none", ecolor=color, capsize=4)
+        marks = {"color": color, "clip_on": False}  # whole at 0 and 100, too
+        axis.plot(interval.mean, row, "o", **marks)
+        axis.plot([100 * value for value in variant.accuracies], [row] * len(variant.accuracies), "|", ms=11, **marks)
     axis.set_yticks(range(len(finished)), [variant.name for variant in finished])
     axis.set(xlabel="final test accuracy, %: each seed, mean and 95 % confidence interval")
     low, high = axis.get_xlim()

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from shardstep.datasets.images import decode
 from shardstep.launch import compare
 from shardstep.launch.answer import write_answer
+from shardstep.launch.compare_plots import PLOTS
+from shardstep.launch.outcomes import Outcome, Point, Variant
 from tests.browser import Browser
 from tests.runs import write_recipe
 
@@ -57,6 +60,26 @@ def test_in_a_browser(page: Path, browser: Browser) -> None:
     said = browser.evaluate("document.body.innerText")
     assert all(name in said for name in NAMES)
     assert browser.problems == []
+
+
+def test_plots_fit_the_column(page: Path, browser: Browser) -> None:
+    for width in (1280, 1100, 800):
+        browser.open(page, width)
+        assert browser.evaluate("[...document.querySelectorAll('.plot')].every(of => of.scrollWidth <= of.clientWidth)")
+        ends = "[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().right)"
+        assert browser.evaluate(f"Math.max(...{ends}) <= document.querySelector('.plot').getBoundingClientRect().right")
+
+
+def test_a_mark_at_100_per_cent_is_as_large_as_others(tmp_path: Path) -> None:
+    def variant(name: str, accuracy: float) -> Variant:
+        point = Point(step=1, epoch=1.0, samples=1, train_s=1.0, loss=0.0, accuracy=accuracy, train_loss=0.0)
+        return Variant(name, [], None, {0: Outcome("", "finished", curve=[point])}, {})
+
+    PLOTS["final"].draw([variant("all", 1.0), variant("half", 0.5)], None, [tmp_path / "final.png"])
+    pixels = decode((tmp_path / "final.png").read_bytes(), "RGB")
+    colors = ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E))  # matplotlib's first two
+    at_100, at_50 = (int((pixels == color).all(axis=2).sum()) for color in colors)
+    assert at_100 == pytest.approx(at_50, rel=0.1)
 
 
 def test_dark_and_paper(page: Path, browser: Browser, tmp_path: Path) -> None:
