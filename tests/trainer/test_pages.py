@@ -52,7 +52,23 @@ def test_a_logarithmic_axis_where_values_span_decades() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [[0.0], [2.5], [-1.0, -1.0], [1e-12, 1e9], [None, 3.0, None], [0.0, 0.0], [1e30, 2e30]]
+    ("values", "percent", "labels"),
+    [
+        ([0.0, 2.4e-4], False, ["0", "5e-5", "1e-4", "1.5e-4", "2e-4", "2.5e-4"]),
+        ([0.0, 2.4e5], False, ["0", "50,000", "1e5", "1.5e5", "2e5", "2.5e5"]),
+        ([0.9991, 0.9999], True, ["99.9 %", "99.92 %", "99.94 %", "99.96 %", "99.98 %", "100 %"]),
+        ([1.2345, 1.2346], False, ["1.2345", "1.23452", "1.23454", "1.23456", "1.23458", "1.2346"]),
+    ],
+)
+def test_ticks_have_all_their_digits(values: list[float], percent: bool, labels: list[str]) -> None:
+    chart = str(line_chart([Series("a", list(enumerate(values)))], "epoch", "y", percent=percent))
+    ends = re.findall(r'<text x="([\d.]+)" [^>]*class="end">([^<]*)<', chart)
+    assert [label for _, label in ends] == labels
+    assert all(float(x) > 7 * len(label) for x, label in ends)  # pixels: none begins left of the picture
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0], [2.5], [1e-14], [-1.0, -1.0], [1e-12, 1e9], [None, 3.0, None], [0.0, 0.0], [1e30, 2e30]]
 )
 def test_strange_values_have_a_chart(values: list[float | None]) -> None:
     chart = line_chart([Series("a", list(enumerate(values)))], "epoch", "loss")

@@ -17,7 +17,7 @@ Scale = Callable[[float], float]
 
 # Small enough for text to be readable where a page is 390 pixels wide.
 _WIDTH, _HEIGHT = 440, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 36  # at least, to the left
 _MOST_POINTS = 500  # of a line; more are not seen
 NUM_COLORS = 8  # in style.css
 _LOG_FROM = 30.0  # times from the lowest to the highest value: a linear scale would hide the low ones
@@ -67,9 +67,11 @@ def line_chart(
     else:
         ticks = _ticks(min([0.0] if from_zero else values), max(values))
         low, high = ticks[0], ticks[-1]
+    labels = [_tick_label(tick, percent) for tick in ticks]
+    left = max(_LEFT, 14 + _CHARACTER * max(map(len, labels)))
 
     def place_x(x: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * x / right
+        return left + (_WIDTH - left - _RIGHT) * x / right
 
     def place_y(y: float) -> float:
         share = math.log(y / low) / math.log(high / low) if logarithmic else (y - low) / (high - low)
@@ -78,14 +80,16 @@ def line_chart(
     grid = [
         tag(
             "g",
-            tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=place_y(tick), y2=place_y(tick), class_="grid"),
-            tag("text", _label(tick, percent), x=_LEFT - 6, y=place_y(tick) + 4, class_="end"),
+            tag("line", x1=left, x2=_WIDTH - _RIGHT, y1=place_y(tick), y2=place_y(tick), class_="grid"),
+            tag("text", label, x=left - 6, y=place_y(tick) + 4, class_="end"),
         )
-        for tick in ticks
+        for tick, label in zip(ticks, labels, strict=True)
     ]
     x_ticks = [tick for tick in _ticks(0.0, right) if tick <= right * 1.001]
-    grid += [tag("text", _label(tick), x=place_x(tick), y=_HEIGHT - _BOTTOM + 16, class_="middle") for tick in x_ticks]
-    grid.append(tag("text", x_name, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 4, class_="middle name"))
+    grid += [
+        tag("text", _tick_label(tick), x=place_x(tick), y=_HEIGHT - _BOTTOM + 16, class_="middle") for tick in x_ticks
+    ]
+    grid.append(tag("text", x_name, x=(left + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 4, class_="middle name"))
     order = {"faint": 0, "plain": 1, "dashed": 2, "strong": 3}
     lines = [_line(one, place_x, place_y, percent) for one in sorted(drawn, key=lambda one: order[one.kind])]
     scale = " · logarithmic" if logarithmic else ""
@@ -122,9 +126,9 @@ def reliability_chart(bins: list[Bin], color: int = 0) -> Html:
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         height = bottom - size * tick
         drawn.append(tag("line", x1=left, x2=left + size, y1=height, y2=height, class_="grid"))
-        drawn.append(tag("text", _label(tick, percent=True), x=left - 6, y=height + 4, class_="end"))
+        drawn.append(tag("text", _tick_label(tick, percent=True), x=left - 6, y=height + 4, class_="end"))
         label_y = bottom + strip + 26
-        drawn.append(tag("text", _label(tick, percent=True), x=x(tick), y=label_y, class_="middle"))
+        drawn.append(tag("text", _tick_label(tick, percent=True), x=x(tick), y=label_y, class_="middle"))
     for part in bins:
         said = (
             f"confidence {part.lower:.0%} to {part.upper:.0%}: {part.samples:,} samples, {part.accuracy:.1%} right, "
@@ -205,7 +209,7 @@ def _line(one: Series, place_x: Scale, place_y: Scale, percent: bool) -> Html:
     dots = [
         tag(
             "circle",
-            tag("title", f"{one.label}: {_label(y, percent, exact=True)} at {_label(x, exact=True)}"),
+            tag("title", f"{one.label}: {_value(y, percent)} at {_value(x)}"),
             cx=round(place_x(x), 1),
             cy=round(place_y(y), 1),
             r=3 if len(known) <= 40 else 1.5,
@@ -242,7 +246,7 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    return [round(step * count, 12) for count in range(first, last + 1)]
+    return [float(f"{step * count:.12g}") for count in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -253,9 +257,17 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [tick for power in powers[::every] for factor in factors if low <= (tick := factor * 10.0**power) <= high]
 
 
-def _label(value: float, percent: bool = False, exact: bool = False) -> str:
+def _tick_label(tick: float, percent: bool = False) -> str:
+    """All digits of a round number."""
+    if percent:
+        return f"{100 * tick:.10g} %"
+    if tick and (abs(tick) >= 1e5 or abs(tick) < 1e-3):
+        digits, exponent = f"{tick:.9e}".split("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{tick:,.10g}"
+
+
+def _value(value: float, percent: bool = False) -> str:
     if percent:
         return f"{100 * value:.4g} %"
-    if value and not exact and (abs(value) >= 1e5 or abs(value) < 1e-3):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
