@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shardstep.trainer.evaluate import Evaluation
+from shardstep.trainer.pages.extras import training_extras
 from shardstep.trainer.setup import Run
 
 GRID_ROWS, GRID_COLUMNS = 4, 8
@@ -22,7 +23,7 @@ def draw_all(run: Run, evaluation: Evaluation) -> list[str]:
         OSError: one cannot be written.
     """
     folder, classes = run.folder, run.data.train.manifest.classes
-    draw_curves(folder / "metrics.jsonl", folder / "curves.png")
+    draw_curves(folder / "metrics.jsonl", folder / "curves.png", training_extras(run.recipe))
     if evaluation.confusion is None:
         draw_reconstructions(*first_reconstructions(run), folder / "reconstructions.png")
         return ["curves.png", "reconstructions.png"]
@@ -31,14 +32,18 @@ def draw_all(run: Run, evaluation: Evaluation) -> list[str]:
     return ["curves.png", "confusion.png", "predictions.png"]
 
 
-def draw_curves(metrics_path: Path, picture: Path) -> None:
-    """Draw loss and accuracy against epochs from a metrics.jsonl."""
+def draw_curves(metrics_path: Path, picture: Path, extras: str) -> None:
+    """Draw loss and accuracy against epochs from a metrics.jsonl; `extras` are in the training loss alone."""
     plt = pyplot()
     lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     has_accuracy = any(line["accuracy"] is not None for line in lines)
     figure, axes = plt.subplots(1, 1 + has_accuracy, figsize=(5.5 * (1 + has_accuracy), 4), layout="constrained")
     for axis, name in zip(np.atleast_1d(axes), ("loss", "accuracy"), strict=False):
-        for kind, label, style in (("train", "training batch", {"alpha": 0.6}), ("eval", "test set", {"marker": "o"})):
+        of_train, of_test = (f", with {extras}", ", without") if extras and name == "loss" else ("", "")
+        for kind, label, style in (
+            ("train", f"training batch{of_train}", {"alpha": 0.6}),
+            ("eval", f"test set{of_test}", {"marker": "o"}),
+        ):
             chosen = [line for line in lines if line["kind"] == kind and line[name] is not None]
             axis.plot(
                 [line["epoch"] for line in chosen], [line[name] for line in chosen], label=label, markersize=4, **style

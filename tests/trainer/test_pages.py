@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from shardstep.trainer.calibration import reliability
 from shardstep.trainer.pages.chart import Series, confusion_chart, line_chart, reliability_chart
+from shardstep.trainer.pages.extras import training_extras
 from shardstep.trainer.pages.html import page, table, tag
 from shardstep.trainer.pages.report import report_page
 from shardstep.trainer.predictions import Predictions
 from shardstep.trainer.record import read_record
+from shardstep.trainer.report import draw_curves
 from shardstep.trainer.study import Study
 from tests.conftest import ROOT
 
@@ -124,6 +127,29 @@ def test_dark_and_paper_have_every_colour() -> None:
     names = [set(re.findall(r"(--[\w-]+):", block)) for block in blocks]
     assert len(names) == 3  # light, dark, paper
     assert names[0] == names[1] == names[2]
+
+
+def test_what_only_the_training_loss_has_is_said(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, smoothed = read_record(finished_run), read_record(finished_run)
+    smoothed.recipe.loss["label_smoothing"] = 0.1
+    smoothed.recipe.run.name = "smooth"
+    told = "The training loss includes label smoothing of 0.1, the test loss does not."
+    assert told in report_page([Study(smoothed)], datetime(2026, 1, 1))
+    assert "includes" not in report_page([Study(plain)], datetime(2026, 1, 1))
+    both = report_page([Study(plain), Study(smoothed)], datetime(2026, 1, 1))
+    assert both.count(told.replace("loss", "loss of smooth", 1)) == both.count("includes") == 1
+    smoothed.recipe.model["auxiliary_weight"] = 0.3
+    assert training_extras(smoothed.recipe) == "label smoothing of 0.1 and 0.3 times the loss of auxiliary heads"
+
+    legends: list[str] = []
+    monkeypatch.setattr(Axes, "legend", lambda axis: legends.extend(axis.get_legend_handles_labels()[1]))
+    draw_curves(finished_run / "metrics.jsonl", tmp_path / "curves.png", "label smoothing of 0.1")
+    assert legends == [
+        "training batch, with label smoothing of 0.1", "test set, without",
+        "training batch", "test set",
+    ]  # fmt: skip
 
 
 def test_a_page_of_many_classes_stays_small(finished_run: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from shardstep.configs.load import recipe_text
 from shardstep.trainer.calibration import expected_calibration_error
 from shardstep.trainer.pages.chart import NUM_COLORS, Point, Series, confusion_chart, line_chart, reliability_chart
+from shardstep.trainer.pages.extras import training_extras
 from shardstep.trainer.pages.html import Child, Html, join, page, picture, table, tag
 from shardstep.trainer.record import Line, Record, differing_keys, number
 from shardstep.trainer.status import length
@@ -210,6 +211,10 @@ def _curves(studies: list[Study], labels: list[str]) -> Html | None:
         "Bold: test set. Thin: single training batches. Dashed: training samples since the last evaluation, averaged."
     )
     said = said if alone else "Bold: test set. Thin: single training batches."
+    for one, label in zip(studies, labels, strict=True):
+        extras = training_extras(one.record.recipe)
+        if extras:
+            said += f" The training loss{'' if alone else f' of {label}'} includes {extras}, the test loss does not."
     return join(tag("h2", "Curves"), tag("p", said, class_="quiet"), tag("div", *drawn, class_="grid two"))
 
 
