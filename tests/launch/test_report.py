@@ -49,7 +49,7 @@ def pages(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_one_run(pages: dict[str, Path], finished_run: Path) -> None:
     text = pages["one"].read_text()
     last = read_lines(finished_run / "metrics.jsonl")[-1]
-    assert f"{100 * last['accuracy']:.2f} %" in text
+    assert f"{100 * last['accuracy']:.2f}\N{NO-BREAK SPACE}%" in text
     assert f"{last['loss']:.4f}" in text
     assert "Left out" not in text
     for part in ("Curves", "Classes", "Confidence", "First layer", "Time and hardware", "How to repeat it"):
@@ -98,6 +98,11 @@ def test_bad_input_is_one_line_each(
     message = capsys.readouterr().err
     assert message.startswith("error: runs of different tasks cannot be compared")
     assert message.count("\n") == 1
+    (tmp_path / "link").symlink_to(finished_run)
+    for again in (f"{finished_run}/../{finished_run.name}", str(tmp_path / "link")):
+        assert run_command(main, [str(finished_run), again, "--out", str(tmp_path / "a.html")]) == 2
+        told = f"error: no report: {finished_run} and {again} are one folder: give each run once\n"
+        assert capsys.readouterr().err == told
     assert run_command(main, [str(finished_run), "--out", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.html"))
@@ -120,6 +125,25 @@ def test_in_a_browser(shown: Path, browser: Browser) -> None:
         assert browser.smallest_text() >= 9, f"text too small at {width} pixels"
     assert browser.evaluate("document.images.length") > 20 or shown.parent.name == "new"
     assert browser.problems == []
+
+
+def test_no_line_ends_inside_a_figure(finished_run: Path, browser: Browser, tmp_path: Path) -> None:
+    run = copy_run(finished_run, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"wall_s": 3599.4}))  # the widest: 59 min 59 s
+    lines = read_lines(run / "metrics.jsonl")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line | {"accuracy": 1.0}) + "\n" for line in lines))
+    assert main([str(run), "--device", "cpu"]) == 0
+    for width in (1280, 1100, 390, 320):
+        browser.open(run / "report.html", width)
+        assert browser.width() <= width
+        assert browser.evaluate("document.querySelector('.tiles').innerText").count("100.00\N{NO-BREAK SPACE}%") >= 1
+        heights = "[...document.querySelectorAll('.tile b')].map(figure => figure.getBoundingClientRect().height)"
+        assert browser.evaluate(f"Math.max(...{heights})") < 40  # one line of 22 pixels
+        overflowing = (
+            "[...document.querySelectorAll('.tile')].filter(tile => tile.scrollWidth > tile.clientWidth).length"
+        )
+        assert browser.evaluate(overflowing) == 0
 
 
 def test_dark_and_paper(shown: Path, browser: Browser, tmp_path: Path) -> None:

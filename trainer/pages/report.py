@@ -28,13 +28,19 @@ _UNKNOWN = "-"
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+    return _unbroken(f"{100 * share:.2f} %")
 
 
 def _time(seconds: float) -> str:
     if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s" if seconds < 3600 else time_text(seconds)
+        return _unbroken(f"{seconds:.1f} s")
+    whole = round(seconds)
+    return _unbroken(f"{whole // 60} min {whole % 60} s" if whole < 3600 else time_text(seconds))
+
+
+def _unbroken(figure: str) -> str:
+    """With spaces at which no line ends."""
+    return figure.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _value(value: Any) -> Child:
