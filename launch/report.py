@@ -36,7 +36,12 @@ def main(arguments: list[str]) -> int:
 
     find_device(given.device)
     problems, records = [], []
+    first_named: dict[Path, Path] = {}
     for folder in given.runs:
+        first = first_named.setdefault(folder.resolve(), folder)
+        if first is not folder:
+            problems.append(f"{first} and {folder} are one folder: give each run once")
+            continue
         try:
             records.append(read_record(folder))
         except InputError as error:
