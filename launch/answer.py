@@ -16,7 +16,6 @@ from shardstep.launch.comparison import Comparison
 from shardstep.launch.differences import CONFIDENCE, compare_groups, mean_interval, sentences
 from shardstep.launch.outcomes import EXPLODED, Outcome, Variant, final_accuracy, record
 
-_COST = ("train_s", "step")
 _WIDTH = 80  # of a terminal
 _TARGET_SHARE = 0.9  # of the best mean accuracy, where no target is given
 
@@ -120,12 +119,18 @@ def _row(variant: Variant, target: float | None) -> list[str]:
         variant.name,
         str(len(variant.accuracies)),
         final_accuracy(variant),
-        _mean([outcome.seconds_per_epoch for outcome in variant.finished], lambda value: f"{value:.3g}"),
-        _mean([outcome.last.epoch for outcome in variant.finished if outcome.last], lambda value: f"{value:.3g}"),
-        *(_mean([cost[key] if cost else None for cost in costs], lambda value: f"{value:.0f}") for key in _COST),
+        _mean([outcome.seconds_per_epoch for outcome in variant.finished], _three_digits),
+        _mean([outcome.last.epoch for outcome in variant.finished if outcome.last], _three_digits),
+        _mean([cost["train_s"] if cost else None for cost in costs], _three_digits),
+        _mean([cost["step"] if cost else None for cost in costs], lambda value: f"{value:.0f}"),
         memory,
         rate,
     ]
+
+
+def _three_digits(value: float) -> str:
+    """At least as many, and never an exponent for what is large."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _mean(values: list[float | None], text: Callable[[float], str]) -> str:

@@ -373,6 +373,19 @@ def test_a_table_fits_a_terminal() -> None:
     assert text_table(["a", "b"], [["xx", "1"], ["y", "22"]]) == ["a   b", "-----", "xx  1", "y  22"]
 
 
+def test_seconds_have_three_digits() -> None:
+    from shardstep.launch.answer import _columns, _row
+
+    def row(train_s: float) -> dict[str, str]:
+        point = Point(step=5, epoch=1.0, samples=1, train_s=train_s, loss=0.0, accuracy=0.5, train_loss=0.0)
+        variant = Variant("a", [], None, {0: Outcome("", "finished", curve=[point])}, {})
+        return dict(zip(_columns(0.34), _row(variant, 0.34), strict=True))
+
+    for seconds, text in ((0.0812, "0.0812"), (12.34, "12.3"), (1234.4, "1234")):
+        assert row(seconds)["s to 34 %"] == row(seconds)["s/epoch"] == text
+    assert row(1.0)["steps"] == "5"
+
+
 def test_runs_at_once_divide_the_cores_or_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from shardstep.launch import pool
 
