@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import check_output_file, write_whole
 from shardstep.configs.load import load_recipe, recipe_text
 from shardstep.configs.schema import Recipe
 from shardstep.launch.outcomes import Outcome, Variant, optimizer_memory, read_outcome
@@ -240,6 +240,11 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
         problems.append(f"--within {given.within:g} is a number of minutes above 0")
     if given.slurm is not None and (given.parallel != 1 or given.within is not None):
         problems.append("--parallel and --within have no effect with --slurm: give --slurm '--array ...%P --time T'")
+    if given.doc:
+        try:
+            check_output_file("--doc", given.doc)
+        except InputError as error:
+            problems.append(str(error))
     problems += _own_keys(given.overrides, "", bool(given.budget))
     if launcher.is_launched():
         problems.append("compare starts processes itself: leave out torchrun, accelerate launch and srun")
@@ -259,6 +264,8 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
         except InputError as error:
             refused.setdefault(str(error), []).append(name)
     problems += [f"variant {', '.join(names)}: {reason}" for reason, names in refused.items()]
+    same = {tuple(name for name in recipes if recipes[name] == recipe): None for recipe in recipes.values()}
+    problems += [f"variants {', '.join(names)} mean the same: give one of them" for names in same if len(names) > 1]
     base_rates: dict[str, float | None] = dict.fromkeys(variants)
     for name, recipe in recipes.items() if given.tune else ():
         rate = _number(recipe, given.tune)

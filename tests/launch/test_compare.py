@@ -176,6 +176,12 @@ def test_what_is_left_out_for_once_stays_known(shards: Path, tmp_path: Path) -> 
         (["--over", "optimizer.name=sgd", "train.duration=3 steps", "--budget", "5 steps"], "--budget says how long"),
         (["--over", "optimizer.name=sgd", "train.precision=auto", "--slurm", "--time 5"], "each job would measure for"),
         (["--over", "loss.name=mse"], "has no accuracy to compare|does not fit|reconstruct"),
+        (["--over", "optimizer.name=sgd,adam,sgd"], "^nothing was begun: variants 0-sgd, 2-sgd mean the same"),
+        (["--over", "optimizer.lr=0.1,0.10,0.2"], "^nothing was begun: variants 0.1, 0.10 mean the same: give one of"),
+        (
+            ["--over", "optimizer.name=sgd", "--doc", "/nowhere/a.md"],
+            "--doc=/nowhere/a.md: there is no folder /nowhere",
+        ),
         (["--over", "optimizer.name=sgd", "schedule.name=cosine", "--budget", "5 s"], "drawn over train.duration"),
     ],
 )
