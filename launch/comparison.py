@@ -14,7 +14,7 @@ from shardstep.configs.files import check_output_file, write_whole
 from shardstep.configs.load import load_recipe, recipe_text
 from shardstep.configs.schema import Recipe
 from shardstep.launch.outcomes import Outcome, Variant, optimizer_memory, read_outcome
-from shardstep.launch.pool import Task
+from shardstep.launch.pool import Task, share_of_run, visible_gpus
 from shardstep.launch.variants import (
     MOST_EXTENSIONS,
     SEARCH_SEED,
@@ -55,6 +55,7 @@ class Comparison:
         digests: of each variant's resolved recipe.
         measured: a variant that leaves something to `auto`, empty where none does.
         on_cpu: whether all train on the CPU, whatever else there is.
+        share: of the machine, that a run has while its budget of time passes; empty for budgets of steps and epochs.
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class Comparison:
     rates: dict[str, float]
     measured: str
     on_cpu: bool
+    share: str
 
     def search(self, name: str) -> dict[float, Outcome]:
         """The runs of a variant's search by rate: those of the first grid, and what extended it while an edge was best."""
@@ -187,6 +189,7 @@ class Comparison:
             "budget": self.budget.text,
             "tune": self.tune,
             "trials": self.trials,
+            "share": self.share,
             "settled": self.settled,
             "rates": self.rates,
             "digests": self.digests,
@@ -291,6 +294,11 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
     if problems:
         raise InputError.from_problems("nothing was begun", problems)
     first = next(iter(recipes.values()))
+    on_cpu = all(recipe.train.device == "cpu" for recipe in recipes.values())
+    share = ""
+    if any(recipe.train.max_wall_s for recipe in recipes.values()):
+        gpus = [] if on_cpu else visible_gpus()
+        share = "a job of Slurm" if given.slurm is not None else share_of_run(given.parallel, gpus)
     folder = given.out or Path("runs") / f"compare-{load_recipe(given.recipe).recipe.run.name}"
     comparison = Comparison(
         folder=folder,
@@ -307,7 +315,8 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
         settled=[],
         rates={},
         measured=measured[0] if measured else "",
-        on_cpu=all(recipe.train.device == "cpu" for recipe in recipes.values()),
+        on_cpu=on_cpu,
+        share=share,
     )
     _check_same_comparison(comparison)
     return comparison
@@ -361,6 +370,11 @@ def _check_same_comparison(comparison: Comparison) -> None:
             for name, digest in new["digests"].items()
             if saved["digests"].get(name, digest) != digest and (comparison.folder / name).exists()
         ]
+        share = saved.get("share", new["share"])
+        if share != new["share"] and any((comparison.folder / name).exists() for name in saved["digests"]):
+            differences.append(
+                f"a run of {new['budget']} had {share} and would now have {new['share']}: give --parallel as before"
+            )
         comparison.settled, comparison.rates = list(saved["settled"]), dict(saved["rates"])
         # Runs of variants that are left out this time stay known.
         comparison.digests = saved["digests"] | new["digests"]

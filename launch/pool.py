@@ -89,6 +89,16 @@ def run_tasks(
     return "stopped" if interrupts else "out of time" if waiting else "done"
 
 
+def share_of_run(parallel: int, gpus: Sequence[str]) -> str:
+    """What each of several runs at once has of this machine, in words."""
+    cores = len(os.sched_getaffinity(0))
+    room, kind = (len(gpus), "GPU") if gpus else (cores, "core")
+    if parallel > room:
+        return f"{room} {kind}{'s' * (room > 1)} together with {parallel - 1} more"
+    threads = cores // parallel
+    return "a GPU" if gpus else f"{threads} thread{'s' * (threads > 1)}"
+
+
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     import torch

@@ -217,6 +217,34 @@ def test_runs_that_are_alive_are_waited_for(shards: Path, tmp_path: Path) -> Non
     assert "1 run of an earlier command is still at work" in told.stderr
 
 
+def test_a_budget_of_time_goes_on_with_the_same_share_of_the_machine(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = str(write_recipe(tmp_path, shards))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+
+    def prepared(out: str, *options: str) -> compare.Comparison:
+        given = [recipe, "--over", "optimizer.name=sgd", "--out", str(tmp_path / out), *options]
+        return compare.prepare(compare._parser().parse_intermixed_args(given), "")
+
+    prepared("out", "--budget", "3 s").save()
+    prepared("out", "--budget", "3 s", "--parallel", "2").save()  # nothing has been run
+    finish(tmp_path / "out" / "sgd" / "0", 0.1, 1.0)
+    prepared("out", "--budget", "3 s", "--parallel", "2", "--seeds", "4")
+    told = (
+        "another --out.*: a run of 3 s of training had 1 thread and would now have 2 threads: give --parallel as before"
+    )
+    with pytest.raises(InputError, match=told):
+        prepared("out", "--budget", "3 s")
+    with pytest.raises(InputError, match="had 1 thread and would now have 2 cores together with 2 more"):
+        prepared("out", "--budget", "3 s", "--parallel", "3")
+    with pytest.raises(InputError, match="had 1 thread and would now have a job of Slurm"):
+        prepared("out", "--budget", "3 s", "--slurm", "--time 5")
+    prepared("steps", "--budget", "3 steps").save()
+    finish(tmp_path / "steps" / "sgd" / "0", 0.1, 1.0)
+    prepared("steps", "--budget", "3 steps", "--parallel", "2")
+
+
 def test_what_auto_leaves_open_is_measured_once(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards, **SPARING)
     automatic = ["train.precision=auto", "train.memory_format=auto", "train.device=cpu"]
