@@ -71,7 +71,7 @@ def index_shards(
     if not problems and classes is not None and (len(set(classes)) < len(classes) or "" in classes):
         problems.append("class names must be different from each other, and not empty")
     if problems:
-        raise InputError.from_problems(f"{folder} cannot be indexed", _at_most(problems, 20))
+        raise error_of(f"{folder} cannot be indexed", problems)
 
     if classes is None:
         classes = [str(label) for label in range(int(entries["label"].max()) + 1)]
@@ -99,6 +99,14 @@ def index_shards(
     )
     write_manifest(folder, manifest, data)
     return manifest
+
+
+def error_of(headline: str, problems: list[str], most: int = 20) -> InputError:
+    """One error that counts all problems and names at most so many."""
+    if len(problems) <= most:
+        return InputError.from_problems(headline, problems)
+    lines = [*problems[:most], f"and {len(problems) - most:,} more"]
+    return InputError("\n".join([f"{headline}: {len(problems):,} problems", *(f"  - {line}" for line in lines)]))
 
 
 def file_sha256(path: Path) -> str:
@@ -193,9 +201,3 @@ def _repeated_keys(scans: list[_ShardScan]) -> list[str]:
                 problems.append(f"the key {key} is in {seen[key]} and in {scan.shard.name}")
             seen[key] = scan.shard.name
     return problems
-
-
-def _at_most(problems: list[str], limit: int) -> list[str]:
-    if len(problems) <= limit:
-        return problems
-    return [*problems[:limit], f"and {len(problems) - limit} more"]

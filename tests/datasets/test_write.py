@@ -199,6 +199,18 @@ def test_foreign_tars_with_problems(tmp_path: Path, members: dict[str, bytes], e
         index_shards(foreign(tmp_path / "x", a=members), {}, classes=["a", "b"])
 
 
+def test_all_problems_are_counted_though_not_all_are_named(tmp_path: Path) -> None:
+    members = {
+        f"{number}.{kind}": png(1) if kind == "png" else b"cat" for number in range(50) for kind in ("png", "cls")
+    }
+    with pytest.raises(InputError) as raised:
+        index_shards(foreign(tmp_path / "x", a=members), {})
+    headline, *lines = str(raised.value).splitlines()
+    assert headline.endswith("cannot be indexed: 50 problems")
+    assert len(lines) == 21
+    assert lines[-1] == "  - and 30 more"
+
+
 def test_a_key_in_two_shards(tmp_path: Path) -> None:
     sample = {"1.png": png(1), "1.cls": b"0"}
     with pytest.raises(InputError, match=r"the key 1 is in a\.tar and in b\.tar"):
