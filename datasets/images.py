@@ -45,9 +45,11 @@ def decode(data: bytes, mode: str) -> np.ndarray:
     Raises:
         ValueError: the bytes are not an 8-bit image.
     """
+    if not data:
+        raise ValueError("not an image that can be decoded: it is empty")
     cv2 = _cv2()
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), _flag(mode)) if data else None
+        pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), _flag(mode))
     except cv2.error as error:  # an absurd size, say
         raise ValueError(f"not an image that can be decoded ({error.err})") from None
     if pixels is None:

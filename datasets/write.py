@@ -9,20 +9,22 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets.cache import node_lock, sync_to_disk
-from shardstep.datasets.images import EXTENSIONS, encode_png
+from shardstep.datasets.images import EXTENSIONS, decode, encode_png
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.randomness import permutation
-from shardstep.datasets.scan import index_shards
+from shardstep.datasets.scan import error_of, index_shards
 from shardstep.datasets.sources import Source, open_source
 
+BadImages = Literal["refuse", "skip"]
 SAMPLES_PER_SHARD = 1000
 _ENCODE_TOGETHER = 64  # images per task of the pool
 
@@ -34,6 +36,7 @@ def write_shards(
     samples_per_shard: int = SAMPLES_PER_SHARD,
     seed: int = 0,
     limit: int | None = None,
+    bad_images: BadImages = "refuse",
 ) -> Manifest:
     """Write one split of a source as WebDataset shards with a manifest and an index.
 
@@ -44,9 +47,10 @@ def write_shards(
         samples_per_shard: samples per tar; the last one holds the rest.
         seed: of the shuffle. Shards sorted by class would spoil every windowed order.
         limit: how many images to choose, by the seed and as many of each class as there can be; None takes all.
+        bad_images: whether files that cannot be decoded are an error, or are left out and named on stderr.
 
     Raises:
-        InputError: the source cannot be read, or `out` is taken.
+        InputError: the source or images of it cannot be read, or `out` is taken.
     """
     if samples_per_shard < 1:
         raise InputError(f"{samples_per_shard} samples per shard: write at least 1")
@@ -54,7 +58,8 @@ def write_shards(
         raise InputError(f"a limit of {limit} images: choose at least 1")
     out = out.expanduser().resolve()
     with node_lock(out.parent / f".{out.name}.lock"):
-        return _write_locked(open_source(source, split), split, out, samples_per_shard, seed, limit)
+        images = open_source(source, split)
+        return _write_locked(images, source, split, out, samples_per_shard, seed, limit, bad_images)
 
 
 def balanced_choice(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
@@ -92,12 +97,19 @@ def make_missing_shards(source: str, split: str, out: Path) -> bool:
                 f"data.source={source} has no train/ and test/ folders: both sets would hold the same images. "
                 f"Write each with `shardstep shards write --source ...` from a folder of its own"
             )
-        _write_locked(images, split, out, SAMPLES_PER_SHARD, seed=0)
+        _write_locked(images, source, split, out)
         return True
 
 
 def _write_locked(
-    images: Source, split: str, out: Path, samples_per_shard: int, seed: int, limit: int | None = None
+    images: Source,
+    source: str,
+    split: str,
+    out: Path,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    seed: int = 0,
+    limit: int | None = None,
+    bad_images: BadImages = "refuse",
 ) -> Manifest:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; nothing was written. Remove it or choose another folder")
@@ -112,10 +124,19 @@ def _write_locked(
     partial.mkdir(parents=True)
     try:
         with progress_bar(f"writing {out}", count, "images") as advance:
-            _write_tars(images, permutation(count, (seed, 0), (0, 0, 0)), partial, split, samples_per_shard, advance)
+            order = permutation(count, (seed, 0), (0, 0, 0))
+            bad = _write_tars(images, order, partial, split, samples_per_shard, advance)
+            if bad and (bad_images == "refuse" or len(bad) == count):
+                raise error_of(
+                    f"{source} has images that cannot be used (mend or remove them, or leave them out with "
+                    f"`shardstep shards write --bad-images skip`)",
+                    bad,
+                )
+        if bad:
+            print(f"left out: {len(bad):,} of {count:,} images", *bad, sep="\n  - ", file=sys.stderr)
         made = {"source": images.description, "split": split, "seed": seed, "samples_per_shard": samples_per_shard}
-        made |= {} if limit is None else {"limit": limit}
-        with progress_bar(f"checking {out}", count, "images") as advance:
+        made |= ({} if limit is None else {"limit": limit}) | ({"left_out": len(bad)} if bad else {})
+        with progress_bar(f"checking {out}", count - len(bad), "images") as advance:
             manifest = index_shards(partial, made, images.classes, advance)
         for file in partial.iterdir():
             sync_to_disk(file)
@@ -128,31 +149,50 @@ def _write_locked(
 
 def _write_tars(
     images: Source, order: np.ndarray, folder: Path, split: str, samples_per_shard: int, advance: Callable[[int], None]
-) -> None:
+) -> list[str]:
+    """Write the images that can be decoded; returns what is wrong with the others, in the order of the source."""
+    bad: dict[int, str] = {}
+
+    def good_images() -> Iterator[tuple[int, bytes]]:
+        for number, content in zip(order.tolist(), _encoded(images, order), strict=True):
+            if isinstance(content, ValueError):
+                bad[number] = f"{images.name(number)}: {content}"
+            else:
+                yield number, content
+            advance(1)
+
     from webdataset import TarWriter
 
     width = max(6, len(str(len(order) - 1)))
-    samples = zip(order, _encoded(images, order), strict=True)
-    for shard, start in enumerate(range(0, len(order), samples_per_shard)):
+    for shard, rows in groupby(enumerate(good_images()), lambda row: row[0] // samples_per_shard):
         # mtime 0 and no names of users: the same input gives the same bytes
         with TarWriter(str(folder / f"{split}-{shard:06d}.tar"), encoder=False, mtime=0) as tar:
-            for row, (number, data) in enumerate(islice(samples, samples_per_shard), start):
+            for row, (number, data) in rows:
                 label = str(images.labels[number]).encode()
                 tar.write({"__key__": f"{row:0{width}d}", images.extension(number): data, "cls": label})
-                advance(1)
+    return [bad[number] for number in sorted(bad)]
 
 
-def _encoded(images: Source, order: np.ndarray) -> Iterator[bytes]:
-    """The image files in order; pixels are encoded by threads, a bounded number of tasks ahead."""
+def _encoded(images: Source, order: np.ndarray) -> Iterator[bytes | ValueError]:
+    """The image files in order, or what is wrong with them; threads en- and decode, a bounded number of tasks ahead."""
 
-    def encode(numbers: np.ndarray) -> list[bytes]:
-        contents = [images.read(int(number)) for number in numbers]
-        return [encode_png(content) if isinstance(content, np.ndarray) else content for content in contents]
+    def encode(number: int) -> bytes | ValueError:
+        content = images.read(number)
+        if isinstance(content, np.ndarray):
+            return encode_png(content)
+        try:
+            decode(content, "UNCHANGED")
+        except ValueError as error:
+            return error
+        return content
+
+    def encode_all(numbers: np.ndarray) -> list[bytes | ValueError]:
+        return [encode(number) for number in numbers.tolist()]
 
     tasks = iter(np.split(order, range(_ENCODE_TOGETHER, len(order), _ENCODE_TOGETHER)))
     workers = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
-        pending = [pool.submit(encode, task) for task in islice(tasks, 2 * workers)]
+        pending = [pool.submit(encode_all, task) for task in islice(tasks, 2 * workers)]
         while pending:
             yield from pending.pop(0).result()
-            pending += [pool.submit(encode, task) for task in islice(tasks, 1)]
+            pending += [pool.submit(encode_all, task) for task in islice(tasks, 1)]

@@ -1,6 +1,7 @@
 """Write, check and inspect data sets of WebDataset shards.
 
 shardstep shards write --source SRC --split train --out DIR [--samples-per-shard N] [--seed S] [--limit N]
+                       [--bad-images skip]
 shardstep shards verify DIR
 shardstep shards info DIR
 shardstep shards index DIR [--classes a,b,c] [--force]
@@ -10,6 +11,7 @@ shardstep shards order DIR --seed S --epoch E [--start P --count N --lanes L --w
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from shardstep.launch.cli import run as run_command
 
@@ -21,7 +23,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from shardstep.datasets.write import SAMPLES_PER_SHARD
+    from shardstep.datasets.write import SAMPLES_PER_SHARD, BadImages
 
     parser = argparse.ArgumentParser(prog="shardstep shards", description="Write, check and inspect data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -37,6 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--seed", type=int, default=0, help="of the shuffle, and of --limit's choice (default: 0)")
     write.add_argument(
         "--limit", type=int, metavar="N", help="write N images, equally many of each class (default: all)"
+    )
+    write.add_argument(
+        "--bad-images",
+        choices=get_args(BadImages),
+        default="refuse",
+        help="files that cannot be decoded: an error, or left out and named (default: refuse)",
     )
     for name, what in (("verify", "compare every byte with the manifest"), ("info", "print counts, classes and sizes")):
         commands.add_parser(name, help=what).add_argument("dir", type=Path)
@@ -58,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
 def _write(given: argparse.Namespace) -> int:
     from shardstep.datasets.write import write_shards
 
-    manifest = write_shards(given.source, given.split, given.out, given.samples_per_shard, given.seed, given.limit)
+    manifest = write_shards(
+        given.source, given.split, given.out, given.samples_per_shard, given.seed, given.limit, given.bad_images
+    )
     print(f"{given.out}: {manifest.samples:,} images in {len(manifest.shards)} shards, {manifest.bytes:,} bytes")
     return 0
 

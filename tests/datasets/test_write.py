@@ -113,13 +113,51 @@ def test_a_taken_folder_is_left_alone(tmp_path: Path) -> None:
     assert files_of(tmp_path / "out") == {"precious": b"x"}
 
 
-def test_an_undecodable_image_leaves_nothing_behind(tmp_path: Path) -> None:
-    make_tree(tmp_path / "tree")
-    (tmp_path / "tree" / "train" / "a_dog" / "3.png").write_bytes(b"\x89PNG nonsense")
-    with pytest.raises(InputError, match="not an image that can be decoded"):
-        write_shards(str(tmp_path / "tree"), "train", tmp_path / "out")
+def make_tree_with_bad_images(root: Path) -> Path:
+    make_tree(root)
+    (root / "train" / "a_dog" / "3.png").write_bytes(b"\x89PNG nonsense")
+    (root / "train" / "b_cat" / "0.jpg").write_bytes(b"")
+    return root
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bad_images_are_named_as_in_the_source_and_leave_nothing_behind(tmp_path: Path, packed: bool) -> None:
+    source = make_tree_with_bad_images(tmp_path / "tree")
+    if packed:
+        with tarfile.open(tmp_path / "tree.tar", "w") as tar:
+            tar.add(source, "")
+        source = tmp_path / "tree.tar"
+    with pytest.raises(InputError) as raised:
+        write_shards(str(source), "train", tmp_path / "out")
+    headline, *lines = str(raised.value).splitlines()
+    assert headline.startswith(f"{source} has images that cannot be used (mend or remove them")
+    assert lines == [
+        "  - train/a_dog/3.png: not an image that can be decoded",
+        "  - train/b_cat/0.jpg: not an image that can be decoded: it is empty",
+    ]
     assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_bad_images_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_tree_with_bad_images(tmp_path / "tree")
+    manifest = write_shards(str(source), "train", tmp_path / "out", samples_per_shard=2, bad_images="skip")
+    assert (manifest.samples_per_class, manifest.made["left_out"]) == ([2, 1], 2)
+    opened = open_shards(tmp_path / "out")
+    assert opened.samples_per_shard == [2, 1]
+    assert [opened.key(number) for number in range(3)] == ["000000", "000001", "000002"]
+    assert (
+        "left out: 2 of 5 images\n"
+        "  - train/a_dog/3.png: not an image that can be decoded\n"
+        "  - train/b_cat/0.jpg: not an image that can be decoded: it is empty\n"
+    ) in capsys.readouterr().err
+
+
+def test_where_all_images_are_bad_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "tree" / "c").mkdir(parents=True)
+    (tmp_path / "tree" / "c" / "0.png").write_bytes(b"")
+    with pytest.raises(InputError, match="has images that cannot be used"):
+        write_shards(str(tmp_path / "tree"), "train", tmp_path / "out", bad_images="skip")
 
 
 def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
