@@ -43,14 +43,16 @@ def index_shards(
     made: dict[str, Any],
     classes: list[str] | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    former_classes: list[str] | None = None,
 ) -> Manifest:
     """Read every tar in a folder and write its manifest.json and index.
 
     Args:
         folder: where the tars are; their names in sorted order give the sample ids.
         made: for the manifest: how the shards were made.
-        classes: names by label; None takes the numbers from 0 to the largest label.
+        classes: names by label; None takes `former_classes`, else the numbers from 0 to the largest label.
         advance: called with the number of samples just read.
+        former_classes: names that are kept if they are enough for the labels.
 
     Raises:
         InputError: there are no shards, or some are damaged or incomplete; all problems are named.
@@ -64,6 +66,8 @@ def index_shards(
     entries = np.concatenate([scan.entries for scan in scans])
     if not problems and len(entries) == 0:
         problems.append("no samples: looked for <key>.cls beside <key>." + "|".join(EXTENSIONS))
+    if not problems and classes is None and former_classes and entries["label"].max() < len(former_classes):
+        classes = former_classes
     if not problems and classes is not None and entries["label"].max() >= len(classes):
         problems.append(f"label {entries['label'].max()} is out of range: there are {len(classes)} classes")
     if not problems and classes is None and entries["label"].max() >= len(entries):

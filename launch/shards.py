@@ -50,7 +50,10 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=what).add_argument("dir", type=Path)
     index = commands.add_parser("index", help="make manifest.json and index for tars that are there")
     index.add_argument("dir", type=Path)
-    index.add_argument("--classes", help="names by label, separated by commas (default: the numbers)")
+    index.add_argument(
+        "--classes",
+        help="names by label, separated by commas (default: those of the manifest that --force replaces, else the numbers)",
+    )
     index.add_argument("--force", action="store_true", help="replace a manifest that is there")
     order = commands.add_parser("order", help="print position and key of samples in the global order")
     order.add_argument("dir", type=Path)
@@ -103,18 +106,29 @@ def _info(given: argparse.Namespace) -> int:
 
 def _index(given: argparse.Namespace) -> int:
     from shardstep.configs.errors import InputError
-    from shardstep.datasets.manifest import MANIFEST_NAME
+    from shardstep.datasets.manifest import MANIFEST_NAME, parse_manifest
     from shardstep.datasets.scan import index_shards
 
     if not given.dir.is_dir():
         raise InputError(f"{given.dir} is not a folder")
-    if (given.dir / MANIFEST_NAME).exists() and not given.force:
+    path = given.dir / MANIFEST_NAME
+    if path.exists() and not given.force:
         raise InputError(
             f"{given.dir} has a {MANIFEST_NAME}, against which its shards can be verified; --force replaces it"
         )
     classes = given.classes.split(",") if given.classes else None
-    manifest = index_shards(given.dir, {"source": "tars written elsewhere"}, classes)
+    former_classes = None
+    if path.exists() and classes is None:
+        try:
+            former_classes = parse_manifest(path.read_text(errors="replace"), str(path)).classes
+        except InputError:
+            print(
+                f"{path} is damaged: the names of its classes are not kept, give them with --classes", file=sys.stderr
+            )
+    manifest = index_shards(given.dir, {"source": "tars written elsewhere"}, classes, former_classes=former_classes)
     print(f"{given.dir}: {manifest.samples:,} images in {len(manifest.shards)} shards, {len(manifest.classes)} classes")
+    if former_classes and manifest.classes[: len(former_classes)] != former_classes:
+        print(f"{given.dir}: the {len(former_classes)} names of before are too few and were not kept", file=sys.stderr)
     return 0
 
 

@@ -249,6 +249,15 @@ def test_all_problems_are_counted_though_not_all_are_named(tmp_path: Path) -> No
     assert lines[-1] == "  - and 30 more"
 
 
+@pytest.mark.parametrize(
+    ("former", "expected"),
+    [(["cat", "dog", "cow"], ["cat", "dog", "cow"]), (["cat"], ["0", "1"]), (None, ["0", "1"])],
+)
+def test_former_names_are_kept_if_they_reach(tmp_path: Path, former: list[str] | None, expected: list[str]) -> None:
+    members = {"1.png": png(1), "1.cls": b"1", "2.png": png(2), "2.cls": b"0"}
+    assert index_shards(foreign(tmp_path / "x", a=members), {}, former_classes=former).classes == expected
+
+
 def test_a_key_in_two_shards(tmp_path: Path) -> None:
     sample = {"1.png": png(1), "1.cls": b"0"}
     with pytest.raises(InputError, match=r"the key 1 is in a\.tar and in b\.tar"):

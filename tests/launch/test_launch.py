@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from shardstep.configs.load import load_recipe, recipe_names
+from shardstep.datasets.manifest import open_shards
 from shardstep.launch import cli
+from shardstep.launch.shards import main as shards_main
 from shardstep.trainer.check import check_recipe
 from tests.conftest import ROOT
+from tests.datasets.test_sources import png
+from tests.datasets.test_tar import write_tar
 from tests.distributed import run_ranks
 from tests.runs import spoil_weights, train_lines, write_recipe
 
@@ -174,6 +178,30 @@ def test_shards_commands(tmp_path: Path) -> None:
     assert shards("index", "set").returncode == 2  # the manifest is what the shards can be checked against
     assert shards("index", "set", "--force").returncode == 0
     assert "15 in 2 shards" in shards("info", "set").stdout
+    assert "class3" in shards("info", "set").stdout  # names are kept
+    manifest = tmp_path / "set" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("class3", "class4"))
+    result = shards("index", "set", "--force")
+    assert result.returncode == 0
+    assert "manifest.json is damaged: the names of its classes are not kept" in result.stderr
+    assert "class" not in shards("info", "set").stdout.partition("\nclasses")[2]
+
+
+def test_names_that_are_too_few_are_not_kept_and_that_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shard, options, told in (
+        ("a", ["--classes", "cat"], ""),
+        ("b", [], "the 1 names of before are too few and were not kept"),
+        ("c", [], ""),  # numbers go on
+    ):
+        write_tar(
+            tmp_path / f"{shard}.tar", {f"{shard}.png": png(1), f"{shard}.cls": str(ord(shard) - ord("a")).encode()}
+        )
+        assert shards_main(["index", str(tmp_path), "--force", *options]) == 0
+        lines = capsys.readouterr().err
+        assert told in lines if told else lines == ""
+    assert open_shards(tmp_path).manifest.classes == ["0", "1", "2"]
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:
