@@ -73,6 +73,22 @@ class Source:
             name=lambda number: self.name(int(numbers[number])),
         )
 
+    def in_classes(self, classes: list[str], owner: str) -> "Source":
+        """The same images, with labels in the list of another data set, `owner`, which may have more classes.
+
+        Raises:
+            InputError: it lacks a class of these images.
+        """
+        label_of = {name: label for label, name in enumerate(classes)}
+        unknown = [name for name in self.classes if name not in label_of]
+        if unknown:
+            raise InputError(
+                f"{owner} has no class {listed(unknown)}, only {listed(classes)}: leave images of others out of this "
+                f"source, or write {owner} anew with some of them"
+            )
+        new_labels = np.array([label_of[name] for name in self.classes], dtype=np.int64)
+        return replace(self, classes=list(classes), labels=new_labels[self.labels])
+
 
 def open_source(source: str, split: str) -> Source:
     """Find the images of one split.
@@ -106,8 +122,14 @@ def surely_differs(source: str, manifest: Manifest, split: str) -> bool:
     if source == "digits" or source.startswith("synthetic:"):
         return made_from != (_DIGITS if source == "digits" else source)
     folder = Path(source).expanduser() / split
-    folders = {place.name for place in folder.iterdir() if place.is_dir()} if folder.is_dir() else set(classes)
-    return folders != set(classes)
+    folders = {place.name for place in folder.iterdir() if place.is_dir()} if folder.is_dir() else set()
+    return not {name for name in folders if not _is_hidden(name)} <= set(classes)
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    """Names for a message: all, or the first few and how many more there are."""
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def _from_path(path: Path, split: str) -> Source:

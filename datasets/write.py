@@ -18,7 +18,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.datasets.cache import node_lock, sync_to_disk
 from shardstep.datasets.images import EXTENSIONS, decode, encode_png
-from shardstep.datasets.manifest import MANIFEST_NAME, Manifest
+from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.randomness import permutation
 from shardstep.datasets.scan import error_of, index_shards
@@ -37,6 +37,7 @@ def write_shards(
     seed: int = 0,
     limit: int | None = None,
     bad_images: BadImages = "refuse",
+    classes_of: Path | None = None,
 ) -> Manifest:
     """Write one split of a source as WebDataset shards with a manifest and an index.
 
@@ -48,9 +49,10 @@ def write_shards(
         seed: of the shuffle. Shards sorted by class would spoil every windowed order.
         limit: how many images to choose, by the seed and as many of each class as there can be; None takes all.
         bad_images: whether files that cannot be decoded are an error, or are left out and named on stderr.
+        classes_of: a data set whose classes are taken, in its order, whether or not there are images of each.
 
     Raises:
-        InputError: the source or images of it cannot be read, or `out` is taken.
+        InputError: the source or images of it cannot be read, it has a class that is not in `classes_of`, or `out` is taken.
     """
     if samples_per_shard < 1:
         raise InputError(f"{samples_per_shard} samples per shard: write at least 1")
@@ -59,6 +61,8 @@ def write_shards(
     out = out.expanduser().resolve()
     with node_lock(out.parent / f".{out.name}.lock"):
         images = open_source(source, split)
+        if classes_of is not None:
+            images = images.in_classes(open_shards(classes_of).manifest.classes, str(classes_of))
         return _write_locked(images, source, split, out, samples_per_shard, seed, limit, bad_images)
 
 

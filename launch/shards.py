@@ -1,7 +1,7 @@
 """Write, check and inspect data sets of WebDataset shards.
 
 shardstep shards write --source SRC --split train --out DIR [--samples-per-shard N] [--seed S] [--limit N]
-                       [--bad-images skip]
+                       [--classes-of DIR] [--bad-images skip]
 shardstep shards verify DIR
 shardstep shards info DIR
 shardstep shards index DIR [--classes a,b,c] [--force]
@@ -41,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
         "--limit", type=int, metavar="N", help="write N images, equally many of each class (default: all)"
     )
     write.add_argument(
+        "--classes-of",
+        type=Path,
+        metavar="DIR",
+        help="take the classes of this data set (default: those of the source)",
+    )
+    write.add_argument(
         "--bad-images",
         choices=get_args(BadImages),
         default="refuse",
@@ -70,7 +76,14 @@ def _write(given: argparse.Namespace) -> int:
     from shardstep.datasets.write import write_shards
 
     manifest = write_shards(
-        given.source, given.split, given.out, given.samples_per_shard, given.seed, given.limit, given.bad_images
+        given.source,
+        given.split,
+        given.out,
+        given.samples_per_shard,
+        given.seed,
+        given.limit,
+        given.bad_images,
+        given.classes_of,
     )
     print(f"{given.out}: {manifest.samples:,} images in {len(manifest.shards)} shards, {manifest.bytes:,} bytes")
     return 0

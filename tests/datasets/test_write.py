@@ -113,6 +113,25 @@ def test_a_taken_folder_is_left_alone(tmp_path: Path) -> None:
     assert files_of(tmp_path / "out") == {"precious": b"x"}
 
 
+def test_classes_of_another_set(tmp_path: Path) -> None:
+    make_tree(tmp_path / "tree")
+    write_shards(str(tmp_path / "tree"), "train", tmp_path / "train")
+    (tmp_path / "tree" / "test" / "a_dog" / "9.png").unlink()
+    (tmp_path / "tree" / "test" / "a_dog").rmdir()
+    manifest = write_shards(str(tmp_path / "tree"), "test", tmp_path / "test", classes_of=tmp_path / "train")
+    assert (manifest.classes, manifest.samples_per_class) == (["a_dog", "b_cat"], [0, 1])
+    assert open_shards(tmp_path / "test").labels.tolist() == [1]
+
+
+def test_a_class_that_the_other_set_has_not(tmp_path: Path) -> None:
+    make_tree(tmp_path / "tree")
+    write_shards(str(tmp_path / "tree"), "train", tmp_path / "train")
+    (tmp_path / "tree" / "test" / "b_cat").rename(tmp_path / "tree" / "test" / "c_cow")
+    with pytest.raises(InputError, match="train has no class c_cow, only a_dog, b_cat: leave images of others out"):
+        write_shards(str(tmp_path / "tree"), "test", tmp_path / "test", classes_of=tmp_path / "train")
+    assert not (tmp_path / "test").exists()
+
+
 def make_tree_with_bad_images(root: Path) -> Path:
     make_tree(root)
     (root / "train" / "a_dog" / "3.png").write_bytes(b"\x89PNG nonsense")
