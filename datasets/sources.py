@@ -49,6 +49,7 @@ class Source:
         name: number of an image -> what to call it in messages.
         has_splits: whether train and test are told apart; if not, every split holds all images.
         ignored: files that are no images of a kind we keep: how many of each suffix.
+        empty_folders: names of class folders without an image of a kind we keep.
     """
 
     description: str
@@ -58,6 +59,7 @@ class Source:
     name: Callable[[int], str]
     has_splits: bool = True
     ignored: dict[str, int] = field(default_factory=dict)
+    empty_folders: list[str] = field(default_factory=list)
 
     def extension(self, number: int) -> str:
         """The file name extension of an image; pixels become PNG."""
@@ -80,14 +82,14 @@ class Source:
             InputError: it lacks a class of these images.
         """
         label_of = {name: label for label, name in enumerate(classes)}
-        unknown = [name for name in self.classes if name not in label_of]
+        unknown = [name for name in [*self.classes, *self.empty_folders] if name not in label_of]
         if unknown:
             raise InputError(
                 f"{owner} has no class {listed(unknown)}, only {listed(classes)}: leave images of others out of this "
                 f"source, or write {owner} anew with some of them"
             )
         new_labels = np.array([label_of[name] for name in self.classes], dtype=np.int64)
-        return replace(self, classes=list(classes), labels=new_labels[self.labels])
+        return replace(self, classes=list(classes), labels=new_labels[self.labels], empty_folders=[])
 
 
 def open_source(source: str, split: str) -> Source:
@@ -159,6 +161,7 @@ def _image_folder(path: Path, split: str) -> Source:
     found = [Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names]
     files = sorted(file for file in found if _is_image(file.name))
     classes, labels = _classes_of([file.relative_to(root).parts for file in files], root)
+    folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
     return Source(
         "image folder",
         classes,
@@ -167,29 +170,40 @@ def _image_folder(path: Path, split: str) -> Source:
         lambda number: str(files[number].relative_to(path)),
         has_splits=root is not path,
         ignored=_count_ignored(file.name for file in found),
+        empty_folders=_without_images(folders, classes),
     )
 
 
 def _image_tar(path: Path, split: str) -> Source:
-    everything = sorted(read_members(path), key=lambda member: member.name)
-    members = [member for member in everything if _is_image(member.name)]
-    parts = [tuple(part for part in PurePosixPath(member.name).parts if part != ".") for member in members]
-    has_splits = any(part[0] == split and len(part) > 2 for part in parts)
+    parts_of = {member: _parts(member.name) for member in sorted(read_members(path), key=lambda member: member.name)}
+    deep = {parts[0] for member, parts in parts_of.items() if _is_image(member.name) and len(parts) > 2}
+    has_splits = split in deep
     if has_splits:
-        members = [member for member, part in zip(members, parts, strict=True) if part[0] == split]
-        parts = [part[1:] for part in parts if part[0] == split]
+        parts_of = {member: parts[1:] for member, parts in parts_of.items() if parts[:1] == (split,)}
     else:
-        _refuse_other_splits({part[0] for part in parts if len(part) > 2}, split, path)
-    classes, labels = _classes_of(parts, path)
+        _refuse_other_splits(deep, split, path)
+    members = [member for member in parts_of if _is_image(member.name)]
+    classes, labels = _classes_of([parts_of[member] for member in members], path)
+    folders = {parts[0] for member, parts in parts_of.items() if len(parts) > 1 and not _is_hidden(member.name)}
 
     def read(number: int) -> bytes:
         with path.open("rb", buffering=0) as file:
             return os.pread(file.fileno(), members[number].size, members[number].offset)
 
-    ignored = _count_ignored(member.name for member in everything)
     return Source(
-        "tar of an image folder", classes, labels, read, lambda number: members[number].name, has_splits, ignored
+        "tar of an image folder",
+        classes,
+        labels,
+        read,
+        lambda number: members[number].name,
+        has_splits,
+        ignored=_count_ignored(member.name for member in parts_of),
+        empty_folders=_without_images(folders, classes),
     )
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(part for part in PurePosixPath(name).parts if part != ".")
 
 
 def _refuse_other_splits(folders: set[str], split: str, where: Path) -> None:
@@ -201,6 +215,10 @@ def _refuse_other_splits(folders: set[str], split: str, where: Path) -> None:
 
 def _count_ignored(names: Iterable[str]) -> dict[str, int]:
     return dict(Counter(PurePosixPath(name).suffix or "no suffix" for name in names if not _is_image(name)))
+
+
+def _without_images(folders: set[str], classes: list[str]) -> list[str]:
+    return sorted(name for name in folders - set(classes) if not _is_hidden(name))
 
 
 def _classes_of(parts: list[tuple[str, ...]], where: Path) -> tuple[list[str], np.ndarray]:
@@ -216,8 +234,11 @@ def _classes_of(parts: list[tuple[str, ...]], where: Path) -> tuple[list[str], n
 
 
 def _is_image(name: str) -> bool:
-    base = PurePosixPath(name).name
-    return not base.startswith(".") and base.rpartition(".")[2].lower() in EXTENSIONS
+    return not _is_hidden(name) and PurePosixPath(name).suffix.lstrip(".").lower() in EXTENSIONS
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
 
 
 # --- CIFAR-10 ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.randomness import permutation
 from shardstep.datasets.scan import error_of, index_shards
-from shardstep.datasets.sources import Source, open_source
+from shardstep.datasets.sources import Source, listed, open_source
 
 BadImages = Literal["refuse", "skip"]
 SAMPLES_PER_SHARD = 1000
@@ -117,6 +117,11 @@ def _write_locked(
 ) -> Manifest:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; nothing was written. Remove it or choose another folder")
+    if images.empty_folders:
+        raise InputError(
+            f"{source} has folders for {split} without images ({', '.join(EXTENSIONS)}): {listed(images.empty_folders)}. "
+            f"Add some or remove the folders; `shards write --classes-of DIR` allows classes without images"
+        )
     if limit is not None:
         images = images.only(balanced_choice(images.labels, limit, seed))
     count = len(images.labels)

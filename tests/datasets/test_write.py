@@ -123,11 +123,30 @@ def test_classes_of_another_set(tmp_path: Path) -> None:
     assert open_shards(tmp_path / "test").labels.tolist() == [1]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_class_folder_without_images_is_refused_unless_classes_are_given(tmp_path: Path, packed: bool) -> None:
+    source = make_tree(tmp_path / "tree")
+    write_shards(str(source), "train", tmp_path / "train")
+    (source / "test" / "a_dog" / "9.png").rename(source / "test" / "a_dog" / "9.bmp")
+    (source / "test" / ".hidden").mkdir()
+    if packed:
+        with tarfile.open(tmp_path / "tree.tar", "w") as tar:
+            tar.add(source, "")
+        source = tmp_path / "tree.tar"
+    with pytest.raises(InputError, match=r"folders for test without images \(png, .*\): a_dog\. Add some or remove"):
+        write_shards(str(source), "test", tmp_path / "test")
+    manifest = write_shards(str(source), "test", tmp_path / "test", classes_of=tmp_path / "train")
+    assert manifest.samples_per_class == [0, 1]
+
+
 def test_a_class_that_the_other_set_has_not(tmp_path: Path) -> None:
     make_tree(tmp_path / "tree")
     write_shards(str(tmp_path / "tree"), "train", tmp_path / "train")
     (tmp_path / "tree" / "test" / "b_cat").rename(tmp_path / "tree" / "test" / "c_cow")
-    with pytest.raises(InputError, match="train has no class c_cow, only a_dog, b_cat: leave images of others out"):
+    (tmp_path / "tree" / "test" / "d_empty").mkdir()
+    with pytest.raises(
+        InputError, match="train has no class c_cow, d_empty, only a_dog, b_cat: leave images of others out"
+    ):
         write_shards(str(tmp_path / "tree"), "test", tmp_path / "test", classes_of=tmp_path / "train")
     assert not (tmp_path / "test").exists()
 
