@@ -249,7 +249,10 @@ def _cifar10(split: str) -> Source:
     if given:
         if not Path(given).exists():
             raise InputError(f"CIFAR10_SOURCE={given} does not exist")
-        return _from_path(Path(given), split)
+        try:
+            return _from_path(Path(given), split)
+        except InputError as error:
+            raise InputError(f"CIFAR10_SOURCE={given}: {error}") from None
     return _from_path(download_cifar10(), split)
 
 

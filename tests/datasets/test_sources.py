@@ -297,3 +297,9 @@ def test_wrong_cifar10_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CIFAR10_SOURCE", "/nowhere/at/all")
     with pytest.raises(InputError, match="CIFAR10_SOURCE=/nowhere/at/all does not exist"):
         open_source("cifar10", "train")
+
+
+def test_cifar10_source_without_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIFAR10_SOURCE", str(tmp_path))
+    with pytest.raises(InputError, match=f"CIFAR10_SOURCE={tmp_path}: no images in {tmp_path}"):
+        open_source("cifar10", "train")
