@@ -3,6 +3,7 @@
 The same source and options give the same bytes. A crash leaves a hidden folder that no reader takes for a data set.
 """
 
+import errno
 import os
 import platform
 import shutil
@@ -26,6 +27,7 @@ from shardstep.datasets.sources import Source, listed, open_source
 
 BadImages = Literal["refuse", "skip"]
 SAMPLES_PER_SHARD = 1000
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ENCODE_TOGETHER = 64  # images per task of the pool
 
 
@@ -151,6 +153,10 @@ def _write_locked(
             sync_to_disk(file)
         partial.replace(out)
         sync_to_disk(out.parent)
+    except OSError as error:
+        if error.errno in _NO_ROOM:  # the system does not say where, or names a file that is removed below
+            raise OSError(error.errno, error.strerror, str(out)) from None
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest

@@ -187,6 +187,18 @@ def test_shards_commands(tmp_path: Path) -> None:
     assert "class" not in shards("info", "set").stdout.partition("\nclasses")[2]
 
 
+def test_where_there_is_no_room_the_folder_is_named_and_left_as_it_was(tmp_path: Path) -> None:
+    code = (  # no file may have more than 20,000 bytes
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        "from shardstep.launch import cli; sys.argv = ['shardstep', *sys.argv[1:]]; sys.exit(cli.main())"
+    )
+    arguments = ["shards", "write", "--source", "synthetic:200", "--out", "set"]
+    result = start(sys.executable, "-c", code, *arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == f"failed: {tmp_path / 'set'}: File too large"
+    assert [path.name for path in tmp_path.iterdir()] == [".set.lock"]
+
+
 def test_names_that_are_too_few_are_not_kept_and_that_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
