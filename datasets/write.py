@@ -122,7 +122,7 @@ def _write_locked(
     if images.empty_folders:
         raise InputError(
             f"{source} has folders for {split} without images ({', '.join(EXTENSIONS)}): {listed(images.empty_folders)}. "
-            f"Add some or remove the folders; `shards write --classes-of DIR` allows classes without images"
+            f"Add some or remove the folders; `shardstep shards write --classes-of DIR` allows classes without images"
         )
     if limit is not None:
         images = images.only(balanced_choice(images.labels, limit, seed))
@@ -166,6 +166,8 @@ def _write_tars(
     images: Source, order: np.ndarray, folder: Path, split: str, samples_per_shard: int, advance: Callable[[int], None]
 ) -> list[str]:
     """Write the images that can be decoded; returns what is wrong with the others, in the order of the source."""
+    from webdataset import TarWriter
+
     bad: dict[int, str] = {}
 
     def good_images() -> Iterator[tuple[int, bytes]]:
@@ -175,8 +177,6 @@ def _write_tars(
             else:
                 yield number, content
             advance(1)
-
-    from webdataset import TarWriter
 
     width = max(6, len(str(len(order) - 1)))
     for shard, rows in groupby(enumerate(good_images()), lambda row: row[0] // samples_per_shard):
