@@ -92,7 +92,9 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
         InputError: they do not.
     """
     if one.classes != other.classes:
-        raise InputError(f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}")
+        lacks = set(other.classes) < set(one.classes)
+        cure = "; `shards write --classes-of` gives a set the classes of another" if lacks else ""
+        raise InputError(f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}{cure}")
     if one.image_mode != other.image_mode:
         raise InputError(f"{one_name} has {one.image_mode} images and {other_name} has {other.image_mode} ones")
     if resize is None and one.image_shape != other.image_shape:

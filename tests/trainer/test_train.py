@@ -10,8 +10,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from shardstep.launch.outcomes import read_outcome
 from tests.distributed import run_ranks
@@ -245,6 +247,23 @@ def test_test_set_of_another_task(shards: Path, tmp_path: Path) -> None:
     ((code, _, message),) = run_ranks(1, failure_of, str(recipe), f"data.test={tmp_path / 'digits'}")
     assert code == 2
     assert "have different classes" in message
+
+
+def test_test_set_that_lacks_a_class(shards: Path, tmp_path: Path) -> None:
+    """Images of one class: they need the list of all, and then there is a test set of them."""
+    from shardstep.datasets.write import write_shards
+
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
+    (tmp_path / "images" / "class3").mkdir(parents=True)
+    for number, one in enumerate(pixels):
+        Image.fromarray(one).save(tmp_path / "images" / "class3" / f"{number}.png")
+    recipe = write_recipe(tmp_path, shards, train={"duration": "1 steps"})
+    write_shards(str(tmp_path / "images"), "test", tmp_path / "one")
+    ((code, _, message),) = run_ranks(1, failure_of, str(recipe), f"data.test={tmp_path / 'one'}")
+    assert (code, "`shards write --classes-of` gives a set the classes of another" in message) == (2, True)
+    write_shards(str(tmp_path / "images"), "test", tmp_path / "all", classes_of=shards / "train")
+    train_ranks(1, recipe, f"data.test={tmp_path / 'all'}")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["data"]["test_samples"] == 6
 
 
 def test_a_damaged_sample_stops_training_and_is_named(shards: Path, tmp_path: Path) -> None:
