@@ -26,7 +26,7 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:  # a full disk
-        if error.errno is not None:  # its text would be lost
+        if error.errno is not None:  # one without is told by its text, which a filename would hide
             error.filename = str(path)
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """A recipe's name and overrides to a checked Recipe: YAML, then `section.key=value`, all problems at once."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -116,7 +117,8 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
 
 def source_name(source: str) -> str:
     """What to call a source of images: cifar10, digits, synthetic-N, or as its folder or archive is called."""
-    return re.sub(r"\.(tar|tar\.gz|tgz)$", "", Path(source).expanduser().resolve().name).replace(":", "-")
+    name = os.path.basename(os.path.abspath(os.path.expanduser(source)))
+    return re.sub(r"\.(tar|tar\.gz|tgz)$", "", name).replace(":", "-")
 
 
 def recipe_text(recipe: Recipe) -> str:

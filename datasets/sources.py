@@ -34,7 +34,7 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 SPLITS = ("train", "test")
 _SPLIT_FOLDERS = ("train", "test", "val", "valid", "validation")
 _MOST_SYNTHETIC = 10_000_000
-_DIGITS = "digits of scikit-learn"
+_DIGITS, _DIGIT_CLASSES = "digits of scikit-learn", [str(label) for label in range(10)]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Source:
             InputError: it lacks a class of these images.
         """
         label_of = {name: label for label, name in enumerate(classes)}
-        unknown = [name for name in [*self.classes, *self.empty_folders] if name not in label_of]
+        unknown = [name for name in self.classes if name not in label_of]
         if unknown:
             raise InputError(
                 f"{owner} has no class {listed(unknown)}, only {listed(classes)}: leave images of others out of this "
@@ -118,14 +118,24 @@ def open_source(source: str, split: str) -> Source:
 
 def surely_differs(source: str, manifest: Manifest, split: str) -> bool:
     """Whether shards hold other images than a source, as far as a look at names tells; the source may be gone."""
-    made_from, classes = manifest.made.get("source"), manifest.classes
+    made_from, classes = str(manifest.made.get("source")), manifest.classes
+    made_here = made_from == _DIGITS or made_from.startswith("synthetic:")
+    if source == "digits":
+        return made_from != _DIGITS and (made_here or classes != _DIGIT_CLASSES)
+    if source.startswith("synthetic:"):
+        count = source.removeprefix("synthetic:").lstrip("0")
+        return made_from not in (f"synthetic:{count}", "tars written elsewhere")
     if source == "cifar10":
-        return classes != CIFAR10_CLASSES
-    if source == "digits" or source.startswith("synthetic:"):
-        return made_from != (_DIGITS if source == "digits" else source)
-    folder = Path(source).expanduser() / split
-    folders = {place.name for place in folder.iterdir() if place.is_dir()} if folder.is_dir() else set()
-    return not {name for name in folders if not _is_hidden(name)} <= set(classes)
+        return made_here or (classes != CIFAR10_CLASSES and not os.environ.get("CIFAR10_SOURCE"))
+    return made_here or not _shares_a_class(os.path.join(os.path.expanduser(source), split), classes)
+
+
+def _shares_a_class(folder: str, classes: list[str]) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return not {entry.name for entry in entries if entry.is_dir()}.isdisjoint(classes)
+    except OSError:  # an archive, or gone
+        return True
 
 
 def listed(names: list[str], most: int = 5) -> str:
@@ -425,7 +435,7 @@ def _digits(split: str) -> Source:
     images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 17 grey levels, (N, 8, 8)
     return Source(
         _DIGITS,
-        [str(label) for label in range(10)],
+        list(_DIGIT_CLASSES),
         digits.target[chosen].astype(np.int64),
         lambda number: images[number, :, :, np.newaxis],
         lambda number: f"image {number}",

@@ -149,6 +149,9 @@ def _write_locked(
         made |= ({} if limit is None else {"limit": limit}) | ({"left_out": len(bad)} if bad else {})
         with progress_bar(f"checking {out}", count - len(bad), "images") as advance:
             manifest = index_shards(partial, made, images.classes, advance)
+        emptied = [images.classes[label] for label in np.unique(images.labels) if not manifest.samples_per_class[label]]
+        if emptied:
+            print(f"left out: all images of {listed(emptied)}", file=sys.stderr)
         for file in partial.iterdir():
             sync_to_disk(file)
         partial.replace(out)

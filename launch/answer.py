@@ -25,6 +25,8 @@ def write_answer(comparison: Comparison, variants: list[Variant], doc: Path | No
     target = comparison.target if comparison.target is not None else default_target(variants)
     answer = make_answer(comparison, variants, target)
     folder = comparison.folder
+    if doc:
+        doc.parent.mkdir(parents=True, exist_ok=True)
     said = [textwrap.fill(sentence, _WIDTH) for sentence in [*answer.words, "", *answer.notes]]
     text = "\n".join([*text_table(answer.columns, answer.rows), "", *said])
     print(f"\n{text}\n")

@@ -29,7 +29,7 @@ COMMANDS = {
     "export": "write a trained model for use elsewhere, and compare it",
     "bench": "measure loaders, steps, checkpoints, starts, records and scaling",
 }
-_LESS_MEMORY = "a smaller train.max_micro_batch, eval.batch_size or data.resize needs less memory"
+_LESS_MEMORY = "less memory is needed by a smaller train.max_micro_batch, eval.batch_size or data.resize of the recipe"
 _FIRST_WORD_S = 1.0  # for the rank whose failure it was
 BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 85, 130
 
@@ -74,9 +74,11 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     except KeyboardInterrupt:
         _tell("interrupted")
         return INTERRUPTED
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if _is_out_of_memory(error):
-            _tell(f"failed: {str(error).splitlines()[0]}\n{_LESS_MEMORY}", everywhere=False)
+            whose = f"rank {launcher.rank()}: " if launcher.is_launched() else ""
+            reason = (str(error) or "out of memory").splitlines()[0]
+            _tell(f"failed: {whose}{reason}\n{_LESS_MEMORY}", everywhere=False)
             return FAILED
         if not _lost_rank(error):
             raise
@@ -119,11 +121,15 @@ def _reason(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
-def _lost_rank(error: RuntimeError) -> bool:
+def _lost_rank(error: Exception) -> bool:
     from shardstep.trainer.runtime import is_lost_rank
 
     return is_lost_rank(error)

@@ -102,6 +102,7 @@ def _run(comparison: Comparison, given: argparse.Namespace) -> int:
             tasks = [task for task in comparison.seed_tasks() if task.name not in tried]
         if not tasks:
             break
+        comparison.check_share()
         tried |= {task.name for task in tasks}
         runs = f"{len(tasks)} {'run' if len(tasks) == 1 else 'runs'}"
         print(f"{runs} of {comparison.budget.text}, {given.parallel} at once", flush=True)
@@ -162,6 +163,7 @@ def _submit(comparison: Comparison, given: argparse.Namespace) -> int:
         return 0
     if not tasks:
         return 0
+    comparison.check_share()
     shared = [*comparison.arguments, f"run.name={comparison.folder.name}"]
     added = [task.arguments[len(comparison.arguments) :] for task in tasks]
     code = submit_tasks([*shared, *shlex.split(given.slurm)], added, comparison.command)

@@ -55,7 +55,8 @@ class Comparison:
         digests: of each variant's resolved recipe.
         measured: a variant that leaves something to `auto`, empty where none does.
         on_cpu: whether all train on the CPU, whatever else there is.
-        share: of the machine, that a run has while its budget of time passes; empty for budgets of steps and epochs.
+        share: of the machine, that the runs have while a budget of time passes; empty for budgets of steps and epochs.
+        share_now: what further runs would have.
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class Comparison:
     measured: str
     on_cpu: bool
     share: str
+    share_now: str
 
     def search(self, name: str) -> dict[float, Outcome]:
         """The runs of a variant's search by rate: those of the first grid, and what extended it while an edge was best."""
@@ -181,6 +183,18 @@ class Comparison:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / PLAN_NAME, (json.dumps(self.record(), indent=1) + "\n").encode())
 
+    def check_share(self) -> None:
+        """Refuse to run more where a budget of time would mean another amount of work.
+
+        Raises:
+            InputError: it would.
+        """
+        if self.share_now != self.share:
+            raise InputError(
+                f"{self.folder}: a run of {self.budget.text} had {self.share} and would now have {self.share_now}: give as "
+                f"many cores or GPUs and the same --parallel as before, or another --out"
+            )
+
     def record(self) -> dict[str, Any]:
         """The settings as JSON has them."""
         return {
@@ -243,7 +257,8 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
         problems.append(f"--within {given.within:g} is a number of minutes above 0")
     if given.slurm is not None and (given.parallel != 1 or given.within is not None):
         problems.append("--parallel and --within have no effect with --slurm: give --slurm '--array ...%P --time T'")
-    if given.doc:
+    folder = given.out or Path("runs") / f"compare-{load_recipe(given.recipe).recipe.run.name}"
+    if given.doc and not given.doc.absolute().is_relative_to(folder.absolute()):
         try:
             check_output_file("--doc", given.doc)
         except InputError as error:
@@ -299,7 +314,6 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
     if any(recipe.train.max_wall_s for recipe in recipes.values()):
         gpus = [] if on_cpu else visible_gpus()
         share = "a job of Slurm" if given.slurm is not None else share_of_run(given.parallel, gpus)
-    folder = given.out or Path("runs") / f"compare-{load_recipe(given.recipe).recipe.run.name}"
     comparison = Comparison(
         folder=folder,
         command=command,
@@ -317,6 +331,7 @@ def prepare(given: argparse.Namespace, command: str) -> Comparison:
         measured=measured[0] if measured else "",
         on_cpu=on_cpu,
         share=share,
+        share_now=share,
     )
     _check_same_comparison(comparison)
     return comparison
@@ -370,11 +385,8 @@ def _check_same_comparison(comparison: Comparison) -> None:
             for name, digest in new["digests"].items()
             if saved["digests"].get(name, digest) != digest and (comparison.folder / name).exists()
         ]
-        share = saved.get("share", new["share"])
-        if share != new["share"] and any((comparison.folder / name).exists() for name in saved["digests"]):
-            differences.append(
-                f"a run of {new['budget']} had {share} and would now have {new['share']}: give --parallel as before"
-            )
+        if any((comparison.folder / name).exists() for name in saved["digests"]):
+            comparison.share = saved.get("share", comparison.share)
         comparison.settled, comparison.rates = list(saved["settled"]), dict(saved["rates"])
         # Runs of variants that are left out this time stay known.
         comparison.digests = saved["digests"] | new["digests"]

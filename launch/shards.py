@@ -141,7 +141,7 @@ def _index(given: argparse.Namespace) -> int:
     manifest = index_shards(given.dir, {"source": "tars written elsewhere"}, classes, former_classes=former_classes)
     print(f"{given.dir}: {manifest.samples:,} images in {len(manifest.shards)} shards, {len(manifest.classes)} classes")
     if former_classes and manifest.classes[: len(former_classes)] != former_classes:
-        print(f"{given.dir}: the {len(former_classes)} names of before are too few and were not kept", file=sys.stderr)
+        print(f"{given.dir}: the former names of classes are too few, and were not kept", file=sys.stderr)
     return 0
 
 

@@ -68,11 +68,12 @@ def main(arguments: list[str]) -> int:
         )
     for text in describe(run):
         display.note(text, indent=INDENT)
-    passed_over = data.passed_over_source(run.recipe.data, run.data)
+    passed_over = data.passed_over_source(run.recipe.data, run.data) if world.is_main_process else None
     if passed_over:
         display.warn(passed_over)
 
-    was_finished, before = folder.read_summary(run.folder).get("status") == "finished", run.state.progress
+    before, earlier = run.state.progress, folder.read_summary(run.folder)
+    was_finished = earlier.get("status") == "finished" and earlier.get("step") == before.step
     is_over = run.plan.is_over(before) or run.plan.is_out_of_time(run.state.train_s)
     if world.is_main_process and not (was_finished and is_over):
         write_start(run, arguments)
@@ -189,6 +190,7 @@ def _finish(run: "setup.Run", evaluation: "Evaluation") -> None:  # type: ignore
 
     folder, classes = run.folder, run.data.train.manifest.classes
     run.metrics.close()
+    (folder / "summary.json").unlink(missing_ok=True)  # an older one would be beside weights that it does not know
     with averaged(run.state):
         write_weights(run.state.module, folder / "model.safetensors")
         try:

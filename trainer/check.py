@@ -97,7 +97,8 @@ def _check_numbers(recipe: Recipe) -> list[str]:
     if not (window in ("auto", "all") or (isinstance(window, int) and window >= 1)):
         problems.append(f"data.window_shards={window} must be a whole number from 1, or auto, or all")
     name = recipe.run.name
-    if not name.isprintable() or name != name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
+    strange = not name.isprintable() or name != name.strip() or Path(name).is_absolute() or ".." in Path(name).parts
+    if strange and recipe.run.dir == f"runs/{name}":
         problems.append(
             f"run.name={name!r} must be a name within runs/, of printable characters: for another place give run.dir"
         )

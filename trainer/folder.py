@@ -99,7 +99,7 @@ def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
     saved = check_recipe(load_recipe(str(path / RECIPE)))
     wrong = [key for key in recipe.run.allow_changes if not _is_compared(key, saved, recipe)]
     if wrong:
-        raise InputError(f"run.allow_changes: {', '.join(wrong)} is not a key that has to stay the same")
+        raise InputError(f"run.allow_changes: not among the keys that have to stay the same: {', '.join(wrong)}")
     differences = _differences(saved, recipe)
     refused = {key: change for key, change in differences.items() if key not in recipe.run.allow_changes}
     if refused:

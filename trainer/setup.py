@@ -579,5 +579,5 @@ def _claim_folder(
         except InputError as error:
             problem = error
         except OSError as error:
-            problem = InputError(f"run.dir={folder} cannot be used: {error.strerror}")
+            problem = InputError(f"run.dir={folder} cannot be used: {error.strerror or error}")
     runtime.raise_together(accelerator, problem)

@@ -124,7 +124,7 @@ def find_weights(path: Path) -> tuple[Path, Path]:
     claimed = summary.get("weights_sha256")  # runs of earlier versions have none
     if is_final and claimed and file_sha256(final) != claimed:
         raise InputError(
-            f"{final} is damaged: its sha256 is another. {folder / 'checkpoints'} may hold the same weights"
+            f"{final} is damaged: its sha256 is another. The newest in {folder / 'checkpoints'} has the same weights"
         )
     newest, passed_over = (None, []) if is_final else newest_whole(folder / "checkpoints")
     if newest:
@@ -136,9 +136,12 @@ def find_weights(path: Path) -> tuple[Path, Path]:
 
 
 def unfinished_note(path: Path, weights: Path) -> str | None:
-    """What to say where the weights found for a run's folder are those of a checkpoint, because it has not finished."""
-    asked_for_run = is_run(path.resolve()) and weights.parent != path.resolve()
-    return f"{path} is not finished: this is its checkpoint {weights.parent.name}" if asked_for_run else None
+    """What to say where the weights found for a run's folder are those of a checkpoint; None where they are not."""
+    folder = path.resolve()
+    if not is_run(folder) or weights.parent == folder:
+        return None
+    cause = "has lost its final weights" if _read_summary(folder).get("status") == "finished" else "is not finished"
+    return f"{path} {cause}: this is its checkpoint {weights.parent.name}"
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:

@@ -17,8 +17,9 @@ they are with the customary 1 and 2.
 
 The backward pass is the transpose of each step. The sums are in C (winograd.c): they read and write once, where torch's
 operations would do so for every addition. The bias and its gradient, and those of a ReLU behind the layer, are computed in
-the same passes. Results are rounded otherwise: by about 1e-6 of their size in fp32, and by 1.5 % in
-bf16, where the transformed tiles are rounded, too. Without gradients, as in an evaluation, a layer is torch's.
+the same passes. Results are rounded otherwise: by about 1e-6 of their size in fp32, and by 1.5 % in bf16, where the
+transformed tiles are rounded, too. The order in which gradients of filters are summed depends on the caches and the number of
+threads. Without gradients, as in an evaluation, a layer is torch's.
 """
 
 import ctypes
@@ -40,12 +41,11 @@ from shardstep.trainer.unfold import UnfoldConv2d
 _SOURCE = Path(__file__).with_suffix(".c")
 _FORMATS = (torch.float32, torch.bfloat16)
 _TILE, _SIDE = 4, 6  # outputs and inputs of a tile, per axis
-# Transformed tiles of one part, few enough to stay in a processor's caches between two steps, for each byte of its threads'
-# level-2 caches, which hold at least:
-_PART_BYTES_PER_CACHE_BYTE, _LEAST_CACHE_BYTES = 2, 1 << 20
+# Transformed tiles of one part are twice what the threads' level-2 caches hold, few enough to be near between two steps.
+_TIMES_CACHES, _LEAST_CACHE_BYTES = 2, 1 << 20  # the least where a cache is smaller, or not known
 # Each part adds to the gradients of all filters: for more pairs of an input and an output channel parts are larger.
 _PART_PAIRS = 128 * 128
-_MOST_TIMES_LARGER = 16
+_MOST_PART_BYTES = 64 << 20
 _MOST_NUMBERS = 4 << 20  # in one image's tiles
 _WORTH_IT = 1.3  # times as fast by the rule below; whether it is depends on the processor, too
 
@@ -206,7 +206,7 @@ class _Grid:
         """For outputs (N, H, W, O) by filters (36, O, C)."""
         down, right = -(-outputs.shape[1] // _TILE), -(-outputs.shape[2] // _TILE)
         out_channels, channels = filter_tiles.shape[1:]
-        part_bytes = _part_bytes() * min(max(1, out_channels * channels // _PART_PAIRS), _MOST_TIMES_LARGER)
+        part_bytes = min(_part_bytes() * max(1, out_channels * channels // _PART_PAIRS), _MOST_PART_BYTES)
         image_bytes = outputs.itemsize * _image_numbers(down * right, out_channels + channels)
         return cls(padding, down, right, max(1, part_bytes // image_bytes))
 
@@ -224,7 +224,7 @@ _ONE_TILE = _Grid(padding=0, down=1, right=1, images=1)
 
 
 def _part_bytes() -> int:
-    return _PART_BYTES_PER_CACHE_BYTE * _cache_bytes() * torch.get_num_threads()
+    return _TIMES_CACHES * _cache_bytes() * torch.get_num_threads()
 
 
 @functools.cache

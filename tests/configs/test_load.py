@@ -186,6 +186,10 @@ def test_hostile_recipes_are_problems_and_no_tracebacks(tmp_path: Path, text: st
     problems_of(tmp_path, text, "optimizer.name=sgd") if "model" in text else problems_of(tmp_path, text)
 
 
+def test_a_run_with_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    assert check_recipe(load(tmp_path, MINIMAL, "run.name=../b ", "run.dir=elsewhere")).run.name == "../b "
+
+
 def test_clip_norm_and_value_exclude_each_other(tmp_path: Path) -> None:
     assert "exclude each other" in problems_of(tmp_path, MINIMAL, "train.clip_norm=1", "train.clip_value=1")
 

@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 from shardstep.configs.errors import InputError
 from shardstep.datasets import sources
 from shardstep.datasets.images import decode
-from shardstep.datasets.sources import open_source
+from shardstep.datasets.manifest import open_shards
+from shardstep.datasets.sources import CIFAR10_CLASSES, open_source, surely_differs
 
 
 def png(value: int, size: tuple[int, int] = (4, 3), mode: str = "RGB") -> bytes:
@@ -303,3 +305,38 @@ def test_cifar10_source_without_images(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("CIFAR10_SOURCE", str(tmp_path))
     with pytest.raises(InputError, match=f"CIFAR10_SOURCE={tmp_path}: no images in {tmp_path}"):
         open_source("cifar10", "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "made_from", "classes", "differs"),
+    [
+        ("cifar10", "CIFAR-10", CIFAR10_CLASSES, False),
+        ("cifar10", "tar of an image folder", CIFAR10_CLASSES, False),
+        ("cifar10", "tar of an image folder", ["a", "b"], True),
+        ("cifar10", "synthetic:20", CIFAR10_CLASSES, True),
+        ("digits", "digits of scikit-learn", list("0123456789"), False),
+        ("digits", "tars written elsewhere", list("0123456789"), False),
+        ("digits", "image folder", ["a", "b"], True),
+        ("digits", "synthetic:20", [f"class{label}" for label in range(10)], True),
+        ("synthetic:020", "synthetic:20", [f"class{label}" for label in range(10)], False),
+        ("synthetic:21", "synthetic:20", [f"class{label}" for label in range(10)], True),
+        ("FOLDER", "image folder", ["a", "b"], False),  # of which there are only images of a by now
+        ("FOLDER", "image folder", ["b", "c"], True),
+        ("FOLDER", "digits of scikit-learn", ["a"], True),
+        ("/nowhere/at/all", "image folder", ["a"], False),
+        ("~nobody-of-this-name/x", "image folder", ["a"], False),
+        ("x" * 300, "image folder", ["a"], False),
+    ],
+)
+def test_shards_of_another_source_are_known_by_their_names(
+    source: str, made_from: str, classes: list[str], differs: bool, shards: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("CIFAR10_SOURCE", raising=False)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    source = str(tmp_path) if source == "FOLDER" else source
+    manifest = replace(open_shards(shards / "train").manifest, made={"source": made_from}, classes=classes)
+    assert surely_differs(source, manifest, "train") == differs
+    monkeypatch.setenv("CIFAR10_SOURCE", str(tmp_path))  # may hold any classes
+    if source == "cifar10":
+        assert surely_differs(source, manifest, "train") == made_from.startswith("synthetic:")

@@ -230,19 +230,35 @@ def test_a_budget_of_time_goes_on_with_the_same_share_of_the_machine(
     prepared("out", "--budget", "3 s").save()
     prepared("out", "--budget", "3 s", "--parallel", "2").save()  # nothing has been run
     finish(tmp_path / "out" / "sgd" / "0", 0.1, 1.0)
-    prepared("out", "--budget", "3 s", "--parallel", "2", "--seeds", "4")
-    told = (
-        "another --out.*: a run of 3 s of training had 1 thread and would now have 2 threads: give --parallel as before"
-    )
-    with pytest.raises(InputError, match=told):
-        prepared("out", "--budget", "3 s")
-    with pytest.raises(InputError, match="had 1 thread and would now have 2 cores together with 2 more"):
-        prepared("out", "--budget", "3 s", "--parallel", "3")
+    prepared("out", "--budget", "3 s", "--parallel", "2", "--seeds", "4").check_share()
+    for options, share in [((), "2 threads"), (("--parallel", "3"), "2 cores together with 2 more")]:
+        comparison = prepared("out", "--budget", "3 s", *options)
+        comparison.save()  # does not forget what the runs there had
+        with pytest.raises(
+            InputError, match=f"a run of 3 s of training had 1 thread and would now have {share}: give as"
+        ):
+            comparison.check_share()
     with pytest.raises(InputError, match="had 1 thread and would now have a job of Slurm"):
-        prepared("out", "--budget", "3 s", "--slurm", "--time 5")
+        prepared("out", "--budget", "3 s", "--slurm", "--time 5").check_share()
     prepared("steps", "--budget", "3 steps").save()
     finish(tmp_path / "steps" / "sgd" / "0", 0.1, 1.0)
-    prepared("steps", "--budget", "3 steps", "--parallel", "2")
+    prepared("steps", "--budget", "3 steps", "--parallel", "2").check_share()
+
+
+def test_more_runs_than_there_are_want_the_same_share_and_the_answer_does_not(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(write_recipe(tmp_path, shards, **SPARING))
+    out = tmp_path / "out"
+    given = [recipe, "--over", "optimizer.name=sgd", "--out", str(out), "--budget", "0.2 s", "--doc", str(out / "a.md")]
+    subprocess.run([str(BIN / "shardstep"), "compare", *given, "--seeds", "1"], check=True)
+    (out / "a.md").unlink()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3, 4, 5, 6})
+    assert compare.main([*given, "--seeds", "1"]) == 0
+    assert (out / "a.md").is_file()
+    with pytest.raises(InputError, match="would now have 7 threads"):
+        compare.main([*given, "--seeds", "2"])
+    assert not (out / "sgd" / "1").exists()
 
 
 def test_what_auto_leaves_open_is_measured_once(shards: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from shardstep.launch.outcomes import read_outcome
+from shardstep.trainer.trained import find_weights
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, train_until, write_recipe
 
@@ -362,6 +363,47 @@ def test_a_run_that_ended_before_its_summary_is_finished(shards: Path, tmp_path:
     after = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (after["status"], after["eval"]) == ("finished", before["eval"])
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def end_with_new_weights(recipe: str, *overrides: str) -> None:
+    """Runs in a rank: trains, and is gone between the final weights and the summary."""
+    from shardstep.launch import train
+    from shardstep.trainer import report
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    report.draw_all = kill
+    train._fail = lambda run, error: None  # a kill leaves no time for its summary
+    with pytest.raises(Killed):
+        train.main([recipe, *overrides])
+
+
+def test_an_extended_run_that_ended_before_its_summary_is_finished(shards: Path, tmp_path: Path) -> None:
+    """Its folder has a summary, of the shorter run."""
+    recipe = write_recipe(tmp_path, shards, train={"duration": "3 steps"})
+    train_ranks(1, recipe)
+    longer = ["train.duration=5 steps", "run.allow_changes=[train.duration]"]
+    run_ranks(1, end_with_new_weights, str(recipe), *longer)
+    assert find_weights(tmp_path / "run")[0].parent.name == "step-00000005"
+    train_ranks(1, recipe, *longer)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["step"]) == ("finished", 5)
+    assert find_weights(tmp_path / "run")[0] == tmp_path / "run" / "model.safetensors"
+
+
+def test_an_extended_run_that_was_killed_at_its_last_checkpoint_is_finished(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards, train={"duration": "3 steps"})
+    train_ranks(1, recipe)
+    earlier = (tmp_path / "run" / "summary.json").read_text()
+    longer = ["train.duration=5 steps", "run.allow_changes=[train.duration]"]
+    train_ranks(1, recipe, *longer)
+    (tmp_path / "run" / "summary.json").write_text(earlier)
+    train_ranks(1, recipe, *longer)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 5
 
 
 def test_a_folder_with_other_files_is_left_alone(shards: Path, tmp_path: Path) -> None:

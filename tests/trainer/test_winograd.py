@@ -95,7 +95,7 @@ def test_numbers_that_are_none_stay_none(rectify: bool) -> None:
     assert not outputs[0, :, 4:, 4:].isnan().any()
 
 
-def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+def test_sums_of_a_part_do_not_depend_on_the_number_of_threads() -> None:
     images, weight = torch.randn(9, 7, 7, 40), torch.randn(40, 3, 3, 40)
     grid, before, found = winograd._Grid(1, 2, 2, 9), torch.get_num_threads(), []
     try:
@@ -116,19 +116,24 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_parts_grow_with_the_caches_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the article's third layer, whose images have tiles of 36 * 49 * 256 floats each, 1.8 MB."""
-    before, images = torch.get_num_threads(), []
-    outputs, filter_tiles = torch.empty(1, 26, 26, 128), torch.empty(36, 128, 128)
+    """Of 128 to 128 channels and of 256 to 512, whose images have tiles of 36 * 49 * 256 and 36 * 4 * 768 floats."""
+    before, megabytes, images = torch.get_num_threads(), [], []
+    layers = [
+        (torch.empty(1, 26, 26, 128), torch.empty(36, 128, 128)),
+        (torch.empty(1, 7, 7, 512), torch.empty(36, 512, 256)),
+    ]
     try:
-        for megabytes, threads in [(0, 1), (1, 1), (1, 2), (2, 2), (2, 8)]:
-            monkeypatch.setattr(winograd.machine, "level_2_cache_bytes", lambda bytes=megabytes << 20: bytes)
+        for cache_megabytes, threads in [(0, 1), (1, 1), (1, 2), (2, 2), (2, 64)]:
+            monkeypatch.setattr(winograd.machine, "level_2_cache_bytes", lambda size=cache_megabytes: size << 20)
             winograd._cache_bytes.cache_clear()
             torch.set_num_threads(threads)
-            images.append(winograd._Grid.of(outputs, filter_tiles, 0).images)
+            megabytes.append(winograd._part_bytes() >> 20)
+            images.append([winograd._Grid.of(*layer, 0).images for layer in layers])
     finally:
         torch.set_num_threads(before)
         winograd._cache_bytes.cache_clear()
-    assert images == [1, 1, 2, 4, 18]
+    assert megabytes == [2, 2, 4, 8, 256]
+    assert images == [[1, 37], [1, 37], [2, 75], [4, 151], [37, 151]]  # never more than 64 MB
 
 
 def test_a_row_beyond_the_tiles_of_images_is_zero() -> None:
