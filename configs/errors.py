@@ -14,11 +14,14 @@ class InputError(ValueError):
     everywhere = True
 
     @classmethod
-    def from_problems(cls, headline: str, problems: list[str]) -> "InputError":
-        """One error for all `problems`, each on a line of its own below the headline."""
+    def from_problems(cls, headline: str, problems: list[str], most: int | None = None) -> "InputError":
+        """One error that counts all `problems` and names them, or the first `most`, each on a line of its own."""
         if len(problems) == 1:
             return cls(f"{headline}: {problems[0]}")
-        return cls("\n".join([f"{headline}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)]))
+        named = problems[:most]
+        left = len(problems) - len(named)
+        lines = [*named, f"and {left:,} more"] if left else named
+        return cls("\n".join([f"{headline}: {len(problems):,} problems", *(f"  - {line}" for line in lines)]))
 
 
 class TrainingFailed(RuntimeError):

@@ -21,6 +21,7 @@ from shardstep.datasets.images import EXTENSIONS, decode
 from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, split_name, write_manifest
 from shardstep.datasets.tar import BLOCK, Member, read_members
 
+MOST_NAMED = 20  # problems in one message
 _COUNT_TOGETHER = 250  # images: fewer, larger array operations
 
 
@@ -75,7 +76,7 @@ def index_shards(
     if not problems and classes is not None and (len(set(classes)) < len(classes) or "" in classes):
         problems.append("class names must be different from each other, and not empty")
     if problems:
-        raise error_of(f"{folder} cannot be indexed", problems)
+        raise InputError.from_problems(f"{folder} cannot be indexed", problems, MOST_NAMED)
 
     if classes is None:
         classes = [str(label) for label in range(int(entries["label"].max()) + 1)]
@@ -103,14 +104,6 @@ def index_shards(
     )
     write_manifest(folder, manifest, data)
     return manifest
-
-
-def error_of(headline: str, problems: list[str], most: int = 20) -> InputError:
-    """One error that counts all problems and names at most so many."""
-    if len(problems) <= most:
-        return InputError.from_problems(headline, problems)
-    lines = [*problems[:most], f"and {len(problems) - most:,} more"]
-    return InputError("\n".join([f"{headline}: {len(problems):,} problems", *(f"  - {line}" for line in lines)]))
 
 
 def file_sha256(path: Path) -> str:

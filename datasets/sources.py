@@ -34,6 +34,7 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 SPLITS = ("train", "test")
 _SPLIT_FOLDERS = ("train", "test", "val", "valid", "validation")
 _MOST_SYNTHETIC = 10_000_000
+WRITTEN_ELSEWHERE = "tars written elsewhere"  # in manifests, where a Source's description stands else
 _DIGITS, _DIGIT_CLASSES = "digits of scikit-learn", [str(label) for label in range(10)]
 
 
@@ -124,7 +125,7 @@ def surely_differs(source: str, manifest: Manifest, split: str) -> bool:
         return made_from != _DIGITS and (made_here or classes != _DIGIT_CLASSES)
     if source.startswith("synthetic:"):
         count = source.removeprefix("synthetic:").lstrip("0")
-        return made_from not in (f"synthetic:{count}", "tars written elsewhere")
+        return made_from not in (f"synthetic:{count}", WRITTEN_ELSEWHERE)
     if source == "cifar10":
         return made_here or (classes != CIFAR10_CLASSES and not os.environ.get("CIFAR10_SOURCE"))
     return made_here or not _shares_a_class(os.path.join(os.path.expanduser(source), split), classes)

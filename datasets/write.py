@@ -22,7 +22,7 @@ from shardstep.datasets.images import EXTENSIONS, decode, encode_png
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.randomness import permutation
-from shardstep.datasets.scan import error_of, index_shards
+from shardstep.datasets.scan import MOST_NAMED, index_shards
 from shardstep.datasets.sources import Source, listed, open_source
 
 BadImages = Literal["refuse", "skip"]
@@ -138,10 +138,11 @@ def _write_locked(
             order = permutation(count, (seed, 0), (0, 0, 0))
             bad = _write_tars(images, order, partial, split, samples_per_shard, advance)
             if bad and (bad_images == "refuse" or len(bad) == count):
-                raise error_of(
+                raise InputError.from_problems(
                     f"{source} has images that cannot be used (mend or remove them, or leave them out with "
                     f"`shardstep shards write --bad-images skip`)",
                     bad,
+                    MOST_NAMED,
                 )
         if bad:
             print(f"left out: {len(bad):,} of {count:,} images", *bad, sep="\n  - ", file=sys.stderr)

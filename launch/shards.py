@@ -121,6 +121,7 @@ def _index(given: argparse.Namespace) -> int:
     from shardstep.configs.errors import InputError
     from shardstep.datasets.manifest import MANIFEST_NAME, parse_manifest
     from shardstep.datasets.scan import index_shards
+    from shardstep.datasets.sources import WRITTEN_ELSEWHERE
 
     if not given.dir.is_dir():
         raise InputError(f"{given.dir} is not a folder")
@@ -138,7 +139,7 @@ def _index(given: argparse.Namespace) -> int:
             print(
                 f"{path} is damaged: the names of its classes are not kept, give them with --classes", file=sys.stderr
             )
-    manifest = index_shards(given.dir, {"source": "tars written elsewhere"}, classes, former_classes=former_classes)
+    manifest = index_shards(given.dir, {"source": WRITTEN_ELSEWHERE}, classes, former_classes=former_classes)
     print(f"{given.dir}: {manifest.samples:,} images in {len(manifest.shards)} shards, {len(manifest.classes)} classes")
     if former_classes and manifest.classes[: len(former_classes)] != former_classes:
         print(f"{given.dir}: the former names of classes are too few, and were not kept", file=sys.stderr)
