@@ -40,7 +40,7 @@ def options_of(function: Callable) -> dict[str, Any]:
     }
 
 
-def resolve(
+def resolve_options(
     section: str,
     given: Mapping[str, Any],
     functions: Mapping[str, Callable],

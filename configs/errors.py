@@ -26,3 +26,7 @@ class InputError(ValueError):
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on, and not for a mistake in the input that could have been found before: a NaN loss, say."""
+
+
+class NonFiniteError(TrainingFailed):
+    """A loss or a gradient became NaN or infinite."""

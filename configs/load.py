@@ -82,6 +82,8 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
     path, overrides = find_recipe(name), list(overrides)
     loaded = Loaded(Recipe(), source=name)
     config = OmegaConf.structured(Recipe)
+    for node in (config, *(config[section] for section in _SECTIONS)):
+        OmegaConf.set_readonly(node, False)  # as the sections of a frozen dataclass are
 
     written = _read_yaml(path)
     on_device = {part: written.pop(part) for part in _ON_DEVICE if part in written}
@@ -107,12 +109,19 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise InputError(f"{path}: {first_line(error)}") from None
     assert isinstance(recipe, Recipe)
-    recipe.run.name = recipe.run.name or path.stem
-    recipe.run.dir = recipe.run.dir or f"runs/{recipe.run.name}"
-    folder = f"data/{source_name(recipe.data.source or 'cifar10')}"
-    recipe.data.train, recipe.data.test = recipe.data.train or f"{folder}/train", recipe.data.test or f"{folder}/test"
-    loaded.recipe = recipe
+    loaded.recipe = _with_places(recipe, path.stem)
     return loaded
+
+
+def _with_places(recipe: Recipe, default_name: str) -> Recipe:
+    """The recipe with the name and the folders that it leaves open."""
+    name = recipe.run.name or default_name
+    folder = f"data/{source_name(recipe.data.source or 'cifar10')}"
+    run = dataclasses.replace(recipe.run, name=name, dir=recipe.run.dir or f"runs/{name}")
+    data = dataclasses.replace(
+        recipe.data, train=recipe.data.train or f"{folder}/train", test=recipe.data.test or f"{folder}/test"
+    )
+    return dataclasses.replace(recipe, run=run, data=data)
 
 
 def source_name(source: str) -> str:

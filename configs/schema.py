@@ -8,13 +8,15 @@ name, and components.py checks them against its signature.
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-MemoryFormat = Literal["auto", "contiguous", "channels_last"]
-Convolutions = Literal["auto", "direct", "winograd", "unfold"]
+Device = Literal["cpu", "cuda"]
+DataMode = Literal["resident", "stream"]
+Precision = Literal["fp32", "bf16", "fp16"]
+MemoryFormat = Literal["contiguous", "channels_last"]
+Convolutions = Literal["direct", "winograd", "unfold"]
 Views = Literal["plain", "mirror", "mirror_translate"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
     """Where the run lives and what makes it reproducible."""
 
@@ -32,7 +34,7 @@ class RunConfig:
     """Seconds: if a rank makes no progress for so long, the run ends and writes the stacks of all; null waits for ever."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     """Which samples, in which order, and how they are prepared."""
 
@@ -43,7 +45,7 @@ class DataConfig:
     source: Optional[str] = None  # noqa: UP045 - OmegaConf reads the field on Python 3.10 too
     """What missing shards are made from, each split for itself: cifar10, digits, synthetic:N, a folder, an archive. Where
     there are shards it is not used."""
-    mode: Literal["auto", "resident", "stream"] = "auto"
+    mode: Literal["auto", DataMode] = "auto"
     """resident: decoded once, kept in RAM or on the device; stream: read from the shards; auto: resident if it fits."""
     workers: int = 2
     """Reader threads per rank in stream mode; 0 reads in the training thread."""
@@ -61,7 +63,7 @@ class DataConfig:
     """What becomes of an epoch's last global batch when it is not full: train on it as it is, or leave it out."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     """How much, how precisely, on what."""
 
@@ -69,11 +71,11 @@ class TrainConfig:
     """Samples per optimizer step over all ranks and micro-steps; full is the whole training set."""
     duration: str = "10 epochs"
     """Length of training, in epochs (fractions allowed) or steps."""
-    precision: Precision = "auto"
+    precision: Literal["auto", Precision] = "auto"
     """Of the forward and backward pass; see also weights. auto: bf16 or fp16 on a GPU, the faster of bf16, fp32 on a CPU."""
-    memory_format: MemoryFormat = "auto"
+    memory_format: Literal["auto", MemoryFormat] = "auto"
     """Layout of images and convolution weights. auto: on a GPU channels_last, on a CPU measured with the precision."""
-    convolutions: Convolutions = "auto"
+    convolutions: Literal["auto", Convolutions] = "auto"
     """How those of 3x3 and stride 1 train on a CPU, in layers where it should be faster: by winograd (needs a C compiler), or
     weight gradients in bf16 by unfold, both rounded otherwise than torch's; direct: torch's. auto: direct on a GPU, with
     compile, and in contiguous; else winograd if it wins when precision or memory_format is measured, and in bf16 unfold
@@ -84,7 +86,7 @@ class TrainConfig:
     """Largest 2-norm of the whole gradient; longer ones are scaled down to it."""
     clip_value: Optional[float] = None  # noqa: UP045
     """Largest absolute value of a gradient's element; others are cut to it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", Device] = "auto"
     """auto is cuda where there is one."""
     world_size: Optional[int] = None  # noqa: UP045
     """Number of ranks that must come up; null accepts any number."""
@@ -108,7 +110,7 @@ class TrainConfig:
     """Steps to leave a profile of in the run's folder, such as "steps 10-20"; empty for none. They are slower than others."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluation on the test set."""
 
@@ -123,7 +125,7 @@ class EvalConfig:
     """Probability: images whose plain view gives a class that much get no further views; null gives them to all."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Saved states."""
 
@@ -133,7 +135,7 @@ class CheckpointConfig:
     """Number of newest checkpoints that stay on disk, beside the one with the best evaluation."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class LogConfig:
     """What is written down."""
 
@@ -157,7 +159,7 @@ class LogConfig:
     """Write the curves for TensorBoard, too, below tensorboard/ in the run's folder."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
     """One training run, complete."""
 
@@ -166,13 +168,13 @@ class Recipe:
     model: dict[str, Any] = field(default_factory=dict)
     """name (of trainer/models/__init__.py's MODELS, or torchvision/<name>), that model's options, and `sync_batch_norm`."""
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "cross_entropy"})
-    """name (a key of trainer/losses.py's LOSSES), that loss's options, and `reduction` (mean or sum)."""
+    """name (a key of trainer/optim/losses.py's LOSSES), that loss's options, and `reduction` (mean or sum)."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    """name (see trainer/optimizers.py), its own arguments, `groups`, and `decay_biases_and_norms` (false spares them)."""
+    """name (see trainer/optim/optimizers.py), its arguments, `groups`, and `decay_biases_and_norms` (false spares them)."""
     schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
-    """name (a key of trainer/schedules.py's SCHEDULES), that schedule's options, and `warmup`."""
+    """name (a key of trainer/optim/schedules.py's SCHEDULES), that schedule's options, and `warmup`."""
     average: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
-    """name (none, ema, lookahead: see trainer/average.py) and that average's options."""
+    """name (none, ema, lookahead: see trainer/optim/average.py) and that average's options."""
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

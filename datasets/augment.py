@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shardstep.datasets.draws import Draws
+from shardstep.datasets.rng import Draws
 
 Transform = Callable[[Tensor, Draws], Tensor]
 

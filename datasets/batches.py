@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from shardstep.datasets.augment import Normalize, Transform
-from shardstep.datasets.draws import Draws
 from shardstep.datasets.order import EpochOrder
 from shardstep.datasets.reader import Reader
+from shardstep.datasets.rng import Draws
 
 
 @dataclass(frozen=True)

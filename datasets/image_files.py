@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shardstep.datasets.images import EXTENSIONS, decode, fill
+from shardstep.datasets.decode import EXTENSIONS, decode, resize_to_cover
 
 FOUND = (*EXTENSIONS, "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 """File name extensions that count as images in a folder; a file that is named itself may have any."""
@@ -46,4 +46,4 @@ def read_image_file(path: Path, mode: str, image_shape: tuple[int, int, int]) ->
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from None
-    return fill(decode(data, mode), image_shape[0], image_shape[1])
+    return resize_to_cover(decode(data, mode), image_shape[0], image_shape[1])

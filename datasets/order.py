@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from shardstep.datasets.randomness import permutation
+from shardstep.datasets.rng import permutation
 
 ORDER_VERSION = 1
 WINDOW_ALL_BYTES = 4 * 10**9  # data sets up to this size are shuffled as a whole

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.images import decode, resize_and_crop
+from shardstep.datasets.decode import decode, resize_and_crop
 from shardstep.datasets.manifest import ShardFolder
 from shardstep.datasets.tar import BLOCK
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.images import EXTENSIONS, decode
+from shardstep.datasets.decode import EXTENSIONS, decode
 from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, split_name, write_manifest
 from shardstep.datasets.tar import BLOCK, Member, read_members
 

@@ -25,9 +25,9 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets.cache import cache_folder, node_lock
-from shardstep.datasets.images import EXTENSIONS
+from shardstep.datasets.decode import EXTENSIONS
 from shardstep.datasets.manifest import Manifest
-from shardstep.datasets.randomness import philox_words
+from shardstep.datasets.rng import philox_words
 from shardstep.datasets.tar import read_members
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

@@ -18,10 +18,10 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets.cache import node_lock, sync_to_disk
-from shardstep.datasets.images import EXTENSIONS, decode, encode_png
+from shardstep.datasets.decode import EXTENSIONS, decode, encode_png
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
-from shardstep.datasets.randomness import permutation
+from shardstep.datasets.rng import permutation
 from shardstep.datasets.scan import MOST_NAMED, index_shards
 from shardstep.datasets.sources import Source, listed, open_source
 

@@ -8,9 +8,9 @@
     shardstep bench record [RECIPE [section.key=value ...]]
     shardstep bench scaling [--cluster NAME] [--workload NAME] [--gpus N,N]
 
-All take --repeats N and --json, for which all but scaling want a path, or - for stdout. Each is a module
-launch/bench_NAME.py with `add_options(parser)` and `measure(given, folder)`, which gives tables. An alternative that is not
-installed is left out, with a word.
+All take --repeats N and --json, for which all but scaling want a path, or - for stdout. Each is a module of
+launch/benchmarks/ with `add_options(parser)` and `measure(args, folder)`, which gives tables. An alternative that is
+not installed is left out, with a word.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from importlib import import_module
 from pathlib import Path
 
 from shardstep.configs.files import check_output_file
-from shardstep.launch import bench_scaling
-from shardstep.launch.bench_tables import report, whole_number
+from shardstep.launch.benchmarks import bench_scaling
+from shardstep.launch.benchmarks.bench_tables import report, whole_number
 from shardstep.launch.cli import run as run_command
 
 BENCHMARKS = {
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     """Run a benchmark and print its tables; returns the exit code."""
     parser = argparse.ArgumentParser(prog="shardstep bench", description="Measure against plain alternatives.")
     commands = parser.add_subparsers(dest="command", required=True)
-    modules = {name: import_module(f"shardstep.launch.bench_{name}") for name in BENCHMARKS}
+    modules = {name: import_module(f"shardstep.launch.benchmarks.bench_{name}") for name in BENCHMARKS}
     for name, what in BENCHMARKS.items():
         command = commands.add_parser(name, help=what, description=modules[name].__doc__)
         command.add_argument("--repeats", "--runs", type=whole_number, default=7, help="(default: %(default)s)")
@@ -47,17 +47,17 @@ def main(arguments: list[str]) -> int:
     bench_scaling.add_arguments(
         commands.add_parser("scaling", help="what more ranks give: measured here, and by a model of a cluster")
     )
-    given, left = parser.parse_known_args(arguments)
-    if left and not (hasattr(given, "overrides") and all("=" in word and not word.startswith("-") for word in left)):
+    args, left = parser.parse_known_args(arguments)
+    if left and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:  # argparse takes positional arguments before options only
-        given.overrides += left
-    if given.command == "scaling":  # a model beside the figures: no table of works
-        return bench_scaling.main(given)
-    if given.json not in (None, "-"):
-        check_output_file("--json", Path(given.json))
+        args.overrides += left
+    if args.command == "scaling":  # a model beside the figures: no table of works
+        return bench_scaling.main(args)
+    if args.json not in (None, "-"):
+        check_output_file("--json", Path(args.json))
     with tempfile.TemporaryDirectory(prefix="shardstep-bench-") as folder:
-        report(f"bench {given.command}", modules[given.command].measure(given, Path(folder)), given.json)
+        report(f"bench {args.command}", modules[args.command].measure(args, Path(folder)), args.json)
     return 0
 
 

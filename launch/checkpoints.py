@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.launch.cli import run as run_command
-from shardstep.trainer.checkpoint_files import list_checkpoints, problems_of, read_manifest
+from shardstep.trainer.checkpoints.checkpoint_files import list_checkpoints, problems_of, read_manifest
 
 
 def main(arguments: list[str]) -> int:
@@ -22,19 +22,19 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (("list", "steps, sizes and times"), ("verify", "read every byte against the manifests")):
         commands.add_parser(name, help=what).add_argument("run", type=Path, help="a run's folder")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
 
-    folder = given.run / "checkpoints"
+    folder = args.run / "checkpoints"
     found = list_checkpoints(folder)
     if not found:
-        cause = "" if folder.is_dir() else f": {given.run} is no run's folder"
+        cause = "" if folder.is_dir() else f": {args.run} is no run's folder"
         raise InputError(f"there is no checkpoint in {folder}{cause}")
     damaged = []
     for path in found:
-        problems = problems_of(path) if given.command == "verify" else []
+        problems = problems_of(path) if args.command == "verify" else []
         damaged += [f"{path}: {problem}" for problem in problems]
         print(
-            f"{path.name}  {_figures(path)}{'  damaged' if problems else '  whole' if given.command == 'verify' else ''}"
+            f"{path.name}  {_figures(path)}{'  damaged' if problems else '  whole' if args.command == 'verify' else ''}"
         )
     if damaged:
         raise InputError.from_problems(f"{folder} has damage, which a resumed run will pass over", damaged)

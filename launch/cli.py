@@ -12,7 +12,7 @@ from importlib import import_module, metadata
 from typing import NoReturn
 
 from shardstep.configs.errors import InputError, TrainingFailed
-from shardstep.trainer import launcher
+from shardstep.trainer.distributed import launch_env
 
 COMMANDS = {
     "train": "train a model from a recipe",
@@ -76,14 +76,14 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         return INTERRUPTED
     except (RuntimeError, MemoryError) as error:
         if _is_out_of_memory(error):
-            whose = f"rank {launcher.rank()}: " if launcher.is_launched() else ""
+            whose = f"rank {launch_env.rank()}: " if launch_env.is_launched() else ""
             reason = (str(error) or "out of memory").splitlines()[0]
             _tell(f"failed: {whose}{reason}\n{_LESS_MEMORY}", everywhere=False)
             return FAILED
         if not _lost_rank(error):
             raise
         time.sleep(_FIRST_WORD_S)
-        _tell(f"failed: rank {launcher.rank()} ends, because another rank has", everywhere=False)
+        _tell(f"failed: rank {launch_env.rank()} ends, because another rank has", everywhere=False)
         return FAILED
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         with contextlib.suppress(OSError):
@@ -102,7 +102,7 @@ def leave(code: int) -> NoReturn:
     Taking an interpreter with torch's threads apart can abort (seen on a busy machine: "terminate called without an active
     exception"), and would make a failure of a run that is finished and safe.
     """
-    from shardstep.trainer.saver import THREAD_NAME
+    from shardstep.trainer.checkpoints.saver import THREAD_NAME
 
     for thread in threading.enumerate():
         if thread.name == THREAD_NAME:  # readers may wait for work for ever
@@ -130,12 +130,12 @@ def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 
 def _lost_rank(error: Exception) -> bool:
-    from shardstep.trainer.runtime import is_lost_rank
+    from shardstep.trainer.distributed.collectives import is_lost_rank
 
     return is_lost_rank(error)
 
 
 def _tell(message: str, everywhere: bool = True) -> None:
     """Print to stderr; of a message that every rank has, rank 0 speaks for all."""
-    if launcher.is_first_rank() or not everywhere:
+    if launch_env.is_first_rank() or not everywhere:
         print(message, file=sys.stderr, flush=True)

@@ -19,23 +19,23 @@ from pathlib import Path
 from shardstep.configs.errors import InputError
 from shardstep.launch.cli import FAILED, STOPPED, leave
 from shardstep.launch.cli import run as run_command
-from shardstep.launch.comparison import Comparison, prepare
-from shardstep.launch.outcomes import read_outcome
-from shardstep.launch.pool import End, Task, run_tasks, visible_gpus
-from shardstep.trainer import lock
-from shardstep.trainer.preempt import STOP_FILE
+from shardstep.launch.comparison.planned_runs import Comparison, prepare
+from shardstep.launch.comparison.pool import End, Task, run_tasks, visible_gpus
+from shardstep.launch.comparison.results import read_result
+from shardstep.trainer.checkpoints import lock
+from shardstep.trainer.stopping.stop_requests import STOP_FILE
 
 
 def main(arguments: list[str]) -> int:
     """Compare; returns the exit code: 0 also if variants failed, 85 if it was interrupted."""
-    given = _parser().parse_intermixed_args(arguments)
-    comparison = prepare(given, f"shardstep compare {shlex.join(arguments)}")
-    if given.dry_run:
+    args = _parser().parse_intermixed_args(arguments)
+    comparison = prepare(args, f"shardstep compare {shlex.join(arguments)}")
+    if args.dry_run:
         for task in [*comparison.search_tasks(), *comparison.seed_tasks()]:
             print(shlex.join(["shardstep", "train", *task.arguments]))
         return 0
     comparison.save()
-    return _submit(comparison, given) if given.slurm is not None else _run(comparison, given)
+    return _submit(comparison, args) if args.slurm is not None else _run(comparison, args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(comparison: Comparison, given: argparse.Namespace) -> int:
+def _run(comparison: Comparison, args: argparse.Namespace) -> int:
     """Run what is missing here, then write the answer. Returns the exit code."""
-    from shardstep.launch.answer import write_answer
+    from shardstep.launch.comparison.comparison_report import write_report
 
     try:
         lock.hold(comparison.folder, lambda text: print(f"warning: {text}", file=sys.stderr))
@@ -80,19 +80,19 @@ def _run(comparison: Comparison, given: argparse.Namespace) -> int:
         raise InputError(f"{are} still at work: wait for the end, or ask for it with `touch {stop}`")
     gpus = [] if comparison.on_cpu else visible_gpus()
     room = len(gpus) or len(os.sched_getaffinity(0))
-    if given.parallel > room:
+    if args.parallel > room:
         shared = "a GPU" if gpus else "a core"
         print(
-            f"warning: --parallel {given.parallel} on {room}: several runs share {shared}, and take longer",
+            f"warning: --parallel {args.parallel} on {room}: several runs share {shared}, and take longer",
             file=sys.stderr,
         )
-    deadline = time.monotonic() + (60 * given.within if given.within else math.inf)
+    deadline = time.monotonic() + (60 * args.within if args.within else math.inf)
     tried: set[str] = set()  # in this call: what could not be finished is a row, and is not begun again at once
     end: End = "done"
     progress = _Progress(comparison)
     probe = comparison.probe_task()
     if probe:
-        end = run_tasks([probe], given.parallel, gpus, lambda task, code, seconds: None)
+        end = run_tasks([probe], args.parallel, gpus, lambda task, code, seconds: None)
         if end == "done":
             comparison.settle()
     while end == "done":
@@ -105,18 +105,18 @@ def _run(comparison: Comparison, given: argparse.Namespace) -> int:
         comparison.check_share()
         tried |= {task.name for task in tasks}
         runs = f"{len(tasks)} {'run' if len(tasks) == 1 else 'runs'}"
-        print(f"{runs} of {comparison.budget.text}, {given.parallel} at once", flush=True)
+        print(f"{runs} of {comparison.budget.text}, {args.parallel} at once", flush=True)
         progress.begin(len(tasks))
         left_s = deadline - time.monotonic()
-        end = run_tasks(tasks, given.parallel, gpus, progress.ended, left_s, progress.longest_s)
+        end = run_tasks(tasks, args.parallel, gpus, progress.ended, left_s, progress.longest_s)
     again = f"the same command goes on from there: {comparison.command}"
     if end == "stopped":
         print(f"stopped: finished runs are kept, half runs are saved in {comparison.folder}; {again}", file=sys.stderr)
         return STOPPED
     if end == "out of time":
-        print(f"--within {given.within:g} minutes are over: what follows is what there is; {again}", file=sys.stderr)
+        print(f"--within {args.within:g} minutes are over: what follows is what there is; {again}", file=sys.stderr)
     variants = comparison.results()
-    for path in write_answer(comparison, variants, given.doc):
+    for path in write_report(comparison, variants, args.doc):
         print(f"written: {path}")
     return 0 if any(variant.finished for variant in variants) else FAILED
 
@@ -136,7 +136,7 @@ class _Progress:
         """Print a line about a run that has ended."""
         self._done, self.longest_s = self._done + 1, max(self.longest_s, seconds)
         name, run = task.name.split(" ")
-        outcome = read_outcome(self._comparison.folder / name / run, task.log)
+        outcome = read_result(self._comparison.folder / name / run, task.log)
         what = outcome.reason or f"exit code {code}, see {task.log}"
         if outcome.last and outcome.last.accuracy is not None:
             loss = "" if outcome.train_loss is None else f", training loss {outcome.train_loss:.4f}"
@@ -144,9 +144,9 @@ class _Progress:
         print(f"[{self._done}/{self._total}] {task.name}: {what}, {seconds:.0f} s", flush=True)
 
 
-def _submit(comparison: Comparison, given: argparse.Namespace) -> int:
+def _submit(comparison: Comparison, args: argparse.Namespace) -> int:
     """Write the answer as far as there is one, and submit what is missing as a job array. Returns the exit code."""
-    from shardstep.launch.answer import write_answer
+    from shardstep.launch.comparison.comparison_report import write_report
     from shardstep.launch.submit import submit_tasks
 
     running = comparison.running()
@@ -154,7 +154,7 @@ def _submit(comparison: Comparison, given: argparse.Namespace) -> int:
     tasks = [*comparison.search_tasks(), *comparison.seed_tasks()]
     variants = comparison.results()
     if any(variant.finished for variant in variants) or not tasks:
-        for path in write_answer(comparison, variants, given.doc):
+        for path in write_report(comparison, variants, args.doc):
             print(f"written: {path}")
     if running:
         print(
@@ -166,8 +166,8 @@ def _submit(comparison: Comparison, given: argparse.Namespace) -> int:
     comparison.check_share()
     shared = [*comparison.arguments, f"run.name={comparison.folder.name}"]
     added = [task.arguments[len(comparison.arguments) :] for task in tasks]
-    code = submit_tasks([*shared, *shlex.split(given.slurm)], added, comparison.command)
-    if code == 0 and "--dry-run" not in given.slurm.split():
+    code = submit_tasks([*shared, *shlex.split(args.slurm)], added, comparison.command)
+    if code == 0 and "--dry-run" not in args.slurm.split():
         print("when its tasks have ended, the same command submits what is still missing, or writes the answer")
     return code
 

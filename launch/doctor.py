@@ -20,7 +20,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import Loaded, is_override, load_recipe, recipe_names
 from shardstep.launch.cli import FAILED, leave
 from shardstep.launch.cli import run as run_command
-from shardstep.trainer import launcher
+from shardstep.trainer.distributed import launch_env
 
 _DEFAULT = "quickstart"
 _MOST_ROWS = 32  # of the table of ranks
@@ -40,19 +40,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--timeout", type=_seconds, default=60.0, metavar="S", help="seconds that each wait may take (default: 60)"
     )
-    given = parser.parse_intermixed_args(arguments)
-    if given.recipe and is_override(given.recipe):
-        given.overrides.insert(0, given.recipe)
-        given.recipe = _DEFAULT
-    loaded = _load(given.recipe or _DEFAULT, given.overrides)
+    args = parser.parse_intermixed_args(arguments)
+    if args.recipe and is_override(args.recipe):
+        args.overrides.insert(0, args.recipe)
+        args.recipe = _DEFAULT
+    loaded = _load(args.recipe or _DEFAULT, args.overrides)
 
     with contextlib.ExitStack() as stack:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the report alone
-            from shardstep.trainer.checkup import check_up
+            from shardstep.trainer.doctor.session import check_up
 
-            report = stack.enter_context(check_up(loaded, given.recipe is not None, given.timeout))
+            report = stack.enter_context(check_up(loaded, args.recipe is not None, args.timeout))
         if report.voice == "report":
-            print(_as_json(report), flush=True) if given.json else _print(report)
+            print(_as_json(report), flush=True) if args.json else _print(report)
         elif report.voice == "findings":
             for finding in report.findings:
                 print(f"{finding.severity}: {finding.what}\n  cure: {finding.cure}", file=sys.stderr, flush=True)
@@ -64,7 +64,7 @@ def _load(name: str, overrides: list[str]) -> Loaded | InputError:
     try:
         return load_recipe(name, overrides)
     except InputError as error:
-        if not launcher.is_launched():
+        if not launch_env.is_launched():
             raise
         return error
 
@@ -76,7 +76,7 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
 
 
-def _as_json(report: "Report") -> str:  # type: ignore[name-defined] # noqa: F821
+def _as_json(report: "DoctorReport") -> str:  # type: ignore[name-defined] # noqa: F821
     """The report as one object; a rank's row has what it measured, too."""
     ranks = [dataclasses.asdict(record) for record in report.records]
     for row in ranks:
@@ -89,7 +89,7 @@ def _as_json(report: "Report") -> str:  # type: ignore[name-defined] # noqa: F82
 # --- for people -------------------------------------------------------------------------------------------------------
 
 
-def _print(report: "Report") -> None:  # type: ignore[name-defined] # noqa: F821
+def _print(report: "DoctorReport") -> None:  # type: ignore[name-defined] # noqa: F821
     from rich.console import Console
     from rich.text import Text
 
@@ -119,13 +119,13 @@ def _print(report: "Report") -> None:  # type: ignore[name-defined] # noqa: F821
     console.print(Text(_verdict(report), "bold red" if report.errors else "bold green"))
 
 
-def _verdict(report: "Report") -> str:  # type: ignore[name-defined] # noqa: F821
+def _verdict(report: "DoctorReport") -> str:  # type: ignore[name-defined] # noqa: F821
     warnings = len(report.findings) - report.errors
     beside = f"; {_count(warnings, 'warning')}" if warnings else ""
     return f"{_count(report.errors, 'error') if report.errors else 'nothing'} would break a run{beside}"
 
 
-def _fact_lines(report: "Report") -> list[tuple[str, str]]:  # type: ignore[name-defined] # noqa: F821
+def _fact_lines(report: "DoctorReport") -> list[tuple[str, str]]:  # type: ignore[name-defined] # noqa: F821
     facts = report.facts
     cpu, gpus = facts["cpu"], facts["gpus"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if name != "shardstep")
@@ -177,7 +177,7 @@ def _step(step: dict[str, Any]) -> str:
     )
 
 
-def _world(report: "Report") -> str:  # type: ignore[name-defined] # noqa: F821
+def _world(report: "DoctorReport") -> str:  # type: ignore[name-defined] # noqa: F821
     first = report.records[0]
     hosts = len({record.host for record in report.records})
     size = f"{len(report.records)} of {_count(first.world_size, 'rank')} on {_count(hosts, 'host')}"
@@ -187,7 +187,7 @@ def _world(report: "Report") -> str:  # type: ignore[name-defined] # noqa: F821
     return f"{size}; they meet at {first.launch['MASTER_ADDR']}:{first.launch['MASTER_PORT']}{way}"
 
 
-def _rank_table(report: "Report") -> Any:  # type: ignore[name-defined] # noqa: F821
+def _rank_table(report: "DoctorReport") -> Any:  # type: ignore[name-defined] # noqa: F821
     from rich.table import Table
     from rich.text import Text
 

@@ -13,7 +13,6 @@ import math
 import sys
 from pathlib import Path
 
-from shardstep.configs.load import load_recipe
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 
@@ -24,41 +23,40 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("--data", help="test shards; by default those of the run")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
 
-    from shardstep.datasets.manifest import parse_manifest
-    from shardstep.trainer import data, launcher, runtime, setup
-    from shardstep.trainer.check import check_recipe
-    from shardstep.trainer.checkpoint import load_weights
-    from shardstep.trainer.evaluate import evaluate
-    from shardstep.trainer.folder import CONFIG_NAME, MANIFEST_NAME
-    from shardstep.trainer.losses import build_objective
-    from shardstep.trainer.models import build_model
-    from shardstep.trainer.precision import MEMORY_FORMATS
-    from shardstep.trainer.trained import find_device, find_weights, unfinished_note
-
-    weights, folder = find_weights(given.run)
-    note = unfinished_note(given.run, weights)
-    if note and launcher.is_first_rank():
-        print(note)
-    recipe = check_recipe(load_recipe(str(folder / CONFIG_NAME)))
-    find_device(given.device)
-    recipe.train.device, recipe.train.world_size = given.device, None
-    recipe.data.test = given.data or recipe.data.test
-    train = parse_manifest((folder / MANIFEST_NAME).read_text(), str(folder / MANIFEST_NAME))
-    world = runtime.start(recipe.train)
-    test, reader, normalize = setup.together(world, lambda: data.load_for_evaluation(recipe.data, train, world.device))
-    height, width, channels = reader.image_shape
-    module = setup.together(world, lambda: build_model(recipe.model, (channels, height, width), len(train.classes)))
-    setup.together(world, lambda: load_weights(module, weights))
-    memory_format = MEMORY_FORMATS[recipe.train.memory_format]
-    accelerator = runtime.build_accelerator(recipe.train.precision)
-    model = runtime.wrap_for_evaluation(accelerator, module.to(memory_format=memory_format))
-    batches = setup.make_test_batches(
-        recipe, accelerator, reader, test.manifest.samples, normalize, recipe.data.workers
+    from shardstep.configs.resolve import with_keys
+    from shardstep.trainer import data
+    from shardstep.trainer.analysis.trained_model import (
+        find_device,
+        find_weights,
+        open_trained_model,
+        read_recipe,
+        unfinished_note,
     )
-    objective = build_objective(recipe.loss, recipe.model)
-    result = evaluate(accelerator, model, batches, objective, test.manifest.samples, len(train.classes), recipe.eval)
+    from shardstep.trainer.distributed import launch_env
+    from shardstep.trainer.distributed.collectives import raise_on_all_ranks
+    from shardstep.trainer.distributed.ddp import wrap_for_evaluation
+    from shardstep.trainer.distributed.world import build_accelerator, leave_world, start_world
+    from shardstep.trainer.evaluation import evaluate
+    from shardstep.trainer.precision import MEMORY_FORMATS
+
+    weights, run_dir = find_weights(args.run)
+    note = unfinished_note(args.run, weights)
+    if note and launch_env.is_first_rank():
+        print(note)
+    find_device(args.device)
+    world = start_world(with_keys(read_recipe(run_dir), train={"device": args.device, "world_size": None}).train)
+    with raise_on_all_ranks(world):
+        trained = open_trained_model(args.run, world.device)
+        test, reader = trained.open_test_set(args.data)
+    recipe = trained.recipe
+    accelerator = build_accelerator(recipe.train.precision)
+    module = trained.module.to(memory_format=MEMORY_FORMATS[recipe.train.memory_format])
+    model = wrap_for_evaluation(accelerator, module)
+    samples, num_classes = test.manifest.samples, len(trained.manifest.classes)
+    batches = data.make_test_batches(recipe, accelerator, reader, samples, trained.normalize)
+    result = evaluate(accelerator, model, batches, trained.objective, samples, num_classes, recipe.eval)
     assert result is not None  # nothing asks it to stop
     if accelerator.is_main_process:
         print(
@@ -72,7 +70,7 @@ def main(arguments: list[str]) -> int:
                 }
             )
         )
-    runtime.stop(accelerator)
+    leave_world(accelerator)
     return 0
 
 

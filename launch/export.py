@@ -24,37 +24,37 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--format", choices=["safetensors", "torch_export", "onnx"], required=True)
     parser.add_argument("--out", type=Path, help="the file (default: exported.<suffix>, in the run's folder)")
     parser.add_argument("--data", help="shards of images to compare on; by default the run's test set")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
 
-    from shardstep.trainer.export import FORMATS, ExportFailed, export
-    from shardstep.trainer.trained import open_trained, unfinished_note
+    from shardstep.trainer.analysis.export_formats import FORMATS, ExportFailed, export
+    from shardstep.trainer.analysis.trained_model import open_trained_model, unfinished_note
 
-    suffix = FORMATS[given.format].suffix
-    trained = open_trained(given.run, "cpu")
-    note = unfinished_note(given.run, trained.weights)
+    suffix = FORMATS[args.format].suffix
+    trained = open_trained_model(args.run, "cpu")
+    note = unfinished_note(args.run, trained.weights)
     if note:
         print(note)
-    out = given.out or trained.folder / f"exported{suffix}"
+    out = args.out or trained.run_dir.path / f"exported{suffix}"
     if out.suffix != suffix:
-        raise InputError(f"--out={out} must end in {suffix} for --format={given.format}")
+        raise InputError(f"--out={out} must end in {suffix} for --format={args.format}")
     check_output_file("--out", out)
     if out.resolve() == trained.weights:
         raise InputError(f"--out={out} holds the weights of the run itself: give another name")
     try:
-        test, reader = trained.open_test_set(given.data)
+        test, reader = trained.open_test_set(args.data)
     except InputError as error:
-        cure = "another --data" if given.data else "--data"
+        cure = "another --data" if args.data else "--data"
         raise InputError(
             f"there are no images to compare on, and what is not compared is not exported: {error}. Give {cure}"
         ) from None
     try:
-        found = export(trained, given.format, out, reader, test.manifest.samples)
+        found = export(trained, args.format, out, reader, test.manifest.samples)
     except ExportFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return FAILED
     print(
         f"{out}: {out.stat().st_size / 1e6:.2f} MB; loaded again, its outputs differ from the original's by at most "
-        f"{found.largest:.2g} on {found.images} images of {given.data or trained.recipe.data.test} "
+        f"{found.largest:.2g} on {found.images} images of {args.data or trained.recipe.data.test} "
         f"({found.allowed:.2g} is allowed)"
     )
     return 0

@@ -32,28 +32,28 @@ def main(arguments: list[str]) -> int:
         "--grid", type=Path, metavar="PICTURE", help="draw the images with their predictions, such as a.png"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
-    given = parser.parse_args(arguments)
-    if given.top < 1:
-        raise InputError(f"--top={given.top} is no number of classes: give 1 or more")
+    args = parser.parse_args(arguments)
+    if args.top < 1:
+        raise InputError(f"--top={args.top} is no number of classes: give 1 or more")
 
     import numpy as np
 
     from shardstep.datasets.image_files import find_image_files
-    from shardstep.trainer.file_predictions import predict_files
-    from shardstep.trainer.picture_grid import FORMATS, draw_picture_grid
-    from shardstep.trainer.trained import open_trained, unfinished_note
+    from shardstep.trainer.analysis.file_predictions import predict_files
+    from shardstep.trainer.analysis.trained_model import open_trained_model, unfinished_note
+    from shardstep.trainer.monitoring.picture_grid import FORMATS, draw_picture_grid
 
-    if given.grid and given.grid.suffix.lstrip(".").lower() not in FORMATS:
-        raise InputError(f"--grid={given.grid} must end in one of {', '.join(FORMATS)}")
-    if given.grid:
-        check_output_file("--grid", given.grid)
-    trained = open_trained(given.run, given.device)
-    note = unfinished_note(given.run, trained.weights)
+    if args.grid and args.grid.suffix.lstrip(".").lower() not in FORMATS:
+        raise InputError(f"--grid={args.grid} must end in one of {', '.join(FORMATS)}")
+    if args.grid:
+        check_output_file("--grid", args.grid)
+    trained = open_trained_model(args.run, args.device)
+    note = unfinished_note(args.run, trained.weights)
     if note:
         print(note, file=sys.stderr, flush=True)
     if trained.objective.reconstructs:
         raise InputError(
-            f"{given.run} reconstructs images: it has no classes to predict. `shardstep report` shows what it does"
+            f"{args.run} reconstructs images: it has no classes to predict. `shardstep report` shows what it does"
         )
     classes = trained.manifest.classes
 
@@ -65,33 +65,33 @@ def main(arguments: list[str]) -> int:
         print(f"left out: {_shown(path)}: {reason}", file=sys.stderr, flush=True)
 
     files: list[Path] = []
-    for path in given.files:
+    for path in args.files:
         try:
             files += find_image_files(path)
         except ValueError as error:
             unreadable(path, str(error))
     width = min(_NAME_WIDTH, max((len(_shown(path)) for path in files), default=0))
     count, drawn = 0, list[tuple[np.ndarray, str]]()
-    for found in predict_files(trained, files, given.top, unreadable):
+    for found in predict_files(trained, files, args.top, unreadable):
         count += 1
         top = [(classes[label], share) for label, share in found.top]
         if math.isnan(top[0][1]):
-            raise InputError(f"{given.run}: its outputs are not numbers, as those of a run that has diverged")
-        if given.json:
+            raise InputError(f"{args.run}: its outputs are not numbers, as those of a run that has diverged")
+        if args.json:
             print(json.dumps(_object(found.path, top)), flush=True)
         else:
             columns = (f"{name} {100 * share:.1f} %" for name, share in top)
             print(f"{_shown(found.path):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}")
-        if given.grid and len(drawn) < _MOST_IN_GRID:
+        if args.grid and len(drawn) < _MOST_IN_GRID:
             drawn.append((found.pixels, f"{_shown(Path(found.path.name))[-24:]}\n{top[0][0]} {top[0][1]:.0%}"))
     if not count:
         raise InputError(f"nothing could be predicted: {left_out} of {left_out} could not be read")
-    if given.grid:
-        draw_picture_grid(drawn, given.grid)
+    if args.grid:
+        draw_picture_grid(drawn, args.grid)
         part = (
             f"the first {len(drawn)} of {count} images" if len(drawn) < count else f"{count} image{'s' * (count > 1)}"
         )
-        print(f"{given.grid}: {part}", file=sys.stderr)
+        print(f"{args.grid}: {part}", file=sys.stderr)
     return 0
 
 

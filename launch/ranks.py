@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 
 from shardstep.launch.cli import FAILED
-from shardstep.trainer import launcher
+from shardstep.trainer.distributed import launch_env
 
+TRAIN_SCRIPT = Path(__file__).with_name("train.py")
 _GRACE_S = 60.0  # for the other ranks to notice that one has failed, and to end by themselves
 _POLL_S = 0.1
 
@@ -37,7 +39,7 @@ def start_ranks(count: int, command: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)
     for rank in range(count):
-        environment = os.environ | launcher.environment_of_rank(rank, count, port)
+        environment = os.environ | launch_env.environment_of_rank(rank, count, port)
         # In sessions of their own: Ctrl-C comes from here, once.
         processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
 

@@ -25,19 +25,19 @@ def main(arguments: list[str]) -> int:
         "--out", type=Path, help="the page (default: report.html, in the run's folder if there is one run only)"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
-    given = parser.parse_args(arguments)
-    out = given.out or (given.runs[0] if len(given.runs) == 1 else Path()) / "report.html"
+    args = parser.parse_args(arguments)
+    out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
     check_output_file("--out", out)
 
-    from shardstep.trainer.pages.report import report_page
-    from shardstep.trainer.record import check_comparable, read_record
-    from shardstep.trainer.study import study
-    from shardstep.trainer.trained import find_device
+    from shardstep.trainer.analysis.pages.run_page import report_page
+    from shardstep.trainer.analysis.run_analysis import analyse_run
+    from shardstep.trainer.analysis.run_record import check_comparable, read_record
+    from shardstep.trainer.analysis.trained_model import find_device
 
-    find_device(given.device)
+    find_device(args.device)
     problems, records = [], []
     first_named: dict[Path, Path] = {}
-    for folder in given.runs:
+    for folder in args.runs:
         first = first_named.setdefault(folder.resolve(), folder)
         if first is not folder:
             problems.append(f"{first} and {folder} are one folder: give each run once")
@@ -49,13 +49,13 @@ def main(arguments: list[str]) -> int:
     if problems:
         raise InputError.from_problems("no report", problems)
     check_comparable(records)
-    studies = [study(record, given.device) for record in records]
-    for one in studies:
+    analyses = [analyse_run(record, args.device) for record in records]
+    for one in analyses:
         for reason in one.left_out:
             print(f"{one.record.folder}: left out: {reason}")
-    content = report_page(studies, datetime.now().astimezone()).encode()
+    content = report_page(analyses, datetime.now().astimezone()).encode()
     write_whole(out, content)
-    print(f"{out}: {len(studies)} run{'s' * (len(studies) > 1)}, {len(content) / 1000:,.0f} kB in one file")
+    print(f"{out}: {len(analyses)} run{'s' * (len(analyses) > 1)}, {len(content) / 1000:,.0f} kB in one file")
     return 0
 
 

@@ -16,11 +16,12 @@ from typing import Any
 from shardstep.configs.errors import InputError, TrainingFailed
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import Recipe
-from shardstep.launch.answer import text_table
 from shardstep.launch.cli import BAD_INPUT, FAILED, leave
 from shardstep.launch.cli import run as run_command
-from shardstep.launch.outcomes import last_complaint, read_lines
-from shardstep.trainer import launcher
+from shardstep.launch.comparison.comparison_report import text_table
+from shardstep.launch.comparison.results import last_complaint, read_lines
+from shardstep.launch.ranks import TRAIN_SCRIPT
+from shardstep.trainer.distributed import launch_env
 
 
 @dataclass(frozen=True)
@@ -40,29 +41,29 @@ class Gap:
 
 def main(arguments: list[str]) -> int:
     """Train on each number of ranks and compare; returns the exit code."""
-    given = _parser().parse_intermixed_args(arguments)
-    worlds = _check(given)
-    recipe = load_recipe(given.recipe, given.overrides)
+    args = _parser().parse_intermixed_args(arguments)
+    worlds = _check(args)
+    recipe = load_recipe(args.recipe, args.overrides)
     if recipe.problems:
         raise InputError.from_problems(f"recipe {recipe.source}", recipe.problems)
-    overrides = [*given.overrides, *_overrides(recipe.recipe, given.steps)]
+    overrides = [*args.overrides, *_overrides(recipe.recipe, args.steps)]
     with tempfile.TemporaryDirectory(prefix="shardstep-same-") as place:
-        folders = {ranks: _train(given.recipe, overrides, ranks, Path(place)) for ranks in worlds}
+        folders = {ranks: _train(args.recipe, overrides, ranks, Path(place)) for ranks in worlds}
         first, *others = worlds
-        gaps = {ranks: compare(folders[first], folders[ranks], given.tolerance) for ranks in others}
+        gaps = {ranks: compare(folders[first], folders[ranks], args.tolerance) for ranks in others}
         reasons = _reasons(folders[first])
     columns = ["ranks", "loss", "gradient norm", "weights", "parts at step"]
     rows = [
         [str(ranks), *(f"{value:.1e}" for value in (gap.loss, gap.grad_norm, gap.weights)), str(gap.parts_at or "-")]
         for ranks, gap in gaps.items()
     ]
-    print(f"largest relative differences from {_ranks(first)} over {given.steps} steps")
+    print(f"largest relative differences from {_ranks(first)} over {args.steps} steps")
     print("\n".join(text_table(columns, rows)))
-    apart = [ranks for ranks, gap in gaps.items() if not gap.largest <= given.tolerance]
+    apart = [ranks for ranks, gap in gaps.items() if not gap.largest <= args.tolerance]
     if not apart:
-        print(f"the same on {', '.join(map(str, worlds))} ranks, to {given.tolerance:g}")
+        print(f"the same on {', '.join(map(str, worlds))} ranks, to {args.tolerance:g}")
         return 0
-    for text in [f"not the same: {_ranks(ranks)} differ by more than {given.tolerance:g}" for ranks in apart] + reasons:
+    for text in [f"not the same: {_ranks(ranks)} differ by more than {args.tolerance:g}" for ranks in apart] + reasons:
         print(text)
     return FAILED
 
@@ -99,17 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(given: argparse.Namespace) -> list[int]:
+def _check(args: argparse.Namespace) -> list[int]:
     problems = []
-    parts = given.ranks.split(",")
+    parts = args.ranks.split(",")
     worlds = [int(part) for part in parts if part.strip().isdecimal()]
     if len(worlds) < len(parts) or len(set(worlds)) < 2 or min(worlds) < 1:
-        problems.append(f"--ranks {given.ranks!r} must be two or more different numbers from 1, such as 1,2,4")
-    if given.steps < 1:
-        problems.append(f"--steps {given.steps} must be at least 1")
-    if not given.tolerance > 0:
-        problems.append(f"--tolerance {given.tolerance:g} must be above 0")
-    if launcher.is_launched():
+        problems.append(f"--ranks {args.ranks!r} must be two or more different numbers from 1, such as 1,2,4")
+    if args.steps < 1:
+        problems.append(f"--steps {args.steps} must be at least 1")
+    if not args.tolerance > 0:
+        problems.append(f"--tolerance {args.tolerance:g} must be above 0")
+    if launch_env.is_launched():
         problems.append("same starts ranks itself: leave out torchrun, accelerate launch and srun")
     if problems:
         raise InputError.from_problems("nothing was begun", problems)
@@ -138,7 +139,7 @@ def _train(recipe: str, overrides: list[str], ranks: int, place: Path) -> Path:
         TrainingFailed: it failed.
     """
     folder, log = place / str(ranks), place / f"{ranks}.log"
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), recipe, *overrides, f"run.dir={folder}"]
+    command = [sys.executable, str(TRAIN_SCRIPT), recipe, *overrides, f"run.dir={folder}"]
     print(f"training on {_ranks(ranks)} ...", flush=True)
     with log.open("wb") as file:
         code = subprocess.run([*command, "--nproc", str(ranks)], stdout=file, stderr=file).returncode

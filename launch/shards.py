@@ -18,8 +18,8 @@ from shardstep.launch.cli import run as run_command
 
 def main(arguments: list[str]) -> int:
     """Do what the subcommand says; returns the exit code."""
-    given = _parser().parse_args(arguments)
-    return {"write": _write, "verify": _verify, "info": _info, "index": _index, "order": _order}[given.command](given)
+    args = _parser().parse_args(arguments)
+    return {"write": _write, "verify": _verify, "info": _info, "index": _index, "order": _order}[args.command](args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,38 +72,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _write(given: argparse.Namespace) -> int:
+def _write(args: argparse.Namespace) -> int:
     from shardstep.datasets.write import write_shards
 
     manifest = write_shards(
-        given.source,
-        given.split,
-        given.out,
-        given.samples_per_shard,
-        given.seed,
-        given.limit,
-        given.bad_images,
-        given.classes_of,
+        args.source,
+        args.split,
+        args.out,
+        args.samples_per_shard,
+        args.seed,
+        args.limit,
+        args.bad_images,
+        args.classes_of,
     )
-    print(f"{given.out}: {manifest.samples:,} images in {len(manifest.shards)} shards, {manifest.bytes:,} bytes")
+    print(f"{args.out}: {manifest.samples:,} images in {len(manifest.shards)} shards, {manifest.bytes:,} bytes")
     return 0
 
 
-def _verify(given: argparse.Namespace) -> int:
+def _verify(args: argparse.Namespace) -> int:
     from shardstep.configs.errors import InputError
     from shardstep.datasets.verify import verify_shards
 
-    problems = verify_shards(given.dir)
+    problems = verify_shards(args.dir)
     if problems:
-        raise InputError.from_problems(f"{given.dir} is not as it was written", problems)
-    print(f"{given.dir}: every byte is as it was written")
+        raise InputError.from_problems(f"{args.dir} is not as it was written", problems)
+    print(f"{args.dir}: every byte is as it was written")
     return 0
 
 
-def _info(given: argparse.Namespace) -> int:
+def _info(args: argparse.Namespace) -> int:
     from shardstep.datasets.manifest import open_shards
 
-    manifest = open_shards(given.dir).manifest
+    manifest = open_shards(args.dir).manifest
     size = "x".join(map(str, reversed(manifest.image_shape[1:]))) if manifest.image_shape else "of several sizes"
     print(f"samples      {manifest.samples:,} in {len(manifest.shards)} shards, {manifest.bytes:,} bytes")
     print(f"images       {size}, {manifest.image_mode}, {'/'.join(manifest.encodings)}")
@@ -117,20 +117,20 @@ def _info(given: argparse.Namespace) -> int:
     return 0
 
 
-def _index(given: argparse.Namespace) -> int:
+def _index(args: argparse.Namespace) -> int:
     from shardstep.configs.errors import InputError
     from shardstep.datasets.manifest import MANIFEST_NAME, parse_manifest
     from shardstep.datasets.scan import index_shards
     from shardstep.datasets.sources import WRITTEN_ELSEWHERE
 
-    if not given.dir.is_dir():
-        raise InputError(f"{given.dir} is not a folder")
-    path = given.dir / MANIFEST_NAME
-    if path.exists() and not given.force:
+    if not args.dir.is_dir():
+        raise InputError(f"{args.dir} is not a folder")
+    path = args.dir / MANIFEST_NAME
+    if path.exists() and not args.force:
         raise InputError(
-            f"{given.dir} has a {MANIFEST_NAME}, against which its shards can be verified; --force replaces it"
+            f"{args.dir} has a {MANIFEST_NAME}, against which its shards can be verified; --force replaces it"
         )
-    classes = given.classes.split(",") if given.classes else None
+    classes = args.classes.split(",") if args.classes else None
     former_classes = None
     if path.exists() and classes is None:
         try:
@@ -139,32 +139,32 @@ def _index(given: argparse.Namespace) -> int:
             print(
                 f"{path} is damaged: the names of its classes are not kept, give them with --classes", file=sys.stderr
             )
-    manifest = index_shards(given.dir, {"source": WRITTEN_ELSEWHERE}, classes, former_classes=former_classes)
-    print(f"{given.dir}: {manifest.samples:,} images in {len(manifest.shards)} shards, {len(manifest.classes)} classes")
+    manifest = index_shards(args.dir, {"source": WRITTEN_ELSEWHERE}, classes, former_classes=former_classes)
+    print(f"{args.dir}: {manifest.samples:,} images in {len(manifest.shards)} shards, {len(manifest.classes)} classes")
     if former_classes and manifest.classes[: len(former_classes)] != former_classes:
-        print(f"{given.dir}: the former names of classes are too few, and were not kept", file=sys.stderr)
+        print(f"{args.dir}: the former names of classes are too few, and were not kept", file=sys.stderr)
     return 0
 
 
-def _order(given: argparse.Namespace) -> int:
+def _order(args: argparse.Namespace) -> int:
     from shardstep.configs.errors import InputError
     from shardstep.datasets.manifest import open_shards
     from shardstep.datasets.order import EpochOrder, window_of
 
-    shards = open_shards(given.dir)
+    shards = open_shards(args.dir)
     samples = shards.manifest.samples
-    stop = samples if given.count is None else given.start + given.count
-    if not 0 <= given.start <= stop <= samples:
-        raise InputError(f"positions {given.start} to {stop} do not lie in an epoch of {samples} samples")
-    if given.lanes < 1 or given.epoch < 0 or given.seed < 0:
+    stop = samples if args.count is None else args.start + args.count
+    if not 0 <= args.start <= stop <= samples:
+        raise InputError(f"positions {args.start} to {stop} do not lie in an epoch of {samples} samples")
+    if args.lanes < 1 or args.epoch < 0 or args.seed < 0:
         raise InputError("--lanes must be at least 1, --epoch and --seed at least 0")
-    if given.window_shards.isdecimal() and int(given.window_shards) > 0:
-        given.window_shards = int(given.window_shards)
-    elif given.window_shards not in ("auto", "all"):
-        raise InputError(f"--window-shards {given.window_shards}: write a number from 1, all, or auto")
-    window = window_of(given.window_shards, shards.manifest.bytes, len(shards.manifest.shards))
-    order = EpochOrder(shards.samples_per_shard, given.seed, given.epoch, given.lanes, window)
-    for position, sample_id in enumerate(order.slice(given.start, stop).tolist(), given.start):
+    if args.window_shards.isdecimal() and int(args.window_shards) > 0:
+        args.window_shards = int(args.window_shards)
+    elif args.window_shards not in ("auto", "all"):
+        raise InputError(f"--window-shards {args.window_shards}: write a number from 1, all, or auto")
+    window = window_of(args.window_shards, shards.manifest.bytes, len(shards.manifest.shards))
+    order = EpochOrder(shards.samples_per_shard, args.seed, args.epoch, args.lanes, window)
+    for position, sample_id in enumerate(order.slice(args.start, stop).tolist(), args.start):
         print(position, shards.key(sample_id))
     return 0
 

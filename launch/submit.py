@@ -26,7 +26,7 @@ from shardstep.configs.schema import Recipe
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 from shardstep.launch.grid import file_name, names_of, points_of
-from shardstep.launch.job_script import Job, render
+from shardstep.launch.jobs.job_script import Job, render
 
 _TIME = re.compile(r"\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2}")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
@@ -53,13 +53,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str]) -> int:
     """Submit, or print the script; returns the exit code."""
-    given = _parse(arguments)
-    points = points_of(given.over)
-    if not points and _ARRAY.fullmatch(given.array):  # an index is a seed
-        points = [[f"run.seed={index}"] for index in range(_last_index(given.array) + 1)]
-    recipe = _check(given, points)
-    tasks = [[*point, place] for point, place in zip(points, places_of(points, recipe, given.overrides), strict=True)]
-    return _submit(given, recipe, tasks, f"shardstep submit {shlex.join(arguments)}")
+    args = _parse(arguments)
+    points = points_of(args.over)
+    if not points and _ARRAY.fullmatch(args.array):  # an index is a seed
+        points = [[f"run.seed={index}"] for index in range(_last_index(args.array) + 1)]
+    recipe = _check(args, points)
+    tasks = [[*point, place] for point, place in zip(points, places_of(points, recipe, args.overrides), strict=True)]
+    return _submit(args, recipe, tasks, f"shardstep submit {shlex.join(arguments)}")
 
 
 def submit_tasks(arguments: list[str], tasks: list[list[str]], command: str) -> int:
@@ -73,32 +73,32 @@ def submit_tasks(arguments: list[str], tasks: list[list[str]], command: str) -> 
     Raises:
         InputError: something would fail later.
     """
-    given = _parse(arguments)
-    if given.over:
+    args = _parse(arguments)
+    if args.over:
         raise InputError("--over is the comparison's own: give it before --slurm, not in it")
-    return _submit(given, _check(given, tasks), tasks, command)
+    return _submit(args, _check(args, tasks), tasks, command)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _make_parser()
-    given, unknown = parser.parse_known_intermixed_args(arguments)
+    args, unknown = parser.parse_known_intermixed_args(arguments)
     parser.check_unknown(unknown)
-    return given
+    return args
 
 
-def _submit(given: argparse.Namespace, recipe: Recipe, tasks: list[list[str]], command: str) -> int:
-    script = render(_job(given, recipe, len(tasks)), [given.recipe, *given.overrides], tasks, command)
-    if given.dry_run:
+def _submit(args: argparse.Namespace, recipe: Recipe, tasks: list[list[str]], command: str) -> int:
+    script = render(_job(args, recipe, len(tasks)), [args.recipe, *args.overrides], tasks, command)
+    if args.dry_run:
         print(script, end="")
         return 0
 
-    job_id = _sbatch(script, Path(given.log_folder))
-    where = f"{given.log_folder}/{file_name(recipe.run.name)}-{job_id}{'_*' if tasks else ''}.log"
-    world = f"{_count(given.nodes, 'node')} x {_count(given.ranks_per_node, 'rank')}"
+    job_id = _sbatch(script, Path(args.log_folder))
+    where = f"{args.log_folder}/{file_name(recipe.run.name)}-{job_id}{'_*' if tasks else ''}.log"
+    world = f"{_count(args.nodes, 'node')} x {_count(args.ranks_per_node, 'rank')}"
     print(f"job {job_id}: {recipe.run.name} on {world}{f', {len(tasks)} tasks' if tasks else ''}; it logs to {where}")
-    if not given.follow:
+    if not args.follow:
         return 0
-    from shardstep.launch.follow import follow
+    from shardstep.launch.jobs.follow import follow
 
     return follow(job_id, None if tasks else Path(recipe.run.dir))
 
@@ -150,61 +150,61 @@ def places_of(points: list[list[str]], recipe: Recipe, overrides: list[str]) -> 
     return [f"{base}-{name}" for name in names_of(points)]
 
 
-def _check(given: argparse.Namespace, points: list[list[str]]) -> Recipe:
+def _check(args: argparse.Namespace, points: list[list[str]]) -> Recipe:
     """The recipe, checked with each point's values; fills in what depends on it.
 
     Raises:
         InputError: with everything that would fail later.
     """
     problems = []
-    if not given.time:
+    if not args.time:
         problems.append("--time is needed: the longest that the job may take, such as 4:00:00")
-    elif not _TIME.fullmatch(given.time):
-        problems.append(f"--time {given.time!r} is not minutes, mm:ss, h:mm:ss, d-hh, d-hh:mm or d-hh:mm:ss")
-    elif 2 * given.stop_before > seconds_of(given.time):
+    elif not _TIME.fullmatch(args.time):
+        problems.append(f"--time {args.time!r} is not minutes, mm:ss, h:mm:ss, d-hh, d-hh:mm or d-hh:mm:ss")
+    elif 2 * args.stop_before > seconds_of(args.time):
         problems.append(
-            f"--stop-before {given.stop_before} s is more than half of --time {given.time}: the job would hardly train. Give "
+            f"--stop-before {args.stop_before} s is more than half of --time {args.time}: the job would hardly train. Give "
             f"it more time, or a --stop-before that is just long enough for a step and a save"
         )
-    if given.ranks_per_node is None:
-        given.ranks_per_node = given.gpus_per_node or 1
+    if args.ranks_per_node is None:
+        args.ranks_per_node = args.gpus_per_node or 1
     for name in ("nodes", "ranks_per_node", "cpus_per_rank", "stop_before"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            problems.append(f"--{name.replace('_', '-')} {getattr(given, name)} must be 1 or more")
-    if given.gpus_per_node and given.ranks_per_node > given.gpus_per_node:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            problems.append(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
+    if args.gpus_per_node and args.ranks_per_node > args.gpus_per_node:
         problems.append(
-            f"--ranks-per-node {given.ranks_per_node} on --gpus-per-node {given.gpus_per_node}: ranks cannot share a GPU"
+            f"--ranks-per-node {args.ranks_per_node} on --gpus-per-node {args.gpus_per_node}: ranks cannot share a GPU"
         )
-    if given.array and not _ARRAY.fullmatch(given.array):
-        problems.append(f"--array {given.array!r} is not of a form such as 0-5, 0,2,4 or 0-5%2")
-    for text in given.sbatch:
+    if args.array and not _ARRAY.fullmatch(args.array):
+        problems.append(f"--array {args.array!r} is not of a form such as 0-5, 0,2,4 or 0-5%2")
+    for text in args.sbatch:
         if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", text):
             problems.append(f"--sbatch {text!r} is not of the form key or key=value, without dashes before it")
-    words = given.container.split()
+    words = args.container.split()
     if any(re.search(r"""["'\\*?\[$`]""", word) for word in words):
-        problems.append(f"--container {given.container!r} must be plain words: put what needs quotes into a script")
-    values = [*given.setup, *given.sbatch, *(getattr(given, name) or "" for name in _PASSED_ON), given.log_folder]
+        problems.append(f"--container {args.container!r} must be plain words: put what needs quotes into a script")
+    values = [*args.setup, *args.sbatch, *(getattr(args, name) or "" for name in _PASSED_ON), args.log_folder]
     problems += [f"{value!r} holds a line break" for value in values if "\n" in value or "\r" in value]
-    if "%" in given.log_folder:
-        problems.append(f"--log-folder {given.log_folder!r}: Slurm would replace what follows the percent sign")
+    if "%" in args.log_folder:
+        problems.append(f"--log-folder {args.log_folder!r}: Slurm would replace what follows the percent sign")
 
-    from shardstep.trainer.check import check_recipe
+    from shardstep.trainer.validate import validate_recipe
 
     recipes = []
     for point in points or [[]]:
         try:
-            recipes.append(check_recipe(load_recipe(given.recipe, [*given.overrides, *point])))
+            recipes.append(validate_recipe(load_recipe(args.recipe, [*args.overrides, *point])))
         except InputError as error:
             problems += [str(error)] if str(error) not in problems else []
-    problems += dict.fromkeys(problem for recipe in recipes for problem in _problems_of_world(given, recipe))
-    if points and given.array and _ARRAY.fullmatch(given.array) and _last_index(given.array) >= len(points):
-        problems.append(f"--array {given.array}, but --over has {len(points)} points: 0 to {len(points) - 1}")
+    problems += dict.fromkeys(problem for recipe in recipes for problem in _problems_of_world(args, recipe))
+    if points and args.array and _ARRAY.fullmatch(args.array) and _last_index(args.array) >= len(points):
+        problems.append(f"--array {args.array}, but --over has {len(points)} points: 0 to {len(points) - 1}")
     if problems:
         raise InputError.from_problems("nothing was submitted", problems)
     # of the recipe without a point's values, whose name and folder the array's tasks begin with
-    recipe = check_recipe(load_recipe(given.recipe, given.overrides)) if points else recipes[0]
-    if given.cpus_per_rank is None:
-        given.cpus_per_rank = 1 + recipe.data.workers
+    recipe = validate_recipe(load_recipe(args.recipe, args.overrides)) if points else recipes[0]
+    if args.cpus_per_rank is None:
+        args.cpus_per_rank = 1 + recipe.data.workers
     return recipe
 
 
@@ -224,45 +224,45 @@ def _last_index(array: str) -> int:
     return max(map(int, re.findall(r"\d+", re.sub(r":\d+|%\d+", "", array))))
 
 
-def _problems_of_world(given: argparse.Namespace, recipe: Recipe) -> list[str]:
-    world_size, problems = given.nodes * given.ranks_per_node, []
+def _problems_of_world(args: argparse.Namespace, recipe: Recipe) -> list[str]:
+    world_size, problems = args.nodes * args.ranks_per_node, []
     if recipe.train.world_size not in (None, world_size):
-        problems.append(f"train.world_size={recipe.train.world_size}, but {given.nodes} x {given.ranks_per_node} ranks")
+        problems.append(f"train.world_size={recipe.train.world_size}, but {args.nodes} x {args.ranks_per_node} ranks")
     size = recipe.train.global_batch_size
     if size != "full" and int(size) < world_size:
         problems.append(f"train.global_batch_size={size} is below the number of ranks, {world_size}")
-    if recipe.train.device == "cuda" and not given.gpus_per_node:
+    if recipe.train.device == "cuda" and not args.gpus_per_node:
         problems.append("train.device=cuda needs --gpus-per-node")
-    if recipe.train.device == "cpu" and given.gpus_per_node:
-        problems.append(f"train.device=cpu would leave the GPUs of --gpus-per-node {given.gpus_per_node} idle")
+    if recipe.train.device == "cpu" and args.gpus_per_node:
+        problems.append(f"train.device=cpu would leave the GPUs of --gpus-per-node {args.gpus_per_node} idle")
     return problems
 
 
-def _job(given: argparse.Namespace, recipe: Recipe, num_points: int) -> Job:
+def _job(args: argparse.Namespace, recipe: Recipe, num_points: int) -> Job:
     options: dict[str, str | None] = {
-        of_slurm: getattr(given, ours) for ours, of_slurm in _PASSED_ON.items() if getattr(given, ours)
+        of_slurm: getattr(args, ours) for ours, of_slurm in _PASSED_ON.items() if getattr(args, ours)
     }
-    if given.mail:
+    if args.mail:
         options["mail-type"] = "END,FAIL,REQUEUE"
-    options |= {key: value if equals else None for key, equals, value in (text.partition("=") for text in given.sbatch)}
-    container = given.container.split()
+    options |= {key: value if equals else None for key, equals, value in (text.partition("=") for text in args.sbatch)}
+    container = args.container.split()
     return Job(
         name=file_name(recipe.run.name),
-        nodes=given.nodes,
-        ranks_per_node=given.ranks_per_node,
-        time=given.time,
-        launcher=given.launcher,
-        gpus_per_node=given.gpus_per_node,
-        cpus_per_rank=given.cpus_per_rank,
-        stop_before_s=given.stop_before,
-        requeue=not given.no_requeue,
+        nodes=args.nodes,
+        ranks_per_node=args.ranks_per_node,
+        time=args.time,
+        launcher=args.launcher,
+        gpus_per_node=args.gpus_per_node,
+        cpus_per_rank=args.cpus_per_rank,
+        stop_before_s=args.stop_before,
+        requeue=not args.no_requeue,
         options=options,
-        setup=given.setup,
+        setup=args.setup,
         container=container,
-        python=given.python or ("python" if container else sys.executable),
+        python=args.python or ("python" if container else sys.executable),
         folder=str(Path.cwd()),
-        log_folder=given.log_folder,
-        array=given.array or f"0-{num_points - 1}",
+        log_folder=args.log_folder,
+        array=args.array or f"0-{num_points - 1}",
     )
 
 

@@ -20,11 +20,11 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.launch.cli import FAILED, INTERRUPTED, STOPPED
 from shardstep.launch.cli import run as run_command
-from shardstep.launch.metric_lines import MetricLines
-from shardstep.trainer.display import Display
-from shardstep.trainer.lock import is_held
-from shardstep.trainer.status import describe_line, length, span
-from shardstep.trainer.wandb_file import sync_note
+from shardstep.trainer.checkpoints.lock import is_held
+from shardstep.trainer.monitoring.display import Display
+from shardstep.trainer.monitoring.metric_tail import MetricTail
+from shardstep.trainer.monitoring.status import describe_line, length, span
+from shardstep.trainer.monitoring.wandb_file import sync_note
 
 _POLL_S = 1.0
 _QUIET_S = (
@@ -42,16 +42,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="shardstep watch", description="Show how a run is doing, from its folder.")
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--once", action="store_true", help="show how it stands now, and end")
-    given = parser.parse_args(arguments)
-    watched = Watched(given.run)
+    args = parser.parse_args(arguments)
+    watched = Watched(args.run)
     display = Display(enabled=True)
     display.note(watched.title)
     try:
-        return _show_once(watched, display) if given.once else _follow(watched, display)
+        return _show_once(watched, display) if args.once else _follow(watched, display)
     except KeyboardInterrupt:
         display.stop()
         print(
-            f"no longer watching; the run goes on. `touch {shlex.quote(str(given.run / 'STOP'))}` saves and ends it",
+            f"no longer watching; the run goes on. `touch {shlex.quote(str(args.run / 'STOP'))}` saves and ends it",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -140,7 +140,7 @@ class Watched:
             raise InputError(f"{self._config} is not whole: it names no model")
         recipe = loaded.recipe
         self.title = f"{folder}: {recipe.model.get('name')}, {length(recipe.train)}"
-        self.lines = MetricLines(folder, begin_at="start")
+        self.lines = MetricTail(folder, begin_at="start")
         self._summary()
 
     def state(self, step: int) -> State:

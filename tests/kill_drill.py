@@ -86,7 +86,7 @@ def drill(folder: Path, shards: Path, world_size: int, moments: list[Moment]) ->
     Returns:
         How often it was killed.
     """
-    from shardstep.trainer import checkpoint_files
+    from shardstep.trainer.checkpoints import checkpoint_files
 
     whole, killed = (write_recipe(folder / name, shards, **SECTIONS) for name in ("whole", "killed"))
     began = time.monotonic()

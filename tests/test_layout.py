@@ -29,6 +29,32 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
+ROOMS = {
+    # The rooms of the training path: the files at trainer's root use them, they use each other only as said here.
+    "kernels": set(),
+    "distributed": set(),
+    "models": {"distributed"},
+    "optim": {"distributed", "models"},
+    "checkpoints": {"distributed"},
+    "stopping": {"distributed"},
+    "monitoring": {"checkpoints", "distributed", "stopping"},
+    # The rooms of those who look at runs from outside: they use the training path, which knows nothing of them.
+    "analysis": {"checkpoints", "models", "monitoring", "optim", "stopping", "root"},
+    "doctor": {"distributed", "kernels", "monitoring", "root"},
+}
+FOR_ALL_ROOMS = {"state", "machine"}  # files at trainer's root that import nothing else of trainer
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """The rooms of trainer/ that a file imports from; "root" for a file at its root that only the training path may use."""
+    rooms = set()
+    for module in imported_modules(path):
+        parts = module.split(".")[2:]
+        if module.startswith("shardstep.trainer.") and parts[0] not in FOR_ALL_ROOMS:
+            rooms.add(parts[0] if parts[0] in ROOMS else "root")
+    return rooms
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_imports_go_down_only(layer: str) -> None:
     forbidden = {f"shardstep.{name}" for name in LAYERS[LAYERS.index(layer) + 1 :]}
@@ -37,17 +63,47 @@ def test_imports_go_down_only(layer: str) -> None:
         assert not above, f"{path} imports {above}"
 
 
-def test_only_runtime_touches_the_world() -> None:
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_they_may(room: str) -> None:
+    for path in python_files(f"trainer/{room}"):
+        assert rooms_imported(path) - {room} <= ROOMS[room], path
+
+
+def test_the_training_path_imports_no_room_that_looks_from_outside() -> None:
+    outside = {room for room, allowed in ROOMS.items() if "root" in allowed}
+    for path in (ROOT / "trainer").glob("*.py"):
+        assert not rooms_imported(path) & outside, path
+
+
+def test_every_room_is_listed_and_says_what_it_is_for() -> None:
+    folders = {path.name for path in (ROOT / "trainer").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(ROOMS)
+    for room in ROOMS:
+        text = ast.get_docstring(ast.parse((ROOT / "trainer" / room / "__init__.py").read_text())) or ""
+        assert "import" in text.lower(), f"{room}: its __init__.py says not what may import it, or what it imports"
+    for name in FOR_ALL_ROOMS:
+        assert not rooms_imported(ROOT / "trainer" / f"{name}.py"), name
+
+
+def test_the_training_path_is_few_files() -> None:
+    assert len(list((ROOT / "trainer").glob("*.py"))) <= 20
+
+
+def test_no_two_modules_have_one_name() -> None:
+    names = [path.stem for layer in LAYERS for path in python_files(layer) if path.stem != "__init__"]
+    assert not {name for name in names if names.count(name) > 1}
+
+
+def test_only_distributed_touches_the_world() -> None:
     for layer in LAYERS:
         for path in python_files(layer):
-            if path.name == "runtime.py":
+            if path.parent.name == "distributed":
                 continue
             assert not {name for name in imported_modules(path) if name.startswith("torch.distributed")}, path
             assert "Accelerator(" not in path.read_text(), path
-            if path.name != "launcher.py":
-                assert not re.search(
-                    r"environ\b.*(RANK|WORLD|MASTER|SLURM|ACCELERATE|TORCHELASTIC)", path.read_text()
-                ), path
+            assert not re.search(r"environ\b.*(RANK|WORLD|MASTER|SLURM|ACCELERATE|TORCHELASTIC)", path.read_text()), (
+                path
+            )
 
 
 def test_datasets_has_no_init() -> None:

@@ -38,8 +38,8 @@ def test_links_lead_somewhere(document: str) -> None:
 
 
 def test_everything_that_can_be_named_is_on_the_documents_page() -> None:
-    from shardstep.trainer import losses, optimizers
     from shardstep.trainer.models import MODELS, layers
+    from shardstep.trainer.optim import losses, optimizers
 
     text = (ROOT / FROM_THE_DOCUMENTS).read_text()
     ours = {name for name, function in optimizers.OPTIMIZERS.items() if function.__module__ == optimizers.__name__}

@@ -4,17 +4,26 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.schema import DataConfig, Recipe
-from shardstep.datasets.augment import Normalize, smallest_side
+from shardstep.configs.resolve import ResolvedRecipe
+from shardstep.configs.schema import DataConfig, DataMode
+from shardstep.datasets.augment import Normalize, build_transforms, smallest_side
+from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, open_shards
+from shardstep.datasets.order import window_of
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
 from shardstep.datasets.sources import surely_differs
 from shardstep.datasets.write import make_missing_shards
-from shardstep.trainer import launcher
+from shardstep.trainer.distributed import launch_env
+from shardstep.trainer.evaluation import TestBatches
+from shardstep.trainer.optim.plan import Plan
+from shardstep.trainer.precision import MEMORY_FORMATS
 
 RESIDENT_SHARE = 0.25  # of the memory of the host, or of the GPU, that decoded images may take
 
@@ -39,6 +48,11 @@ class Data:
         height, width, channels = self.train_reader.image_shape
         return channels, height, width
 
+    def first_samples(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The first training samples, as many as there are: images (count, C, H, W), normalized, and labels (count,)."""
+        images, labels = self.train_reader.read(np.arange(min(count, self.train.manifest.samples)))
+        return self.normalize(images.to(device)), labels.to(device)
+
 
 def make_missing_data(config: DataConfig) -> None:
     """Write the shards that are not there from data.source, once per node.
@@ -53,7 +67,7 @@ def make_missing_data(config: DataConfig) -> None:
             try:
                 make_missing_shards(config.source, split, Path(folder))
             except InputError as error:  # perhaps of this node alone: its first rank tells
-                error.everywhere = not launcher.is_first_rank_of_node()
+                error.everywhere = not launch_env.is_first_rank_of_node()
                 raise
 
 
@@ -104,7 +118,7 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
         )
 
 
-def choose_mode(config: DataConfig, train: ShardFolder, test: ShardFolder, device: torch.device) -> str:
+def choose_mode(config: DataConfig, train: ShardFolder, test: ShardFolder, device: torch.device) -> DataMode:
     """resident or stream: as the recipe says, else resident if both sets fit."""
     if config.mode != "auto":
         return config.mode
@@ -119,14 +133,13 @@ def choose_mode(config: DataConfig, train: ShardFolder, test: ShardFolder, devic
     return "resident" if sum(size or 0 for size in sizes) <= RESIDENT_SHARE * memory else "stream"
 
 
-def load(recipe: Recipe, train: ShardFolder, test: ShardFolder, device: torch.device) -> Data:
+def load(config: DataConfig, mode: DataMode, train: ShardFolder, test: ShardFolder, device: torch.device) -> Data:
     """Make the readers and the normalisation.
 
     Raises:
         InputError: the images are damaged, differ in size, or are too small for a transform.
     """
-    config = recipe.data
-    if config.mode == "resident":
+    if mode == "resident":
         train_reader: Reader = load_resident(train, config.resize, device)
         test_reader: Reader = load_resident(test, config.resize, device)
     else:
@@ -143,18 +156,45 @@ def load(recipe: Recipe, train: ShardFolder, test: ShardFolder, device: torch.de
     )
 
 
-def load_for_evaluation(
-    config: DataConfig, train: Manifest, device: torch.device
-) -> tuple[ShardFolder, Reader, Normalize]:
-    """A test set with the normalisation of the run's training set; streamed, because each image is needed once.
+def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data, plan: Plan) -> TrainBatches:
+    """This rank's share of the training set, in the recipe's order."""
+    train = loaded.train.manifest
+    return TrainBatches(
+        loaded.train_reader,
+        OrderConfig(
+            loaded.train.samples_per_shard,
+            recipe.run.seed,
+            recipe.data.lanes,
+            window_of(recipe.data.window_shards, train.bytes, len(train.shards)),
+        ),
+        global_batch_size=plan.global_batch_size,
+        samples_per_epoch=plan.samples_per_epoch,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        max_micro_batch=recipe.train.max_micro_batch,
+        transforms=build_transforms(recipe.data.augment),
+        normalize=loaded.normalize,
+        memory_format=MEMORY_FORMATS[recipe.train.memory_format],
+        device=accelerator.device,
+        workers=recipe.data.workers if recipe.data.mode == "stream" else 0,
+    )
 
-    Raises:
-        InputError: the test set cannot be opened, or is of another task than the training set.
-    """
-    test = open_shards(config.test)
-    check_same_task(train, test.manifest, "the run's training set", config.test, config.resize)
-    reader = StreamReader(test, config.resize)
-    return test, reader, make_normalize(config, train, reader.image_shape, device)
+
+def make_test_batches(
+    recipe: ResolvedRecipe, accelerator: Accelerator, reader: Reader, num_samples: int, normalize: Normalize
+) -> TestBatches:
+    """A function that makes a pass over this rank's part of a test set."""
+    return lambda: test_batches(
+        reader,
+        num_samples,
+        batch_size=recipe.eval.batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        normalize=normalize,
+        memory_format=MEMORY_FORMATS[recipe.train.memory_format],
+        device=accelerator.device,
+        workers=recipe.data.workers if isinstance(reader, StreamReader) else 0,
+    )
 
 
 def make_normalize(

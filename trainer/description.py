@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from shardstep.datasets.order import window_of
+from shardstep.trainer.distributed.gradients import describe_sharing
 from shardstep.trainer.models.batch_norm import SyncBatchNorm2d
-from shardstep.trainer.plan import Plan
-from shardstep.trainer.setup import Run
-from shardstep.trainer.sharing import describe_sharing
-from shardstep.trainer.time_limit import time_text
+from shardstep.trainer.optim.plan import Plan
+from shardstep.trainer.run import Run
+from shardstep.trainer.stopping.time_limit import time_text
 
 INDENT = 13
 """Columns before what is said of each thing."""
@@ -72,7 +72,7 @@ def describe(run: Run) -> list[str]:
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
     ]
     headline = (
-        f"shardstep {metadata.version('shardstep')} on torch {torch.__version__}: {recipe.run.name}, in {run.folder}"
+        f"shardstep {metadata.version('shardstep')} on torch {torch.__version__}: {recipe.run.name}, in {run.dir.path}"
     )
     return [headline, *(f"{'  ' + name:<{INDENT}}{text}" for name, text in facts)]
 

@@ -1,6 +1,6 @@
 """The loop: batches in, trained weights out. Start here.
 
-Everything that the loop uses is built in setup.py and comes in as a Run; everything that it changes is in run.state.
+Everything that the loop uses is built in setup.py and comes in as a Run (run.py); everything that it changes is in run.state.
 """
 
 from contextlib import nullcontext
@@ -10,24 +10,25 @@ import torch
 from torch import Tensor
 
 from shardstep.datasets.batches import GlobalBatch
-from shardstep.datasets.randomness import derived_seed
-from shardstep.trainer import runtime
-from shardstep.trainer.evaluate import Evaluation
+from shardstep.datasets.rng import derived_seed
+from shardstep.trainer.distributed.ddp import average_gradients, step_optimizer
+from shardstep.trainer.distributed.gradients import forward
+from shardstep.trainer.distributed.world import seed_generator
+from shardstep.trainer.evaluation import Evaluation
 from shardstep.trainer.metrics import Stopwatch
-from shardstep.trainer.occasional import evaluate_now, save
-from shardstep.trainer.setup import Run
-from shardstep.trainer.sharing import forward
+from shardstep.trainer.periodic import evaluate_now, save
+from shardstep.trainer.run import Run
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """How training ended, by its duration (stopped=False) or on request, and its last evaluation, if there was one."""
 
     stopped: bool
     evaluation: Evaluation | None
 
 
-def train(run: Run) -> Outcome:
+def train(run: Run) -> TrainResult:
     """Train until the recipe's duration is over, or all ranks have agreed to stop.
 
     Raises:
@@ -39,7 +40,7 @@ def train(run: Run) -> Outcome:
     evaluation = evaluate_now(run, clock) if state.evaluation_due else None  # the last start was stopped before it
     over = plan.is_over(state.progress) or plan.is_out_of_time(state.train_s)
     if over or requests.stop:
-        return Outcome(stopped=not over or state.evaluation_due, evaluation=evaluation)
+        return TrainResult(stopped=not over or state.evaluation_due, evaluation=evaluation)
 
     metrics.restart_clock()
     for batch in run.batches.from_position(state.progress.epoch, state.progress.position):
@@ -68,7 +69,7 @@ def train(run: Run) -> Outcome:
             save(run, clock)  # all ranks enter, rank 0 writes
         if over or requests.stop:
             break
-    return Outcome(stopped=not over or state.evaluation_due, evaluation=evaluation)
+    return TrainResult(stopped=not over or state.evaluation_due, evaluation=evaluation)
 
 
 def train_step(run: Run, batch: GlobalBatch) -> Tensor | None:
@@ -83,10 +84,10 @@ def train_step(run: Run, batch: GlobalBatch) -> Tensor | None:
     """
     accelerator, state, objective, timer = run.accelerator, run.state, run.objective, run.timer
     # Dropout is a function of (seed, step, rank): a resumed run needs no generator's state.
-    runtime.seed_generator(accelerator.device, derived_seed(run.seed, state.progress.step, accelerator.process_index))
+    seed_generator(accelerator.device, derived_seed(run.seed, state.progress.step, accelerator.process_index))
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * run.learning_rate.factor(state.progress, group.get("until"))
-    run.bad_steps.begin(state)
+    run.nan_guard.begin(state)
 
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for micro_step, micro in enumerate(batch.micro_batches, start=1):
@@ -102,12 +103,12 @@ def train_step(run: Run, batch: GlobalBatch) -> Tensor | None:
             sums[0] += micro_loss
             sums[1] += objective.correct(outputs, micro.labels)
         timer.mark("other")
-    if runtime.average_gradients(state.model):  # with train.all_reduce=flat; DDP has done it in the last backward pass
+    if average_gradients(state.model):  # with train.all_reduce=flat; DDP has done it in the last backward pass
         timer.mark("communication")
-    bad = run.bad_steps.is_bad(accelerator, state, sums)  # all ranks agree
+    bad = run.nan_guard.is_bad(accelerator, state, sums)  # all ranks agree
     if not bad:
         run.clip(accelerator, state)
-        runtime.step(state.optimizer)
+        step_optimizer(state.optimizer)
     state.optimizer.optimizer.zero_grad()
     timer.mark("optimizer")
     return None if bad else sums

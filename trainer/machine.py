@@ -27,7 +27,7 @@ class Cpu:
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskSpace:
     """Free room on the file system of a folder that may not be there yet; `inodes` is None where they are unlimited."""
 
     folder: str
@@ -135,12 +135,12 @@ def _interface_of(probe: socket.socket, own: str) -> str | None:
     return None
 
 
-def room(folder: Path) -> Room:
+def disk_space(folder: Path) -> DiskSpace:
     """Free room for a folder, on the file system where it is or would be made."""
     place = nearest(folder)
     found = os.statvfs(place)
     inodes = found.f_favail if found.f_files else None  # btrfs and others count none
-    return Room(str(folder), found.f_bavail * found.f_frsize, inodes)
+    return DiskSpace(str(folder), found.f_bavail * found.f_frsize, inodes)
 
 
 def write_problem(folder: Path) -> str | None:

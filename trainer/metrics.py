@@ -14,14 +14,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from shardstep.configs.durations import Duration
-from shardstep.configs.errors import TrainingFailed
+from shardstep.configs.errors import NonFiniteError
 from shardstep.configs.files import write_whole
-from shardstep.trainer.checkpoint import TrainState
-from shardstep.trainer.clip import Clip
-from shardstep.trainer.evaluate import Evaluation
+from shardstep.trainer.distributed.collectives import gather_rows, reduce_sums
+from shardstep.trainer.evaluation import Evaluation
 from shardstep.trainer.machine import resident_bytes
-from shardstep.trainer.plan import Plan
-from shardstep.trainer.runtime import gather_rows, reduce_sums
+from shardstep.trainer.optim.clip import Clip
+from shardstep.trainer.optim.plan import Plan
+from shardstep.trainer.state import TrainState
 
 _RECENT = 0.3  # weight of the newest log step in the pace from which the time left is reckoned
 _REMEDY = "Try a lower optimizer.lr, a schedule.warmup, train.clip_norm=1.0, or train.precision=fp32"
@@ -89,12 +89,12 @@ class Metrics:
         """Put what was counted since the last evaluation into a state that is about to be saved. All ranks gather.
 
         Raises:
-            TrainingFailed: a step since the last evaluation has left the numbers: the state is not worth saving.
+            NonFiniteError: a step since the last evaluation has left the numbers: the state is not worth saving.
         """
         state.sums = gather_rows(self._accelerator, self._since_evaluation)
         state.samples_in_sums = self._samples_since_evaluation
         if not all(math.isfinite(loss) for loss, _ in state.sums):
-            raise TrainingFailed(f"the loss of a step up to step {state.progress.step} was NaN or infinite. {_REMEDY}")
+            raise NonFiniteError(f"the loss of a step up to step {state.progress.step} was NaN or infinite. {_REMEDY}")
 
     def restart_clock(self) -> None:
         """Leave out of the training rate what has happened since the last step."""
@@ -104,7 +104,7 @@ class Metrics:
         """Write a train line about the step that was just added. All ranks reduce.
 
         Raises:
-            TrainingFailed: the loss of the step is NaN or infinite.
+            NonFiniteError: the loss of the step is NaN or infinite.
         """
         loss, accuracy = None, None
         if sums is not None:
@@ -140,7 +140,7 @@ class Metrics:
             line["skipped_steps"] = state.skipped_steps  # whose loss was no number, since the start of the run
         if loss is not None and not math.isfinite(loss):
             self._record(line)
-            raise TrainingFailed(
+            raise NonFiniteError(
                 f"the loss is {loss} at step {state.progress.step} (epoch {epoch:.2f}, rate {state.lr:g}). {_REMEDY}"
             )
         self.last_train = line
@@ -150,7 +150,7 @@ class Metrics:
         """Write an evaluation line, with the means over the training samples since the last one. All ranks reduce.
 
         Raises:
-            TrainingFailed: the test loss, or the training loss since the last evaluation, is NaN or infinite.
+            NonFiniteError: the test loss, or the training loss since the last evaluation, is NaN or infinite.
         """
         (total,) = reduce_sums(self._accelerator, [self._since_evaluation])
         train_loss, train_accuracy = (total / max(self._samples_since_evaluation, 1)).tolist()
@@ -179,7 +179,7 @@ class Metrics:
         if lost:
             self._record(line)
             # comparisons look for these words: where the test loss is a number, the line does not show that it diverged
-            raise TrainingFailed(
+            raise NonFiniteError(
                 f"NaN or infinite at step {state.progress.step} (rate {state.lr:g}): {', '.join(lost)}. {_REMEDY}"
             )
         self.last_evaluation = line

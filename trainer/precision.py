@@ -2,17 +2,23 @@
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import Convolutions, MemoryFormat, Precision, TrainConfig
-from shardstep.trainer.convolutions import CONVOLUTION_METHODS, convert_convolutions, excludes, gains
-from shardstep.trainer.losses import Objective
+from shardstep.trainer import machine
+from shardstep.trainer.distributed.collectives import broadcast_object, raise_on_all_ranks
+from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, convert_convolutions, excludes, gains
 from shardstep.trainer.machine import Cpu
 from shardstep.trainer.models.batch_norm import convert_batch_norm
+from shardstep.trainer.monitoring.display import Display
+from shardstep.trainer.optim.losses import Objective
+from shardstep.trainer.optim.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -22,7 +28,7 @@ PROBE_SAMPLES = 32  # enough work to tell the formats apart, little enough to ta
 
 
 @dataclass(frozen=True)
-class Compute:
+class ComputeFormat:
     """A number format, a memory layout, and a method for convolutions."""
 
     precision: Precision
@@ -32,6 +38,63 @@ class Compute:
     def __str__(self) -> str:
         method = [] if self.convolutions == "direct" else [self.convolutions]
         return " ".join([self.precision, self.memory_format, *method])
+
+
+def resolve_precision(
+    world: PartialState,
+    config: TrainConfig,
+    module: nn.Module,
+    objective: Objective,
+    image_shape: tuple[int, int, int],
+    first_samples: Callable[[int], tuple[Tensor, Tensor]],
+    plan: Plan,
+    display: Display,
+) -> tuple[ComputeFormat, dict[ComputeFormat, float]]:
+    """Choose on rank 0, for all ranks, what the train section leaves to `auto`. All ranks.
+
+    Args:
+        world: for its device.
+        config: the train section, validated.
+        module: the model with its first weights.
+        objective: whose gradient is measured.
+        image_shape: (channels, height, width).
+        first_samples: normalized images and labels of some samples, on the device.
+        plan: for the size of a rank's batch.
+        display: for warnings.
+
+    Returns:
+        The choice, and the measured seconds per step of each candidate; empty where there was nothing to measure.
+
+    Raises:
+        InputError: the device, the processor or the model cannot use what is asked for.
+    """
+    cpu = machine.read_cpu()
+    with raise_on_all_ranks(world):
+        found = candidates(config, module, image_shape, world.device, cpu)
+    found = broadcast_object(world, found)  # hosts may differ
+    size = min(max(plan.global_batch_size // plan.world_size, 1), config.max_micro_batch, PROBE_SAMPLES)
+    seconds: dict[ComputeFormat, float] = {}
+    with raise_on_all_ranks(world):
+        if len(found) > 1 and world.is_main_process:
+            seconds = measure(found, module, objective, *first_samples(size))
+    chosen: ComputeFormat = broadcast_object(world, min(found, key=lambda one: seconds.get(one, 0)))
+    with raise_on_all_ranks(world):
+        warning = check_precision(chosen.precision, world.device, module, cpu)
+    if warning:
+        display.warn(warning)
+    _tell_what_is_missing(world, chosen, display)
+    return chosen, seconds
+
+
+def _tell_what_is_missing(world: PartialState, chosen: ComputeFormat, display: Display) -> None:
+    """Where a method for convolutions cannot be had, on a run that goes on elsewhere, say, torch's takes its place."""
+    method = CONVOLUTION_METHODS.get(chosen.convolutions)
+    lacking = method.missing() if method else None
+    text = f"train.convolutions={chosen.convolutions} needs {lacking}: convolutions are torch's"
+    if broadcast_object(world, lacking is not None):
+        display.warn(text)
+    elif lacking:
+        display.tell(f"warning: rank {world.process_index}: {text} on this rank")
 
 
 def check_precision(precision: str, device: torch.device, module: nn.Module, cpu: Cpu) -> str | None:
@@ -80,7 +143,7 @@ def halve(module: nn.Module, precision: str) -> None:
 
 def candidates(
     config: TrainConfig, module: nn.Module, image_shape: tuple[int, int, int], device: torch.device, cpu: Cpu
-) -> list[Compute]:
+) -> list[ComputeFormat]:
     """What can be chosen from, the best guess first; one of it is a settled choice.
 
     Args:
@@ -93,19 +156,23 @@ def candidates(
     Raises:
         InputError: convolutions names a method that this device, processor or model cannot use or does not gain by.
     """
-    formats: list[MemoryFormat] = [config.memory_format]
-    if config.memory_format == "auto":
-        has_convolutions = any(isinstance(layer, nn.Conv2d) for layer in module.modules())
-        formats = ["channels_last", "contiguous"] if has_convolutions else ["contiguous"]
-    precisions: list[Precision] = [config.precision]
-    if device.type == "cuda":
-        # Half precision wins on a GPU that has it, and channels_last with it: nothing to measure.
-        if config.precision == "auto":
-            precisions = ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
-        formats = formats[:1]
-    elif config.precision == "auto":
+    formats: list[MemoryFormat]
+    if config.memory_format != "auto":
+        formats = [config.memory_format]
+    elif any(isinstance(layer, nn.Conv2d) for layer in module.modules()):
+        formats = ["channels_last", "contiguous"]
+    else:
+        formats = ["contiguous"]
+    precisions: list[Precision]
+    if config.precision != "auto":
+        precisions = [config.precision]
+    elif device.type == "cuda":
+        precisions = ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
+    else:
         precisions = ["fp32"] if cpu.vectors and not cpu.bf16_units else ["bf16", "fp32"]
-    choices = [Compute(p, f) for p in precisions for f in formats]
+    if device.type == "cuda":
+        formats = formats[:1]  # half precision wins on a GPU that has it, and channels_last with it: nothing to measure
+    choices = [ComputeFormat(p, f) for p in precisions for f in formats]
     if config.convolutions == "direct":
         return choices
     if config.convolutions != "auto":
@@ -125,17 +192,17 @@ def candidates(
                 f"train.convolutions={config.convolutions} is for {' and '.join(method.precisions)}, for which this "
                 f"processor has no units: use auto or direct"
             )
-        return [Compute(precision, layout, config.convolutions) for precision in fitting for layout in formats]
+        return [ComputeFormat(precision, layout, config.convolutions) for precision in fitting for layout in formats]
 
     def can_gain(method: str) -> bool:
         fits = device.type == "cpu" and "channels_last" in formats and not excludes(config, method)
         return fits and gains(module, image_shape, method) and not CONVOLUTION_METHODS[method].missing()
 
     if cpu.bf16_units in _UNFOLD_PAYS_ON and can_gain("unfold"):
-        place = choices.index(Compute("bf16", "channels_last"))
+        place = choices.index(ComputeFormat("bf16", "channels_last"))
         choices[place] = replace(choices[place], convolutions="unfold")
     if is_measured(config) and can_gain("winograd"):
-        choices += [Compute(precision, "channels_last", "winograd") for precision in precisions]
+        choices += [ComputeFormat(precision, "channels_last", "winograd") for precision in precisions]
     return choices
 
 
@@ -145,8 +212,8 @@ def is_measured(config: TrainConfig) -> bool:
 
 
 def measure(
-    choices: list[Compute], module: nn.Module, objective: Objective, images: Tensor, labels: Tensor
-) -> dict[Compute, float]:
+    choices: list[ComputeFormat], module: nn.Module, objective: Objective, images: Tensor, labels: Tensor
+) -> dict[ComputeFormat, float]:
     """Seconds per forward and backward pass of each choice, on this rank alone; the model is left as it is.
 
     The best of a few passes, taken in turn, so that other work on the machine meets all choices alike. A choice that is
@@ -169,7 +236,7 @@ def measure(
     return seconds
 
 
-def _probe(compute: Compute, module: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+def _probe(compute: ComputeFormat, module: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
     layout = MEMORY_FORMATS[compute.memory_format]
     model = copy.deepcopy(module).to(memory_format=layout).train()
     if compute.convolutions in CONVOLUTION_METHODS:

@@ -1,17 +1,14 @@
 """Each start of a run to starts.json: what was typed, on which hardware, with which versions. Rank 0 writes, reports read."""
 
-import contextlib
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 from shardstep.configs.files import write_whole
 from shardstep.trainer import machine
 from shardstep.trainer.origin import commit, hardware
-from shardstep.trainer.setup import Run
+from shardstep.trainer.run import Run
 
-STARTS_NAME = "starts.json"
 _CODE = Path(__file__).resolve().parent.parent
 
 
@@ -22,7 +19,7 @@ def write_start(run: Run, arguments: list[str]) -> None:
         run: that is about to train.
         arguments: of `shardstep train`, as they were typed.
     """
-    path, known = run.folder / STARTS_NAME, len(run.state.starts) - 1
+    path, known = run.dir.starts_path, len(run.state.starts) - 1
     parameters = list(run.state.module.parameters())
     start = run.state.starts[-1] | {
         "command": shlex.join(["shardstep", "train", *arguments]),
@@ -36,15 +33,6 @@ def write_start(run: Run, arguments: list[str]) -> None:
         "total_steps": run.plan.total_steps,
     }
     try:
-        write_whole(path, (json.dumps([*read_starts(run.folder)[:known], start], indent=1) + "\n").encode())
+        write_whole(path, (json.dumps([*run.dir.starts[:known], start], indent=1) + "\n").encode())
     except OSError as error:
         run.display.warn(f"{path} could not be written, reports will not tell the hardware: {error}")
-
-
-def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """The starts of a run, oldest first; none where they were not written down, or cannot be read."""
-    with contextlib.suppress(OSError, ValueError):
-        starts = json.loads((folder / STARTS_NAME).read_text())
-        if isinstance(starts, list):
-            return [start for start in starts if isinstance(start, dict)]
-    return []

@@ -5,19 +5,33 @@ from typing import Any
 
 from shardstep.configs.files import write_whole
 from shardstep.datasets.scan import file_sha256
-from shardstep.trainer import runtime
-from shardstep.trainer.checkpoint_files import WEIGHTS
-from shardstep.trainer.evaluate import Evaluation
-from shardstep.trainer.setup import Run
+from shardstep.trainer.distributed.ddp import exposed_communication_s
+from shardstep.trainer.evaluation import Evaluation
+from shardstep.trainer.run import Run
+from shardstep.trainer.run_dir import Failure, Status
 
 
-def write_summary(run: Run, status: str, evaluation: Evaluation | None, reason: str = "") -> dict[str, Any]:
-    """Write summary.json; status is finished, preempted or failed, and `reason` why it failed. Called on rank 0."""
+def write_summary(
+    run: Run,
+    status: Status,
+    evaluation: Evaluation | None = None,
+    failure: Failure | None = None,
+    reason: str = "",
+) -> dict[str, Any]:
+    """Write summary.json. Called on rank 0.
+
+    Args:
+        run: that has ended.
+        status: how.
+        evaluation: the last one, of a finished run.
+        failure, reason: why it failed: the kind, and in words.
+    """
     recipe, state, manifest = run.recipe, run.state, run.data.train.manifest
     train, last_evaluation = run.metrics.last_train, run.metrics.last_evaluation
     summary = {
         "status": status,
-        **({"reason": reason} if reason else {}),
+        **({"failure": failure, "reason": reason} if failure else {}),
+        **({"stopped_by": "person" if run.requests.by_person else "signal"} if status == "preempted" else {}),
         "step": state.progress.step,
         "samples": state.progress.samples,
         "world_size": run.plan.world_size,
@@ -31,11 +45,11 @@ def write_summary(run: Run, status: str, evaluation: Evaluation | None, reason: 
         "eval": {"loss": evaluation.loss, "accuracy": evaluation.accuracy, "top5": evaluation.top5}
         if evaluation
         else None,
-        **({"weights_sha256": file_sha256(run.folder / WEIGHTS)} if status == "finished" else {}),
+        **({"weights_sha256": file_sha256(run.dir.weights_path)} if status == "finished" else {}),
         "wall_s": round(state.wall_s, 3),
         "train_s": round(state.train_s, 3),
         "time_s": run.timer.time_s(
-            run.batches.to_device_s, run.batches.augment_s, runtime.exposed_share_s(run.state.model)
+            run.batches.to_device_s, run.batches.augment_s, exposed_communication_s(run.state.model)
         ),
         "restarts": max(len(state.starts) - 1, 0),
         "best": state.best,
@@ -47,5 +61,5 @@ def write_summary(run: Run, status: str, evaluation: Evaluation | None, reason: 
             "fingerprint": manifest.fingerprint,
         },
     }
-    write_whole(run.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_whole(run.dir.summary_path, (json.dumps(summary, indent=1) + "\n").encode())
     return summary

@@ -5,7 +5,7 @@ import pytest
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import Loaded, load_recipe, recipe_names, save_recipe
 from shardstep.configs.schema import Recipe
-from shardstep.trainer.check import check_recipe
+from shardstep.trainer.validate import validate_recipe
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> Loaded:
@@ -19,7 +19,7 @@ MINIMAL = "model: {name: mlp}\noptimizer: {name: adam, lr: 0.01, betas: [0.8, 0.
 
 def problems_of(tmp_path: Path, text: str, *overrides: str) -> str:
     with pytest.raises(InputError) as caught:
-        check_recipe(load(tmp_path, text, *overrides))
+        validate_recipe(load(tmp_path, text, *overrides))
     return str(caught.value)
 
 
@@ -51,7 +51,7 @@ def test_overrides(tmp_path: Path) -> None:
         "model.hidden=[8,8]",
         "data.normalize={mean: [0.5], std: [0.25]}",
     ]
-    recipe = check_recipe(load(tmp_path, MINIMAL, *overrides))
+    recipe = validate_recipe(load(tmp_path, MINIMAL, *overrides))
     assert recipe.optimizer["lr"] == 0.001
     assert recipe.data.augment == [{"name": "flip", "probability": 0.5}, {"name": "translate", "pixels": 2}]
     assert recipe.train.global_batch_size == "full"
@@ -61,14 +61,14 @@ def test_overrides(tmp_path: Path) -> None:
 
 def test_a_new_name_drops_the_old_ones_options_and_says_so(tmp_path: Path) -> None:
     loaded = load(tmp_path, MINIMAL, "optimizer.momentum=0.9", "optimizer.name=sgd")
-    recipe = check_recipe(loaded)
+    recipe = validate_recipe(loaded)
     assert recipe.optimizer["lr"] == 0.001  # torch's default for SGD, not the 0.01 that was meant for Adam
     assert recipe.optimizer["momentum"] == 0.9
     assert loaded.notes == ["optimizer.name=sgd replaces adam: its lr=0.01, betas=[0.8, 0.9] no longer apply"]
 
 
 def test_the_same_name_keeps_the_options(tmp_path: Path) -> None:
-    recipe = check_recipe(load(tmp_path, MINIMAL, "optimizer.name=adam"))
+    recipe = validate_recipe(load(tmp_path, MINIMAL, "optimizer.name=adam"))
     assert recipe.optimizer["lr"] == 0.01
 
 
@@ -187,7 +187,7 @@ def test_hostile_recipes_are_problems_and_no_tracebacks(tmp_path: Path, text: st
 
 
 def test_a_run_with_a_folder_may_have_any_name(tmp_path: Path) -> None:
-    assert check_recipe(load(tmp_path, MINIMAL, "run.name=../b ", "run.dir=elsewhere")).run.name == "../b "
+    assert validate_recipe(load(tmp_path, MINIMAL, "run.name=../b ", "run.dir=elsewhere")).run.name == "../b "
 
 
 def test_clip_norm_and_value_exclude_each_other(tmp_path: Path) -> None:
@@ -206,9 +206,9 @@ def test_not_yaml(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_valid_and_survives_a_round_trip(tmp_path: Path, name: str) -> None:
-    recipe: Recipe = check_recipe(load_recipe(name))
+    recipe: Recipe = validate_recipe(load_recipe(name))
     save_recipe(recipe, tmp_path / "config.yaml")
-    again = check_recipe(load_recipe(str(tmp_path / "config.yaml")))
+    again = validate_recipe(load_recipe(str(tmp_path / "config.yaml")))
     assert again == recipe
 
 

@@ -13,7 +13,7 @@ from shardstep.datasets.augment import (
     shrink,
     translate,
 )
-from shardstep.datasets.draws import Draws
+from shardstep.datasets.rng import Draws
 
 
 def images(count: int, height: int = 6, width: int = 5, channels: int = 3) -> torch.Tensor:

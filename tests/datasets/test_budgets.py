@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shardstep.datasets import images, reader
+from shardstep.datasets import decode, reader
 from shardstep.datasets.augment import Normalize, build_transforms
 from shardstep.datasets.batches import GlobalBatch, OrderConfig, TrainBatches
 from shardstep.datasets.manifest import open_shards
@@ -185,7 +185,7 @@ def resident_set_bytes() -> int:
 
 def test_memory_is_flat_over_20_epochs(shards: Path) -> None:
     opened = open_shards(shards / "train")
-    images.decode(StreamReader(opened).read_bytes(0), "RGB")  # imports the decoder
+    decode.decode(StreamReader(opened).read_bytes(0), "RGB")  # imports the decoder
     tracemalloc.start()
     try:
         early, middle = traced_after_epochs(StreamReader(opened), opened.samples_per_shard, [1, 3], window=2)
@@ -203,7 +203,7 @@ def test_memory_of_a_stream_does_not_grow_with_the_data_set(tmp_path: Path) -> N
     peaks = []
     for count in (200, 1400):
         write_shards(f"synthetic:{count}", "train", tmp_path / str(count), samples_per_shard=50)
-        images.decode(StreamReader(open_shards(tmp_path / str(count))).read_bytes(0), "RGB")
+        decode.decode(StreamReader(open_shards(tmp_path / str(count))).read_bytes(0), "RGB")
         gc.collect()
         tracemalloc.start()
         try:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shardstep.datasets.decode import resize_to_cover
 from shardstep.datasets.image_files import find_image_files, read_image_file
-from shardstep.datasets.images import fill
 
 RED = (200, 40, 40)
 KINDS = {
@@ -76,8 +76,8 @@ def test_folders_are_searched(tmp_path: Path) -> None:
 def test_fill_covers_the_frame_and_keeps_the_centre() -> None:
     # 4 high, 12 wide, into 4x4: nothing is scaled, columns 4 to 7 are the centre
     columns = np.arange(12, dtype=np.uint8)[None, :, None].repeat(4, axis=0)
-    assert fill(columns, 4, 4)[0, :, 0].tolist() == [4, 5, 6, 7]
+    assert resize_to_cover(columns, 4, 4)[0, :, 0].tolist() == [4, 5, 6, 7]
     # 8 high, 4 wide, into 2 high, 2 wide: halved by areas to 4 high, rows 1 and 2 are the centre
     rows = np.array([0, 0, 10, 20, 30, 40, 0, 0], dtype=np.uint8)[:, None, None].repeat(4, axis=1)
-    assert fill(rows, 2, 2)[:, 0, 0].tolist() == [15, 35]
-    assert fill(columns, 2, 6).shape == (2, 6, 1)
+    assert resize_to_cover(rows, 2, 2)[:, 0, 0].tolist() == [15, 35]
+    assert resize_to_cover(columns, 2, 6).shape == (2, 6, 1)

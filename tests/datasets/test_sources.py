@@ -12,7 +12,7 @@ from PIL import Image
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets import sources
-from shardstep.datasets.images import decode
+from shardstep.datasets.decode import decode
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.sources import CIFAR10_CLASSES, open_source, surely_differs
 

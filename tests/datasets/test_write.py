@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.images import decode
+from shardstep.datasets.decode import decode
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.reader import StreamReader
 from shardstep.datasets.scan import index_shards

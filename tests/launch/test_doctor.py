@@ -146,7 +146,7 @@ def test_faults_of_recipe_data_and_folder(shards: Path, tmp_path: Path) -> None:
 
 def examine_a_slow_step(arguments: list[str]) -> tuple[int, dict[str, Any], str]:
     """Runs in a rank."""
-    from shardstep.trainer import probe
+    from shardstep.trainer.doctor import probe
 
     def slow(*rest: Any) -> None:
         print("a library's own words, which are none of the report's")
@@ -220,7 +220,8 @@ def test_a_first_rank_that_never_comes_is_told_by_the_others() -> None:
 
 def examine_with_fault(fault: str, recipe: str) -> tuple[int, dict[str, Any], str]:
     """Runs in a rank: something is wrong with rank 1."""
-    from shardstep.trainer import machine, runtime
+    from shardstep.trainer import machine
+    from shardstep.trainer.distributed import world
 
     waits_s = "6" if fault in ("hang", "network", "death") else "30"  # those are waited for
     arguments, environment = [recipe, "--timeout", waits_s], {}
@@ -237,14 +238,14 @@ def examine_with_fault(fault: str, recipe: str) -> tuple[int, dict[str, Any], st
         elif fault == "rank":
             environment = {"RANK": "0"}
         elif fault == "hang":
-            runtime.start = lambda config: time.sleep(14)
+            world.start_world = lambda config: time.sleep(14)
         elif fault == "unshared":
             socket.gethostname = lambda: "two"
             os.chdir("/")
         elif fault == "network":
-            runtime.start = _fail
+            world.start_world = _fail
         elif fault == "death":
-            runtime.start = lambda config: os._exit(0)
+            world.start_world = lambda config: os._exit(0)
     return examine(arguments, environment)
 
 

@@ -1,4 +1,4 @@
-"""`shardstep export`: the command around trainer/export.py."""
+"""`shardstep export`: the command around trainer/analysis/export_formats.py."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from shardstep.launch.cli import run as run_command
 from shardstep.launch.export import main
-from shardstep.trainer import export as exporting
+from shardstep.trainer.analysis import export_formats as exporting
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from shardstep.configs.load import load_recipe, recipe_names
 from shardstep.datasets.manifest import open_shards
 from shardstep.launch import cli
 from shardstep.launch.shards import main as shards_main
-from shardstep.trainer.check import check_recipe
+from shardstep.trainer.validate import validate_recipe
 from tests.conftest import ROOT
 from tests.datasets.test_sources import png
 from tests.datasets.test_tar import write_tar
@@ -286,10 +286,10 @@ def train_two_steps(names: list[str], shards: str, folder: str) -> list[int]:
     from accelerate.state import AcceleratorState
 
     from shardstep.launch import train
-    from shardstep.trainer import report, runtime
+    from shardstep.trainer import finish
 
-    runtime.stop = lambda accelerator: None  # the world goes on to the next recipe
-    report.draw_all = lambda run, evaluation: []
+    finish.leave_world = lambda accelerator: None  # the world goes on to the next recipe
+    finish.draw_pictures = lambda run, evaluation: []
     data = [f"data.train={shards}/train", f"data.test={shards}/test"]
     steps = []
     for name in names:
@@ -304,7 +304,7 @@ def train_two_steps(names: list[str], shards: str, folder: str) -> list[int]:
 def test_every_recipe_runs_two_steps(shards: Path, tmp_path: Path) -> None:
     names = [name for name in recipe_names() if name != "inception"]  # whose weights would be downloaded
     assert run_ranks(1, train_two_steps, names, str(shards), str(tmp_path)) == [[2] * len(names)]
-    check_recipe(load_recipe("inception"))
+    validate_recipe(load_recipe("inception"))
 
 
 def test_real_images(cifar10_source: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.reader import StreamReader
 from shardstep.launch.cli import run as run_command
 from shardstep.launch.predict import main
-from shardstep.trainer.trained import open_trained
+from shardstep.trainer.analysis.trained_model import open_trained_model
 from tests.runs import spoil_weights, train_ranks, write_recipe
 
 
@@ -33,7 +33,7 @@ def test_files_are_predicted_as_the_run_would(
 ) -> None:
     assert main([str(finished_run), str(images), "--json", "--top", "2", "--device", "cpu"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    trained = open_trained(finished_run, "cpu")
+    trained = open_trained_model(finished_run, "cpu")
     pixels, _ = StreamReader(open_shards(shards / "test")).read(np.arange(5))
     expected = trained.module(trained.normalize(pixels)).detach().softmax(dim=1)
     assert [Path(line["file"]).name for line in found] == [f"{number}.png" for number in range(5)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shardstep.trainer import checkpoint_files
+from shardstep.trainer.checkpoints import checkpoint_files
 from tests.launch.test_launch import BIN, FORMS, TRAIN
 from tests.runs import read_lines, train_lines, write_recipe
 from tests.trainer.test_train import read_wandb

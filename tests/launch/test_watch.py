@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from shardstep.launch.cli import run
-from shardstep.launch.metric_lines import MetricLines
 from shardstep.launch.watch import Watched, main
+from shardstep.trainer.monitoring.metric_tail import MetricTail
 from tests.launch.test_launch import BIN
 from tests.runs import read_lines, train_ranks, write_recipe
-from tests.trainer.test_display import slowly
+from tests.trainer.monitoring.test_display import slowly
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_a_summary_from_before_a_restart_is_not_believed(folder: Path) -> None:
 
 
 def test_silence_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from shardstep.trainer.lock import hold
+    from shardstep.trainer.checkpoints.lock import hold
 
     (folder / "summary.json").unlink()
     for name in ("config.yaml", "metrics.jsonl"):
@@ -179,7 +179,7 @@ def test_looking_does_not_keep_a_run_from_starting(folder: Path) -> None:
     import fcntl
     import threading
 
-    from shardstep.trainer.lock import LOCK_NAME, hold
+    from shardstep.trainer.checkpoints.lock import LOCK_NAME, hold
 
     with (folder / LOCK_NAME).open() as file:
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -194,11 +194,11 @@ def test_lines_are_followed_through_a_cut(finished: Path, tmp_path: Path) -> Non
     def text(*steps: int) -> str:
         return "".join(json.dumps(line | {"step": step}) + "\n" for step in steps)
 
-    lines = MetricLines(tmp_path, begin_at="start")
+    lines = MetricTail(tmp_path, begin_at="start")
     assert lines.new() == []
     path.write_text(text(1, 2) + text(3)[:20])  # a line that is still being written
     assert [found["step"] for found in lines.new()] == [1, 2]
-    late = MetricLines(tmp_path, begin_at="end")
+    late = MetricTail(tmp_path, begin_at="end")
     with path.open("a") as file:
         file.write(text(3)[20:])
     assert [found["step"] for found in lines.new()] == [3]

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from shardstep.launch.job_script import Job, render
-from shardstep.trainer import checkpoint_files
+from shardstep.launch.jobs.job_script import Job, render
+from shardstep.trainer.checkpoints import checkpoint_files
 from tests.conftest import ROOT
 from tests.runs import read_lines, train_lines, write_recipe
 from tests.slurm.cluster import Cluster

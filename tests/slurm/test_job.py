@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shardstep.launch.job_script import Job, render
+from shardstep.launch.jobs.job_script import Job, render
 
 SRUN = """#!/bin/bash
 [ -z "$MARKER" ] || echo "$MARKER" > "$SHARDSTEP_STOPPED_FILE"

@@ -11,7 +11,7 @@ import pytest
 
 from shardstep.configs.errors import InputError
 from shardstep.launch.grid import file_name, points_of
-from shardstep.launch.job_script import Job, render, sbatch_word
+from shardstep.launch.jobs.job_script import Job, render, sbatch_word
 from shardstep.launch.submit import main, seconds_of
 from tests.conftest import ROOT
 

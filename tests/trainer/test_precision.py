@@ -12,11 +12,12 @@ from torch.nn import functional
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import TrainConfig
-from shardstep.trainer import native, precision, winograd
-from shardstep.trainer.check import check_recipe
-from shardstep.trainer.losses import build_objective
+from shardstep.trainer import precision
+from shardstep.trainer.kernels import native, winograd
 from shardstep.trainer.machine import Cpu
-from shardstep.trainer.precision import Compute
+from shardstep.trainer.optim.losses import build_objective
+from shardstep.trainer.precision import ComputeFormat
+from shardstep.trainer.validate import validate_recipe
 
 PASSES: Counter[str] = Counter()
 SECONDS = {"bf16 channels_last": 2.0, "bf16 contiguous": 0.16, "fp32 channels_last": 0.14, "fp32 contiguous": 0.2}
@@ -42,7 +43,9 @@ class Clocked(nn.Module):
 def test_what_is_behind_is_tried_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     PASSES.clear()
     monkeypatch.setattr(time, "perf_counter", lambda: Clocked.now_s)
-    choices = [Compute(number, layout) for number in ("bf16", "fp32") for layout in ("channels_last", "contiguous")]  # type: ignore[arg-type]
+    choices = [
+        ComputeFormat(number, layout) for number in ("bf16", "fp32") for layout in ("channels_last", "contiguous")
+    ]  # type: ignore[arg-type]
     objective = build_objective(
         {"name": "cross_entropy", "label_smoothing": 0.0, "reduction": "mean"}, {"name": "clocked"}
     )
@@ -60,7 +63,7 @@ def test_one_that_is_left_is_not_measured_again(monkeypatch: pytest.MonkeyPatch)
         {"name": "cross_entropy", "label_smoothing": 0.0, "reduction": "mean"}, {"name": "clocked"}
     )
     images, labels = torch.randn(4, 3, 4, 4), torch.randint(0, 10, (4,))
-    choices = [Compute("bf16", "channels_last"), Compute("fp32", "channels_last")]
+    choices = [ComputeFormat("bf16", "channels_last"), ComputeFormat("fp32", "channels_last")]
     precision.measure(choices, Clocked(), objective, images, labels)
     assert PASSES == {"bf16 channels_last": 1, "fp32 channels_last": 1}
 
@@ -76,17 +79,17 @@ AMX, UNKNOWN = Cpu("new", vectors="AVX-512", bf16_units="AMX"), Cpu("other", vec
 def test_bf16_is_tried_where_it_may_pay(cpu: Cpu, tried: set[str]) -> None:
     assert {choice.precision for choice in precision.candidates(TrainConfig(), CONV, (3, 8, 8), CPU, cpu)} == tried
     asked = TrainConfig(precision="bf16", memory_format="contiguous")
-    assert precision.candidates(asked, CONV, (3, 8, 8), CPU, cpu) == [Compute("bf16", "contiguous")]
+    assert precision.candidates(asked, CONV, (3, 8, 8), CPU, cpu) == [ComputeFormat("bf16", "contiguous")]
 
 
 def test_winograd_is_tried_where_it_may_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = nn.Conv2d(128, 128, 3, padding=1)
 
-    def tried(model: nn.Module, cpu: Cpu = AVX2, size: int = 8, **options: Any) -> list[Compute]:
+    def tried(model: nn.Module, cpu: Cpu = AVX2, size: int = 8, **options: Any) -> list[ComputeFormat]:
         found = precision.candidates(TrainConfig(**options), model, (model.in_channels, size, size), CPU, cpu)  # type: ignore[arg-type]
         return [choice for choice in found if choice.convolutions == "winograd"]
 
-    fp32, bf16 = (Compute(precision, "channels_last", "winograd") for precision in ("fp32", "bf16"))
+    fp32, bf16 = (ComputeFormat(precision, "channels_last", "winograd") for precision in ("fp32", "bf16"))
     assert tried(wide) == tried(wide, AMX, precision="fp32") == tried(wide, memory_format="channels_last") == [fp32]
     assert tried(wide, AMX) == tried(wide, AMX, memory_format="channels_last") == [bf16, fp32]
     assert tried(wide, AMX, precision="bf16") == [bf16]
@@ -95,7 +98,7 @@ def test_winograd_is_tried_where_it_may_pay(monkeypatch: pytest.MonkeyPatch) -> 
     # whoever has given both has left nothing to measure, and gets what needs no measurement
     assert tried(wide, precision="fp32", memory_format="channels_last") == []
     asked = {"precision": "fp32", "memory_format": "contiguous", "convolutions": "winograd"}
-    assert tried(wide, **asked) == [Compute("fp32", "contiguous", "winograd")]
+    assert tried(wide, **asked) == [ComputeFormat("fp32", "contiguous", "winograd")]
     assert tried(wide, AMX, convolutions="winograd", memory_format="channels_last") == [bf16, fp32]
     monkeypatch.setattr(native, "missing", lambda source: "a C compiler (there is no cc)")
     assert tried(wide) == []
@@ -104,17 +107,17 @@ def test_winograd_is_tried_where_it_may_pay(monkeypatch: pytest.MonkeyPatch) -> 
 def test_unfold_takes_the_place_of_direct_where_it_gains() -> None:
     deep = nn.Conv2d(128, 128, 3, padding=1)
 
-    def tried(cpu: Cpu = AMX, model: nn.Conv2d = deep, size: int = 4, **options: Any) -> set[Compute]:
+    def tried(cpu: Cpu = AMX, model: nn.Conv2d = deep, size: int = 4, **options: Any) -> set[ComputeFormat]:
         found = precision.candidates(TrainConfig(**options), model, (model.in_channels, size, size), CPU, cpu)  # type: ignore[arg-type]
         return {choice for choice in found if choice.precision == "bf16" and choice.convolutions != "winograd"}
 
-    direct, unfold = Compute("bf16", "channels_last"), Compute("bf16", "channels_last", "unfold")
+    direct, unfold = ComputeFormat("bf16", "channels_last"), ComputeFormat("bf16", "channels_last", "unfold")
     both_given = {"precision": "bf16", "memory_format": "channels_last"}
-    assert tried() == {unfold, Compute("bf16", "contiguous")}
+    assert tried() == {unfold, ComputeFormat("bf16", "contiguous")}
     assert (
         tried(**both_given) == tried(**both_given, convolutions="unfold") == {unfold}
     )  # by a rule: nothing to measure
-    assert tried(convolutions="unfold", memory_format="contiguous") == {Compute("bf16", "contiguous", "unfold")}
+    assert tried(convolutions="unfold", memory_format="contiguous") == {ComputeFormat("bf16", "contiguous", "unfold")}
     assert tried(Cpu("arm", vectors="NEON", bf16_units="NEON"), **both_given) == {
         direct
     }  # where it has not been measured
@@ -141,7 +144,7 @@ def test_winograd_goes_only_with_what_it_is_for(other: str) -> None:
     with pytest.raises(
         InputError, match=f"winograd is for bf16 and fp32 on a CPU, not for {other}: use auto or direct"
     ):
-        check_recipe(load_recipe("smoke", ["train.convolutions=winograd", other]))
+        validate_recipe(load_recipe("smoke", ["train.convolutions=winograd", other]))
 
 
 def test_winograd_is_what_is_measured_as_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,9 +157,9 @@ def test_winograd_is_what_is_measured_as_winograd(monkeypatch: pytest.MonkeyPatc
     model = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     objective = build_objective({"name": "cross_entropy", "label_smoothing": 0.0, "reduction": "mean"}, {"name": "mlp"})
     images, labels = torch.randn(2, 128, 8, 8), torch.zeros(2, dtype=torch.long)
-    precision.measure([Compute("fp32", "channels_last")], model, objective, images, labels)
+    precision.measure([ComputeFormat("fp32", "channels_last")], model, objective, images, labels)
     assert not used
-    precision.measure([Compute("fp32", "channels_last", "winograd")], model, objective, images, labels)
+    precision.measure([ComputeFormat("fp32", "channels_last", "winograd")], model, objective, images, labels)
     assert used
     assert type(model[0]) is nn.Conv2d
 

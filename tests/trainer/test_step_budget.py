@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.distributed import run_ranks
 from tests.runs import write_recipe
-from tests.trainer.test_evaluate import WAITING, Recorder
+from tests.trainer.test_evaluation import WAITING, Recorder
 
 FIRST, STEPS = 3, 5  # operations are counted in so many steps from here on, calls in as many after them
 

@@ -11,7 +11,7 @@ import pytest
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.order import EpochOrder
 from shardstep.datasets.tar import BLOCK
-from shardstep.trainer import checkpoint_files
+from shardstep.trainer.checkpoints import checkpoint_files
 from tests.distributed import run_ranks
 from tests.runs import failure_of, train_lines, train_ranks, write_recipe
 
@@ -86,10 +86,10 @@ def train_each(recipes: list[str], damages: list[tuple[Damage, Path, Path] | Non
     """Runs in a rank: one recipe after another; during a run something may happen to a file."""
     from accelerate.state import AcceleratorState
 
-    from shardstep.trainer import loop, report, runtime
+    from shardstep.trainer import finish, loop
 
-    runtime.stop = lambda accelerator: None  # the world goes on to the next recipe
-    report.draw_all = lambda run, evaluation: []
+    finish.leave_world = lambda accelerator: None  # the world goes on to the next recipe
+    finish.draw_pictures = lambda run, evaluation: []
     function, outcomes = loop.train_step, []
     for recipe, happening in zip(recipes, damages, strict=True):
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from shardstep.launch.outcomes import read_outcome
-from shardstep.trainer.trained import find_weights
+from shardstep.launch.comparison.results import read_result
+from shardstep.trainer.analysis.trained_model import find_weights
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, train_until, write_recipe
 
@@ -177,7 +177,7 @@ def test_the_loss_that_is_no_number_is_named(shards: Path, tmp_path: Path) -> No
     assert "test loss" not in message
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] > 0
     log.write_text(message)
-    assert read_outcome(tmp_path / "run", log).state == "failed"  # it diverged: to go on would be of no use
+    assert read_result(tmp_path / "run", log).state == "failed"  # it diverged: to go on would be of no use
 
 
 def with_a_bad_step(recipe: str, *overrides: str) -> tuple[int, str, str]:
@@ -368,7 +368,7 @@ def test_a_run_that_ended_before_its_summary_is_finished(shards: Path, tmp_path:
 def end_with_new_weights(recipe: str, *overrides: str) -> None:
     """Runs in a rank: trains, and is gone between the final weights and the summary."""
     from shardstep.launch import train
-    from shardstep.trainer import report
+    from shardstep.trainer import finish
 
     class Killed(Exception):
         pass
@@ -376,8 +376,8 @@ def end_with_new_weights(recipe: str, *overrides: str) -> None:
     def kill(*_: Any) -> None:
         raise Killed
 
-    report.draw_all = kill
-    train._fail = lambda run, error: None  # a kill leaves no time for its summary
+    finish.draw_pictures = kill
+    finish.fail = lambda run, error: None  # a kill leaves no time for its summary
     with pytest.raises(Killed):
         train.main([recipe, *overrides])
 
@@ -517,7 +517,7 @@ def log_to_wandb(folder: str, num_steps: int) -> None:
 
 
 def test_a_cut_wandb_file_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
-    from shardstep.trainer.wandb_file import logged_steps
+    from shardstep.trainer.monitoring.wandb_file import logged_steps
 
     run_ranks(1, log_to_wandb, str(tmp_path), 60)
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")

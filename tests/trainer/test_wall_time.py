@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from shardstep.configs.durations import Duration, Progress
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
-from shardstep.trainer.check import check_recipe
-from shardstep.trainer.plan import Plan
-from shardstep.trainer.preempt import Requests, StopRequest
-from shardstep.trainer.starts import read_starts
-from shardstep.trainer.time_limit import TimeLimit
+from shardstep.trainer.optim.plan import Plan
+from shardstep.trainer.run_dir import RunDir
+from shardstep.trainer.stopping.stop_requests import StopRequest, StopRequests
+from shardstep.trainer.stopping.time_limit import TimeLimit
+from shardstep.trainer.validate import validate_recipe
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
 
@@ -66,7 +66,7 @@ def test_training_ends_after_its_seconds_on_all_ranks(shards: Path, tmp_path: Pa
     ((code, out, _),) = run_ranks(1, failure_of, recipe, *limits)
     assert code == 0
     assert "nothing to do" in out
-    assert len(read_starts(tmp_path / "run")) == 1
+    assert len(RunDir(tmp_path / "run").starts) == 1
     ((code, _, err),) = run_ranks(1, failure_of, recipe, limits[0], f"train.max_wall_s={2 * LIMIT_S}")
     assert code == 2  # it is a part of what the run is
     assert "train.max_wall_s: 1.5 -> 3.0" in err
@@ -82,13 +82,13 @@ def test_the_clock_is_looked_at_when_the_time_is_up(tmp_path: Path, monkeypatch:
         return numbers
 
     unlimited = TimeLimit(None, save_s=lambda: None, share_done=lambda: 0.0)
-    requests = Requests(StopRequest(), tmp_path, True, agree, unlimited, max_train_s=10.01)
+    requests = StopRequests(StopRequest(), tmp_path, True, agree, unlimited, max_train_s=10.01)
     while not requests.out_of_time:
         now[0] += 0.02
         requests.check(train_s=now[0])
     assert now[0] == pytest.approx(10.02)
     assert looks[0] < 40
-    other = Requests(StopRequest(), tmp_path, False, lambda numbers: [0, 0, 1, 1], unlimited, max_train_s=10.01)
+    other = StopRequests(StopRequest(), tmp_path, False, lambda numbers: [0, 0, 1, 1], unlimited, max_train_s=10.01)
     other.check(train_s=0.1)  # rank 0's clock counts
     assert other.out_of_time
     assert not other.stop  # which is the run's end, and no request to go on later
@@ -113,10 +113,10 @@ def test_what_is_left_is_what_ends_the_run_first() -> None:
 def test_a_schedule_that_needs_the_end_is_refused() -> None:
     for name in ("cosine", "linear", "one_cycle"):
         with pytest.raises(InputError, match=f"schedule.name={name} is drawn over train.duration"):
-            check_recipe(load_recipe("digits", [f"schedule.name={name}", "train.max_wall_s=5"]))
-    check_recipe(load_recipe("digits", ["schedule.name=constant", "schedule.warmup=5 steps", "train.max_wall_s=5"]))
+            validate_recipe(load_recipe("digits", [f"schedule.name={name}", "train.max_wall_s=5"]))
+    validate_recipe(load_recipe("digits", ["schedule.name=constant", "schedule.warmup=5 steps", "train.max_wall_s=5"]))
     with pytest.raises(InputError, match="train.max_wall_s=0.0 must be above 0"):
-        check_recipe(load_recipe("digits", ["schedule.name=constant", "train.max_wall_s=0"]))
+        validate_recipe(load_recipe("digits", ["schedule.name=constant", "train.max_wall_s=0"]))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

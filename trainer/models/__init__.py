@@ -1,4 +1,7 @@
-"""Models by name. A model is a function of (image_shape, num_classes); its keyword arguments are its recipe options."""
+"""Models by name. A model is a function of (image_shape, num_classes); its keyword arguments are its recipe options.
+
+Imports distributed/, for batch norm over all ranks.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from shardstep.trainer.runtime import all_reduce_sum
+from shardstep.trainer.distributed.collectives import all_reduce_sum
 
 
 class RankBatchNorm2d(nn.BatchNorm2d):

@@ -1,0 +1,105 @@
+"""Random numbers that depend on where they are used, never on what was drawn before.
+
+On the host: permutations from NumPy's raw Philox 4x64-10 words (Salmon et al. 2011, SC '11). Only raw words are used: the
+methods of numpy.random.Generator may give other numbers in another version. On the images' device: `Draws`, a hash of
+(seed, epoch, position, stream). Any rank computes any sample's numbers alone, and a resumed run needs no generator's state.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+"""The constants of splitmix64 (Steele, Lea and Flood 2014, OOPSLA)."""
+WORD = 2**64
+
+
+def philox_words(count: int, key: tuple[int, int], counter: tuple[int, int, int]) -> np.ndarray:
+    """The first `count` words of the Philox stream that `key` and `counter` name.
+
+    Args:
+        count: how many words.
+        key: two 64-bit words, here always (seed, epoch).
+        counter: three 64-bit words that tell streams with the same key apart.
+
+    Returns:
+        uint64 array of shape (count,).
+    """
+    start = np.array([0, *counter], dtype=np.uint64)  # the lowest word counts the blocks of the stream
+    generator = np.random.Philox(key=np.array([word % WORD for word in key], dtype=np.uint64), counter=start)
+    return np.asarray(generator.random_raw(count), dtype=np.uint64)
+
+
+def permutation(count: int, key: tuple[int, int], counter: tuple[int, int, int]) -> np.ndarray:
+    """A uniformly distributed permutation of range(count): the order of `count` random words. int64, shape (count,)."""
+    return np.argsort(philox_words(count, key, counter), kind="stable").astype(np.int64)
+
+
+def derived_seed(*words: int) -> int:
+    """A 63-bit seed that depends on every one of some words, such as (seed, step, rank)."""
+    mixed = 0
+    for word in words:
+        mixed = mix(mixed ^ (word % WORD))
+    return mixed >> 1
+
+
+def mix(word: int) -> int:
+    """One step of splitmix64: a 64-bit word whose every bit depends on every bit of `word`."""
+    word = (word + GOLDEN) % WORD
+    word = ((word ^ (word >> 30)) * MIX_1) % WORD
+    word = ((word ^ (word >> 27)) * MIX_2) % WORD
+    return word ^ (word >> 31)
+
+
+class Draws:
+    """Random numbers for the samples of a batch, keyed by (seed, epoch, global position, stream).
+
+    The hash is splitmix64's finalizer (Steele, Lea and Flood 2014, OOPSLA) over the position, started at a word that
+    mixes seed, epoch and stream. Wrapping int64 arithmetic is the same on every device.
+    """
+
+    def __init__(self, seed: int, epoch: int, positions: "Tensor", sample_ids: "Tensor"):
+        """`positions`, `sample_ids`: int64, shape (batch,), on the device where the numbers are needed."""
+        self.epoch = epoch
+        self._seed = seed
+        self._positions = positions
+        self._sample_ids = sample_ids
+        self._stream = 0
+
+    def uniform(self, columns: int = 1) -> "Tensor":
+        """float64 in [0, 1), shape (batch, columns). Each call takes the next stream."""
+        return self._uniform(self._positions, self.epoch, columns)
+
+    def uniform_by_sample(self, columns: int = 1) -> "Tensor":
+        """The same, keyed by (seed, sample id, stream): a sample draws the same number in every epoch."""
+        return self._uniform(self._sample_ids, -1, columns)
+
+    def integers(self, bound: int, columns: int = 1) -> "Tensor":
+        """int64 in [0, bound), shape (batch, columns)."""
+        return (self.uniform(columns) * bound).long()
+
+    def _uniform(self, index: "Tensor", epoch: int, columns: int) -> "Tensor":
+        import torch  # not above: the order of samples is computed without it, in a fraction of a second
+
+        start = mix(mix(mix(self._seed) ^ (epoch % WORD)) ^ self._stream)
+        self._stream += 1
+        counter = index.unsqueeze(1) * columns + torch.arange(columns, device=index.device)
+        return _shift_right(_mix_words(counter * _signed(GOLDEN) + _signed(start)), 11).double() * 2.0**-53
+
+
+def _mix_words(words: "Tensor") -> "Tensor":
+    words = (words ^ _shift_right(words, 30)) * _signed(MIX_1)
+    words = (words ^ _shift_right(words, 27)) * _signed(MIX_2)
+    return words ^ _shift_right(words, 31)
+
+
+def _shift_right(words: "Tensor", bits: int) -> "Tensor":
+    # int64 >> copies the sign bit; the mask makes it the shift of an unsigned word
+    return (words >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - WORD if word >= WORD // 2 else word

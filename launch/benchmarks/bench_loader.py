@@ -1,0 +1,416 @@
+"""Images per second of the loaders on one core, beside plain alternatives that end with the same kind of batch.
+
+The stream reader is measured beside its decoder, the resident reader beside a copy of the float32 batches that it makes,
+cold reads beside reading the same files from end to end, and a run's first start (decode and keep) beside a later one.
+"""
+
+import argparse
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardstep.configs.errors import InputError
+from shardstep.launch.benchmarks.bench_tables import (
+    Table,
+    add_clock_option,
+    importable,
+    in_turn,
+    rate,
+    seconds,
+    whole_number,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from shardstep.datasets.manifest import ShardFolder
+    from shardstep.datasets.reader import Reader
+
+_BATCH = 512
+_PAD = 2  # pixels of translation
+_JPEG_HEIGHT, _JPEG_WIDTH = 375, 500
+_READ_BYTES = 1 << 20
+_MORE_FROM_MEMORY = 10  # times as many images: as few as others read are too short to time
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what this benchmark can be told."""
+    add_clock_option(parser)
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="shards of small images (default: 5,000 synthetic ones, 32x32)"
+    )
+    parser.add_argument(
+        "--samples", type=whole_number, default=5000, help="most small images of a repeat (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--jpegs", type=whole_number, default=300, help="synthetic 500x375 JPEGs of a repeat (default: %(default)s)"
+    )
+
+
+def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
+    """A table each for small images, large ones, cold reads and starts.
+
+    Raises:
+        InputError: the small images differ in size.
+    """
+    import torch
+
+    from shardstep.datasets.manifest import open_shards
+    from shardstep.datasets.write import write_shards
+    from shardstep.trainer.distributed.world import keep_freed_memory
+
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as training does
+    if args.images is None:
+        args.images = folder / "small"
+        write_shards(f"synthetic:{args.samples}", "train", args.images)
+    small = open_shards(args.images)
+    if small.manifest.image_shape is None:
+        raise InputError(f"the images in {args.images} differ in size: the small images must be alike")
+    large = _large_jpegs(args.jpegs, folder)
+    yield _small_images(small, min(args.samples, small.manifest.samples), folder, args)
+    yield _large_images(large, args)
+    yield _cold_reads(small, f"small images, {small.manifest.bytes / 1e6:,.0f} MB", args.repeats)
+    yield _cold_reads(
+        large, f"JPEGs of {_JPEG_WIDTH}x{_JPEG_HEIGHT}, {large.manifest.bytes / 1e6:,.0f} MB", args.repeats
+    )
+    yield _starts(small, folder, args)
+
+
+# --- small images -----------------------------------------------------------------------------------------------------
+
+
+def _small_images(shards: "ShardFolder", count: int, folder: Path, args: argparse.Namespace) -> Table:
+    import numpy as np
+    import torch
+
+    from shardstep.datasets.decode import decode
+    from shardstep.datasets.reader import StreamReader
+    from shardstep.datasets.resident import ResidentReader
+
+    stream = StreamReader(shards)
+    ids = np.random.default_rng(0).permutation(shards.manifest.samples)[:count].tolist()
+    files = [stream.read_bytes(sample) for sample in ids]
+    everything = stream.read(np.arange(shards.manifest.samples))[0]
+    resident = ResidentReader(everything, torch.from_numpy(shards.labels))
+    batch = torch.ones(min(_BATCH, count), everything[0].numel())
+
+    def copy() -> int:
+        return sum(len(batch.clone()) for _ in range(_MORE_FROM_MEMORY * count // len(batch)))
+
+    works: dict[str, Callable[[], int]] = {
+        "a copy of such batches in float32: the memory's limit": copy,
+        "resident: gather, flip, translate, normalise": _batches(resident, shards, _MORE_FROM_MEMORY * count),
+        "stream: index, pread, crc32; no decode": lambda: sum(1 for sample in ids if stream.read_bytes(sample)),
+        "the decoder alone: OpenCV": lambda: sum(1 for file in files if decode(file, shards.manifest.image_mode).size),
+        "stream: decode, flip, translate, normalise": _batches(stream, shards, count),
+        "torchvision ImageFolder + DataLoader": _image_folder(shards, files, folder, count),
+        "array in memory, torchvision transforms, DataLoader": _images_in_memory(shards, everything, count),
+        "webdataset, torchvision transforms, DataLoader": _plain_webdataset(shards, count),
+    }
+    notes = ["resident, stream with decoding and all below them end with augmented, normalised batches of 512"]
+    for library, make in (("streaming", _mosaic_streaming), ("litdata", _litdata)):
+        if importable(library):
+            works[f"{library}, torchvision transforms, DataLoader"] = make(shards, files, folder)
+        else:
+            notes.append(f"{library} is not installed")
+    height, width, _ = stream.image_shape
+    values = in_turn({name: rate(work, args.clock) for name, work in works.items()}, args.repeats)
+    kind = "/".join(shards.manifest.encodings)
+    title = f"{kind} images of {width}x{height}, one core, {count:,} a repeat, {args.clock} time"
+    return Table(title, "images/s", values, "torchvision ImageFolder + DataLoader", notes)
+
+
+def _batches(reader: "Reader", shards: "ShardFolder", count: int) -> Callable[[], int]:
+    """The next `count` images of a training set, or some more, through all that training does to them."""
+    import torch
+
+    from shardstep.datasets.augment import Normalize, build_transforms
+    from shardstep.datasets.batches import OrderConfig, TrainBatches
+
+    device, channels = torch.device("cpu"), shards.manifest.channels
+    batches = TrainBatches(
+        reader,
+        OrderConfig(shards.samples_per_shard, 0, 1, None),
+        global_batch_size=_BATCH,
+        samples_per_epoch=shards.manifest.samples,
+        rank=0,
+        world_size=1,
+        max_micro_batch=_BATCH,
+        transforms=build_transforms([{"name": "flip", "probability": 0.5}, {"name": "translate", "pixels": _PAD}]),
+        normalize=Normalize([0.5] * channels, [0.25] * channels, reader.image_shape, device),
+        memory_format=torch.channels_last,
+        device=device,
+        workers=0,
+    ).from_position(0, 0)
+
+    def work() -> int:
+        seen = 0
+        while seen < count:
+            seen += sum(len(micro.labels) for micro in next(batches).micro_batches)
+        return seen
+
+    return work
+
+
+def _torchvision_transforms(shards: "ShardFolder") -> Callable[[Any], Any]:
+    from torchvision import transforms
+
+    channels = shards.manifest.channels
+    side = shards.manifest.image_shape
+    assert side is not None
+    return transforms.Compose([
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomCrop(side[1:], padding=_PAD, padding_mode="reflect"),
+        transforms.ToTensor(),
+        transforms.Normalize([0.5] * channels, [0.25] * channels),
+    ])  # fmt: skip
+
+
+def _loaded(dataset: Any, count: int | None = None, shuffle: bool = False) -> Callable[[], int]:
+    """An epoch of a DataLoader of torch's, or its first `count` images."""
+    from torch.utils.data import DataLoader, RandomSampler
+
+    sampler = RandomSampler(dataset, num_samples=count) if shuffle else None
+    loader = DataLoader(dataset, batch_size=_BATCH, sampler=sampler)
+    return lambda: sum(len(batch[1]) for batch in loader)
+
+
+def _image_folder(shards: "ShardFolder", files: list[bytes], folder: Path, count: int) -> Callable[[], int]:
+    from torchvision.datasets import ImageFolder
+
+    root, suffix = folder / "files", shards.manifest.encodings[0]
+    (root / "any").mkdir(parents=True)
+    for number, content in enumerate(files):
+        (root / "any" / f"{number}.{suffix}").write_bytes(content)
+    return _loaded(ImageFolder(str(root), _torchvision_transforms(shards)), count, shuffle=True)
+
+
+def _images_in_memory(shards: "ShardFolder", pixels: Any, count: int) -> Callable[[], int]:
+    """What torchvision.datasets.CIFAR10 does for an image: a row of an array through PIL and the transforms."""
+    from PIL import Image
+    from torch.utils.data import Dataset
+
+    transform, labels, array = _torchvision_transforms(shards), shards.labels, pixels.squeeze(3).numpy()
+
+    class InMemory(Dataset):
+        def __len__(self) -> int:
+            return len(labels)
+
+        def __getitem__(self, number: int) -> tuple[Any, int]:
+            return transform(Image.fromarray(array[number])), int(labels[number])
+
+    return _loaded(InMemory(), count, shuffle=True)
+
+
+def _plain_webdataset(shards: "ShardFolder", count: int) -> Callable[[], int]:
+    import webdataset
+
+    urls = [str(shards.shard_path(number)) for number in range(len(shards.manifest.shards))]
+    pipeline = (
+        webdataset.WebDataset(urls, shardshuffle=False)
+        .slice(count)
+        .shuffle(1000)
+        .decode("pil" if shards.manifest.channels == 3 else "pill")
+        .to_tuple(";".join(shards.manifest.encodings), "cls")
+        .map_tuple(_torchvision_transforms(shards), lambda label: label)
+    )
+    return _loaded(pipeline)
+
+
+def _mosaic_streaming(shards: "ShardFolder", files: list[bytes], folder: Path) -> Callable[[], int]:
+    import streaming
+
+    out, suffix = str(folder / "mds"), shards.manifest.encodings[0]
+    with streaming.MDSWriter(out=out, columns={"image": suffix, "label": "int"}) as writer:
+        for content in files:
+            writer.write({"image": _pil(content), "label": 0})
+    transform = _torchvision_transforms(shards)
+
+    class Transformed(streaming.StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            sample = super().__getitem__(at)
+            return transform(sample["image"]), sample["label"]
+
+    return _loaded(Transformed(local=out, shuffle=True, batch_size=_BATCH))
+
+
+def _litdata(shards: "ShardFolder", files: list[bytes], folder: Path) -> Callable[[], int]:
+    import litdata
+
+    out, transform = folder / "litdata", _torchvision_transforms(shards)
+    writer = litdata.streaming.writer.BinaryWriter(str(out), chunk_bytes="16MB")
+    for number, content in enumerate(files):
+        writer[number] = {"image": content, "label": 0}
+    writer.done()
+    writer.merge()
+
+    class Transformed(litdata.StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            sample = super().__getitem__(at)
+            return transform(_pil(sample["image"])), sample["label"]
+
+    return _loaded(Transformed(str(out), shuffle=True))
+
+
+def _pil(content: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(content))
+
+
+# --- large images -----------------------------------------------------------------------------------------------------
+
+
+def _large_jpegs(count: int, folder: Path) -> "ShardFolder":
+    """Shards of JPEGs as large as ImageNet's: smooth colours with some noise, about 100 KB each."""
+    import cv2
+    import numpy as np
+
+    from shardstep.datasets.manifest import open_shards
+    from shardstep.datasets.write import write_shards
+
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        coarse = generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        smooth = cv2.resize(coarse, (_JPEG_WIDTH, _JPEG_HEIGHT), interpolation=cv2.INTER_CUBIC)
+        noisy = smooth + generator.normal(0, 12, size=smooth.shape)
+        path = folder / "jpegs" / "train" / "any" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), noisy.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
+    write_shards(str(folder / "jpegs"), "train", folder / "large", samples_per_shard=100)
+    return open_shards(folder / "large")
+
+
+def _large_images(shards: "ShardFolder", args: argparse.Namespace) -> Table:
+    import numpy as np
+
+    from shardstep.datasets.decode import decode
+    from shardstep.datasets.reader import StreamReader
+
+    whole, resized = StreamReader(shards), StreamReader(shards, resize=224)
+    ids = np.random.default_rng(0).permutation(shards.manifest.samples)
+    files = [whole.read_bytes(sample) for sample in ids.tolist()]
+    batches = np.array_split(ids, max(1, len(ids) // 32))
+    transform = _resizing_transform()
+    works: dict[str, Callable[[], int]] = {
+        "the decoder alone: OpenCV": lambda: sum(1 for file in files if decode(file, "RGB").size),
+        "stream: index, pread, crc32, decode": lambda: sum(len(whole.read(batch)[1]) for batch in batches),
+        "stream: the same, resized to 224": lambda: sum(len(resized.read(batch)[1]) for batch in batches),
+        "PIL from memory, resized to 224 by torchvision": lambda: sum(1 for file in files if transform(_pil(file))),
+    }
+    values = in_turn({name: rate(work, args.clock) for name, work in works.items()}, args.repeats)
+    size = sum(map(len, files)) / len(files) / 1000
+    title = (
+        f"jpg images of {_JPEG_WIDTH}x{_JPEG_HEIGHT}, {size:.0f} KB, one core, {len(ids):,} a repeat, {args.clock} time"
+    )
+    return Table(title, "images/s", values, "the decoder alone: OpenCV")
+
+
+def _resizing_transform() -> Callable[[Any], Any]:
+    from torchvision import transforms
+
+    return transforms.Compose([transforms.Resize(224), transforms.CenterCrop(224)])
+
+
+# --- cold reads -------------------------------------------------------------------------------------------------------
+
+
+def _cold_reads(shards: "ShardFolder", what: str, repeats: int) -> Table:
+    """MB/s of shards that the page cache has let go of: from end to end, and image by image in a shuffled order."""
+    paths = [shards.shard_path(number) for number in range(len(shards.manifest.shards))]
+    megabytes = shards.manifest.bytes / 1e6
+
+    def cold(read: Callable[[], object]) -> Callable[[], float]:
+        measured = seconds(read)
+
+        def work() -> float:
+            for path in paths:
+                _forget(path)
+            return megabytes / measured()
+
+        return work
+
+    values = in_turn(
+        {
+            "the files one after the other": cold(lambda: _read_through(paths)),
+            "stream, all shards shuffled together": cold(lambda: _read_shuffled(shards, window_shards=None)),
+            "stream, shuffled in windows of 4 shards": cold(lambda: _read_shuffled(shards, window_shards=4)),
+        },
+        repeats,
+    )
+    note = "the stream reads each image by itself and checks its crc32; MB of whole shards"
+    return Table(f"cold reads, {what}, one thread", "MB/s", values, "the files one after the other", [note])
+
+
+def _forget(path: Path) -> None:
+    """Let the page cache drop a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # pages that are not on the disk yet stay
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_through(paths: list[Path]) -> None:
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.read(_READ_BYTES):
+                pass
+
+
+def _read_shuffled(shards: "ShardFolder", window_shards: int | None) -> None:
+    from shardstep.datasets.order import EpochOrder
+    from shardstep.datasets.reader import StreamReader
+
+    reader = StreamReader(shards)
+    for batch in _announced_batches(EpochOrder(shards.samples_per_shard, 0, 0, 1, window_shards), reader):
+        for sample in sorted(batch.tolist()):
+            reader.read_bytes(sample)
+
+
+def _announced_batches(order: Any, reader: "Reader") -> Iterator["np.ndarray"]:
+    """Batches of an epoch's ids, with the shards announced one block ahead, as training does."""
+    announced = set()
+    for start in range(0, order.num_samples, _BATCH):
+        stop = min(start + _BATCH, order.num_samples)
+        for lane, block in order.blocks(start, stop):
+            for upcoming in (block, block + 1):
+                if (lane, upcoming) not in announced:
+                    announced.add((lane, upcoming))
+                    reader.will_need(order.shards_of(lane, upcoming))
+        yield order.slice(start, stop)
+
+
+# --- starts -----------------------------------------------------------------------------------------------------------
+
+
+def _starts(shards: "ShardFolder", folder: Path, args: argparse.Namespace) -> Table:
+    """Seconds until a resident set can be read: decoded and kept, or checked and mapped."""
+    import torch
+
+    from shardstep.datasets.manifest import open_shards
+    from shardstep.datasets.resident import load_resident
+
+    before, cache = os.environ.get("SHARDSTEP_CACHE"), folder / "cache"
+
+    start = seconds(lambda: load_resident(open_shards(shards.path), None, torch.device("cpu")), args.clock)
+
+    def first_start() -> float:
+        for path in cache.glob("*"):
+            path.unlink()
+        return start()
+
+    os.environ["SHARDSTEP_CACHE"] = str(cache)
+    try:
+        works = {"first start: decode and keep": first_start, "later start: check and map": start}
+        values = in_turn(works, args.repeats)
+    finally:
+        del os.environ["SHARDSTEP_CACHE"]
+        if before is not None:
+            os.environ["SHARDSTEP_CACHE"] = before
+    cores = len(os.sched_getaffinity(0))
+    title = (
+        f"start of a resident set of {shards.manifest.samples:,} images, decoded by {cores} threads, {args.clock} time"
+    )
+    return Table(title, "s", values, "first start: decode and keep")

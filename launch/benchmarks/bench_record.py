@@ -1,0 +1,176 @@
+"""Train a recipe with one seed after another, timed as speed records are: accuracy and time, with their spread.
+
+Timed are data-dependent initialisation, training, and the evaluation with its views. Not timed are the start, the upload of
+the data, compilation and warm-up, for which a few steps are taken before the first run, and what is written to disk. With
+--script, the method of speedrun94 as a script of its own takes turns with the recipe, on the same data: 8 epochs in batches
+of 2000 images, whatever the recipe does; with the recipe's batch size and steps where there are fewer images than that.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardstep.launch.benchmarks.bench_tables import Table, standard_error
+
+if TYPE_CHECKING:
+    from shardstep.configs.schema import Recipe
+
+_RECIPE = "speedrun94"
+_SCRIPT_BATCH_SIZE, _SCRIPT_EPOCHS = 2000, 8
+_NEVER = ("log.every=1000000 epochs", "eval.every=1000000 epochs", "checkpoint.every=1000000 epochs")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One run: its test accuracy (0 to 1), its steps, and the seconds of its parts."""
+
+    accuracy: float
+    steps: int
+    initialize_s: float
+    train_s: float
+    evaluate_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.initialize_s + self.train_s + self.evaluate_s
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `shardstep bench record`."""
+    parser.add_argument("recipe", nargs="?", default=_RECIPE, help="(default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--script", action="store_true",
+        help="in turn with the method of speedrun94 as a script of its own, on the same data",
+    )  # fmt: skip
+
+
+def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
+    """Train with the seeds 0, 1, ..., and make tables of it.
+
+    Raises:
+        InputError: the recipe cannot be trained, keeps no accuracy, or is on data that the script cannot take.
+    """
+    from shardstep.configs.errors import InputError
+    from shardstep.configs.load import is_override
+    from shardstep.trainer.data import make_missing_data
+
+    if is_override(args.recipe):
+        args.overrides.insert(0, args.recipe)
+        args.recipe = _RECIPE
+    warm_up = _load(args, 0, folder / "warm-up", "train.duration=3 steps")
+    make_missing_data(warm_up.data)
+    samples = _script_samples(warm_up) if args.script else 0
+    if _train(warm_up) is None:
+        raise InputError(f"recipe {args.recipe} reconstructs images: it has no accuracy to keep a record of")
+    settled = warm_up.train  # `auto` has been measured: all runs are to be alike
+    alike = [f"train.{key}={getattr(settled, key)}" for key in ("device", "precision", "memory_format", "convolutions")]
+    notes = [
+        f"{args.recipe}: {settled.device}, {settled.precision}, {settled.memory_format}, {settled.convolutions} convolutions"
+    ]
+    runs: dict[str, list[Timed]] = {name: [] for name in (args.recipe, *(["a script"] if args.script else []))}
+    for seed in range(args.repeats):
+        recipe = _load(args, seed, folder / f"seed{seed}", *alike)
+        timed = _train(recipe)
+        shutil.rmtree(recipe.run.dir)  # with its checkpoint
+        assert timed is not None  # the warm-up had an accuracy
+        runs[args.recipe].append(timed)
+        _tell(args.recipe, seed, timed)
+        if args.script:
+            batch_size, steps = script_plan(samples, recipe.train.global_batch_size, run_steps=timed.steps)
+            runs["a script"].append(_run_script(recipe, seed, batch_size, steps))
+            _tell("a script", seed, runs["a script"][-1])
+    if args.script:
+        notes += [f"a script: the method of speedrun94, {steps} steps of {batch_size} images, {settled.device}"]
+    return _tables(" ".join([args.recipe, *args.overrides]), runs, notes)
+
+
+def _tell(name: str, seed: int, timed: Timed) -> None:
+    """A line as soon as a run is over: all of them can take hours."""
+    print(f"{name}, seed {seed}: {100 * timed.accuracy:.2f} %, {timed.seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def script_plan(samples: int, batch_size: int | str, run_steps: int) -> tuple[int, int]:
+    """Batch size and steps of the script: the speed record's, or those of a run where there are too few images for them."""
+    if samples < _SCRIPT_BATCH_SIZE:
+        return samples if batch_size == "full" else min(samples, int(batch_size)), run_steps
+    return _SCRIPT_BATCH_SIZE, _SCRIPT_EPOCHS * (samples // _SCRIPT_BATCH_SIZE)
+
+
+def _tables(title: str, runs: dict[str, list[Timed]], run_notes: list[str]) -> list[Table]:
+    accuracies = {name: [100 * run.accuracy for run in of] for name, of in runs.items()}
+    seconds: dict[str, list[float]] = {}
+    for name, of in runs.items():
+        parts = {
+            "initialisation, training and evaluation": [run.seconds for run in of],
+            "initialisation": [run.initialize_s for run in of],
+            "training": [run.train_s for run in of],
+            "evaluation, with all views": [run.evaluate_s for run in of],
+        }
+        seconds |= {f"{name}: {part}": values for part, values in parts.items()}
+    reference = list(runs)[-1]
+    notes = [f"{name}: {_spread(values)}" for name, values in accuracies.items()]
+    return [
+        Table(f"{title}: test accuracy", "%", accuracies, reference, [*notes, *run_notes]),
+        Table(f"{title}: time", "s", seconds, f"{reference}: initialisation, training and evaluation", run_notes),
+    ]
+
+
+def _load(args: argparse.Namespace, seed: int, folder: Path, *overrides: str) -> "Recipe":
+    from shardstep.configs.load import load_recipe
+    from shardstep.trainer.validate import validate_recipe
+
+    own = [f"run.dir={folder}", "run.resume=never", f"run.seed={seed}", *overrides]
+    return validate_recipe(load_recipe(args.recipe, [*_NEVER, *args.overrides, *own]))
+
+
+def _train(recipe: "Recipe") -> Timed | None:
+    from shardstep.trainer import loop, setup
+    from shardstep.trainer.checkpoints.lock import release
+    from shardstep.trainer.distributed.world import start_world
+    from shardstep.trainer.monitoring.display import Display
+
+    run = setup.build(start_world(recipe.train), recipe, Display(enabled=False))
+    outcome = loop.train(run)
+    run.watchdog.stop()
+    run.saver.wait(lambda: None)
+    run.metrics.close()
+    release(run.dir.path)
+    evaluation = outcome.evaluation
+    if evaluation is None or evaluation.accuracy is None:
+        return None
+    wall_s, evaluate_s = float(run.metrics.last_evaluation["wall_s"]), run.state.evaluation_s
+    return Timed(evaluation.accuracy, run.state.progress.step, run.initialized_s, wall_s - evaluate_s, evaluate_s)
+
+
+def _script_samples(recipe: "Recipe") -> int:
+    """The number of training images, which are such as the script takes."""
+    from shardstep.configs.errors import InputError
+    from shardstep.datasets.manifest import open_shards
+
+    manifest = open_shards(recipe.data.train).manifest
+    if manifest.image_shape != [3, 32, 32] or len(manifest.classes) != 10 or recipe.data.resize not in (None, 32):
+        raise InputError(
+            f"--script is for images of 32x32 in colour and 10 classes, as CIFAR-10 has; {recipe.data.train} has others"
+        )
+    return manifest.samples
+
+
+def _run_script(recipe: "Recipe", seed: int, batch_size: int, steps: int) -> Timed:
+    arguments = [recipe.data.train, recipe.data.test, seed, batch_size, steps, recipe.train.device]
+    command = [sys.executable, "-m", "shardstep.launch.benchmarks.record_script", *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Timed(**json.loads(done.stdout))
+
+
+def _spread(accuracies: list[float]) -> str:
+    mean, error = statistics.mean(accuracies), standard_error(accuracies)
+    if error is None:
+        return f"mean {mean:.2f} %, one run"
+    return f"mean {mean:.2f} %, standard error {error:.2f} %, {len(accuracies)} runs"

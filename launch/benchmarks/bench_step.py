@@ -1,0 +1,107 @@
+"""The trainer's loop beside one written by hand, and Lightning's where it is installed, on the article's net."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardstep.launch.benchmarks.bench_tables import Table, importable, in_turn, whole_number
+
+if TYPE_CHECKING:
+    from shardstep.trainer.setup import Run
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what this benchmark can be told."""
+    parser.add_argument(
+        "--batches",
+        type=whole_number,
+        nargs="+",
+        default=[16, 256],
+        metavar="SIZE",
+        help="global batches (default: 16 256)",
+    )
+    parser.add_argument(
+        "--images", type=whole_number, default=3000, help="to time in each repeat (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precision", choices=["bf16", "fp32"], help="of all loops (default: what is faster here for the trainer)"
+    )
+
+
+def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
+    """Images per second of each loop, a table per batch size."""
+    precision, method = settle(folder, args.precision or "auto")
+    with_lightning = importable("lightning")
+    notes = [] if with_lightning else ["Lightning is not installed"]
+    for batch_size in args.batches:
+        steps = max(2, args.images // batch_size)
+        works = {
+            "bare loop": lambda size=batch_size, count=steps: _in_own_process("bare_loop", size, count, precision),
+            "shardstep": lambda size=batch_size, count=steps: _trainer(folder, size, count, precision, "direct"),
+        }
+        if method != "direct":
+            works[f"shardstep, {method} convolutions"] = lambda size=batch_size, count=steps: _trainer(
+                folder, size, count, precision, method
+            )
+        if with_lightning:
+            works["Lightning"] = lambda size=batch_size, count=steps: _in_own_process(
+                "lightning_loop", size, count, precision
+            )
+        values = in_turn(works, args.repeats)
+        title = f"article_cnn, Adam, {precision}, batch {batch_size}, {steps} steps after as many to warm up"
+        yield Table(title, "images/s", values, "bare loop", notes)
+
+
+def article_run(folder: Path, *overrides: str) -> "Run":
+    """A new run of the article's net on synthetic images, which are made in `folder` if they are not there."""
+    from shardstep.configs.load import load_recipe
+    from shardstep.datasets.write import write_shards
+    from shardstep.launch.benchmarks.bare_loop import NUM_IMAGES
+    from shardstep.trainer import setup
+    from shardstep.trainer.distributed.world import start_world
+    from shardstep.trainer.monitoring.display import Display
+    from shardstep.trainer.validate import validate_recipe
+
+    for split, count in (("train", NUM_IMAGES), ("test", 16)):
+        if not (folder / split).exists():
+            write_shards(f"synthetic:{count}", split, folder / split)
+    number = len(list(folder.glob("run*")))
+    recipe = validate_recipe(load_recipe("article_cnn", [
+        f"run.dir={folder / f'run{number}'}", f"data.train={folder / 'train'}", f"data.test={folder / 'test'}",
+        "eval.every=1000 epochs", *overrides,
+    ]))  # fmt: skip
+    return setup.build(start_world(recipe.train), recipe, Display(enabled=False))
+
+
+def settle(folder: Path, precision: str) -> tuple[str, str]:
+    """Precision, of bf16 and fp32, and method for convolutions, as the trainer's probe chooses at the smallest batch."""
+    args = [f"train.precision={precision}", "train.global_batch_size=16", "train.duration=1 steps"]
+    run = article_run(folder, *args)
+    run.watchdog.stop()
+    settled = run.recipe.train
+    return "bf16" if settled.precision == "bf16" else "fp32", settled.convolutions
+
+
+def _trainer(folder: Path, batch_size: int, steps: int, precision: str, method: str) -> float:
+    """Images per second of the real loop over its last `steps` steps, logging included."""
+    from shardstep.trainer import loop
+
+    run = article_run(
+        folder, f"train.global_batch_size={batch_size}", f"train.duration={2 * steps} steps",
+        f"train.precision={precision}", "train.memory_format=channels_last", f"train.convolutions={method}",
+        f"log.every={steps} steps", "checkpoint.every=1000 epochs",
+    )  # fmt: skip
+    loop.train(run)
+    run.watchdog.stop()
+    run.saver.wait(lambda: None)
+    return float(run.metrics.last_train["samples_per_s"])
+
+
+def _in_own_process(loop: str, batch_size: int, steps: int, precision: str) -> float:
+    """Images per second of launch/benchmarks/bare_loop.py or launch/benchmarks/lightning_loop.py."""
+    command = [sys.executable, "-m", f"shardstep.launch.benchmarks.{loop}", *map(str, [batch_size, steps, precision])]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return float(printed.splitlines()[-1])  # libraries may have said something before

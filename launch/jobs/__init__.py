@@ -1,0 +1,4 @@
+"""Slurm jobs: the script of a job, and following it.
+
+Imported by the commands that submit.
+"""

@@ -1,0 +1,167 @@
+"""Exported models: loaded again from the file alone, they are the original on any batch."""
+
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from shardstep.configs.errors import InputError
+from shardstep.configs.resolve import ResolvedRecipe
+from shardstep.datasets.manifest import Manifest
+from shardstep.datasets.reader import Reader
+from shardstep.trainer.analysis import export_formats as exporting
+from shardstep.trainer.analysis.export_formats import FORMATS, KEY, ExportFailed, WithNormalize, export
+from shardstep.trainer.analysis.trained_model import TrainedModel, open_trained_model
+from shardstep.trainer.data import make_normalize
+from shardstep.trainer.models import MODELS
+from shardstep.trainer.optim.losses import build_objective
+from shardstep.trainer.run_dir import RunDir
+from tests.trainer.models.test_models import build
+
+SIZE = 20  # pixels
+OPTIONS: dict[str, dict[str, object]] = {"whitening_cnn": {"widths": [8]}, "mlp": {"hidden": [16]}}
+
+
+class RandomImages:
+    """A reader of 150 images of noise."""
+
+    image_shape = (SIZE, SIZE, 3)
+
+    def read(self, sample_ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = np.random.default_rng(0).integers(0, 256, (150, *self.image_shape), dtype=np.uint8)
+        return torch.from_numpy(pixels[sample_ids]), torch.zeros(len(sample_ids), dtype=torch.int64)
+
+    def will_need(self, shards: list[int]) -> None:
+        pass
+
+
+def trained(name: str) -> TrainedModel:
+    """A model with its first weights, as if it had been trained."""
+    recipe = ResolvedRecipe(
+        model={"name": name, "sync_batch_norm": False, **OPTIONS.get(name, {})},
+        loss={"name": "mse" if name == "autoencoder" else "cross_entropy", "reduction": "mean"},
+    )
+    manifest = Manifest(
+        classes=["a", "b", "c"],
+        samples=3,
+        samples_per_class=[1, 1, 1],
+        image_mode="RGB",
+        image_shape=[3, SIZE, SIZE],
+        encodings=["png"],
+        mean=[0.4, 0.5, 0.6],
+        std=[0.2, 0.3, 0.25],
+        made={},
+        shards=[],
+        index_sha256="",
+    )
+    device = torch.device("cpu")
+    return TrainedModel(
+        run_dir=RunDir(Path()),
+        weights=Path(),
+        recipe=recipe,
+        manifest=manifest,
+        image_shape=RandomImages.image_shape,
+        module=build(name, (3, SIZE, SIZE), 3, **OPTIONS.get(name, {})).eval(),
+        normalize=make_normalize(recipe.data, manifest, RandomImages.image_shape, device),
+        objective=build_objective(recipe.loss, recipe.model),
+        device=device,
+    )
+
+
+def images() -> Reader:
+    return RandomImages()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_model_in_every_format(name: str, model: str, tmp_path: Path) -> None:
+    if name == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    path = tmp_path / f"model{FORMATS[name].suffix}"
+    found = export(trained(model), name, path, images(), 150)
+    assert found.largest <= found.allowed < 0.01
+    assert found.images == 128  # 1 + 3 + 60 + 64
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_metadata_say_how_to_use_a_file(tmp_path: Path) -> None:
+    one = trained("mlp")
+    export(one, "safetensors", tmp_path / "a.safetensors", images(), 5)
+    export(one, "torch_export", tmp_path / "a.pt2", images(), 5)
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        told = [json.loads(file.metadata()[KEY])]
+    with zipfile.ZipFile(tmp_path / "a.pt2") as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(f"{KEY}.json"))
+        told.append(json.loads(archive.read(name)))
+    for found in told:
+        assert found["classes"] == ["a", "b", "c"]
+        assert found["input"]["shape"] == ["batch", 3, SIZE, SIZE]
+        assert found["input"]["type"] == "uint8"
+        assert found["normalize"]["mean"] == [0.4, 0.5, 0.6]
+
+
+def test_metadata_of_onnx(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export(trained("mlp"), "onnx", tmp_path / "a.onnx", images(), 5)
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    assert json.loads(session.get_modelmeta().custom_metadata_map[KEY])["classes"] == ["a", "b", "c"]
+    (pixels,) = session.get_inputs()
+    assert (pixels.name, pixels.type, pixels.shape[1:]) == ("pixels", "tensor(uint8)", [3, SIZE, SIZE])
+
+
+def test_normalisation_is_inside() -> None:
+    # (51 / 255 - 0.4) / 0.2 = -1; (255 / 255 - 0.4) / 0.2 = 3
+    module = WithNormalize(torch.nn.Identity(), [0.4], [0.2])
+    pixels = torch.tensor([51, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    assert module(pixels).flatten().tolist() == pytest.approx([-1, 3], abs=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [0.01, float("nan")])
+def test_a_file_that_is_another_model_is_not_left(
+    wrong: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = FORMATS["safetensors"]
+
+    def load(path: Path) -> exporting.Loaded:
+        loaded = right.load(path)
+        return lambda pixels: loaded(pixels) + wrong
+
+    monkeypatch.setitem(FORMATS, "safetensors", replace(right, load=load))
+    with pytest.raises(ExportFailed, match="differ by up to"):
+        export(trained("mlp"), "safetensors", tmp_path / "a.safetensors", images(), 5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_traced_is_told(tmp_path: Path) -> None:
+    class Branching(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels if pixels.sum() > 0 else -pixels
+
+    one = replace(trained("mlp"), module=Branching())
+    with pytest.raises(ExportFailed, match="mlp cannot be exported to torch_export: "):
+        export(one, "torch_export", tmp_path / "a.pt2", images(), 5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_without_its_libraries_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs onnx, onnxruntime, onnxscript: pip install 'shardstep\[export\]'"):
+        export(trained("mlp"), "onnx", tmp_path / "a.onnx", images(), 5)
+
+
+def test_a_run_of_the_disk(finished_run: Path, tmp_path: Path) -> None:
+    one = open_trained_model(finished_run, "cpu")
+    test, reader = one.open_test_set()
+    found = export(one, "torch_export", tmp_path / "a.pt2", reader, test.manifest.samples)
+    assert found.images == 53
+    # uint8 in, in any batch size, without this code
+    loaded = torch.export.load(tmp_path / "a.pt2").module()
+    for size in (1, 7):
+        assert loaded(torch.zeros(size, 3, 32, 32, dtype=torch.uint8)).shape == (size, 10)

@@ -1,0 +1,108 @@
+"""C code is compiled once for a processor, and what is missing for it is said in one line."""
+
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from shardstep.trainer.kernels import native
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """C code of a function `answer`, and a cache folder of its own."""
+    monkeypatch.setenv("SHARDSTEP_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "answer.c"
+    path.write_text("int answer(void) { return 42; }\n")
+    return path
+
+
+def _kept(folder: Path) -> list[Path]:
+    return sorted((folder / "cache").glob("native-*/*"))
+
+
+def test_it_is_compiled_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.load(source).answer() == 42
+    monkeypatch.setattr(native, "_compile", lambda *given: pytest.fail("compiled again"))
+    assert native.load(source).answer() == 42
+    assert [path.suffix for path in _kept(tmp_path)] == [".so"]
+
+
+def test_another_source_command_or_processor_has_its_own(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native.load(source)
+    monkeypatch.setenv("CC", "cc -DOTHER")
+    native.load(source)
+    monkeypatch.setattr(native, "_abilities", lambda: "flags: of another one")
+    native.load(source)
+    source.write_text("int answer(void) { return 43; }\n")
+    assert native.load(source).answer() == 43
+    assert len(_kept(tmp_path)) == 4
+
+
+def test_many_may_compile_at_once(source: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found: list[ctypes.CDLL] = list(pool.map(native.load, [source] * 8))
+    assert [library.answer() for library in found] == [42] * 8
+    assert len(_kept(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("compiler", "text", "told"),
+    [
+        ("no-such-compiler", "", "there is no no-such-compiler"),
+        ("cc", "int answer(void) { return forty_two; }", "cc: .*answer.c.*forty_two"),
+        ("cc -lno-such-library", "int answer(void) { return 42; }", "cc: .*cannot find -lno-such-library"),
+        ("false", "", "false: it failed, and did not say why"),
+        ("cc 'open", "", "No closing quotation"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(
+    compiler: str, text: str, told: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    source.write_text(text)
+    with pytest.raises(native.NoCompilerError, match=told) as raised:
+        native.load(source)
+    assert "\n" not in str(raised.value)
+    assert not _kept(tmp_path)
+
+
+def test_an_empty_library_is_made_anew(source: Path, tmp_path: Path) -> None:
+    native.load(source)
+    (kept,) = _kept(tmp_path)
+    kept.rename(tmp_path / "whole.so")  # the loader knows the other file
+    kept.write_bytes(b"")
+    assert native.load(source).answer() == 42
+
+
+def test_a_cache_folder_that_cannot_be_written_is_told(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(native.NoCompilerError, match="cache"):
+        native.load(source)
+
+
+def test_an_empty_choice_is_none(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "")
+    assert native.load(source).answer() == 42
+
+
+def test_without_a_home_it_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(native, "cache_folder", homeless)
+    with pytest.raises(native.NoCompilerError, match="home directory"):
+        native.load(source)
+
+
+def test_what_others_may_have_written_is_not_run(source: Path, tmp_path: Path) -> None:
+    native.load(source)
+    folder = tmp_path / "cache" / f"native-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(native.NoCompilerError, match="others may write there"):
+        native.load(source)

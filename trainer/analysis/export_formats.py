@@ -1,0 +1,220 @@
+"""A trained model to a file for use elsewhere, which is loaded again and compared with the original on real images.
+
+Every exported model takes uint8 pixels (batch, channels, height, width), 0 to 255, in the order RGB or grey: scaling and
+normalisation are inside it (safetensors holds weights alone, and the numbers for both beside them). It returns what the
+model returns. What a file needs to be used is in its metadata, as JSON under the key `shardstep`.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from shardstep.configs.errors import InputError
+from shardstep.datasets.augment import scale_and_shift
+from shardstep.datasets.reader import Reader
+from shardstep.trainer.analysis.trained_model import TrainedModel
+from shardstep.trainer.checkpoints.checkpoint import weights
+from shardstep.trainer.data import mean_and_std
+from shardstep.trainer.models import build_model
+
+KEY = "shardstep"  # of the metadata in each file
+TOLERANCE = 1e-4  # of the largest output, or of 1 if that is smaller
+_COMPARED_BATCHES = (1, 3, 60, 64)  # images of the test set; sizes differ, because any must work
+_ONNX_NEEDS = ("onnx", "onnxruntime", "onnxscript")
+
+Loaded = Callable[[Tensor], Tensor]
+"""A file that was loaded again: uint8 pixels (B, C, H, W) to outputs, on the CPU."""
+
+
+class ExportFailed(RuntimeError):
+    """The model cannot be written in this format, or what was written is not the same model."""
+
+
+class WithNormalize(nn.Module):
+    """A model that takes uint8 pixels: (B, C, H, W), 0 to 255, to whatever it returns."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, module: nn.Module, mean: list[float], std: list[float]):
+        """`mean`, `std`: per channel on the 0..1 scale."""
+        super().__init__()
+        self.module = module
+        scale, shift = scale_and_shift(mean, std)
+        self.register_buffer("scale", scale.float().view(1, -1, 1, 1))
+        self.register_buffer("shift", shift.float().view(1, -1, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.module(pixels.float() * self.scale + self.shift)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file: how its name ends, how it is written, and how it is loaded again without the run."""
+
+    suffix: str
+    write: Callable[[TrainedModel, Path], None]
+    load: Callable[[Path], Loaded]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a loaded file is from the original: the largest difference of any output, and what is allowed."""
+
+    largest: float
+    allowed: float
+    images: int
+
+
+def describe(trained: TrainedModel) -> dict[str, Any]:
+    """What is needed to use an exported model, as it goes into the file's metadata."""
+    height, width, channels = trained.image_shape
+    mean, std = mean_and_std(trained.recipe.data, trained.manifest)
+    outputs = {"nll": "log-probabilities of the classes"}.get(
+        trained.recipe.loss["name"], "logits of the classes: their softmax are probabilities"
+    )
+    return {
+        "shardstep": metadata.version("shardstep"),
+        "weights": trained.which,
+        "model": trained.recipe.model,
+        "classes": trained.manifest.classes,
+        "input": {
+            "name": "pixels",
+            "type": "uint8",
+            "shape": ["batch", channels, height, width],
+            "channels": trained.manifest.image_mode,
+            "resize": "the shorter side is scaled until the image covers height and width, then the centre is cut out",
+        },
+        "output": {
+            "name": "outputs",
+            "meaning": "normalised images" if trained.objective.reconstructs else outputs,
+        },
+        "normalize": {"mean": mean, "std": std, "formula": "(pixels / 255 - mean) / std"},
+    }
+
+
+def export(trained: TrainedModel, name: str, path: Path, reader: Reader, num_samples: int) -> Comparison:
+    """Write a model, load the file again and compare it with the original. The file appears only if they are the same.
+
+    Args:
+        trained: on the CPU.
+        name: of the format, a key of FORMATS.
+        path: of the file.
+        reader: of real images.
+        num_samples: how many it has.
+
+    Raises:
+        InputError: the libraries for this format are missing, or the images cannot be read.
+        ExportFailed: the model cannot be written in this format, or the outputs of what was written differ too much.
+    """
+    missing = [library for library in _ONNX_NEEDS if name == "onnx" and util.find_spec(library) is None]
+    if missing:
+        raise InputError(f"--format=onnx needs {', '.join(missing)}: pip install 'shardstep[export]'")
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of exporters about their own insides
+            FORMATS[name].write(trained, partial)
+            found = compare(trained, FORMATS[name].load(partial), reader, num_samples)
+        if not found.largest <= found.allowed:  # NaN is not
+            raise ExportFailed(
+                f"{name}: loaded again, the outputs differ by up to {found.largest:.3g} on {found.images} images; "
+                f"{found.allowed:.3g} is allowed. No file was written"
+            )
+        partial.replace(path)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, ExportFailed):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ExportFailed(f"{trained.recipe.model['name']} cannot be exported to {name}: {reason}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return found
+
+
+@torch.inference_mode()
+def compare(trained: TrainedModel, loaded: Loaded, reader: Reader, num_samples: int) -> Comparison:
+    """Compare a loaded file with the original on the first images of a set, in batches of several sizes."""
+    start, largest, scale = 0, 0.0, 1.0
+    for size in _COMPARED_BATCHES:
+        ids = np.arange(start, min(start + size, num_samples))
+        if not len(ids):
+            break
+        start += len(ids)
+        pixels, _ = reader.read(ids)
+        expected = trained.module(trained.normalize(pixels)).float()
+        outputs = loaded(pixels.permute(0, 3, 1, 2).contiguous())  # (B, H, W, C) -> (B, C, H, W)
+        if outputs.shape != expected.shape:
+            raise ExportFailed(f"the outputs have shape {tuple(outputs.shape)}, not {tuple(expected.shape)}")
+        difference = float((outputs - expected).abs().max())
+        largest = max(largest, difference) if difference == difference else difference
+        scale = max(scale, float(expected.abs().max()))
+    return Comparison(largest, TOLERANCE * scale, start)
+
+
+# --- the formats ------------------------------------------------------------------------------------------------------
+
+
+def _write_safetensors(trained: TrainedModel, path: Path) -> None:
+    path.write_bytes(safetensors.torch.save(weights(trained.module), metadata={KEY: json.dumps(describe(trained))}))
+
+
+def _load_safetensors(path: Path) -> Loaded:
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()[KEY])
+    channels, height, width = described["input"]["shape"][1:]
+    module = build_model(described["model"], (channels, height, width), len(described["classes"]))
+    module.load_state_dict(safetensors.torch.load_file(path))
+    return WithNormalize(module, described["normalize"]["mean"], described["normalize"]["std"]).eval()
+
+
+def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
+    height, width, channels = trained.image_shape
+    module = WithNormalize(copy.deepcopy(trained.module), *mean_and_std(trained.recipe.data, trained.manifest)).eval()
+    example = torch.zeros(2, channels, height, width, dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(module, (example,), dynamic_shapes={"pixels": {0: batch}})
+
+
+def _write_torch_export(trained: TrainedModel, path: Path) -> None:
+    torch.export.save(_program(trained), path, extra_files={f"{KEY}.json": json.dumps(describe(trained))})
+
+
+def _load_torch_export(path: Path) -> Loaded:
+    return torch.export.load(path).module()
+
+
+def _write_onnx(trained: TrainedModel, path: Path) -> None:
+    program = torch.onnx.export(
+        _program(trained), dynamo=True, input_names=["pixels"], output_names=["outputs"], verbose=False
+    )
+    assert program is not None
+    program.model.metadata_props[KEY] = json.dumps(describe(trained))
+    program.save(path, external_data=False)
+
+
+def _load_onnx(path: Path) -> Loaded:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda pixels: torch.from_numpy(session.run(["outputs"], {"pixels": pixels.numpy()})[0])
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", _write_safetensors, _load_safetensors),
+    "torch_export": Format(".pt2", _write_torch_export, _load_torch_export),
+    "onnx": Format(".onnx", _write_onnx, _load_onnx),
+}

@@ -1,0 +1,487 @@
+"""Runs to one page: how they went, what their models say of the test set, where they ran, and how to repeat them."""
+
+import shlex
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from typing import Any
+
+from shardstep.configs.load import recipe_text
+from shardstep.trainer.analysis.calibration import expected_calibration_error
+from shardstep.trainer.analysis.pages.chart import (
+    NUM_COLORS,
+    Point,
+    Series,
+    confusion_chart,
+    line_chart,
+    reliability_chart,
+)
+from shardstep.trainer.analysis.pages.html import Child, Html, join, page, picture, table, tag
+from shardstep.trainer.analysis.run_analysis import RunAnalysis
+from shardstep.trainer.analysis.run_record import Line, RunRecord, differing_keys, number
+from shardstep.trainer.monitoring.pictures import training_extras
+from shardstep.trainer.monitoring.status import length
+from shardstep.trainer.stopping.time_limit import time_text
+
+_MOST_CLASSES_IN_MATRIX = 40
+_MOST_BARS = 30
+_MOST_PAIRS = 8
+_UNKNOWN = "-"
+
+
+# --- how values are written -------------------------------------------------------------------------------------------
+
+
+def _percent(share: float) -> str:
+    return _unbroken(f"{100 * share:.2f} %")
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return _unbroken(f"{seconds:.1f} s")
+    whole = round(seconds)
+    return _unbroken(f"{whole // 60} min {whole % 60} s" if whole < 3600 else time_text(seconds))
+
+
+def _unbroken(figure: str) -> str:
+    """With spaces at which no line ends."""
+    return figure.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _value(value: Any) -> Child:
+    return _UNKNOWN if value is None else tag("code", str(value))
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.0f} GiB"
+
+
+def _labels(records: list[RunRecord]) -> list[str]:
+    """A short name of each run that no other has."""
+    for name_of in (lambda record: record.recipe.run.name, lambda record: record.folder.resolve().name):
+        names = [name_of(record) or record.folder.resolve().name for record in records]
+        if len(set(names)) == len(names):
+            return names
+    return [str(record.folder) for record in records]
+
+
+def _dot(color: int, label: str) -> Html:
+    return tag("span", tag("i", class_=f"key c{color % NUM_COLORS}"), label)
+
+
+def report_page(analyses: list[RunAnalysis], made: datetime) -> str:
+    """The page of one run, or of several side by side.
+
+    Args:
+        analyses: at least one; all of one task.
+        made: when, for the foot of the page.
+    """
+    labels = _labels([one.record for one in analyses])
+    title = labels[0] if len(analyses) == 1 else f"{len(analyses)} runs side by side"
+    version = metadata.version("shardstep")
+    return page(
+        f"{title} · shardstep",
+        tag("h1", title),
+        _head(analyses[0]) if len(analyses) == 1 else tag("p", ", ".join(labels), class_="lead"),
+        _tiles(analyses[0]) if len(analyses) == 1 else _comparison(analyses, labels),
+        _left_out(analyses, labels),
+        _curves(analyses, labels),
+        _classes(analyses, labels),
+        _confidence(analyses, labels),
+        _reconstructions(analyses, labels),
+        _filters(analyses, labels),
+        _time_and_hardware(analyses, labels),
+        _recipes(analyses, labels),
+        tag("footer", f"Made by shardstep {version}, {made.isoformat(' ', 'minutes')}. All in this one file."),
+    )
+
+
+# --- the top ----------------------------------------------------------------------------------------------------------
+
+
+def _head(one: RunAnalysis) -> Html:
+    recipe, manifest = one.record.recipe, one.record.manifest
+    parts = [
+        f"{recipe.model.get('name')}",
+        f"{recipe.optimizer.get('name')}, rate {recipe.optimizer.get('lr')}",
+        f"batch {recipe.train.global_batch_size}",
+        length(recipe.train),
+        f"{manifest.samples:,} training images ({manifest.made.get('source', 'unknown source')})" if manifest else None,
+    ]
+    return tag("p", _status(one.record), *(f" · {part}" for part in parts if part), class_="lead")
+
+
+def _status(record: RunRecord) -> Html:
+    step, total = record.last.get("step"), record.starts[-1].get("total_steps") if record.starts else None
+    reached = f" at step {step:,}{f' of {total:,}' if total else ''}" if step is not None else ""
+    return tag(
+        "span", record.status + ("" if record.status == "finished" else reached), class_=f"status {record.status}"
+    )
+
+
+def _tiles(one: RunAnalysis) -> Html:
+    known = [(figure, value) for figure in _FIGURES if (value := figure.value(one)) is not None]
+    tiles = (
+        tag("div", tag("b", figure.text(value)), tag("span", figure.name), class_="tile") for figure, value in known
+    )
+    return tag("div", *tiles, class_="tiles")
+
+
+def _comparison(analyses: list[RunAnalysis], labels: list[str]) -> Html:
+    records = [one.record for one in analyses]
+    differing = differing_keys([record.recipe for record in records])
+    rows: list[list[Child]] = [[tag("code", key), *map(_value, values)] for key, values in differing.items()]
+    prints = [record.manifest.fingerprint[:12] if record.manifest else _UNKNOWN for record in records]
+    if len(set(prints)) > 1:
+        rows.append(["training data", *(tag("code", text) for text in prints)])
+    head: list[Child] = ["", *(_dot(number, label) for number, label in enumerate(labels))]
+    results: list[list[Child]] = [["", *(_status(record) for record in records)]]
+    known = [figure for figure in _FIGURES if any(figure.value(one) is not None for one in analyses)]
+    results += [[figure.name, *_marked(figure, analyses)] for figure in known]
+    return join(
+        tag("h2", "What differs"),
+        tag("div", table(head, rows), class_="card") if rows else tag("p", "Their recipes and data are the same."),
+        tag("h2", "What came out"),
+        tag("div", table(head, results), class_="card"),
+    )
+
+
+def _marked(figure: "_Figure", analyses: list[RunAnalysis]) -> list[Child]:
+    """A figure of each run, the best in bold."""
+    values = [figure.value(one) for one in analyses]
+    known = [value for value in values if value is not None]
+    best = [figure.best(known)] if figure.best and len(known) > 1 else []
+    texts = [_UNKNOWN if value is None else figure.text(value) for value in values]
+    return [tag("b", text) if value in best else text for text, value in zip(texts, values, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """What a run is judged by: its value and how it is written; `best` says which of several is."""
+
+    name: str
+    value: Callable[[RunAnalysis], float | None]
+    text: Callable[[float], str]
+    best: Callable[[list[float]], float] | None = None
+
+
+def _calibration_error(one: RunAnalysis) -> float | None:
+    return expected_calibration_error(one.bins) if one.bins else None
+
+
+def _seconds(one: RunAnalysis) -> float | None:
+    return number(one.record.summary, "wall_s") or number(one.record.last_evaluation, "wall_s")
+
+
+def _rate(one: RunAnalysis) -> float | None:
+    rates = [rate for line in one.record.train if (rate := number(line, "samples_per_s"))]
+    return statistics.median(rates) if rates else None
+
+
+def _parameters(one: RunAnalysis) -> float | None:
+    return number(one.record.starts[-1], "parameters") if one.record.starts else None
+
+
+_FIGURES = [
+    _Figure("test accuracy", lambda one: number(one.record.last_evaluation, "accuracy"), _percent, max),
+    _Figure("among the top five", lambda one: number(one.record.last_evaluation, "top5"), _percent, max),
+    _Figure("test loss", lambda one: number(one.record.last_evaluation, "loss"), "{:.4f}".format, min),
+    _Figure("calibration error", _calibration_error, _percent, min),
+    _Figure("training and evaluation", _seconds, _time),
+    _Figure("training images/s", _rate, "{:,.0f}".format),
+    _Figure("parameters", _parameters, "{:,.0f}".format),
+]
+
+
+def _left_out(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
+    items = [
+        tag("li", tag("b", f"{label}: ") if len(analyses) > 1 else None, reason)
+        for one, label in zip(analyses, labels, strict=True)
+        for reason in one.left_out
+    ]
+    return tag("div", tag("b", "Left out"), tag("ul", *items), class_="note") if items else None
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+def _curves(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
+    alone = len(analyses) == 1
+    charts = [
+        line_chart(_pairs(analyses, labels, "loss"), "epoch", "loss"),
+        line_chart(_pairs(analyses, labels, "accuracy"), "epoch", "accuracy", percent=True),
+        line_chart(_of(analyses, labels, "lr"), "epoch", "learning rate", from_zero=True),
+        line_chart(_of(analyses, labels, "samples_per_s"), "epoch", "training images/s", from_zero=True),
+        None if alone else line_chart(_by_time(analyses, labels, "accuracy"), "seconds", "test accuracy", percent=True),
+        None if alone else line_chart(_by_time(analyses, labels, "loss"), "seconds", "test loss"),
+    ]
+    drawn = [chart for chart in charts if chart]
+    if not drawn:
+        return None
+    said = (
+        "Bold: test set. Thin: single training batches. Dashed: training samples since the last evaluation, averaged."
+    )
+    said = said if alone else "Bold: test set. Thin: single training batches."
+    for one, label in zip(analyses, labels, strict=True):
+        extras = training_extras(one.record.recipe)
+        if extras:
+            said += f" The training loss{'' if alone else f' of {label}'} includes {extras}, the test loss does not."
+    return join(tag("h2", "Curves"), tag("p", said, class_="quiet"), tag("div", *drawn, class_="grid two"))
+
+
+def _pairs(analyses: list[RunAnalysis], labels: list[str], key: str) -> list[Series]:
+    """Training and test set of each run; of one run also the training mean between evaluations."""
+    series = []
+    for color, (one, label) in enumerate(zip(analyses, labels, strict=True)):
+        batches, test = _points(one.record.train, key), _points(one.record.evaluations, key)
+        if len(analyses) == 1:
+            means = _points(one.record.evaluations, f"train_{key}")
+            series.append(Series("training batch", batches, 7, "faint"))
+            series.append(Series("training mean", means, 1, "dashed"))
+            series.append(Series("test set", test, 0))
+        else:
+            series.append(Series("" if test else label, batches, color, "faint"))
+            series.append(Series(label, test, color))
+    return series
+
+
+def _of(analyses: list[RunAnalysis], labels: list[str], key: str) -> list[Series]:
+    return [
+        Series(label, _points(one.record.train, key), color, "plain")
+        for color, (one, label) in enumerate(zip(analyses, labels, strict=True))
+    ]
+
+
+def _by_time(analyses: list[RunAnalysis], labels: list[str], key: str) -> list[Series]:
+    return [
+        Series(label, [(number(line, "wall_s") or 0.0, number(line, key)) for line in one.record.evaluations], color)
+        for color, (one, label) in enumerate(zip(analyses, labels, strict=True))
+    ]
+
+
+def _points(lines: list[Line], key: str) -> list[Point]:
+    return [(line["epoch"], number(line, key)) for line in lines]
+
+
+# --- what the models say of the test set ------------------------------------------------------------------------------
+
+
+def _classes(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
+    drawn = [_bars(analyses, labels), *_side_by_side(analyses, labels, _confusion)]
+    drawn = [card for card in drawn if card]
+    return join(tag("h2", "Classes"), tag("div", *drawn, class_="grid")) if drawn else None
+
+
+def _bars(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
+    """Accuracy of each class; where there are many, of those that are learnt worst."""
+    known = [(color, one.per_class_accuracy) for color, one in enumerate(analyses) if one.per_class_accuracy]
+    if not known:
+        return None
+    classes = analyses[known[0][0]].classes
+    chosen = list(range(len(classes)))
+    if len(classes) > _MOST_BARS:
+        means = [statistics.fmean(row[label] or 0.0 for _, row in known) for label in chosen]
+        chosen = sorted(chosen, key=lambda label: means[label])[:_MOST_BARS]
+    cells: list[Html] = []
+    for label in chosen:
+        bars = [
+            tag(
+                "i", class_=f"c{color % NUM_COLORS}", style=f"width:{100 * (row[label] or 0):.1f}%", title=labels[color]
+            )
+            for color, row in known
+        ]
+        shares = [row[label] for _, row in known]
+        values = [tag("div", _UNKNOWN if share is None else f"{100 * share:.1f}") for share in shares]
+        cells += [
+            tag("div", classes[label], class_="name", title=classes[label]),
+            tag("div", *bars, class_="track"),
+            tag("div", *values, class_="value"),
+        ]
+    which = f"the {len(chosen)} worst of {len(classes):,} classes" if len(chosen) < len(classes) else "each class"
+    return tag("div", tag("h3", f"Accuracy of {which}, per cent"), tag("div", *cells, class_="bars"), class_="card")
+
+
+def _confusion(one: RunAnalysis) -> Html | None:
+    confusion = one.confusion
+    if confusion is None:
+        return None
+    off = confusion.copy()
+    off[range(len(off)), range(len(off))] = 0
+    order = sorted(zip(*off.nonzero(), strict=True), key=lambda place: -off[place])[:_MOST_PAIRS]
+    said = ", ".join(f"{one.classes[row]} for {one.classes[column]} ({off[row, column]:,})" for row, column in order)
+    drawn = confusion_chart(confusion, one.classes) if len(one.classes) <= _MOST_CLASSES_IN_MATRIX else None
+    return join(
+        tag(
+            "figcaption", "Rows: label, columns: prediction, per cent of the label. Mistakes have a scale of their own."
+        ),
+        drawn,
+        tag("p", f"Most often taken wrongly: {said}.", class_="quiet") if said else tag("p", "No mistakes."),
+    )
+
+
+def _confidence(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
+    drawn = [*_side_by_side(analyses, labels, _reliability), *_side_by_side(analyses, labels, _mistakes)]
+    said = (
+        "A model that knows how sure it is reaches the diagonal: of what it claims with 80 % confidence, 80 % is right. "
+        "The calibration error is the mean distance to it over all samples; the grey bars say where the samples are."
+    )
+    return _section("Confidence", said, drawn)
+
+
+def _reliability(one: RunAnalysis) -> Html | None:
+    predictions = one.predictions
+    if predictions is None or not one.bins:
+        return None
+    claimed = float(predictions.confidence.mean(dtype=float))
+    said = (
+        f"Calibration error {_percent(expected_calibration_error(one.bins))}: claims {_percent(claimed)} on average, is "
+        f"right in {_percent(predictions.accuracy)} of {len(predictions.labels):,} samples."
+    )
+    return join(tag("figcaption", said), reliability_chart(one.bins))
+
+
+def _mistakes(one: RunAnalysis) -> Html | None:
+    if not one.mistakes:
+        return None
+    figures = []
+    for mistake in one.mistakes:
+        label, predicted = one.classes[mistake.label], one.classes[mistake.predicted]
+        said = f"{label}, taken for {predicted}"
+        caption = join(tag("b", predicted), f" {mistake.confidence:.0%}", tag("br"), f"is {label}")
+        figures.append(tag("figure", picture(mistake.pixels, said), caption))
+    said = "The most confident mistakes, as the model sees them."
+    return join(tag("figcaption", said), tag("div", *figures, class_="gallery"))
+
+
+def _reconstructions(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
+    drawn = _side_by_side(analyses, labels, _reconstruction_gallery)
+    said = "The test images with the largest errors, each followed by what the model makes of it."
+    return _section("Worst reconstructions", said, drawn)
+
+
+def _reconstruction_gallery(one: RunAnalysis) -> Html | None:
+    figures: list[Html] = []
+    for pair in one.reconstructions:
+        figures.append(tag("figure", picture(pair.original, "a test image"), "original"))
+        figures.append(tag("figure", picture(pair.reconstruction, "its reconstruction"), f"error {pair.error:.3f}"))
+    return tag("div", *figures, class_="gallery") if figures else None
+
+
+def _filters(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
+    drawn = _side_by_side(analyses, labels, _filter_gallery)
+    said = (
+        "What the units of the first layer look for: their weights, grey where they are 0, each on a scale of its own."
+    )
+    return _section("First layer", said, drawn)
+
+
+def _filter_gallery(one: RunAnalysis) -> Html | None:
+    if one.filters is None:
+        return None
+    pictures = (picture(pixels, f"filter {place}") for place, pixels in enumerate(one.filters))
+    return tag("div", *pictures, class_="filters")
+
+
+def _side_by_side(
+    analyses: list[RunAnalysis], labels: list[str], draw: Callable[[RunAnalysis], Html | None]
+) -> list[Html]:
+    """A card of each run that has something to show; the run is named where there are several."""
+    cards = []
+    for color, (one, label) in enumerate(zip(analyses, labels, strict=True)):
+        content = draw(one)
+        if content:
+            title = tag("h3", _dot(color, label)) if len(analyses) > 1 else None
+            cards.append(tag("div", title, content, class_="card"))
+    return cards
+
+
+def _section(title: str, said: str, cards: list[Html]) -> Html | None:
+    if not cards:
+        return None
+    return join(tag("h2", title), tag("p", said, class_="quiet"), tag("div", *cards, class_="grid two"))
+
+
+# --- where it ran, and how to repeat it -------------------------------------------------------------------------------
+
+
+def _time_and_hardware(analyses: list[RunAnalysis], labels: list[str]) -> Html:
+    columns = [_facts(one) for one in analyses]
+    names = {name: None for facts in columns for name in facts}
+    rows: list[list[Child]] = [[name, *(facts.get(name, _UNKNOWN) for facts in columns)] for name in names]
+    head: list[Child] = ["", *(_dot(color, label) for color, label in enumerate(labels))] if len(analyses) > 1 else []
+    return join(tag("h2", "Time and hardware"), tag("div", table(head, rows), class_="card"))
+
+
+def _facts(one: RunAnalysis) -> dict[str, Child]:
+    record = one.record
+    hardware, versions, seconds = record.hardware, record.versions, _seconds(one)
+    epochs = number(record.last, "epoch")
+    waits = [wait for line in record.train if (wait := number(line, "data_wait_share")) is not None]
+    ranks = _ranks(record)
+    vectors = f", {hardware['vectors']}" if hardware.get("vectors") else ""
+    method = record.recipe.train.convolutions
+    facts: dict[str, Child] = {
+        "steps": f"{record.last['step']:,} ({epochs:.4g} epochs)" if record.last and epochs is not None else None,
+        "training and evaluation": _time(seconds) if seconds else None,
+        "per epoch": _time(seconds / epochs) if seconds and epochs else None,
+        "training images/s": f"{rate:,.0f} (median)" if (rate := _rate(one)) else None,
+        "waiting for data": f"{_percent(statistics.fmean(waits))} of training" if waits else None,
+        "starts": _starts(record),
+        "ranks": f"{ranks}, {record.recipe.train.device}" if ranks else None,
+        "precision": f"{record.recipe.train.precision}, {record.recipe.train.memory_format}",
+        "convolutions": f"by {method}" if method not in ("auto", "direct") else None,
+        "GPU": f"{hardware['gpu']}, {_bytes(hardware['gpu_memory_bytes'])}, CUDA {hardware.get('cuda')}"
+        if "gpu" in hardware
+        else None,
+        "processor": f"{hardware['cpu']}{vectors}, {hardware.get('cores')} cores, {hardware.get('threads')} threads a rank"
+        if "cpu" in hardware
+        else None,
+        "memory": _bytes(hardware["memory_bytes"]) if "memory_bytes" in hardware else None,
+        "system": hardware.get("system"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or None,
+        "code": record.starts[-1].get("code") if record.starts else None,
+        "data": f"{record.recipe.data.mode}; training set {record.manifest.fingerprint[:12]}"
+        if record.manifest
+        else None,
+        "model shown": one.weights or None,
+    }
+    return {name: text for name, text in facts.items() if text is not None}
+
+
+def _ranks(record: RunRecord) -> int | None:
+    return record.summary.get("world_size") or (record.starts[-1].get("world_size") if record.starts else None)
+
+
+def _starts(record: RunRecord) -> str | None:
+    if not record.starts:
+        return None
+    told = [
+        f"{str(start.get('time', 'unknown time')).replace('T', ' ')} at step {start.get('step', '?')}"
+        for start in record.starts
+    ]
+    shown = told if len(told) <= 4 else [told[0], "…", *told[-2:]]
+    return "; ".join(shown) if len(told) == 1 else f"{len(told)}: {'; '.join(shown)}"
+
+
+def _recipes(analyses: list[RunAnalysis], labels: list[str]) -> Html:
+    cards = _side_by_side(analyses, labels, _recipe)
+    said = "The recipe has every option as it was used; the same order of samples and the same random numbers follow from it."
+    return _section("How to repeat it", said, cards) or Html()
+
+
+def _recipe(one: RunAnalysis) -> Html:
+    record = one.record
+    ranks = _ranks(record) or 1
+    again = f"runs/{record.folder.resolve().name}-again"
+    nproc = f" --nproc {ranks}" if ranks > 1 else ""
+    command = f"shardstep train config.yaml run.dir={shlex.quote(again)} run.resume=never{nproc}"
+    typed = record.starts[-1].get("command") if record.starts else None
+    source = record.manifest.made.get("source") if record.manifest else None
+    return join(
+        tag("p", "With the recipe below as config.yaml", f" and data made from {source}" if source else None, ":"),
+        tag("pre", command),
+        join(tag("p", "As it was typed:"), tag("pre", str(typed))) if typed else None,
+        tag("details", tag("summary", "config.yaml"), tag("pre", recipe_text(record.recipe))),
+    )

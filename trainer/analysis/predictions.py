@@ -1,0 +1,141 @@
+"""A trained model and a test set to what it says of each sample: computed once, kept beside the run, never trained again."""
+
+import contextlib
+import io
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shardstep.configs.files import write_whole
+from shardstep.datasets.batches import test_batches
+from shardstep.datasets.progress import progress_bar
+from shardstep.datasets.scan import file_sha256
+from shardstep.trainer.analysis.trained_model import TrainedModel
+from shardstep.trainer.models.views import predict
+
+PREDICTIONS_NAME = "predictions.npz"
+_VERSION = "2"
+_ARRAYS = ("labels", "predicted", "confidence", "errors")
+# What NumPy and zipfile raise for one flipped byte, wherever it is: RuntimeError for a method or a password it seems to ask.
+_DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of each sample of a test set, in the order of the manifest.
+
+    Attributes:
+        labels: int64 (N,).
+        predicted: int64 (N,), the class with the highest output; empty for reconstruction, like `confidence`.
+        confidence: float32 (N,), the softmax of that output, which is the mean of the views that the recipe evaluates with.
+        errors: float32 (N,), each sample's loss if the model reconstructs images, else empty.
+    """
+
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    errors: np.ndarray
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool (N,): whether the prediction is the label."""
+        return self.predicted == self.labels
+
+    @property
+    def accuracy(self) -> float:
+        """Share of samples whose prediction is their label."""
+        return float(self.correct.mean())
+
+    def confusion(self, num_classes: int) -> np.ndarray:
+        """int64 (classes, classes); row: label, column: prediction."""
+        counts = np.bincount(self.labels * num_classes + self.predicted, minlength=num_classes**2)
+        return counts.reshape(num_classes, num_classes)
+
+    def most_confident_mistakes(self, count: int) -> np.ndarray:
+        """Ids of the samples that the model is most sure of and wrong about, the surest first."""
+        wrong = np.flatnonzero(~self.correct)
+        return wrong[np.argsort(-self.confidence[wrong], kind="stable")][:count]
+
+
+def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], None]) -> Predictions:
+    """Predict every sample of a run's test set, or take what an earlier call has kept.
+
+    Where the test set is gone, what was kept of these weights still counts.
+
+    Args:
+        trained: the model.
+        cache: file that the predictions are kept in; a folder that cannot be written is no mistake.
+        tell: told when they cannot be kept.
+
+    Raises:
+        InputError: the test set cannot be read, and nothing is kept.
+    """
+    views, sure_above = trained.recipe.eval.views, trained.recipe.eval.sure_above
+    made_with = [_VERSION, file_sha256(trained.weights), views, str(sure_above)]
+    try:
+        test, reader = trained.open_test_set()
+    except ValueError:
+        kept = _read(cache, made_with)
+        if kept is None:
+            raise
+        return kept
+    samples = test.manifest.samples
+    kept = _read(cache, made_with, test.manifest.fingerprint)
+    if kept is not None and len(kept.labels) == samples:
+        return kept
+    parts: list[tuple[np.ndarray, ...]] = []
+    with progress_bar(f"predicting {trained.recipe.data.test}", samples, "images") as advance, torch.inference_mode():
+        for images, labels, _ in test_batches(
+            reader,
+            samples,
+            batch_size=trained.recipe.eval.batch_size,
+            rank=0,
+            world_size=1,
+            normalize=trained.normalize,
+            memory_format=torch.contiguous_format,
+            device=trained.device,
+            workers=max(1, trained.recipe.data.workers),
+        ):
+            outputs = predict(trained.module, images, views, sure_above)  # (B, K), or images
+            if trained.objective.reconstructs:
+                empty = labels[:0]
+                one_by_one = zip(outputs.split(1), images.split(1), strict=True)
+                losses = [trained.objective.evaluation_loss(*pair) for pair in one_by_one]
+                row = (labels, empty, empty, torch.stack(losses))
+            else:
+                confidence, predicted = outputs.softmax(dim=1).max(dim=1)
+                row = (labels, predicted, confidence, labels[:0])
+            parts.append(tuple(values.cpu().numpy() for values in row))
+            advance(len(labels))
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    found = Predictions(columns[0], columns[1], columns[2].astype(np.float32), columns[3].astype(np.float32))
+    _write(found, cache, [*made_with, test.manifest.fingerprint], tell)
+    return found
+
+
+def _write(found: Predictions, cache: Path, key: list[str], tell: Callable[[str], None]) -> None:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, key=np.array(key), **{name: getattr(found, name) for name in _ARRAYS})
+    try:
+        write_whole(cache, stream.getvalue())
+    except OSError as error:
+        tell(f"{cache} could not be written, the predictions are made anew next time: {error.strerror}")
+
+
+def _read(cache: Path, made_with: list[str], fingerprint: str | None = None) -> Predictions | None:
+    """What was kept with this key on this test set, or on whichever it was; None if there is nothing, or no whole file."""
+    with contextlib.suppress(*_DAMAGED):
+        file = np.load(io.BytesIO(cache.read_bytes()))  # no pickle: arrays of numbers and text
+        *key, kept_of = file["key"].tolist()
+        found = Predictions(**{name: file[name] for name in _ARRAYS})
+        lengths = [len(getattr(found, name)) for name in _ARRAYS]
+        samples = lengths[0]
+        whole = lengths in ([samples, samples, samples, 0], [samples, 0, 0, samples])  # classes, or reconstructions
+        if whole and key == made_with and fingerprint in (None, kept_of):
+            return found
+    return None

@@ -1,0 +1,160 @@
+"""A run's record to all that a report shows of it: what its model says of the test set, and its filters."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from shardstep.configs.errors import InputError
+from shardstep.datasets.decode import resize_to_cover
+from shardstep.datasets.reader import StreamReader
+from shardstep.trainer.analysis.calibration import Bin, reliability
+from shardstep.trainer.analysis.filters import first_filters
+from shardstep.trainer.analysis.predictions import PREDICTIONS_NAME, Predictions, predict_test_set
+from shardstep.trainer.analysis.run_record import RunRecord
+from shardstep.trainer.analysis.trained_model import TrainedModel, open_trained_model
+
+MOST_MISTAKES = 24
+_THUMBNAIL = 112  # pixels: the longer side of an image in a page
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test image (H, W, C) uint8 that the model is wrong about."""
+
+    pixels: np.ndarray
+    label: int
+    predicted: int
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A test image (H, W, C) uint8, what the model makes of it, and its loss."""
+
+    original: np.ndarray
+    reconstruction: np.ndarray
+    error: float
+
+
+@dataclass
+class RunAnalysis:
+    """All that a report shows of one run.
+
+    Attributes:
+        record: what the folder tells.
+        weights: which weights the rest is about; empty where there are none.
+        predictions: over the test set.
+        bins: of the reliability diagram.
+        mistakes: those that the model is most confident of.
+        reconstructions: those with the largest error, if the model reconstructs.
+        filters: of the first layer, uint8 (units, height, width, channels).
+        left_out: what cannot be shown, and why.
+    """
+
+    record: RunRecord
+    weights: str = ""
+    predictions: Predictions | None = None
+    bins: list[Bin] = field(default_factory=list)
+    mistakes: list[Mistake] = field(default_factory=list)
+    reconstructions: list[Reconstruction] = field(default_factory=list)
+    filters: np.ndarray | None = None
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; empty where they are not known."""
+        return self.record.manifest.classes if self.record.manifest else []
+
+    @property
+    def confusion(self) -> np.ndarray | None:
+        """int64 (classes, classes): labels by predictions."""
+        if self.predictions is None or self.record.reconstructs:
+            return None
+        return self.predictions.confusion(len(self.classes))
+
+    @property
+    def per_class_accuracy(self) -> list[float | None]:
+        """Of each class: that of the predictions, else of the last evaluation; empty where there was none."""
+        confusion = self.confusion
+        if confusion is not None:
+            rows = zip(np.diag(confusion).tolist(), confusion.sum(axis=1).tolist(), strict=True)
+            return [right / samples if samples else None for right, samples in rows]
+        written = self.record.last_evaluation.get("per_class_accuracy")
+        return written if isinstance(written, list) and len(written) == len(self.classes) else []
+
+
+def analyse_run(record: RunRecord, device: Literal["auto", "cpu", "cuda"]) -> RunAnalysis:
+    """Look at a run. What its model says of the test set is computed once and kept in the run's folder."""
+    found = RunAnalysis(record, left_out=list(record.left_out))
+    if record.manifest is None:
+        return found
+    try:
+        trained = open_trained_model(record.folder, device)
+    except InputError as error:
+        found.left_out.append(f"what the model says of the test set, and its filters: {error}")
+        return found
+    found.weights = trained.which
+    filters = first_filters(trained.module, trained.image_shape)
+    if isinstance(filters, str):
+        found.left_out.append(f"filters: {filters}")
+    else:
+        found.filters = filters
+    _look_at_test_set(found, trained)
+    return found
+
+
+def _look_at_test_set(found: RunAnalysis, trained: TrainedModel) -> None:
+    try:
+        predictions = predict_test_set(trained, found.record.folder / PREDICTIONS_NAME, found.left_out.append)
+    except (InputError, OSError) as error:  # of a run that goes on, and has deleted that checkpoint meanwhile
+        found.left_out.append(f"what the model says of the test set: {error}")
+        return
+    if not (np.isfinite(predictions.confidence).all() and np.isfinite(predictions.errors).all()):
+        found.left_out.append("what the model says of the test set: its outputs are not all numbers")
+        return
+    found.predictions = predictions
+    if not found.record.reconstructs:
+        found.bins = reliability(predictions.confidence, predictions.correct)
+    try:
+        _, reader = trained.open_test_set()
+        if found.record.reconstructs:
+            found.reconstructions = _worst_reconstructions(predictions, trained, reader)
+        else:
+            found.mistakes = _mistakes(predictions, reader)
+    except InputError as error:
+        found.left_out.append(f"test images: {error}")
+
+
+def _mistakes(predictions: Predictions, reader: StreamReader) -> list[Mistake]:
+    chosen = predictions.most_confident_mistakes(MOST_MISTAKES)
+    pixels, _ = reader.read(chosen)
+    return [
+        Mistake(
+            pixels=_thumbnail(image),
+            label=int(predictions.labels[sample]),
+            predicted=int(predictions.predicted[sample]),
+            confidence=float(predictions.confidence[sample]),
+        )
+        for image, sample in zip(pixels.numpy(), chosen, strict=True)
+    ]
+
+
+def _worst_reconstructions(
+    predictions: Predictions, trained: TrainedModel, reader: StreamReader
+) -> list[Reconstruction]:
+    chosen = np.argsort(-predictions.errors, kind="stable")[: MOST_MISTAKES // 2]
+    pixels, _ = reader.read(chosen)
+    with torch.inference_mode():
+        made = trained.normalize.undo(trained.module(trained.normalize(pixels.to(trained.device)))).cpu()
+    return [
+        Reconstruction(_thumbnail(before), _thumbnail(after), float(predictions.errors[sample]))
+        for before, after, sample in zip(pixels.numpy(), made.numpy(), chosen, strict=True)
+    ]
+
+
+def _thumbnail(pixels: np.ndarray) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    scale = min(1.0, _THUMBNAIL / max(height, width))
+    return resize_to_cover(pixels, max(1, round(height * scale)), max(1, round(width * scale)))

@@ -1,0 +1,179 @@
+"""A run or one of its checkpoints to a trained model, with all that images go through before they reach it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from shardstep.configs.errors import InputError
+from shardstep.configs.resolve import ResolvedRecipe, as_resolved
+from shardstep.datasets.augment import Normalize
+from shardstep.datasets.manifest import Manifest, ShardFolder, open_shards, parse_manifest
+from shardstep.datasets.reader import StreamReader
+from shardstep.datasets.scan import file_sha256
+from shardstep.trainer import data
+from shardstep.trainer.checkpoints.checkpoint import load_weights
+from shardstep.trainer.checkpoints.checkpoint_files import AVERAGE, WEIGHTS, newest_whole, problems_of
+from shardstep.trainer.models import build_model
+from shardstep.trainer.optim.losses import Objective, build_objective
+from shardstep.trainer.run_dir import RunDir
+from shardstep.trainer.validate import validate_recipe
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model, ready for images.
+
+    Attributes:
+        run_dir: of the run.
+        weights: the file that they come from.
+        recipe: of the run.
+        manifest: of the training set.
+        image_shape: (height, width, channels) of the images that the model takes.
+        module: in evaluation mode, in fp32, on the device.
+        normalize: uint8 pixels (B, H, W, C) to what the model takes.
+        objective: what it was trained for.
+        device: where it is.
+    """
+
+    run_dir: RunDir
+    weights: Path
+    recipe: ResolvedRecipe
+    manifest: Manifest
+    image_shape: tuple[int, int, int]
+    module: nn.Module
+    normalize: Normalize
+    objective: Objective
+    device: torch.device
+
+    @property
+    def which(self) -> str:
+        """Of a run's weights: "the final weights", or which checkpoint's."""
+        return (
+            "the final weights"
+            if self.weights.parent == self.run_dir.path
+            else f"the checkpoint {self.weights.parent.name}"
+        )
+
+    def open_test_set(self, folder: str | None = None) -> tuple[ShardFolder, StreamReader]:
+        """The run's test set, or another one of the same task.
+
+        Raises:
+            InputError: it cannot be opened, or is of another task.
+        """
+        place = folder or self.recipe.data.test
+        test = open_shards(place)
+        data.check_same_task(self.manifest, test.manifest, "the run's training set", place, self.recipe.data.resize)
+        return test, StreamReader(test, self.recipe.data.resize)
+
+
+def open_trained_model(path: Path, device: torch.device | Literal["auto", "cpu", "cuda"] = "auto") -> TrainedModel:
+    """Open a run's folder, or a checkpoint of one. Needs no test set.
+
+    Raises:
+        InputError: it is neither, has no intact weights, was written by another version, or there is no such device.
+    """
+    weights, run_dir = find_weights(path)
+    recipe = read_recipe(run_dir)
+    manifest = read_train_manifest(run_dir)
+    shape = (manifest.channels, recipe.data.resize, recipe.data.resize) if recipe.data.resize else manifest.image_shape
+    if shape is None:
+        raise InputError(
+            f"{run_dir.path}: neither {run_dir.config_path.name} nor {run_dir.train_manifest_path.name} says how large the "
+            f"images are"
+        )
+    channels, height, width = shape
+    place = find_device(device) if isinstance(device, str) else device
+    module = build_model(recipe.model, (channels, height, width), len(manifest.classes))
+    load_weights(module, weights)
+    image_shape = (height, width, channels)
+    return TrainedModel(
+        run_dir=run_dir,
+        weights=weights,
+        recipe=recipe,
+        manifest=manifest,
+        image_shape=image_shape,
+        module=module.to(place).eval(),
+        normalize=data.make_normalize(recipe.data, manifest, image_shape, place),
+        objective=build_objective(recipe.loss, recipe.model),
+        device=place,
+    )
+
+
+def read_recipe(run_dir: RunDir) -> ResolvedRecipe:
+    """The recipe of a run, validated.
+
+    Raises:
+        InputError: it cannot be read, or is of another version.
+    """
+    return as_resolved(validate_recipe(run_dir.config), str(run_dir.config_path))
+
+
+def read_train_manifest(run_dir: RunDir) -> Manifest:
+    """The manifest of a run's training set.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = run_dir.train_manifest_path
+    try:
+        return parse_manifest(path.read_text(), str(path))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def find_weights(path: Path) -> tuple[Path, RunDir]:
+    """The weights of a run's folder or of one of its checkpoints, and the run's folder.
+
+    Those of a folder are the final ones if the run is finished, else those of its newest intact checkpoint.
+
+    Raises:
+        InputError: there are none, or they are damaged.
+    """
+    resolved = path.resolve()
+    run_dir = next((found for place in (resolved, resolved.parent.parent) if (found := RunDir(place)).is_run), None)
+    if run_dir is None:
+        raise InputError(
+            f"{path} is neither a run's folder nor a checkpoint of one: no {RunDir(path).config_path.name}"
+        )
+    if run_dir.path != resolved:
+        problems = problems_of(resolved, only=(WEIGHTS, AVERAGE))
+        if problems:
+            raise InputError(f"{path} is not whole: {'; '.join(problems)}")
+        return resolved / WEIGHTS, run_dir
+    final, summary = run_dir.weights_path, run_dir.summary
+    is_final = final.is_file() and summary.get("status") == "finished"
+    claimed = summary.get("weights_sha256")  # runs of earlier versions have none
+    if is_final and claimed and file_sha256(final) != claimed:
+        raise InputError(
+            f"{final} is damaged: its sha256 is another. The newest in {run_dir.checkpoints_path} has the same weights"
+        )
+    newest, passed_over = (None, []) if is_final else newest_whole(run_dir.checkpoints_path)
+    if newest:
+        return newest / WEIGHTS, run_dir
+    if final.is_file():
+        return final, run_dir
+    damaged = f", and what is there is damaged: {'; '.join(passed_over)}" if passed_over else " yet"
+    raise InputError(f"{path} has neither {WEIGHTS} nor a whole checkpoint{damaged}")
+
+
+def unfinished_note(path: Path, weights: Path) -> str | None:
+    """What to say where the weights found for a run's folder are those of a checkpoint; None where they are not."""
+    run_dir = RunDir(path.resolve())
+    if not run_dir.is_run or weights.parent == run_dir.path:
+        return None
+    cause = "has lost its final weights" if run_dir.summary.get("status") == "finished" else "is not finished"
+    return f"{path} {cause}: this is its checkpoint {weights.parent.name}"
+
+
+def find_device(name: str) -> torch.device:
+    """auto, cpu or cuda to a device; auto is cuda where there is one.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device here: leave out --device, or use cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

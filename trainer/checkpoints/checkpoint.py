@@ -1,0 +1,257 @@
+"""What must survive a restart, to disk and back.
+
+The weights are written as safetensors, the optimizer's state as a file that torch reads with weights_only, the rest as JSON
+and YAML. A checkpoint is written under another name, synced, renamed and read back: it is whole, or it does not exist. No
+pickle in it is ever executed.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from shardstep.configs.durations import Progress
+from shardstep.configs.errors import InputError
+from shardstep.configs.files import write_whole
+from shardstep.datasets.cache import sync_to_disk
+from shardstep.trainer.checkpoints.checkpoint_files import (
+    AVERAGE,
+    BUFFERS,
+    OPTIMIZER,
+    RECIPE,
+    STATE,
+    WEIGHTS,
+    problems_of,
+    step_name,
+    write_manifest,
+)
+from shardstep.trainer.distributed.buffers import set_buffers, split_buffers
+from shardstep.trainer.state import TrainState
+
+_LOAD_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+
+
+_IN_A_FORM_OF_THEIR_OWN = ("module", "model", "optimizer", "scaler", "average", "progress")
+_FACTS = tuple(f.name for f in fields(TrainState) if f.name not in _IN_A_FORM_OF_THEIR_OWN)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A TrainState at one step, copied to the host: the run can go on while this is written."""
+
+    step: int
+    world_size: int
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
+    facts: dict[str, Any]
+    recipe: str
+    rank_buffers: Tensor | None
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def take_snapshot(state: TrainState, recipe: str, world_size: int, rank_buffers: Tensor | None) -> Snapshot:
+    """Copy a state to the host.
+
+    Args:
+        state: between two steps.
+        recipe: the resolved recipe as YAML.
+        world_size: number of ranks.
+        rank_buffers: (world_size, n), each rank's floating-point buffers, where they differ; the weights get their mean.
+    """
+    kept = weights(state.module)
+    if rank_buffers is not None:
+        kept |= split_buffers(state.module, rank_buffers.mean(dim=0))
+    facts = {name: getattr(state, name) for name in _FACTS}
+    facts["progress"] = asdict(state.progress)
+    facts["scaler"] = state.scaler.state_dict() if state.scaler else None
+    return Snapshot(
+        step=state.progress.step,
+        world_size=world_size,
+        weights=kept,
+        average=None if state.average is None else _contiguous_on_host(state.average),
+        optimizer=_to_host(state.optimizer.state_dict()),
+        facts=json.loads(json.dumps(facts)),  # a copy, too
+        recipe=recipe,
+        rank_buffers=rank_buffers,
+    )
+
+
+def write(snapshot: Snapshot, folder: Path) -> Path:
+    """Write a checkpoint below `folder` and read it back. One that is there under its name, and whole, is left.
+
+    Raises:
+        OSError: it could not be written, or is not what was written. What was there before is still there.
+    """
+    target = folder / step_name(snapshot.step)
+    if target.is_dir() and not problems_of(target):
+        return target
+    partial = folder / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.mkdir(exist_ok=True)  # not its parents: a run whose disk is gone must not go on in what lies below the mount
+    partial.mkdir()
+    entries = {}
+    for name, content in _files(snapshot):
+        (partial / name).write_bytes(content)
+        entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_manifest(partial, snapshot.step, snapshot.world_size, entries)
+    for path in (*partial.iterdir(), partial):
+        sync_to_disk(path)
+    if target.exists():  # damaged, and passed over when this run was resumed
+        shutil.rmtree(target)
+    partial.replace(target)
+    sync_to_disk(folder)
+    problems = problems_of(target)
+    if problems:
+        raise OSError(f"{target} is not what was written: {problems[0]}")
+    return target
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's parameters and buffers as contiguous tensors on the host."""
+    return _contiguous_on_host(module.state_dict())
+
+
+def write_weights(module: nn.Module, path: Path) -> None:
+    """Write a model's weights as safetensors."""
+    write_whole(path, safetensors.torch.save(weights(module)))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set: Literal["allow", "refuse"]) -> None:
+    """Restore a state from a whole checkpoint, in place.
+
+    Args:
+        state: new, with the fingerprints of the data sets at hand.
+        path: of the checkpoint.
+        rank, world_size: this rank's place.
+        new_test_set: whether the test set may be another; then the best evaluation is that of the new one to come.
+
+    Raises:
+        InputError: it does not fit the model, the optimizer or the data sets.
+    """
+    try:
+        facts = json.loads((path / STATE).read_bytes())
+        progress, scaler = Progress(**facts.pop("progress")), facts.pop("scaler")
+        facts.setdefault("evaluating_s", 0.0)  # of no consequence unless train.max_wall_s is given
+        values = {name: facts[name] for name in _FACTS}
+        optimizer = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
+        _load_optimizer(state.optimizer, optimizer)
+        if state.scaler is not None and scaler:
+            state.scaler.load_state_dict(scaler)
+        state.module.load_state_dict(safetensors.torch.load_file(path / WEIGHTS))
+        if state.average is not None:
+            _load_average(state, path)
+        if (path / BUFFERS).is_file():
+            every = safetensors.torch.load_file(path / BUFFERS)["buffers"]
+            if len(every) == world_size:  # on another world the mean has to do, which the weights hold
+                set_buffers(state.module, every[rank])
+    except _LOAD_ERRORS as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be resumed from: {reason}") from None
+    if values["fingerprint"] != state.fingerprint:
+        raise InputError(
+            f"{path} was trained on another data set (fingerprint {values['fingerprint'][:12]}) than data.train now "
+            f"names ({state.fingerprint[:12]}): give another run.dir"
+        )
+    if values["test_fingerprint"] != state.test_fingerprint:
+        if new_test_set == "refuse":
+            raise InputError(
+                f"{path} was evaluated on another test set (fingerprint {values['test_fingerprint'][:12]}) than data.test "
+                f"now names ({state.test_fingerprint[:12]}), so that its figures could not be compared with new ones. "
+                f"Give another run.dir, or go on with 'run.allow_changes=[data.test]' and forget the best evaluation so far"
+            )
+        values |= {"test_fingerprint": state.test_fingerprint, "best": None}
+    if len(values["sums"]) != world_size:  # rank 0 carries what all have counted
+        total = [sum(parts) for parts in zip(*values["sums"], strict=True)] or [0.0, 0.0]
+        values["sums"] = [total, *([0.0, 0.0] for _ in range(world_size - 1))]
+    state.progress = progress
+    for name, value in values.items():
+        setattr(state, name, value)
+
+
+def _load_average(state: TrainState, path: Path) -> None:
+    """A run that kept none until now begins with its weights."""
+    assert state.average is not None
+    kept = safetensors.torch.load_file(path / AVERAGE) if (path / AVERAGE).is_file() else state.module.state_dict()
+    for name, value in state.average.items():
+        value.copy_(kept[name])
+
+
+def _load_optimizer(optimizer: AcceleratedOptimizer, saved: dict[str, Any]) -> None:
+    """What the optimizer has learnt comes from the checkpoint, its options from the recipe, which may have changed them."""
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load the weights of a safetensors file into a model; of a checkpoint that has an average beside them, that.
+
+    Raises:
+        InputError: there is no such file, or it holds another model.
+    """
+    try:
+        average = path.with_name(AVERAGE)
+        kept = safetensors.torch.load_file(average) if average.is_file() else {}  # parameters, without buffers
+        module.load_state_dict(safetensors.torch.load_file(path) | kept)
+    except FileNotFoundError:
+        raise InputError(f"no weights in {path.parent}: {path.name} is missing") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path} does not hold this model's weights: {str(error).splitlines()[0]}") from None
+
+
+def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
+    yield WEIGHTS, safetensors.torch.save(snapshot.weights)
+    if snapshot.average is not None:
+        yield AVERAGE, safetensors.torch.save(snapshot.average)
+    stream = io.BytesIO()
+    torch.save(snapshot.optimizer, stream)
+    yield OPTIMIZER, stream.getvalue()
+    yield STATE, (json.dumps(snapshot.facts, indent=1) + "\n").encode()
+    yield RECIPE, snapshot.recipe.encode()
+    if snapshot.rank_buffers is not None:
+        yield BUFFERS, safetensors.torch.save({"buffers": snapshot.rank_buffers})
+
+
+def _contiguous_on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        for name, value in tensors.items()
+    }
+
+
+def _to_host(value: Any) -> Any:
+    """A copy of nested containers with all tensors on the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_host(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_host(part) for part in value)
+    return value

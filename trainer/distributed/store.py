@@ -1,0 +1,141 @@
+"""Notes between processes in the launcher's store, without a collective: heartbeats, and reports of a preflight."""
+
+import contextlib
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import PartialState
+
+_LOOK_AGAIN_S = 0.02
+
+
+class HeartbeatStore:
+    """Notes that ranks leave for each other in the launcher's store, without waiting for one another."""
+
+    def __init__(self, world: PartialState):
+        self.rank, self._world_size = world.process_index, world.num_processes
+        self._store: dist.Store | None = None
+        self._present: set[int] = set()  # ranks whose note has been seen
+        if self._world_size > 1:
+            self._store = dist.PrefixStore("shardstep", dist.distributed_c10d._get_default_store())
+
+    def exchange(self, note: str) -> dict[int, str]:
+        """Leave this rank's note, and read those of all ranks on rank 0, that of rank 0 on the others.
+
+        Two calls to the store, whatever the number of ranks, once each has left a note.
+        """
+        if self._store is None:
+            return {0: note}
+        try:
+            self._store.set(f"note-{self.rank}", note)
+        except RuntimeError:  # the rank or agent that keeps the store is gone: its end will be noticed
+            return {self.rank: note}
+        return {self.rank: note} | self.read(range(self._world_size) if self.rank == 0 else [0])
+
+    def read(self, ranks: Sequence[int] | None = None) -> dict[int, str]:
+        """The notes of some ranks, by default of all; without those that have not left one yet."""
+        if self._store is None:
+            return {}
+        ranks = range(self._world_size) if ranks is None else ranks
+        try:
+            # A note that is there stays there; asking the store for one that is not would wait for it.
+            self._present |= {
+                rank for rank in ranks if rank not in self._present and self._store.check([f"note-{rank}"])
+            }
+            present = [rank for rank in ranks if rank in self._present]
+            notes = self._store.multi_get([f"note-{rank}" for rank in present]) if present else []
+        except RuntimeError:
+            return {}
+        return {rank: text.decode() for rank, text in zip(present, notes, strict=True)}
+
+    def claim_verdict(self) -> bool:
+        """Whether this rank is the first to call the run hung."""
+        if self._store is None:
+            return True
+        try:
+            return self._store.add("verdict", 1) == 1
+        except RuntimeError:
+            return True
+
+    def verdict(self) -> bool:
+        """Whether some rank has called the run hung."""
+        try:
+            return self._store is not None and self._store.check(["verdict"])
+        except RuntimeError:
+            return False
+
+
+class LaunchStore:
+    """Where the processes of one launch leave notes for each other, before there is a world and if none comes up.
+
+    The notes lie in the store at MASTER_ADDR and MASTER_PORT, which the launcher's agent keeps, or else rank 0.
+    """
+
+    def __init__(self, environment: Mapping[str, str], timeout_s: float):
+        """
+        Raises:
+            TimeoutError: nothing listens there in time.
+        """
+        self._expected = int(environment.get("WORLD_SIZE", "1"))
+        self._store: dist.Store | None = None
+        self._keeps_store = False
+        if self._expected > 1:
+            store, self._keeps_store = _open_store(environment, timeout_s)
+            self._store = dist.PrefixStore(f"meeting-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    def share(self, topic: str, note: str, timeout_s: float) -> list[str]:
+        """Leave a note and wait for the others'; returns those that came in time, in their order, alike for all.
+
+        Who comes when the others have ended their waiting finds no note of its own.
+
+        Raises:
+            RuntimeError: the process that keeps the store is gone.
+        """
+        if self._store is None:
+            return [note]
+        number = self._store.add(f"{topic}-count", 1)
+        self._store.set(f"{topic}-{number}", note)
+        deadline = time.monotonic() + timeout_s
+        while not self._store.check([f"{topic}-closed"]):
+            count = self._store.add(f"{topic}-count", 0)
+            if count >= self._expected or time.monotonic() > deadline:
+                self._store.compare_set(f"{topic}-closed", "", str(count))  # one of them does it
+            time.sleep(_LOOK_AGAIN_S)
+        self._expected = count = int(self._store.get(f"{topic}-closed"))  # the others are given up
+        return [self._store.get(f"{topic}-{number}").decode() for number in range(1, count + 1)]
+
+    def leave(self, timeout_s: float) -> None:
+        """Wait for the others; the process that keeps the store leaves last.
+
+        Raises:
+            RuntimeError: it is gone already.
+        """
+        self.share("leaving", "", timeout_s)
+        if self._store is not None:
+            left, deadline = self._store.add("left", 1), time.monotonic() + timeout_s
+            while self._keeps_store and left < self._expected and time.monotonic() < deadline:
+                time.sleep(_LOOK_AGAIN_S)
+                left = self._store.add("left", 0)
+
+
+def _open_store(environment: Mapping[str, str], timeout_s: float) -> tuple[dist.Store, bool]:
+    """The store, and whether it is kept by this process."""
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    # multi_tenant: a world that comes up later shares the port
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s), "wait_for_workers": False, "multi_tenant": True}
+    if environment["RANK"] == "0" and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        with contextlib.suppress(dist.DistNetworkError):  # the port is taken: by another process that is told rank 0?
+            return dist.TCPStore(address, port, is_master=True, **options), True
+    deadline = time.monotonic() + timeout_s
+    while True:  # TCPStore itself would fill the screen with stacks while it waits
+        try:
+            socket.create_connection((address, port), timeout=timeout_s).close()
+            return dist.TCPStore(address, port, is_master=False, **options), False
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(str(error)) from None
+            time.sleep(_LOOK_AGAIN_S)

@@ -1,0 +1,119 @@
+"""What is measured before a run: matrix products, all-reduces, and one optimizer step of the recipe with the real code."""
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from shardstep.configs.errors import InputError
+from shardstep.configs.resolve import with_keys
+from shardstep.configs.schema import Recipe
+from shardstep.datasets.write import write_shards
+from shardstep.trainer import loop, setup
+from shardstep.trainer.distributed.collectives import time_all_reduce
+from shardstep.trainer.doctor.findings import Speed
+from shardstep.trainer.monitoring.display import Display
+
+ALL_REDUCE_BYTES = 4_000_000
+_REPEATS = 5
+_ENOUGH_S = 0.3  # of matrix products, for the best to be one that nothing disturbed
+_SIDE = {"cpu": 512, "cuda": 8192}  # of the matrices: some milliseconds each
+
+
+@dataclass(frozen=True)
+class Step:
+    """The first optimizer step of a recipe, after `setup_s` of building its run, and what a checkpoint of it takes."""
+
+    setup_s: float
+    samples: int
+    seconds: float
+    precision: str
+    memory_format: str
+    parameters: int
+    checkpoint_bytes: int
+    gpu_peak_bytes: int | None
+
+
+def measure_speed(world: PartialState) -> Speed:
+    """This rank's matrix products, while the others do theirs, and the all-reduce of 4 MB. All ranks."""
+    fp32, bf16 = (_matrix_product(world.device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    if world.num_processes == 1:
+        return Speed(fp32, bf16)
+    seconds = statistics.median(time_all_reduce(world, ALL_REDUCE_BYTES, _REPEATS))
+    return Speed(fp32, bf16, ALL_REDUCE_BYTES / 1e6 / seconds)
+
+
+def _matrix_product(device: torch.device, dtype: torch.dtype) -> float:
+    """1e9 operations a second, the best of some."""
+    side, seconds = _SIDE[device.type], [0.0]
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
+    while sum(seconds) < _ENOUGH_S:
+        began = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds[1:]) / 1e9
+
+
+def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
+    """Build the recipe's run in an empty folder of this rank's own and take one optimizer step. All ranks.
+
+    Shards are read as they are needed, so that nothing is decoded into the cache. A synthetic set that is not there is
+    made in `folder`.
+
+    Raises:
+        InputError: the run cannot be built, its step needs more memory than there is, or its loss is no number.
+    """
+    data: dict[str, object] = {"mode": "stream"}
+    for split, shards in (("train", recipe.data.train), ("test", recipe.data.test)):
+        if (recipe.data.source or "").startswith("synthetic:") and not Path(shards).exists():
+            write_shards(str(recipe.data.source), split, folder / split)
+            data[split] = str(folder / split)
+    recipe = with_keys(
+        recipe,
+        data=data,
+        run={"dir": str(folder / "run"), "resume": "never", "allow_changes": [], "hang_timeout": None},
+        log={"wandb": "disabled", "tensorboard": False, "sample_keys": False},
+    )
+    began = time.perf_counter()
+    run = setup.build(world, recipe, Display(enabled=False))
+    state, setup_s = run.state, time.perf_counter() - began
+
+    began = time.perf_counter()
+    batch = next(iter(run.batches.from_position(0, 0)))
+    try:
+        sums = loop.train_step(run, batch)
+    except torch.OutOfMemoryError as error:
+        text = str(error).splitlines()[0].rstrip(".").replace(". ", "; ")
+        raise InputError(f"the first step does not fit: {text}. Lower train.max_micro_batch") from None
+    loss = None if sums is None else sums.tolist()[0]  # waits for the device
+    seconds = time.perf_counter() - began
+    if loss is None or not math.isfinite(loss):
+        raise InputError("the loss of the first step is no number. Try a lower optimizer.lr, or train.precision=fp32")
+
+    tensors = [*state.module.state_dict().values(), *_tensors(state.optimizer.state_dict()["state"])]
+    on_gpu = world.device.type == "cuda"
+    return Step(
+        setup_s=setup_s,
+        samples=batch.size,
+        seconds=seconds,
+        precision=run.recipe.train.precision,
+        memory_format=run.recipe.train.memory_format,
+        parameters=sum(parameter.numel() for parameter in state.module.parameters()),
+        checkpoint_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        gpu_peak_bytes=torch.cuda.max_memory_allocated(world.device) if on_gpu else None,
+    )
+
+
+def _tensors(content: object) -> list[Tensor]:
+    if isinstance(content, Tensor):
+        return [content]
+    if isinstance(content, dict):
+        return [tensor for value in content.values() for tensor in _tensors(value)]
+    if isinstance(content, list | tuple):
+        return [tensor for value in content for tensor in _tensors(value)]
+    return []

@@ -1,0 +1,233 @@
+"""The end of a run: finished, stopped on request, or failed; what it leaves behind, and what rank 0 says about it."""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardstep.configs.errors import InputError, NonFiniteError, TrainingFailed
+from shardstep.configs.files import write_whole
+from shardstep.trainer import loop
+from shardstep.trainer.checkpoints.checkpoint import write_weights
+from shardstep.trainer.checkpoints.checkpoint_files import newest_whole
+from shardstep.trainer.distributed import launch_env
+from shardstep.trainer.distributed.collectives import broadcast_object, is_lost_rank
+from shardstep.trainer.distributed.world import leave_world
+from shardstep.trainer.evaluation import Evaluation
+from shardstep.trainer.monitoring import pictures
+from shardstep.trainer.monitoring.timing import time_table
+from shardstep.trainer.optim.average import averaged
+from shardstep.trainer.run import Run
+from shardstep.trainer.run_dir import Failure, Status
+from shardstep.trainer.starts import write_start
+from shardstep.trainer.summary import write_summary
+
+Ending = Literal["finished", "stopped", "unsaved"]
+"""How a run ended: by its duration; on request, with its state saved; on request, without."""
+
+
+def train_to_end(run: Run, arguments: list[str]) -> Ending:
+    """Train, and leave behind what belongs to the end that comes. All ranks.
+
+    Args:
+        run: ready to go.
+        arguments: of `shardstep train`, as they were typed.
+
+    Raises:
+        TrainingFailed: see loop.train. This and any other error is in the run's summary then.
+    """
+    world, before = run.accelerator.state, run.state.progress
+    was_finished = broadcast_object(world, _holds_this_end(run))
+    is_over = run.plan.is_over(before) or run.plan.is_out_of_time(run.state.train_s)
+    if world.is_main_process and not (was_finished and is_over):
+        write_start(run, arguments)
+    run.display.start(run.plan.total_steps, before.step, run.plan.share_done(before, run.state.train_s))
+    try:
+        run.requests.check()
+        result = loop.train(run)
+        run.profiler.end()
+        run.display.stop()
+        is_safe = run.saver.wait(lambda: run.watchdog.beat(run.state.progress.step, "saving"))  # rank 0 writes
+        run.timer.mark("checkpoint")
+        if result.stopped:
+            return _stop(run, is_safe)
+        if was_finished and (result.evaluation is None or run.state.progress.step == before.step):
+            run.display.note(
+                f"nothing to do: {run.dir.path} holds a finished run of {run.state.progress.step} steps. For another one "
+                f"give run.dir or run.name, or run.resume=never to put this one aside"
+            )
+        else:
+            evaluation = result.evaluation or run.evaluate()  # it ended between its last checkpoint and its summary
+            if evaluation is None:
+                return _stop(run, is_safe)
+            run.watchdog.stop()
+            if world.is_main_process:
+                _finish(run, evaluation, is_safe)
+            broadcast_object(world, None)  # all leave together: srun ends the last a while after the first
+    except BaseException as error:
+        run.display.stop()
+        fail(run, error)
+        raise
+    finally:
+        run.watchdog.stop()
+    leave_world(run.accelerator)
+    return "finished"
+
+
+def _holds_this_end(run: Run) -> bool:
+    """Whether the run's folder holds a finished run that ended at the step where this one starts."""
+    earlier = run.dir.summary
+    return earlier.get("status") == "finished" and earlier.get("step") == run.state.progress.step
+
+
+def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
+    """Write what a finished run leaves behind, and say how it went. Rank 0."""
+    folder = run.dir.path
+    run.metrics.close()
+    run.dir.summary_path.unlink(missing_ok=True)  # an older one would be beside weights that it does not know
+    with averaged(run.state):
+        write_weights(run.state.module, run.dir.weights_path)
+        try:
+            drawn = draw_pictures(run, evaluation)
+        except OSError as error:  # the weights are safe: a full disk must not fail the run for a picture
+            run.display.warn(f"not all pictures could be drawn: {error}")
+            drawn = []
+    summary = write_summary(run, "finished", evaluation)  # last: it says that all the rest is there
+    _close_trackers(run, summary)
+
+    for text in time_table(summary["time_s"]):
+        run.display.note(text)
+    shares = "" if evaluation.accuracy is None else f"accuracy {evaluation.accuracy:.2%}, top-5 {evaluation.top5:.2%}, "
+    run.display.note(
+        f"done: test {shares}loss {evaluation.loss:.4f} on {evaluation.samples:,} images after {run.state.wall_s:.0f} s"
+    )
+    per_class = zip(evaluation.per_class_accuracy or [], run.data.train.manifest.classes, strict=False)
+    known = [(accuracy, name) for accuracy, name in per_class if accuracy is not None]
+    if known and min(known)[0] < max(known)[0]:
+        run.display.note(f"best class: {max(known)[1]} {max(known)[0]:.1%}, worst: {min(known)[1]} {min(known)[0]:.1%}")
+    run.display.note(f"{', '.join([*drawn, run.dir.weights_path.name])} are in {folder}")
+    if not is_safe:
+        run.display.warn(
+            "the last checkpoint could not be saved: the same command would take the steps since the one before it again"
+        )
+
+
+def _stop(run: Run, is_safe: bool) -> Ending:
+    """End a run that was asked to: the state is saved, then the summary says so, then wandb hears of it."""
+    step, reason = run.state.progress.step, run.requests.reason
+    if run.accelerator.is_main_process:
+        run.metrics.close()
+        run.requests.obeyed()
+        if is_safe:
+            summary = _write_summary(run, "preempted")
+            _tell_job_script(run)
+        else:
+            summary = _write_summary(run, "failed", "checkpoint", f"step {step} could not be saved")
+        if not step:
+            run.display.note(f"stopped by {reason}, before the first step")
+        elif is_safe:
+            run.display.note(f"stopped by {reason}: step {step} is saved, the same command goes on from it")
+        else:
+            saved, _ = newest_whole(run.dir.checkpoints_path)
+            rest = f"the same command goes on from {saved.name}" if saved else "there is no checkpoint to go on from"
+            run.display.note(f"stopped by {reason}, but step {step} could not be saved: {rest}")
+        outlook = run.time_limit.outlook()
+        if outlook:
+            run.display.note(outlook)
+        run.watchdog.stop()
+        _close_trackers(run, summary, failed=not is_safe)
+    # No rank leaves before the state is safe: its exit would end the others under srun.
+    is_safe = broadcast_object(run.accelerator.state, is_safe)
+    leave_world(run.accelerator)
+    return "stopped" if is_safe else "unsaved"
+
+
+def fail(run: Run, error: BaseException) -> None:
+    """Write down that the run failed. No collective here: the other ranks may never come."""
+    if isinstance(error, InputError):  # found by the rank that read the sample, and by no other
+        error.everywhere = False
+    run.metrics.close()
+    if run.accelerator.is_main_process:
+        told = isinstance(error, (InputError, TrainingFailed))
+        reason = str(error) if told else f"{type(error).__name__}: {error}"
+        summary = _write_summary(run, "failed", failure_of(error), reason)
+        run.watchdog.stop()
+        _close_trackers(run, summary, failed=True)
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What kind of failure an error is, as summary.json has it."""
+    if isinstance(error, NonFiniteError):
+        return "nonfinite"
+    if isinstance(error, InputError):
+        return "input"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "memory"
+    return "lost_rank" if is_lost_rank(error) else "error"
+
+
+def _write_summary(run: Run, status: Status, failure: Failure | None = None, reason: str = "") -> dict[str, Any]:
+    """Write the summary of a run that has not come to its end; that it cannot be written is not what the person must know."""
+    try:
+        return write_summary(run, status, failure=failure, reason=reason)
+    except OSError as error:
+        run.display.warn(f"{run.dir.summary_path.name} could not be written: {error}")
+        return {"status": status}
+
+
+def _tell_job_script(run: Run) -> None:
+    """Tell the job script, which may start the job again, how many steps this process took, and who asked it to stop."""
+    path = launch_env.stopped_file()
+    if path is None:
+        return
+    steps = run.state.progress.step - run.state.starts[-1]["step"]
+    try:
+        write_whole(path, f"{steps} {'person' if run.requests.by_person else 'signal'}\n".encode())
+    except OSError as error:
+        run.display.warn(f"{path} could not be written, the job will not be started again: {error}")
+
+
+def _close_trackers(run: Run, summary: dict[str, Any], failed: bool = False) -> None:
+    for note in run.trackers.finish(summary, failed):
+        run.display.note(note)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def draw_pictures(run: Run, evaluation: Evaluation) -> list[str]:
+    """Draw what belongs to a finished run; returns the names of the pictures.
+
+    Raises:
+        OSError: one cannot be written.
+    """
+    folder, classes = run.dir.path, run.data.train.manifest.classes
+    pictures.draw_curves(run.dir.metrics_path, folder / "curves.png", pictures.training_extras(run.recipe))
+    if evaluation.confusion is None:
+        pictures.draw_reconstructions(*first_reconstructions(run), folder / "reconstructions.png")
+        return ["curves.png", "reconstructions.png"]
+    pictures.draw_confusion(evaluation.confusion, classes, folder / "confusion.png")
+    pictures.draw_predictions(*first_predictions(run), classes, folder / "predictions.png")
+    return ["curves.png", "confusion.png", "predictions.png"]
+
+
+def first_predictions(run: Run) -> tuple[Tensor, list[int], list[int], list[float]]:
+    """The first test images of a run with labels, predictions and their probabilities, computed on this rank alone."""
+    count = min(pictures.GRID_ROWS * pictures.GRID_COLUMNS, run.data.test.manifest.samples)
+    pixels, labels = run.data.test_reader.read(np.arange(count))
+    confidence, prediction = _outputs(run, pixels).softmax(dim=1).max(dim=1)
+    return pixels.cpu(), labels.tolist(), prediction.tolist(), confidence.tolist()
+
+
+def first_reconstructions(run: Run) -> tuple[Tensor, Tensor]:
+    """The first test images of a run and what the model makes of them: uint8 (N, H, W, C), computed on this rank alone."""
+    count = min(pictures.GRID_ROWS * pictures.GRID_COLUMNS // 2, run.data.test.manifest.samples)
+    pixels, _ = run.data.test_reader.read(np.arange(count))
+    return pixels.cpu(), run.data.normalize.undo(_outputs(run, pixels)).cpu()
+
+
+@torch.no_grad()
+def _outputs(run: Run, pixels: Tensor) -> Tensor:
+    images = run.data.normalize(pixels.to(run.accelerator.device))
+    return run.state.module.eval()(images).float()

@@ -1,0 +1,162 @@
+"""What the person at the terminal sees: notes, a calm live area on a terminal, timed lines elsewhere. Rank 0 only.
+
+Where output is no terminal, as in a batch job's log, or NO_COLOR is set, there are plain lines: one with every evaluation,
+and one about training every ten seconds. Where figures are logged more rarely, lines after 10, 20, 40, ... seconds without
+any say how far training is.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import fill
+from typing import Any, TextIO, cast
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from shardstep.datasets.progress import is_drawable
+from shardstep.trainer.monitoring.status import Status, describe_line, span
+
+_PLAIN_INTERVAL_S = 10  # between lines about training steps where there is no terminal; evaluations always get one
+_REDRAWN_PER_S = 2
+
+
+class _Output:
+    """A stream that goes on when its disk is full or its reader has left: what is written then is lost."""
+
+    def __init__(self, stream: TextIO, tell: Callable[[str], None] | None = None):
+        """
+        Args:
+            stream: what is written to.
+            tell: told of the first failure.
+        """
+        self._stream, self._tell = stream, tell
+
+    def write(self, text: str) -> int:
+        """Write, or lose the text."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what is written, or lose it."""
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError as error:
+            tell, self._tell = self._tell, None
+            if tell:
+                tell(f"standard output cannot be written, training goes on without: {error.strerror or error}")
+
+
+class Display:
+    """Output of a run. On ranks other than 0 every method does nothing."""
+
+    def __init__(self, enabled: bool, goes_on: bool = False):
+        """
+        Args:
+            enabled: on rank 0.
+            goes_on: whether text that cannot be written is left out, rather than an error: training is worth more than it.
+        """
+        self._enabled = enabled
+        output, errors = (_Output(sys.stdout, self.warn), _Output(sys.stderr)) if goes_on else (None, None)
+        self._console = Console(highlight=False, file=cast(TextIO | None, output))
+        self._errors = Console(highlight=False, file=cast(TextIO | None, errors), stderr=True)
+        self._live: Live | None = None
+        self._last_plain_s = -float("inf")  # when the last line about training was printed
+        self._last_said_s = 0.0  # when anything was
+        self._patience_s = _PLAIN_INTERVAL_S  # after which a line without figures says how far training is
+        self._remark = ""
+        self.status = Status()
+
+    def note(self, text: str = "", indent: int = 0) -> None:
+        """Print a line; what a terminal has no room for goes below it, indented by as many columns."""
+        if self._enabled:
+            if indent and self._console.file.isatty():
+                below = indent * " "
+                text = fill(
+                    text, self._console.width, subsequent_indent=below, break_long_words=False, break_on_hyphens=False
+                )
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning to stderr."""
+        if self._enabled:
+            (self._console if self._live else self._errors).print(f"warning: {text}", markup=False, soft_wrap=True)
+
+    def tell(self, text: str) -> None:
+        """Print to stderr, on any rank: what this rank alone knows."""
+        (self._console if self._live else self._errors).print(text, markup=False, soft_wrap=True)
+
+    def start(self, total_steps: int | None, done_steps: int, share_done: float) -> None:
+        """Open the live area, if there is a terminal for it; the arguments are as in Status."""
+        self.status.total_steps, self.status.step, self.status.share_done = total_steps, done_steps, share_done
+        self._last_said_s = time.monotonic()
+        if self._enabled and is_drawable(self._console):
+            self._live = Live(
+                get_renderable=self._area, console=self._console, refresh_per_second=_REDRAWN_PER_S, transient=True
+            )
+            self._live.start()
+            self._console.show_cursor(True)  # a run that is killed could not bring it back
+
+    def advance(self, step: int) -> None:
+        """Note that a step is done; drawn when it is time, or a line where there is no terminal and no other for a while."""
+        self.status.step = step
+        if self._enabled and not self._live and time.monotonic() - self._last_said_s >= self._patience_s:
+            self._patience_s *= 2
+            self._timed(self.status.place(time.time()).lstrip())
+
+    def line(self, line: dict[str, Any]) -> None:
+        """Show a line of metrics.jsonl."""
+        self.status.take(line)
+        self._patience_s = _PLAIN_INTERVAL_S
+        if line["kind"] == "eval":
+            (self.note if self._live else self._timed)(describe_line(line))  # without the time it fits 80 columns
+        elif not self._live and time.monotonic() - self._last_plain_s >= _PLAIN_INTERVAL_S:
+            self._last_plain_s = time.monotonic()
+            self._timed(describe_line(line))
+
+    def saved(self, path: Path) -> None:
+        """Note a checkpoint that is whole, by its folder."""
+        with contextlib.suppress(OSError):  # it may be deleted by now
+            self.status.saved(int(path.name.removeprefix("step-")), path.stat().st_mtime)
+
+    def remark(self, what: str, since_s: float = 0.0) -> None:
+        """Show something below the figures for as long as it is true, and since when; once where there is no terminal.
+
+        Args:
+            what: empty when it is true no longer.
+            since_s: seconds.
+        """
+        said, self._remark = self._remark, f"{what} {span(since_s)}" if what else ""
+        if what and not said.startswith(what) and not self._live:
+            self._timed(self._remark)
+
+    def stop(self) -> None:
+        """Close the live area."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _timed(self, text: str) -> None:
+        self._last_said_s = time.monotonic()
+        self.note(f"{time.strftime('%H:%M:%S')}  {text}")
+
+    def _area(self) -> RenderableType:
+        now_s, status = time.time(), self.status
+        head = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True)
+        bar = ProgressBar(total=1.0, completed=status.share)
+        head.add_row(bar, Text(status.place(now_s), no_wrap=True))
+        rows = [*status.rows(now_s), *([self._remark] if self._remark else [])]
+        return Group(head, *(Text(row, no_wrap=True, overflow="ellipsis") for row in rows))

@@ -1,0 +1,90 @@
+"""What a run appends to its metrics.jsonl, as it comes: for those who follow a run through the file system."""
+
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any, Literal
+
+from shardstep.configs.errors import InputError
+from shardstep.trainer.monitoring.status import parse_line
+
+_BOTH = {"kind", "step", "epoch", "loss", "accuracy", "total_steps", "time"}
+_NEEDED = {
+    "train": _BOTH | {"lr", "samples_per_s", "data_wait_share", "memory_mb", "left_s"},
+    "eval": _BOTH | {"train_accuracy", "wall_s"},
+}
+"""What is shown of a line of each kind."""
+_RECENT = 20  # lines: enough for an evaluation to be among them, as a rule
+
+
+class MetricTail:
+    """The lines of a run's metrics.jsonl, whole ones only."""
+
+    def __init__(self, path: Path, begin_at: Literal["start", "end"]):
+        """
+        Args:
+            path: the file, which may come later.
+            begin_at: whether the lines that are there already count, and those that a restarted run kept.
+        """
+        self._path, self._begin_at = path, begin_at
+        self._offset, self._file_id = 0, None
+        self._gaps_s: deque[float] = deque(maxlen=_RECENT)
+        self._last_s: float | None = None
+        self.begun_anew = False  # whether the lines of the last call are those of a file that was cut
+        place = self._stat()
+        if place and begin_at == "end":
+            self._offset, self._file_id = place.st_size, place.st_ino
+
+    def new(self) -> list[dict[str, Any]]:
+        """The lines since the last call. A file that was cut, as a restarted run does, begins again, or at its end.
+
+        Raises:
+            InputError: another version of shardstep wrote them.
+        """
+        self.begun_anew = False
+        place = self._stat()
+        if place is None:
+            return []
+        if place.st_size < self._offset or self._file_id not in (None, place.st_ino):
+            self.begun_anew = True
+            self._offset = 0 if self._begin_at == "start" else place.st_size
+        self._file_id = place.st_ino
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                content = file.read()
+        except OSError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        lines = [line for text in whole.splitlines() if (line := self._read(text))]
+        for line in lines:
+            self._gaps_s.append(line["time"] - (self._last_s or line["time"]))
+            self._last_s = line["time"]
+        return lines
+
+    def usual_gap_s(self) -> float:
+        """The longest time from one of the last lines to the next."""
+        return max(self._gaps_s, default=0.0)
+
+    def moved_at_s(self) -> float:
+        """When the file last changed, in seconds since the epoch; 0 where there is none."""
+        place = self._stat()
+        return place.st_mtime if place else 0.0
+
+    def _read(self, text: bytes) -> dict[str, Any] | None:
+        line = parse_line(text)
+        if line is None:  # the file was cut and has grown again since the last look
+            return None
+        missing = _NEEDED[line["kind"]] - line.keys()
+        if missing:
+            raise InputError(
+                f"{self._path} was written by an older version of shardstep: its lines lack {', '.join(sorted(missing))}"
+            )
+        return line
+
+    def _stat(self) -> os.stat_result | None:
+        try:
+            return self._path.stat()
+        except OSError:
+            return None

@@ -1,0 +1,83 @@
+"""TensorBoard: a run's figures as event files below its folder."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shardstep.configs.schema import Recipe
+from shardstep.trainer.monitoring.status import pictures_of, scalars_of
+
+Line = dict[str, Any]
+_FLUSHED_S = 20  # between writes to disk
+
+
+class TensorBoardTracker:
+    """A Tracker: train and evaluation lines as <kind>/<name>, the config as text, the pictures at the end.
+
+    A run that goes on writes its events anew from metrics.jsonl, which has exactly what happened: a killed process leaves
+    events of steps that are taken again, and others unwritten. A TensorBoard that looks on is told to drop what it had.
+    """
+
+    name = "TensorBoard"
+    sends_files = False
+
+    def __init__(self, recipe: Recipe, folder: Path, facts: Line):
+        """
+        Args:
+            recipe: as the run's config.
+            folder: of the run.
+            facts: of code and hardware, beside it.
+        """
+        self._recipe, self._folder, self._facts = recipe, folder, facts
+        self._events = folder / "tensorboard"
+        self._writer: Any = None
+        self._past: list[str] = []
+
+    def start(self) -> None:
+        """Open a new file of events in place of those from before."""
+        from torch.utils.tensorboard import SummaryWriter  # a second: only where it is wanted
+
+        lines = self._folder / "metrics.jsonl"
+        self._past = lines.read_text().splitlines() if lines.is_file() else []
+        old = list(self._events.glob("events.out.tfevents.*"))
+        for path in old:
+            path.unlink()
+        self._writer = SummaryWriter(str(self._events), purge_step=0 if old else None, flush_secs=_FLUSHED_S)
+        self._text("config", dataclasses.asdict(self._recipe))
+        self._text("facts", self._facts)
+
+    def catch_up(self) -> None:
+        """Write the lines of the run's past."""
+        for line in self._past:
+            self.log(json.loads(line))
+
+    def log(self, line: Line) -> None:
+        """Write the numbers of a line of metrics.jsonl."""
+        for name, value in scalars_of(line).items():
+            self._writer.add_scalar(name, value, line["step"], walltime=line.get("time"))  # older versions wrote none
+
+    def saved(self, path: Path) -> None:
+        """Checkpoints stay where they are."""
+
+    def finish(self, summary: Line, failed: bool) -> None:
+        """Write pictures and summary, and close the file."""
+        import cv2
+
+        if summary["status"] == "finished":
+            for path in pictures_of(self._folder):
+                pixels = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)  # (H, W, C)
+                self._writer.add_image(f"pictures/{path.stem}", pixels, summary["step"], dataformats="HWC")
+        self._text("summary", summary)
+        self._writer.close()
+
+    def note(self) -> str:
+        """How to look at it."""
+        return f"curves: tensorboard --logdir {shlex.quote(str(self._events))}"
+
+    def _text(self, name: str, content: Line) -> None:
+        text = yaml.safe_dump(content, sort_keys=False)
+        self._writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()))  # Markdown for: as it is

@@ -1,0 +1,391 @@
+"""Optimizers by name, and which parameter gets which options.
+
+The documents' optimizers have a function each, whose docstring gives the equation and where torch differs from it;
+every other one of torch.optim goes by its name in lower case, with its own arguments. In the equations g is the gradient of
+the loss with respect to the parameter w, eta the learning rate, and operations on vectors are per element. Defaults are
+torch's, and stand in the signature. `fused`: torch's kernel that updates all parameters in one pass; None uses it where it
+exists, and where no scaler has to look at the gradients first.
+"""
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from shardstep.configs.components import check_limits, convert, hint_of, neighbours, options_of, resolve_options
+from shardstep.configs.durations import duration_problems
+from shardstep.configs.errors import InputError
+from shardstep.configs.schema import Precision
+from shardstep.trainer.optim.muon import FilterMuon
+
+Parameters = Iterable[dict[str, Any]] | Iterable[nn.Parameter]
+
+
+def sgd(
+    parameters: Parameters,
+    *,
+    lr: float = 1e-3,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    fused: bool | None = None,
+) -> Optimizer:
+    """Stochastic gradient descent; with a global batch of 1, of some, or `full`: the documents' three kinds.
+
+    w <- w - eta g. With momentum mu:  v <- mu v + (1 - dampening) g,  w <- w - eta v.
+
+    The documents keep the rate inside the velocity, v <- mu v - eta g, w <- w + v: the same for a constant rate; torch's
+    form applies a changed rate to the whole velocity at once. The first v is g, undampened. With nesterov, the step is
+    along g + mu v. Memory: one number per parameter with momentum, none without.
+    """
+    return torch.optim.SGD(
+        parameters,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        fused=fused,
+    )
+
+
+def adagrad(
+    parameters: Parameters,
+    *,
+    lr: float = 1e-2,
+    lr_decay: float = 0.0,
+    weight_decay: float = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: float = 1e-10,
+    fused: bool | None = None,
+) -> Optimizer:
+    """Rates that shrink with the sum of squared gradients. Duchi et al. 2011, JMLR 12.
+
+    s <- s + g^2,  w <- w - eta g / (sqrt(s) + eps).
+
+    The documents write sqrt(s + eps); torch has eps outside the root. Memory: one number per parameter.
+    """
+    return torch.optim.Adagrad(
+        parameters,
+        lr=lr,
+        lr_decay=lr_decay,
+        weight_decay=weight_decay,
+        initial_accumulator_value=initial_accumulator_value,
+        eps=eps,
+        fused=fused,
+    )
+
+
+def adadelta(
+    parameters: Parameters, *, lr: float = 1.0, rho: float = 0.9, eps: float = 1e-6, weight_decay: float = 0.0
+) -> Optimizer:
+    """Steps in the units of past steps, without a rate. Zeiler 2012, arXiv 1212.5701, algorithm 1.
+
+    s <- rho s + (1 - rho) g^2,  d = sqrt(u + eps) / sqrt(s + eps) g,  u <- rho u + (1 - rho) d^2,  w <- w - eta d.
+
+    The documents have no eta: it defaults to 1. Memory: two numbers per parameter.
+    """
+    return torch.optim.Adadelta(parameters, lr=lr, rho=rho, eps=eps, weight_decay=weight_decay)
+
+
+def rmsprop(
+    parameters: Parameters,
+    *,
+    lr: float = 1e-2,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    centered: bool = False,
+) -> Optimizer:
+    """Rates by a running mean of squared gradients. Hinton 2012, Coursera lecture 6e.
+
+    s <- alpha s + (1 - alpha) g^2,  w <- w - eta g / (sqrt(s) + eps).
+
+    The documents write sqrt(s + eps) and use alpha = 0.9; torch has eps outside the root and alpha = 0.99.
+    Memory: one number per parameter, one more with momentum, one more if centered.
+    """
+    return torch.optim.RMSprop(
+        parameters, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, centered=centered
+    )
+
+
+def adam(
+    parameters: Parameters,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+    fused: bool | None = None,
+) -> Optimizer:
+    """Running means of the gradient and its square, corrected for their start at 0. Kingma and Ba 2014, arXiv 1412.6980.
+
+    m <- b1 m + (1 - b1) g,  s <- b2 s + (1 - b2) g^2,  w <- w - eta (m / (1 - b1^t)) / (sqrt(s / (1 - b2^t)) + eps).
+
+    As in the documents. weight_decay adds to the gradient, not to the step: see adamw. Memory: two numbers per
+    parameter, three with amsgrad.
+    """
+    return torch.optim.Adam(
+        parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, fused=fused
+    )
+
+
+def adamw(
+    parameters: Parameters,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    amsgrad: bool = False,
+    fused: bool | None = None,
+) -> Optimizer:
+    """Adam whose weight decay bypasses the running means: w <- w - eta weight_decay w, then Adam's step.
+
+    Loshchilov and Hutter 2017, arXiv 1711.05101. Memory: two numbers per parameter, three with amsgrad.
+    """
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, fused=fused
+    )
+
+
+def filter_muon(
+    parameters: Parameters,
+    *,
+    lr: float = 0.02,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    renormalize: bool = False,
+    weight_decay: float = 0.0,
+    ns_precision: Literal["auto", "bf16", "fp32"] = "auto",
+) -> Optimizer:
+    """Muon on matrices and on the filters of convolutions, flattened to (out, in x height x width). Jordan et al. 2024.
+
+    v <- mu v + g,  d = g + mu v (nesterov) or v,  w <- (1 - eta weight_decay) w - eta orthogonal(d).
+
+    orthogonal(U S V^T) is about U V^T, by `ns_steps` of Newton and Schulz's iteration. `renormalize` scales w to the norm
+    sqrt(out) before each step, as the CIFAR-10 speed records do. The iteration's products are in `ns_precision`; auto: bf16
+    on a GPU, and where training is in bf16. torch's own, `muon`, takes matrices only. Parameters of one dimension need
+    another optimizer beside it: optimizer.groups. Memory: one number per parameter.
+    """
+    product_dtype = torch.bfloat16 if ns_precision == "bf16" else torch.float32
+    return FilterMuon(parameters, lr, momentum, nesterov, ns_steps, renormalize, weight_decay, product_dtype)
+
+
+CANNOT_WORK = {
+    "lbfgs": "it evaluates the loss several times per step, which the loop does not do",
+    "sparseadam": "it needs sparse gradients, which no model here has",
+}
+
+_REMEDIES = {
+    "muon": "give it those of two dimensions beside another optimizer, as in optimizer.name=adamw "
+    "optimizer.groups='[{ndim: 2, name: muon, lr: 0.02}]'; filter_muon takes the filters of convolutions too",
+    "filter_muon": "give it the filters beside another optimizer, as in optimizer.name=sgd "
+    "optimizer.groups='[{ndim: 4, name: filter_muon, lr: 0.24}]'",
+}
+_FUSED_ON_CPU_ONLY = ("adagrad",)
+
+
+def _every_optimizer() -> dict[str, Callable[..., Optimizer]]:
+    ours = {function.__name__: function for function in (sgd, adagrad, adadelta, rmsprop, adam, adamw, filter_muon)}
+    classes = {
+        name.lower(): value
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+    }
+    return {**{name: value for name, value in classes.items() if name not in CANNOT_WORK}, **ours}
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = _every_optimizer()
+
+COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "decay_biases_and_norms": (bool, False),
+    "groups": (list[Any], []),
+}
+"""Options of every optimizer: type and default.
+
+decay_biases_and_norms: whether weight_decay also applies to parameters of fewer than two dimensions.
+groups: list of {match: pattern of parameter names, or ndim: dimensions, and options such as lr}; the first that fits counts.
+    With a `name`, the group has an optimizer of its own, which begins with its own defaults. With `until`, a duration, its
+    schedule ends then, and its parameters are frozen.
+"""
+
+_SELECTORS = ("match", "ndim")
+_GROUP_KEYS: dict[str, Any] = {"match": str, "ndim": int, "until": str}
+
+
+class CombinedOptimizer(Optimizer):
+    """Several optimizers that step together, each on its own parameters; `param_groups` are those of all of them."""
+
+    def __init__(self, optimizers: list[Optimizer]):
+        self._optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], defaults={})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # no closure, as everywhere here
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if len(state_dict["optimizers"]) != len(self._optimizers):
+            raise ValueError(f"a state of {len(state_dict['optimizers'])} optimizers for {len(self._optimizers)}")
+        for optimizer, state in zip(self._optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+
+def build_optimizer(
+    section: dict[str, Any], model: nn.Module, has_scaler: bool = False, precision: Precision = "fp32"
+) -> Optimizer:
+    """Build what a checked recipe section names, over the trainable parameters of a model.
+
+    Each parameter group keeps its base rate as `initial_lr`; schedules multiply it.
+
+    Args:
+        section: `name`, its options, and those of COMMON_OPTIONS.
+        model: on its device.
+        has_scaler: whether fp16's scaler looks at the gradients before a step.
+        precision: of the forward and backward pass.
+
+    Raises:
+        InputError: the options contradict each other, or a group matches no parameter.
+    """
+    optimizers = [
+        _build_one(options, groups, has_scaler, precision) for options, groups in _parameter_groups(section, model)
+    ]
+    optimizer = optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
+    if all("until" in group for group in optimizer.param_groups):
+        raise InputError(
+            "optimizer.groups freeze every parameter with `until`: leave one group without, for the whole run"
+        )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def check_optimizer(section: dict[str, Any]) -> list[str]:
+    """Check optimizer.groups, and convert their options in place; returns the problems."""
+    problems = []
+    for place, group in enumerate(section["groups"]):
+        where = f"optimizer.groups[{place}]"
+        if not isinstance(group, dict) or not set(_SELECTORS) & set(group):
+            problems.append(f"{where} must be a mapping with match (a pattern of parameter names) or ndim, not {group}")
+        else:
+            section["groups"][place], found = _check_group(where, group, section["name"])
+            problems += found
+    decays = [section.get("weight_decay"), *(group.get("weight_decay") for group in section["groups"] if not problems)]
+    if section["decay_biases_and_norms"] and not any(decays):
+        problems.append("optimizer.decay_biases_and_norms=true has no effect without optimizer.weight_decay")
+    return problems
+
+
+def check_schedule_has_effect(section: dict[str, Any], schedule: dict[str, Any]) -> list[str]:
+    """Problems of a checked optimizer section together with the schedule."""
+    names = {section["name"], *(group.get("name") for group in section["groups"])}
+    if "rprop" in names and (schedule["name"] != "constant" or schedule["warmup"]):
+        return ["rprop reads its rate at the first step only: a schedule has no effect; use schedule.name=constant"]
+    return []
+
+
+def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str, Any], list[str]]:
+    """An entry of optimizer.groups with its options converted, and the problems."""
+    if set(group) <= set(_SELECTORS):
+        return group, [f"{where} has no effect: it gives {group} no option of its own"]
+    if str(group.get("name")) in CANNOT_WORK:
+        return group, [f"{where}.name={group['name']} cannot work here: {CANNOT_WORK[group['name']]}"]
+    problems = duration_problems({f"{where}.until": group["until"]} if "until" in group else {})
+    if "name" in group:
+        own = {key: (hint, None) for key, hint in _GROUP_KEYS.items() if key in group}
+        section, found = resolve_options(where, group, OPTIMIZERS, own)
+        return section, problems + found
+    function = OPTIMIZERS[main]
+    known, converted = options_of(function), {}
+    for key, value in group.items():
+        if key not in (*_GROUP_KEYS, *known):
+            problems.append(
+                f"{where}.{key} is not an option of {main}; {neighbours(str(key), [*known, 'name', 'until'])}"
+            )
+            continue
+        try:
+            converted[key] = convert(value, _GROUP_KEYS.get(key) or hint_of(function, key))
+            check_limits(key, converted[key])
+        except ValueError as error:
+            problems.append(f"{where}.{key}: {error}")
+    return converted, problems
+
+
+def _build_one(
+    options: dict[str, Any], groups: list[dict[str, Any]], has_scaler: bool, precision: Precision
+) -> Optimizer:
+    name = options["name"]
+    arguments = {key: value for key, value in options.items() if key not in ("name", *_GROUP_KEYS, *COMMON_OPTIONS)}
+    on_cpu = groups[0]["params"][0].device.type == "cpu"
+    for key in ("differentiable", *(["capturable"] if on_cpu else [])):
+        if arguments.get(key):
+            raise InputError(
+                f"optimizer.{key}=true cannot work {'on a CPU' if key == 'capturable' else 'here'}: leave it out"
+            )
+    # Where it is not wanted it stays None, and torch chooses between its loop and its foreach kernels.
+    wins = not has_scaler and (on_cpu or name not in _FUSED_ON_CPU_ONLY)
+    if wins and "fused" in arguments and arguments["fused"] is None and not arguments.get("foreach"):
+        arguments["fused"] = True
+    if arguments.get("ns_precision") == "auto" and (precision == "bf16" or not on_cpu):
+        arguments["ns_precision"] = "bf16"
+    try:
+        return OPTIMIZERS[name](groups, **arguments)
+    except (ValueError, RuntimeError) as error:
+        cure = f"; {_REMEDIES[name]}" if name in _REMEDIES else ""
+        raise InputError(f"optimizer.name={name}: {error}{cure}") from None
+
+
+def _parameter_groups(section: dict[str, Any], model: nn.Module) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """What to build: the options of each entry of `groups`, and of the rest, with the torch groups of its parameters.
+
+    A parameter goes to the first entry that fits. Where weight decay must not reach, an entry is split once more.
+    """
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if not parameters:
+        raise InputError("the model has no trainable parameters")
+    entries = [*section["groups"], {"match": "*"}]
+    members: list[list[nn.Parameter]] = [[] for _ in entries]
+    exempt: list[list[nn.Parameter]] = [[] for _ in entries]
+    for name, parameter in parameters.items():
+        place = next(place for place, entry in enumerate(entries) if _fits(entry, name, parameter))
+        # A group that gives a decay of its own means it, whatever its parameters are.
+        inherits = "weight_decay" not in entries[place]
+        decay = inherits and section.get("weight_decay", 0) and "name" not in entries[place]
+        spared = decay and parameter.ndim < 2 and not section["decay_biases_and_norms"]
+        (exempt if spared else members)[place].append(parameter)
+
+    chosen = []
+    for place, entry in enumerate(entries):
+        own = {"until": entry["until"]} if "until" in entry else {}
+        groups: list[dict[str, Any]] = [{"params": members[place], **own}] if members[place] else []
+        if exempt[place]:
+            groups.append({"params": exempt[place], "weight_decay": 0.0, **own})
+        if groups:
+            chosen.append((entry if "name" in entry else section | entry, groups))
+        elif place < len(section["groups"]):
+            raise InputError(
+                f"optimizer.groups[{place}] ({entry}) fits none of the model's parameters that is left; "
+                f"they are {', '.join(parameters)}"
+            )
+        else:
+            raise InputError(
+                f"optimizer.groups take every parameter, and leave none for optimizer.name={section['name']}: take the last "
+                f"group away and give its options to optimizer itself"
+            )
+    return chosen
+
+
+def _fits(entry: dict[str, Any], name: str, parameter: nn.Parameter) -> bool:
+    return fnmatchcase(name, entry.get("match", "*")) and entry.get("ndim", parameter.ndim) == parameter.ndim

@@ -1,0 +1,57 @@
+"""What the loop does now and then, with all ranks: evaluate, and save."""
+
+from shardstep.configs.load import recipe_text
+from shardstep.trainer.checkpoints import checkpoint
+from shardstep.trainer.distributed.buffers import flatten_buffers
+from shardstep.trainer.distributed.collectives import gather_buffers
+from shardstep.trainer.evaluation import Evaluation
+from shardstep.trainer.metrics import Stopwatch
+from shardstep.trainer.run import Run
+
+
+def evaluate_now(run: Run, clock: Stopwatch) -> Evaluation | None:
+    """Evaluate where the run is and write it down; None if the ranks are to stop. All ranks."""
+    state, plan, metrics = run.state, run.plan, run.metrics
+    state.evaluation_due = True
+    began = clock.seconds()
+    run.timer.mark("other")
+    run.requests.restart()
+    stop = run.requests.check(state.evaluation_s)  # all ranks; one that cannot finish in time is not begun
+    evaluation = None if stop else run.evaluate()
+    run.timer.mark("evaluation")
+    spent_s = clock.seconds() - began
+    state.evaluating_s += spent_s
+    state.evaluation_s = max(state.evaluation_s, spent_s)  # of one that was broken off: at least
+    if evaluation is None:
+        return None
+    state.evaluation_due = False
+    state.wall_s = clock.seconds()
+    score = -evaluation.loss if evaluation.accuracy is None else evaluation.accuracy
+    if state.best is None or score > state.best["score"]:
+        state.best = {
+            "step": state.progress.step,
+            "score": score,
+            "loss": evaluation.loss,
+            "accuracy": evaluation.accuracy,
+        }
+    metrics.write_evaluation(state, plan.epochs(state.progress), evaluation)
+    metrics.restart_clock()
+    return evaluation
+
+
+def save(run: Run, clock: Stopwatch) -> None:
+    """Begin to save the state as it is now; the next steps need not wait for the disk. All ranks."""
+    state, metrics, accelerator = run.state, run.metrics, run.accelerator
+    run.timer.mark("other")
+    run.watchdog.beat(state.progress.step, "saving")
+    metrics.give_sums(state)  # all ranks gather
+    state.wall_s = clock.seconds()
+    buffers = gather_buffers(accelerator, flatten_buffers(state.module))  # all ranks
+    if accelerator.is_main_process:
+        metrics.sync()  # lines are on disk before a checkpoint says so
+        snapshot = checkpoint.take_snapshot(state, recipe_text(run.recipe), accelerator.num_processes, buffers)
+        run.saver.save(snapshot, lambda: run.watchdog.beat(state.progress.step, "saving"))
+        run.requests.obeyed()
+    run.requests.restart()
+    metrics.restart_clock()
+    run.timer.mark("checkpoint")

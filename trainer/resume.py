@@ -1,0 +1,263 @@
+"""Where a run goes on: what is in its folder, which of its choices and checkpoints count, and taking the folder over."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import PartialState
+
+from shardstep.configs.durations import Duration
+from shardstep.configs.errors import InputError
+from shardstep.configs.files import partial_of, write_whole
+from shardstep.configs.load import load_recipe, save_recipe
+from shardstep.configs.resolve import CHOICES, ResolvedRecipe, with_keys
+from shardstep.configs.schema import OPEN_SECTIONS, Recipe
+from shardstep.datasets.manifest import Manifest, manifest_bytes
+from shardstep.trainer.checkpoints import checkpoint, checkpoint_files
+from shardstep.trainer.checkpoints.checkpoint_files import RECIPE, STATE, newest_whole, problems_of
+from shardstep.trainer.checkpoints.lock import LOCK_NAME, hold
+from shardstep.trainer.data import Data
+from shardstep.trainer.distributed import launch_env
+from shardstep.trainer.distributed.collectives import broadcast_object, raise_on_all_ranks
+from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, excludes
+from shardstep.trainer.metrics import cut_lines
+from shardstep.trainer.monitoring.display import Display
+from shardstep.trainer.optim.plan import Plan
+from shardstep.trainer.run_dir import RunDir
+from shardstep.trainer.state import TrainState
+from shardstep.trainer.validate import validate_recipe
+
+_MATHEMATICS = {
+    "run": ["seed"],
+    "data": ["augment", "normalize", "resize", "lanes", "window_shards", "last_batch"],
+    "train": [
+        *("global_batch_size", "precision", "weights", "memory_format", "convolutions", "compile", "compress"),
+        *("clip_norm", "clip_value", "duration", "max_wall_s", "on_nan"),
+    ],
+}
+# For the end of the attempt before: a network file system keeps the locks of a crashed node for a lease, often 90 s.
+_RESTART_PATIENCE_S = 120.0
+_ORDER = ("run.seed", "data.lanes", "data.window_shards")  # what decides where in an epoch a sample comes
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a run goes on: a whole checkpoint, or None to begin; and what is wrong with newer ones."""
+
+    path: Path | None = None
+    passed_over: tuple[str, ...] = ()
+
+
+def with_earlier_choices(recipe: Recipe) -> Recipe:
+    """The recipe with what it leaves to `auto` as the run chose it that this one goes on with, if there is one."""
+    run_dir = RunDir(Path(recipe.run.dir))
+    if recipe.run.resume == "never" or not run_dir.is_run:
+        return recipe
+    newest = next((path for path in reversed(run_dir.checkpoints) if not problems_of(path, only=[RECIPE])), None)
+    if newest is None:
+        return recipe
+    saved = load_recipe(str(newest / RECIPE)).recipe
+    recipe = _with_choices(
+        recipe, {place: _value(saved, place) for place in CHOICES if _value(recipe, place) == "auto"}
+    )
+    method = recipe.train.convolutions
+    if method in CONVOLUTION_METHODS and excludes(recipe.train, method):
+        recipe = with_keys(recipe, train={"convolutions": "direct"})  # it was chosen together with another device, say
+    return recipe
+
+
+def with_choices_of_rank_0(world: PartialState, recipe: Recipe) -> Recipe:
+    """The recipe with rank 0's choices: another host may not see the folder of the run that goes on. All ranks."""
+    return _with_choices(recipe, broadcast_object(world, {place: _value(recipe, place) for place in CHOICES}))
+
+
+def _value(recipe: Recipe, place: tuple[str, str]) -> Any:
+    section, key = place
+    return getattr(getattr(recipe, section), key)
+
+
+def _with_choices(recipe: Recipe, values: dict[tuple[str, str], Any]) -> Recipe:
+    for (section, key), value in values.items():
+        recipe = with_keys(recipe, **{section: {key: value}})
+    return recipe
+
+
+def lock_and_find(run_dir: RunDir, recipe: Recipe, warn: Callable[[str], None]) -> Resume:
+    """Find where to go on, in a folder that no other run can write to from now on. Rank 0.
+
+    Raises:
+        InputError: another process holds the folder; and as find_resume does.
+    """
+    if run_dir.is_run:
+        hold(run_dir.path, warn, _RESTART_PATIENCE_S if launch_env.is_restarted() else 0)
+    return find_resume(recipe)
+
+
+def find_resume(recipe: Recipe) -> Resume:
+    """The newest whole checkpoint to go on from. Changes nothing; reads every byte of it.
+
+    Raises:
+        InputError: run.resume=must and there is none; there are some, but all are damaged; the folder holds something that
+            is no run, or a run with another recipe.
+    """
+    run_dir = RunDir(Path(recipe.run.dir))
+    folder = run_dir.path
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"run.dir={folder} is a file")
+    if _is_taken(run_dir) and not run_dir.is_run:
+        raise InputError(f"run.dir={folder} holds other files than a run's: choose another folder")
+    if recipe.run.resume == "never":
+        return Resume()
+    path, passed_over = newest_whole(run_dir.checkpoints_path)
+    if path is None and passed_over:
+        raise InputError.from_problems(
+            f"no checkpoint of {folder} is whole; run.resume=never begins again, and keeps the old run beside the new one",
+            passed_over,
+        )
+    if path is None:
+        if recipe.run.resume == "must":
+            raise InputError(f"run.resume=must, but there is no checkpoint in {run_dir.checkpoints_path}")
+        return Resume()
+    _check_same_run(folder, path, recipe)
+    return Resume(path, tuple(passed_over))
+
+
+def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
+    saved = validate_recipe(load_recipe(str(path / RECIPE)))
+    wrong = [key for key in recipe.run.allow_changes if not _is_compared(key, saved, recipe)]
+    if wrong:
+        raise InputError(f"run.allow_changes: not among the keys that have to stay the same: {', '.join(wrong)}")
+    differences = _differences(saved, recipe)
+    refused = {key: change for key, change in differences.items() if key not in recipe.run.allow_changes}
+    if refused:
+        raise InputError.from_problems(
+            f"{folder} holds a run with another recipe. To go on with the new values give "
+            f"'run.allow_changes=[{','.join([*recipe.run.allow_changes, *refused])}]'; otherwise give another run.dir, or "
+            f"run.resume=never to begin again (the old run is then kept beside it)",
+            [f"{key}: {was} -> {now}" for key, (was, now) in refused.items()],
+        )
+    position = json.loads((path / STATE).read_bytes())["progress"]["position"]
+    moved = [key for key in _ORDER if key in differences]
+    if moved and position:
+        raise InputError(
+            f"{', '.join(moved)} cannot change in the middle of an epoch (position {position}): samples would be seen "
+            f"twice, or not at all"
+        )
+
+
+def _is_compared(key: str, saved: Recipe, given: Recipe) -> bool:
+    if key == "data.test":  # by its content, when the checkpoint is loaded
+        return True
+    section, _, name = key.partition(".")
+    if section in OPEN_SECTIONS:
+        return name in getattr(saved, section) or name in getattr(given, section)
+    return name in _MATHEMATICS.get(section, [])
+
+
+def restore(
+    world: PartialState,
+    state: TrainState,
+    found: Resume,
+    recipe: ResolvedRecipe,
+    data: Data,
+    plan: Plan,
+    display: Display,
+) -> None:
+    """Load the checkpoint to go on from into a new state, if there is one, and note this start in it. All ranks.
+
+    Raises:
+        InputError: it does not fit the model, the optimizer or the data sets.
+    """
+    state.fingerprint, state.test_fingerprint = data.train.manifest.fingerprint, data.test.manifest.fingerprint
+    for problem in found.passed_over:
+        display.warn(f"passed over, because it is not whole: {problem}")
+    if found.path:
+        new_test_set: Literal["allow", "refuse"] = "allow" if "data.test" in recipe.run.allow_changes else "refuse"
+        with raise_on_all_ranks(world):
+            checkpoint.load(state, found.path, world.process_index, world.num_processes, new_test_set)
+        if state.progress.position >= plan.samples_per_epoch:  # of an epoch that another batch size makes shorter
+            state.progress = replace(state.progress, epoch=state.progress.epoch + 1, position=0)
+        display.note(f"resuming from {found.path}")
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    state.starts.append({"step": state.progress.step, "world_size": world.num_processes, "time": now})
+
+
+def claim(
+    world: PartialState,
+    run_dir: RunDir,
+    run_is_new: bool,
+    recipe: ResolvedRecipe,
+    train: Manifest,
+    state: TrainState,
+    display: Display,
+) -> None:
+    """Write what begins a run, or cut what a resumed one will do again. All ranks; rank 0 writes.
+
+    Raises:
+        InputError: the folder cannot be written, or another process has begun a run there.
+    """
+    with raise_on_all_ranks(world):
+        if not world.is_main_process:
+            return
+        try:
+            aside = _begin(run_dir, display.warn) if run_is_new else None
+            if aside:
+                display.note(f"the run that was in {run_dir.path} is now in {aside}")
+            save_recipe(recipe, run_dir.config_path)
+            write_whole(run_dir.train_manifest_path, manifest_bytes(train))
+            checkpoint_files.sweep(run_dir.checkpoints_path)
+            checkpoint_files.set_aside(run_dir.checkpoints_path, state.progress.step)
+            for lines in run_dir.path.glob("*.jsonl"):
+                cut_lines(lines, state.progress.step, state.evaluation_due)
+        except OSError as error:
+            raise InputError(f"run.dir={run_dir.path} cannot be used: {error.strerror or error}") from None
+
+
+def _begin(run_dir: RunDir, warn: Callable[[str], None]) -> Path | None:
+    """Make and lock the folder of a new run; an old run in its place is kept beside it. Returns where the old one is now.
+
+    Raises:
+        InputError: another process is about to begin there, or has.
+    """
+    folder = run_dir.path
+    folder.mkdir(parents=True, exist_ok=True)
+    if hold(folder, warn) and run_dir.is_run:  # what was there at the first look has been held since then
+        raise InputError(
+            f"another run has begun in {folder} while this one was starting: start it again to go on there"
+        )
+    aside = None
+    if _is_taken(run_dir):
+        aside = next(path for number in itertools.count(1) if not (path := Path(f"{folder}.old{number}")).exists())
+        folder.rename(aside)
+        folder.mkdir()
+        hold(folder, warn)
+    return aside
+
+
+def _is_taken(run_dir: RunDir) -> bool:
+    """Whether there is more than what a run leaves that was killed before its recipe was written."""
+    begun = {LOCK_NAME, partial_of(run_dir.config_path).name}
+    return run_dir.path.is_dir() and any(path.name not in begun for path in run_dir.path.iterdir())
+
+
+def _differences(saved: Recipe, given: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys that change the mathematics of a run and differ: what they were, and what they are."""
+    pairs = {
+        f"{section}.{key}": (getattr(getattr(saved, section), key), getattr(getattr(given, section), key))
+        for section, keys in _MATHEMATICS.items()
+        for key in keys
+    }
+    for section in OPEN_SECTIONS:
+        before, after = getattr(saved, section), getattr(given, section)
+        pairs |= {f"{section}.{key}": (before.get(key), after.get(key)) for key in {**before, **after}}
+    return {key: (was, now) for key, (was, now) in pairs.items() if not _same(key, was, now)}
+
+
+def _same(key: str, was: Any, now: Any) -> bool:
+    if key == "train.duration":
+        return Duration.parse(was) == Duration.parse(now)  # "1 epoch" is "1 epochs"
+    return was == now

@@ -1,0 +1,216 @@
+"""Run: one training run, ready to go, with everything that the loop uses; and how its parts are put together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+
+from shardstep.configs.durations import Duration
+from shardstep.configs.resolve import ResolvedRecipe
+from shardstep.datasets.batches import GlobalBatch, TrainBatches
+from shardstep.trainer.checkpoints.saver import Saver
+from shardstep.trainer.data import Data, make_test_batches, train_batches
+from shardstep.trainer.distributed import launch_env
+from shardstep.trainer.distributed.collectives import all_reduce_max
+from shardstep.trainer.distributed.store import HeartbeatStore
+from shardstep.trainer.distributed.world import synchronize_device
+from shardstep.trainer.evaluation import Evaluation, TestBatches, evaluate
+from shardstep.trainer.metrics import Metrics
+from shardstep.trainer.monitoring.display import Display
+from shardstep.trainer.monitoring.profiler import Profiler, parse_steps
+from shardstep.trainer.monitoring.sample_log import SampleLog
+from shardstep.trainer.monitoring.timing import Timer
+from shardstep.trainer.monitoring.trackers import Trackers, start_trackers
+from shardstep.trainer.optim.average import Average, averaged
+from shardstep.trainer.optim.clip import Clip
+from shardstep.trainer.optim.freeze import Freezer
+from shardstep.trainer.optim.losses import Objective
+from shardstep.trainer.optim.nan_guard import NonFiniteGuard
+from shardstep.trainer.optim.plan import Plan
+from shardstep.trainer.optim.schedules import LearningRate
+from shardstep.trainer.origin import facts_of
+from shardstep.trainer.precision import ComputeFormat
+from shardstep.trainer.run_dir import RunDir
+from shardstep.trainer.state import TrainState
+from shardstep.trainer.stopping.stop_requests import StopRequest, StopRequests
+from shardstep.trainer.stopping.time_limit import TimeLimit
+from shardstep.trainer.stopping.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Every:
+    """The intervals of periodic work."""
+
+    log: Duration
+    evaluation: Duration
+    checkpoint: Duration
+
+
+@dataclass
+class Run:
+    """One training run, ready to go.
+
+    `initialized_s`: seconds that data-dependent initialisation took; `probed_s`: seconds per step of each compute format
+    that was measured.
+    """
+
+    recipe: ResolvedRecipe
+    dir: RunDir
+    accelerator: Accelerator
+    state: TrainState
+    plan: Plan
+    data: Data
+    batches: TrainBatches
+    test_batches: TestBatches
+    objective: Objective
+    learning_rate: LearningRate
+    base_lr: float
+    clip: Clip
+    average: Average
+    freezer: Freezer
+    every: Every
+    metrics: Metrics
+    display: Display
+    trackers: Trackers
+    nan_guard: NonFiniteGuard
+    requests: StopRequests
+    saver: Saver
+    time_limit: TimeLimit
+    watchdog: Watchdog
+    sample_log: SampleLog | None
+    timer: Timer
+    profiler: Profiler
+    initialized_s: float
+    probed_s: dict[ComputeFormat, float]
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.recipe.run.seed
+
+    def evaluate(self) -> Evaluation | None:
+        """Evaluate the model as it is now on the test set; None if all ranks are to stop. All ranks."""
+        self.requests.restart()
+
+        def stop_requested() -> bool:
+            self.watchdog.beat(self.state.progress.step, "evaluating")
+            return self.requests.check()
+
+        with averaged(self.state):
+            evaluation = evaluate(
+                self.accelerator,
+                self.state.module,
+                self.test_batches,
+                self.objective,
+                self.data.test.manifest.samples,
+                self.data.num_classes,
+                self.recipe.eval,
+                stop_requested,
+            )
+        self.requests.restart()
+        return evaluation
+
+    def begin_step(self, batch: GlobalBatch, step: int) -> GlobalBatch:
+        """The same batch, watched by those who want to know what becomes of it."""
+        batch = self.watchdog.watch(batch, step)
+        if self.sample_log:
+            batch = self.sample_log.watch(batch, step)  # each rank writes its own file
+        self.profiler.begin_step(step)
+        self.timer.begin_step()
+        return batch
+
+
+def assemble(
+    accelerator: Accelerator,
+    recipe: ResolvedRecipe,
+    run_dir: RunDir,
+    state: TrainState,
+    plan: Plan,
+    loaded: Data,
+    objective: Objective,
+    average: Average,
+    wrap: Callable[..., None],
+    display: Display,
+    request: StopRequest,
+    initialized_s: float,
+    probed_s: dict[ComputeFormat, float],
+) -> Run:
+    """Put a run together: around its model and data everything that watches, saves, stops and writes. All ranks.
+
+    Args:
+        accelerator, recipe, run_dir, state, plan, loaded, objective, average: as Run has them.
+        wrap: wraps the model again, when parameters have been frozen.
+        display: for notes and warnings.
+        request: what signals have told this process.
+        initialized_s, probed_s: as Run has them.
+    """
+    world, folder = accelerator.state, run_dir.path
+    listeners: list[Callable[[dict[str, Any]], None]] = [display.line]
+    trackers = Trackers([], display.warn, display.note, request.has_come)
+    if world.is_main_process:
+        facts = partial(facts_of, world.device, world.num_processes)
+        trackers = start_trackers(recipe, folder, state, facts, display.warn, display.note, request.has_come)
+        listeners.append(trackers.log)
+    saver = Saver(
+        run_dir.checkpoints_path, recipe.checkpoint.keep, display.warn, state.best, [display.saved, trackers.saved]
+    )
+    time_limit = TimeLimit(
+        launch_env.allocation(),
+        lambda: saver.longest_s,
+        share_done=lambda: plan.share_done(state.progress, state.train_s),
+    )
+
+    def tell_outlook(line: dict[str, Any]) -> None:
+        outlook = time_limit.early_outlook()
+        if outlook:
+            display.note(outlook)
+
+    listeners.append(tell_outlook)
+    freezer = Freezer(state.optimizer.param_groups, plan, wrap)
+    if recipe.train.compile != "none":
+        freezer.rehearse()
+    every = Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every)))
+    clip = Clip(recipe.train.clip_norm, recipe.train.clip_value, measures=recipe.log.grad_norm)
+    profile = parse_steps(recipe.train.profile)
+    synchronize_device(world.device)  # or the first step would be charged for passes that are thrown away
+    return Run(
+        recipe=recipe,
+        dir=run_dir,
+        accelerator=accelerator,
+        state=state,
+        plan=plan,
+        data=loaded,
+        batches=train_batches(recipe, accelerator, loaded, plan),
+        test_batches=make_test_batches(
+            recipe, accelerator, loaded.test_reader, loaded.test.manifest.samples, loaded.normalize
+        ),
+        objective=objective,
+        learning_rate=LearningRate(
+            recipe.schedule, plan.duration, plan.samples_per_epoch, plan.global_batch_size
+        ),
+        base_lr=float(recipe.optimizer["lr"]),
+        clip=clip,
+        average=average,
+        freezer=freezer,
+        every=every,
+        metrics=Metrics(
+            accelerator, run_dir.metrics_path, state, plan, every.evaluation, listeners, display.warn,
+            has_accuracy=not objective.reconstructs, clip=clip,
+        ),
+        display=display,
+        trackers=trackers,
+        nan_guard=NonFiniteGuard(recipe.train),
+        requests=StopRequests(
+            request, folder, world.is_main_process, all_reduce_max(world), time_limit, plan.max_train_s
+        ),
+        saver=saver,
+        time_limit=time_limit,
+        watchdog=Watchdog(HeartbeatStore(world), folder, recipe.run.hang_timeout, request, display.tell),
+        sample_log=SampleLog(folder, world.process_index, loaded.train) if recipe.log.sample_keys else None,
+        timer=Timer(world.device.type),
+        profiler=Profiler(profile, folder / "profile", world.process_index, world.device.type == "cuda", display.note),
+        initialized_s=initialized_s,
+        probed_s=probed_s,
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+"""A loaded recipe to one that can be run: options resolved, values and combinations checked, all problems at once."""
+
+import importlib.util
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from shardstep.configs.components import convert, resolve_options
+from shardstep.configs.durations import duration_problems
+from shardstep.configs.errors import InputError
+from shardstep.configs.load import Loaded
+from shardstep.configs.schema import Recipe
+from shardstep.datasets.augment import TRANSFORMS
+from shardstep.trainer import models
+from shardstep.trainer.distributed.gradients import sharing_problems
+from shardstep.trainer.distributed.world import choose_device
+from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, excludes
+from shardstep.trainer.monitoring import profiler
+from shardstep.trainer.optim import average, losses, optimizers, schedules
+
+_LARGEST_SIDE = 16_384  # pixels: a batch of one image with three channels of floats is 3 GB then
+
+
+def validate_recipe(loaded: Loaded) -> Recipe:
+    """Resolve every option of a recipe, for the device at hand, and check what can be checked without data and ranks.
+
+    Raises:
+        InputError: with all problems, those found while loading included.
+    """
+    if loaded.for_device:
+        loaded = loaded.for_device(choose_device(loaded.recipe.train.device))
+    recipe, problems = loaded.recipe, list(loaded.problems)
+    resolved_sections: dict[str, Any] = {}
+    sections = (
+        ("model", models.models_for(str(recipe.model.get("name"))), models.COMMON_OPTIONS),
+        ("loss", losses.LOSSES, losses.COMMON_OPTIONS),
+        ("optimizer", optimizers.OPTIMIZERS, optimizers.COMMON_OPTIONS),
+        ("schedule", schedules.SCHEDULES, schedules.COMMON_OPTIONS),
+        ("average", average.AVERAGES, None),
+    )
+    extra = {
+        "optimizer": optimizers.check_optimizer,
+        "schedule": schedules.check_schedule,
+        "average": average.check_average,
+    }
+    for section, functions, common in sections:
+        given = getattr(recipe, section)
+        refused = optimizers.CANNOT_WORK.get(str(given.get("name")).lower()) if section == "optimizer" else None
+        if refused:
+            problems.append(f"optimizer.name={given['name']} cannot work here: {refused}")
+            continue
+        resolved, found = resolve_options(section, given, functions, common)
+        if not found and section in extra:
+            found = extra[section](resolved)
+        resolved_sections[section] = resolved
+        problems += found
+
+    augment, found = _resolve_augment(recipe.data.augment)
+    recipe = replace(recipe, data=replace(recipe.data, augment=augment), **resolved_sections)
+    problems += found + _check_durations(recipe) + _check_numbers(recipe) + _check_normalize(recipe)
+    problems += sharing_problems(recipe.train)
+    if not problems:
+        problems += optimizers.check_schedule_has_effect(recipe.optimizer, recipe.schedule)
+    if problems:
+        raise InputError.from_problems(f"recipe {loaded.source}", problems)
+    return recipe
+
+
+def _resolve_augment(entries: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    resolved, problems = [], []
+    for place, entry in enumerate(entries):
+        given = {"name": entry} if isinstance(entry, str) else entry
+        where = f"data.augment[{place}]"
+        if not isinstance(given, dict):
+            problems.append(f"{where} must be a name, or a mapping of a name and its options, not {entry!r}")
+            continue
+        section, found = resolve_options(where, given, TRANSFORMS)
+        resolved.append(section)
+        problems += found
+    return resolved, problems
+
+
+def _check_durations(recipe: Recipe) -> list[str]:
+    problems = duration_problems({
+        "train.duration": recipe.train.duration,
+        "eval.every": recipe.eval.every,
+        "checkpoint.every": recipe.checkpoint.every,
+        "log.every": recipe.log.every,
+    })  # fmt: skip
+    try:
+        profiler.parse_steps(recipe.train.profile)
+    except InputError as error:
+        problems.append(f"train.profile: {error}")
+    return problems
+
+
+def _check_numbers(recipe: Recipe) -> list[str]:
+    problems = []
+    batch, window = recipe.train.global_batch_size, recipe.data.window_shards
+    if not (batch == "full" or (isinstance(batch, int) and batch >= 1)):
+        problems.append(f"train.global_batch_size={batch} must be a whole number from 1, or full")
+    if not (window in ("auto", "all") or (isinstance(window, int) and window >= 1)):
+        problems.append(f"data.window_shards={window} must be a whole number from 1, or auto, or all")
+    name = recipe.run.name
+    strange = not name.isprintable() or name != name.strip() or Path(name).is_absolute() or ".." in Path(name).parts
+    if strange and recipe.run.dir == f"runs/{name}":
+        problems.append(
+            f"run.name={name!r} must be a name within runs/, of printable characters: for another place give run.dir"
+        )
+    if recipe.data.resize is not None and recipe.data.resize > _LARGEST_SIDE:
+        problems.append(f"data.resize={recipe.data.resize} must be at most {_LARGEST_SIDE} pixels")
+    at_least = {
+        "data.workers": (recipe.data.workers, 0),
+        "data.lanes": (recipe.data.lanes, 1),
+        "data.resize": (recipe.data.resize, 1),
+        "train.max_micro_batch": (recipe.train.max_micro_batch, 1),
+        "train.world_size": (recipe.train.world_size, 1),
+        "eval.batch_size": (recipe.eval.batch_size, 1),
+        "checkpoint.keep": (recipe.checkpoint.keep, 1),
+        "train.max_skipped_steps": (recipe.train.max_skipped_steps, 0),
+        "run.seed": (recipe.run.seed, 0),
+    }
+    problems += [
+        f"{key}={value} must be at least {least}"
+        for key, (value, least) in at_least.items()
+        if value is not None and value < least
+    ]
+    for key, limit in (("clip_norm", recipe.train.clip_norm), ("clip_value", recipe.train.clip_value)):
+        if limit is not None and not limit > 0:
+            problems.append(f"train.{key}={limit} must be above 0; null turns it off")
+    if recipe.train.max_wall_s is not None and not recipe.train.max_wall_s > 0:
+        problems.append(f"train.max_wall_s={recipe.train.max_wall_s} must be above 0; null turns it off")
+    if recipe.train.max_wall_s is not None and recipe.schedule.get("name") in schedules.ENDS_WITH_RUN:
+        problems.append(
+            f"schedule.name={recipe.schedule['name']} is drawn over train.duration, which train.max_wall_s may cut short, so "
+            f"that the rate would not come to its end: use schedule.name=constant, step, multistep or exponential"
+        )
+    if recipe.train.clip_norm is not None and recipe.train.clip_value is not None:
+        problems.append("train.clip_norm and train.clip_value exclude each other")
+    for key, place in (("train", recipe.data.train), ("test", recipe.data.test)):
+        if "://" in place:
+            problems.append(f"data.{key}={place}: shards must lie in a folder, an address is not read yet")
+    if recipe.run.hang_timeout is not None and not recipe.run.hang_timeout > 0:
+        problems.append(f"run.hang_timeout={recipe.run.hang_timeout} must be above 0; null turns it off")
+    if recipe.run.hang_timeout is not None and recipe.run.hang_timeout >= recipe.train.timeout_s:
+        problems.append(
+            f"run.hang_timeout={recipe.run.hang_timeout} must be below train.timeout_s={recipe.train.timeout_s}, or the "
+            f"collectives give up first, and say nothing of who hangs"
+        )
+    if recipe.train.weights == "half" and recipe.train.precision not in ("bf16", "fp16"):
+        problems.append(f"train.weights=half needs train.precision=bf16 or fp16, not {recipe.train.precision}")
+    method = recipe.train.convolutions
+    if method in CONVOLUTION_METHODS:
+        precisions = " and ".join(CONVOLUTION_METHODS[method].precisions)
+        problems += [
+            f"train.convolutions={method} is for {precisions} on a CPU, not for {other}: use auto or direct"
+            for other in excludes(recipe.train, method)
+        ]
+    sure = recipe.eval.sure_above
+    if sure is not None and not 0 < sure <= 1:
+        problems.append(f"eval.sure_above={sure} must be a probability, above 0 and at most 1; null turns it off")
+    if sure is not None and recipe.eval.views == "plain":
+        problems.append("eval.sure_above has no effect with eval.views=plain: there are no further views")
+    if recipe.eval.views != "plain" and recipe.loss.get("name") in losses.RECONSTRUCTION:
+        problems.append(f"eval.views={recipe.eval.views} has no effect on reconstructions: use plain")
+    if recipe.run.seed >= 2**63:
+        problems.append(f"run.seed={recipe.run.seed} must be below 2**63")
+    if not 0 < recipe.train.timeout_s < 10**7:
+        problems.append(f"train.timeout_s={recipe.train.timeout_s} must be above 0, and a number of seconds")
+    if batch == "full" and recipe.data.last_batch == "drop":
+        problems.append("data.last_batch=drop has no effect with train.global_batch_size=full: an epoch is one batch")
+    if recipe.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        problems.append("log.tensorboard=true, but TensorBoard is not installed: pip install 'shardstep[tensorboard]'")
+    if recipe.log.wandb == "disabled" and recipe.log.wandb_artifacts != "none":
+        problems.append(f"log.wandb_artifacts={recipe.log.wandb_artifacts} has no effect with log.wandb=disabled")
+    names = [entry.get("name") for entry in recipe.data.augment]
+    if "flip" in names and "alternating_flip" in names:
+        problems.append("data.augment: flip undoes what alternating_flip arranges; keep one of them")
+    return problems
+
+
+def _check_normalize(recipe: Recipe) -> list[str]:
+    normalize = recipe.data.normalize
+    if normalize in ("manifest", "none"):
+        return []
+    if not isinstance(normalize, dict) or set(normalize) != {"mean", "std"}:
+        return [f"data.normalize={normalize} must be manifest, none, or {{mean: [...], std: [...]}}"]
+    try:
+        numbers = {key: convert(normalize[key], list[float]) for key in ("mean", "std")}
+    except ValueError as error:
+        return [f"data.normalize: {error}"]
+    if len(numbers["mean"]) != len(numbers["std"]) or len(numbers["mean"]) not in (1, 3):
+        return ["data.normalize: mean and std must both have 1 or 3 numbers"]
+    if not all(math.isfinite(value) for values in numbers.values() for value in values) or min(numbers["std"]) <= 0:
+        return ["data.normalize: every mean must be a number, every std one above 0"]
+    return []
