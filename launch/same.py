@@ -16,9 +16,9 @@ from typing import Any
 from shardstep.configs.errors import InputError, TrainingFailed
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import Recipe
+from shardstep.configs.text import table
 from shardstep.launch.cli import BAD_INPUT, FAILED, leave
 from shardstep.launch.cli import run as run_command
-from shardstep.launch.comparison.comparison_report import text_table
 from shardstep.launch.comparison.results import last_complaint, read_lines
 from shardstep.launch.ranks import TRAIN_SCRIPT
 from shardstep.trainer.distributed import launch_env
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         for ranks, gap in gaps.items()
     ]
     print(f"largest relative differences from {_ranks(first)} over {args.steps} steps")
-    print("\n".join(text_table(columns, rows)))
+    print("\n".join(table(columns, rows)))
     apart = [ranks for ranks, gap in gaps.items() if not gap.largest <= args.tolerance]
     if not apart:
         print(f"the same on {', '.join(map(str, worlds))} ranks, to {args.tolerance:g}")

@@ -18,12 +18,13 @@ from typing import Any, Literal
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
+from shardstep.configs.text import duration
 from shardstep.launch.cli import FAILED, INTERRUPTED, STOPPED
 from shardstep.launch.cli import run as run_command
 from shardstep.trainer.checkpoints.lock import is_held
 from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.monitoring.metric_tail import MetricTail
-from shardstep.trainer.monitoring.status import describe_line, length, span
+from shardstep.trainer.monitoring.status import describe_line, length
 from shardstep.trainer.monitoring.wandb_file import sync_note
 
 _POLL_S = 1.0
@@ -71,7 +72,7 @@ def _show_once(watched: "Watched", display: Display) -> int:
     if state in _CODES:
         display.note(watched.closing(state, display.status.step))
     else:
-        display.note(f"{what} {span(since_s)}" if what else "running")
+        display.note(f"{what} {duration(since_s)}" if what else "running")
     return 0
 
 
@@ -161,7 +162,9 @@ class Watched:
         """The last word about a run that has ended."""
         summary = self._summary()
         content = summary.content if summary else {}
-        words = f"the run {_WORDS[state]}: step {content.get('step', step):,} after {span(content.get('wall_s', 0.0))}"
+        words = (
+            f"the run {_WORDS[state]}: step {content.get('step', step):,} after {duration(content.get('wall_s', 0.0))}"
+        )
         figures = content.get("eval") or {}
         if figures.get("accuracy") is not None:
             words += f", test accuracy {figures['accuracy']:.2%}"

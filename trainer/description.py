@@ -5,12 +5,12 @@ from importlib import metadata
 import torch
 from torch import nn
 
+from shardstep.configs.text import duration
 from shardstep.datasets.order import window_of
 from shardstep.trainer.distributed.gradients import describe_sharing
 from shardstep.trainer.models.batch_norm import SyncBatchNorm2d
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.run import Run
-from shardstep.trainer.stopping.time_limit import time_text
 
 INDENT = 13
 """Columns before what is said of each thing."""
@@ -68,7 +68,7 @@ def describe(run: Run) -> list[str]:
         ),
         *([("gradients", describe_sharing(recipe.train, run.state.module))] if plan.world_size > 1 else []),
         ("duration", f"{plan.duration}{f' = {plan.duration_steps} steps' if per_epoch else ''}{per_epoch}{limit}"),
-        *([("time", f"the allocation ends in {time_text(remaining_s)}")] if remaining_s is not None else []),
+        *([("time", f"the allocation ends in {duration(remaining_s)}")] if remaining_s is not None else []),
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
     ]
     headline = (

@@ -52,8 +52,8 @@ def main(args: argparse.Namespace) -> int:
         InputError: an option makes no sense.
         TrainingFailed: a run that was to be timed did not end well.
     """
+    from shardstep.configs.text import table
     from shardstep.launch.benchmarks.scaling_model import prediction_rows
-    from shardstep.launch.comparison.comparison_report import text_table
 
     ranks = _check(args)
     found: dict[str, Any] = {} if args.predict_only else _measure(args)
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
     if found:
         _print_measured(args, found)
     print(f"model: {args.workload} on {args.cluster} (docs/scaling.md), from published parts")
-    print("\n".join(text_table(COLUMNS, cells(rows))))
+    print("\n".join(table(COLUMNS, cells(rows))))
     print("share: images of a rank; compute, all-reduce and waiting for it: ms a step")
     too_many = [count for count in ranks if ("kept", count) not in [(batch, row.ranks) for batch, row in rows]]
     if too_many:

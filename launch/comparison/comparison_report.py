@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from shardstep.configs.files import write_whole
+from shardstep.configs.text import table
 from shardstep.launch.comparison.comparison_page import ComparisonReport, document, page
 from shardstep.launch.comparison.comparison_plots import PLOTS
 from shardstep.launch.comparison.planned_runs import Comparison
@@ -28,7 +29,7 @@ def write_report(comparison: Comparison, variants: list[Variant], doc: Path | No
     if doc:
         doc.parent.mkdir(parents=True, exist_ok=True)
     said = [textwrap.fill(sentence, _WIDTH) for sentence in [*answer.words, "", *answer.notes]]
-    text = "\n".join([*text_table(answer.columns, answer.rows), "", *said])
+    text = "\n".join([*table(answer.columns, answer.rows), "", *said])
     print(f"\n{text}\n")
     written = [folder / "table.txt", folder / "results.json", folder / "report.html"]
     write_whole(written[0], f"{text}\n".encode())
@@ -93,19 +94,6 @@ def default_target(variants: list[Variant]) -> float | None:
     """Nine tenths of the best mean accuracy, in whole per cent; None where no run has finished."""
     means = [fmean(variant.accuracies) for variant in variants if variant.accuracies]
     return math.floor(100 * _TARGET_SHARE * max(means)) / 100 if means else None
-
-
-def text_table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
-    widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
-    lines = [
-        " ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [columns, *rows]
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def _columns(target: float | None) -> list[str]:

@@ -19,8 +19,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from shardstep.configs.text import duration
 from shardstep.datasets.progress import is_drawable
-from shardstep.trainer.monitoring.status import Status, describe_line, span
+from shardstep.trainer.monitoring.status import Status, describe_line
 
 _PLAIN_INTERVAL_S = 10  # between lines about training steps where there is no terminal; evaluations always get one
 _REDRAWN_PER_S = 2
@@ -137,7 +138,7 @@ class Display:
             what: empty when it is true no longer.
             since_s: seconds.
         """
-        said, self._remark = self._remark, f"{what} {span(since_s)}" if what else ""
+        said, self._remark = self._remark, f"{what} {duration(since_s)}" if what else ""
         if what and not said.startswith(what) and not self._live:
             self._timed(self._remark)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shardstep.configs.schema import TrainConfig
-from shardstep.trainer.stopping.time_limit import time_text
+from shardstep.configs.text import duration
 
 Line = dict[str, Any]
 _NO_CURVES = ("step", "time", "total_steps", "share_done", "left_s")
@@ -69,7 +69,7 @@ class Status:
             return "starting"
         parts = [f"{self.share:4.0%}  step {self.step:,}{'' if self.total_steps is None else f'/{self.total_steps:,}'}"]
         if self.train:
-            parts += [f"epoch {self.train['epoch']:.4g}", f"{span(self._left_s(now_s))} left"]
+            parts += [f"epoch {self.train['epoch']:.4g}", f"{duration(self._left_s(now_s))} left"]
         return "  ".join(parts)
 
     def _left_s(self, now_s: float) -> float:
@@ -92,7 +92,7 @@ class Status:
             shown = _loss(evaluation) if score is None else f"{score:.2%}"
             learns.append(f"test {shown} (step {evaluation['step']:,})")
         if self.saved_step is not None:
-            works.append(f"saved step {self.saved_step:,}, {span(max(0.0, now_s - self.saved_at_s))} ago")
+            works.append(f"saved step {self.saved_step:,}, {duration(max(0.0, now_s - self.saved_at_s))} ago")
         return ["  ".join(filter(None, learns)), "  ".join(works)]
 
 
@@ -105,7 +105,7 @@ def describe_line(line: Line) -> str:
         return "  ".join(filter(None, [*parts, f"{line['wall_s']:.0f} s"]))
     parts = [f"epoch {line['epoch']:<5.4g} {_loss(line)}", _accuracy(line), *_speed(line), f"rate {line['lr']:.3g}"]
     return "  ".join(
-        filter(None, [*parts, f"step {_of(line)}", f"{line['memory_mb']:,} MB", f"{span(line['left_s'])} left"])
+        filter(None, [*parts, f"step {_of(line)}", f"{line['memory_mb']:,} MB", f"{duration(line['left_s'])} left"])
     )
 
 
@@ -121,11 +121,6 @@ def scalars_of(line: Line) -> dict[str, float]:
 def pictures_of(folder: Path) -> list[Path]:
     """The pictures that a finished run has left."""
     return sorted(folder.glob("*.png"))
-
-
-def span(seconds: float) -> str:
-    """Such as "45 s", "12 min" or "4 h 0 min"."""
-    return f"{seconds:.0f} s" if seconds < 100 else time_text(seconds)
 
 
 def length(train: TrainConfig) -> str:

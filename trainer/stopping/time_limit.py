@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from shardstep.configs.text import duration
 from shardstep.trainer.distributed.launch_env import Allocation
 
 _MARGIN_S = 20.0  # for clocks that differ, and for the ranks to leave
@@ -107,10 +108,4 @@ def jobs_needed(done_before: float, done: float, elapsed_s: float, usable_s: flo
 
 def jobs_text(jobs: int, length_s: float) -> str:
     """Such as "2 more jobs of 4 h 0 min"."""
-    return f"{jobs} more {'job' if jobs == 1 else 'jobs'} of {time_text(length_s)}"
-
-
-def time_text(seconds: float) -> str:
-    """Such as "4 h 0 min" or "12 min"."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+    return f"{jobs} more {'job' if jobs == 1 else 'jobs'} of {duration(length_s)}"

@@ -424,12 +424,12 @@ def test_memory_is_measured_from_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_table_fits_a_terminal() -> None:
-    from shardstep.launch.comparison.comparison_report import text_table
+    from shardstep.configs.text import table
 
     columns = ["variant", "n", "accuracy %", "s/epoch", "epochs", "s to 50 %", "steps", "B/param", "rate"]
     row = ["per_example", "3", "61.2 ±12.3", "0.0123", "123", "1234 (2/3)", "12345 (2/3)", "12.0", "0.00316"]
-    assert all(len(line) <= 80 for line in text_table(columns, [row]))
-    assert text_table(["a", "b"], [["xx", "1"], ["y", "22"]]) == ["a   b", "-----", "xx  1", "y  22"]
+    assert all(len(line) <= 80 for line in table(columns, [row]))
+    assert table(["a", "b"], [["xx", "1"], ["y", "22"]]) == ["a   b", "-----", "xx  1", "y  22"]
 
 
 def test_seconds_have_three_digits() -> None:

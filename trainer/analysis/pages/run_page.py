@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from shardstep.configs.load import recipe_text
+from shardstep.configs.text import duration
 from shardstep.trainer.analysis.calibration import expected_calibration_error
 from shardstep.trainer.analysis.pages.chart import (
     NUM_COLORS,
@@ -23,7 +24,6 @@ from shardstep.trainer.analysis.run_analysis import RunAnalysis
 from shardstep.trainer.analysis.run_record import Line, RunRecord, differing_keys, number
 from shardstep.trainer.monitoring.pictures import training_extras
 from shardstep.trainer.monitoring.status import length
-from shardstep.trainer.stopping.time_limit import time_text
 
 _MOST_CLASSES_IN_MATRIX = 40
 _MOST_BARS = 30
@@ -42,7 +42,7 @@ def _time(seconds: float) -> str:
     if seconds < 100:
         return _unbroken(f"{seconds:.1f} s")
     whole = round(seconds)
-    return _unbroken(f"{whole // 60} min {whole % 60} s" if whole < 3600 else time_text(seconds))
+    return _unbroken(f"{whole // 60} min {whole % 60} s" if whole < 3600 else duration(seconds))
 
 
 def _unbroken(figure: str) -> str:
