@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardstep.configs.errors import InputError
 from shardstep.configs.schema import (
     Convolutions,
     DataConfig,
@@ -72,17 +71,12 @@ def resolve(recipe: Recipe, choices: Choices) -> ResolvedRecipe:
     return ResolvedRecipe(**_shallow(recipe) | {"data": data, "train": train})
 
 
-def as_resolved(recipe: Recipe, where: str) -> ResolvedRecipe:
-    """A recipe that leaves nothing to `auto`, such as that of a run's config.yaml.
-
-    Raises:
-        InputError: it does leave something; the message names it and `where` the recipe is from.
-    """
-    chosen = {f"{section}.{key}": getattr(getattr(recipe, section), key) for section, key in CHOICES}
-    left = [name for name, value in chosen.items() if value == "auto"]
-    if left:
-        raise InputError(f"{where} leaves {', '.join(left)} to auto: it is not the recipe of a run that has begun")
-    return resolve(recipe, Choices(**{name.partition(".")[2]: value for name, value in chosen.items()}))
+def as_resolved(recipe: Recipe) -> ResolvedRecipe:
+    """The recipe of a run that has begun; keys that an earlier version did not write get ResolvedRecipe's defaults."""
+    read, default = (
+        {key: getattr(getattr(one, section), key) for section, key in CHOICES} for one in (recipe, ResolvedRecipe())
+    )
+    return resolve(recipe, Choices(**{key: default[key] if value == "auto" else value for key, value in read.items()}))
 
 
 def with_keys(recipe: Recipe, **sections: Mapping[str, object]) -> Recipe:

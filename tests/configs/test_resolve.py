@@ -6,7 +6,6 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe, recipe_text
 from shardstep.configs.resolve import CHOICES, Choices, ResolvedRecipe, as_resolved, resolve, with_keys
 from shardstep.configs.schema import Recipe
@@ -58,9 +57,11 @@ def test_a_copy_has_other_values() -> None:
         with_keys(recipe, run={"sede": 7})
 
 
-def test_a_runs_recipe_is_resolved_and_another_is_not(tmp_path: Path) -> None:
+def test_the_recipe_of_a_run_is_resolved_and_that_of_an_earlier_version_gets_defaults(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(recipe_text(resolve(load_recipe("smoke").recipe, CHOSEN)))
-    assert as_resolved(load_recipe(str(path)).recipe, str(path)).train.convolutions == "winograd"
-    with pytest.raises(InputError, match=r"smoke leaves data.mode, train.convolutions to auto"):
-        as_resolved(load_recipe("smoke").recipe, "smoke")
+    assert as_resolved(load_recipe(str(path)).recipe).train.convolutions == "winograd"
+    path.write_text("model: {name: mlp}\ntrain: {precision: bf16, device: cuda}\n")
+    train = as_resolved(load_recipe(str(path)).recipe).train
+    assert (train.precision, train.device) == ("bf16", "cuda")
+    assert (train.memory_format, train.convolutions) == ("contiguous", "direct")

@@ -108,7 +108,7 @@ def read_recipe(run_dir: RunDir) -> ResolvedRecipe:
     Raises:
         InputError: it cannot be read, or is of another version.
     """
-    return as_resolved(validate_recipe(run_dir.config), str(run_dir.config_path))
+    return as_resolved(validate_recipe(run_dir.config))
 
 
 def read_train_manifest(run_dir: RunDir) -> Manifest:
