@@ -151,13 +151,32 @@ def test_every_public_function_has_a_docstring() -> None:
                     assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 
 
-def test_loop_is_short() -> None:
-    tree = ast.parse((ROOT / "trainer" / "loop.py").read_text())
-    lengths = {
-        node.name: (node.end_lineno or 0) - node.lineno + 1 for node in tree.body if isinstance(node, ast.FunctionDef)
+def function_lengths(path: Path) -> dict[str, int]:
+    """Lines of each function of a file, nested ones and methods included."""
+    return {
+        node.name: (node.end_lineno or 0) - node.lineno + 1
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
     }
+
+
+def test_functions_are_short() -> None:
+    for layer in LAYERS:
+        for path in python_files(layer):
+            most = 60 if path.parent == ROOT / "trainer" else 80
+            long = {name: length for name, length in function_lengths(path).items() if length > most}
+            assert not long, path
+
+
+def test_loop_is_short() -> None:
+    lengths = function_lengths(ROOT / "trainer" / "loop.py")
     assert lengths["train"] < 60, lengths
     assert sum(lengths.values()) < 100, lengths
+
+
+def test_setup_imports_few_modules() -> None:
+    tree = ast.parse((ROOT / "trainer" / "setup.py").read_text())
+    assert sum(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(tree)) <= 25
 
 
 def test_files_that_are_no_modules_are_installed_with_their_package() -> None:
