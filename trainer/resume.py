@@ -18,7 +18,7 @@ from shardstep.configs.resolve import CHOICES, ResolvedRecipe, with_keys
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.datasets.manifest import Manifest, manifest_bytes
 from shardstep.trainer.checkpoints import checkpoint, checkpoint_files
-from shardstep.trainer.checkpoints.checkpoint_files import RECIPE, STATE, newest_whole, problems_of
+from shardstep.trainer.checkpoints.checkpoint_files import RECIPE, STATE, newest_intact, problems_of
 from shardstep.trainer.checkpoints.lock import LOCK_NAME, hold
 from shardstep.trainer.data import Data
 from shardstep.trainer.distributed import launch_env
@@ -112,7 +112,7 @@ def find_resume(recipe: Recipe) -> Resume:
         raise InputError(f"run.dir={folder} holds other files than a run's: choose another folder")
     if recipe.run.resume == "never":
         return Resume()
-    path, passed_over = newest_whole(run_dir.checkpoints_path)
+    path, passed_over = newest_intact(run_dir.checkpoints_path)
     if path is None and passed_over:
         raise InputError.from_problems(
             f"no checkpoint of {folder} is whole; run.resume=never begins again, and keeps the old run beside the new one",

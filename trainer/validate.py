@@ -13,7 +13,7 @@ from shardstep.configs.load import Loaded
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import TRANSFORMS
 from shardstep.trainer import models
-from shardstep.trainer.distributed.gradients import sharing_problems
+from shardstep.trainer.distributed.gradients import gradient_sync_problems
 from shardstep.trainer.distributed.world import choose_device
 from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, excludes
 from shardstep.trainer.monitoring import profiler
@@ -59,7 +59,7 @@ def validate_recipe(loaded: Loaded) -> Recipe:
     augment, found = _resolve_augment(recipe.data.augment)
     recipe = replace(recipe, data=replace(recipe.data, augment=augment), **resolved_sections)
     problems += found + _check_durations(recipe) + _check_numbers(recipe) + _check_normalize(recipe)
-    problems += sharing_problems(recipe.train)
+    problems += gradient_sync_problems(recipe.train)
     if not problems:
         problems += optimizers.check_schedule_has_effect(recipe.optimizer, recipe.schedule)
     if problems:

@@ -134,7 +134,7 @@ def test_winograd_is_refused_where_there_is_none() -> None:
     with pytest.raises(InputError, match="winograd is for CPUs, and this is cuda:0: use auto or direct"):
         precision.candidates(asked, wide, (128, 8, 8), torch.device("cuda", 0), AVX2)
     with pytest.raises(
-        InputError, match="winograd has no effect: this model has no 3x3 convolutions that would be faster"
+        InputError, match="winograd has no effect: this model has no 3x3 convolutions that it would make faster"
     ):
         precision.candidates(asked, CONV, (3, 8, 8), CPU, AVX2)
 

@@ -132,7 +132,7 @@ def test_damage_to_a_shard_is_named_and_the_mended_run_goes_on(undisturbed: Path
         assert "Traceback" not in message
         losses = [line["loss"] for line in train_lines(folder / "run")]
         assert losses == whole[: len(losses)], folder  # what was learnt until then was right
-        newest, passed_over = checkpoint_files.newest_whole(folder / "run" / "checkpoints")
+        newest, passed_over = checkpoint_files.newest_intact(folder / "run" / "checkpoints")
         assert newest is not None
         assert not passed_over
         shutil.rmtree(folder / "shards")

@@ -173,7 +173,7 @@ def test_the_loss_that_is_no_number_is_named(shards: Path, tmp_path: Path) -> No
     recipe, log = write_recipe(tmp_path, shards, log={"every": "100 steps"}), tmp_path / "log"
     ((code, _, message),) = run_ranks(1, with_a_bad_step, str(recipe), "checkpoint.every=100 steps")
     assert code == 1
-    assert "NaN or infinite at step 4 (rate 0.05): the training loss since the last evaluation is nan. Try" in message
+    assert "NaN or infinite at step 4 (lr 0.05): the training loss since the last evaluation is nan. Try" in message
     assert "test loss" not in message
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] > 0
     log.write_text(message)
@@ -208,7 +208,7 @@ def test_a_loss_that_leaves_the_numbers_is_a_failure_that_names_the_step(shards:
     first, second = run_ranks(2, failure_of, str(recipe))
     assert first[0] == second[0] == 1
     assert "failed: the loss is" in first[2]
-    assert "rate 1e+20" in first[2]
+    assert "lr 1e+20" in first[2]
     assert "lower optimizer.lr" in first[2]
     assert second[2] == ""
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"

@@ -94,7 +94,7 @@ def problems_of(path: Path, only: Collection[str] | None = None) -> list[str]:
     return problems
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and what is wrong with the newer ones."""
     passed_over: list[str] = []
     for path in reversed(list_checkpoints(folder)):

@@ -103,7 +103,7 @@ def test_damage_is_found_and_named(trained: Path, tmp_path: Path, name: str, dam
     folder = tmp_path / "checkpoints"
     shutil.copytree(trained / "run" / "checkpoints", folder)
     expected = damage(folder / "step-00000007" / name, folder / "step-00000006" / name)
-    found, passed_over = checkpoint_files.newest_whole(folder)
+    found, passed_over = checkpoint_files.newest_intact(folder)
     assert found == folder / "step-00000006"
     assert len(passed_over) == 1
     assert "step-00000007" in passed_over[0]

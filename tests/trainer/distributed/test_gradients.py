@@ -149,7 +149,6 @@ def build_run(recipe: str) -> Any:
 
     checked = validate_recipe(load_recipe(recipe))
     run = setup.build(start_world(checked.train), checked, Display(enabled=False))
-    run.watchdog.stop()
     run.metrics.close()
     return run
 
@@ -318,8 +317,8 @@ def test_powersgd_says_that_it_begins_anew(shards: Path, tmp_path: Path) -> None
     run_ranks(2, train_until, str(recipe), 3)
     (code, output, message), (_, _, silence) = run_ranks(2, failure_of, str(recipe))
     assert code == 0
-    assert "all-reduced in buckets of 1 MiB, which travel as powersgd" in output
-    assert "train.compress=powersgd begins anew" in message
+    assert "all-reduced in buckets of 1 MiB, sent as powersgd" in output
+    assert "train.compress=powersgd starts over" in message
     assert silence == ""
 
 
@@ -351,7 +350,7 @@ def test_one_rank_has_nobody_to_share_with(shards: Path, tmp_path: Path) -> None
     ("override", "expected"),
     [
         ("train.all_reduce=flat", "which train.all_reduce=flat does without"),
-        ("train.on_nan=skip", "train.on_nan=skip could leave out no bad step"),
+        ("train.on_nan=skip", "train.on_nan=skip could not skip a bad step"),
         ("train.precision=fp16", "the first overflow of train.precision=fp16 would spoil"),
     ],
 )

@@ -442,7 +442,7 @@ def test_a_run_goes_on_where_there_is_no_compiler_and_says_so(shards: Path, tmp_
     more = ["train.convolutions=auto", "train.duration=4 steps", "run.allow_changes=[train.duration]"]
     (told,) = run_ranks(1, _train_without_compiler, 0, str(recipe), *more)
     assert "warning: train.convolutions=winograd needs a C compiler (there is no no-such-compiler)" in told
-    assert "convolutions are torch's" in told
+    assert "falling back to torch's convolutions" in told
     assert len(train_lines(tmp_path / "run")) == 4
 
 

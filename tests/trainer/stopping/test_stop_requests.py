@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from shardstep.trainer.metrics import LineFile
-from shardstep.trainer.stopping.stop_requests import StopRequest, StopRequests
+from shardstep.trainer.run_dir import RunDir
+from shardstep.trainer.stopping.stop_requests import StopRequests, StopSignal
 from shardstep.trainer.stopping.time_limit import TimeLimit
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
@@ -65,7 +66,8 @@ def disturbed(recipe: str, where: str, step: int, disturb: str, rank: int, *over
         rank: on which it happens; -1: on every one.
         overrides: of the recipe.
     """
-    from shardstep.trainer import loop, setup
+    from shardstep.trainer import loop, resume
+    from shardstep.trainer import run as run_module
     from shardstep.trainer.checkpoints import checkpoint
 
     def happen() -> None:
@@ -92,9 +94,9 @@ def disturbed(recipe: str, where: str, step: int, disturb: str, rank: int, *over
     elif where == "save":
         before(checkpoint, "take_snapshot", lambda state, *rest: state.progress.step == step)
     elif where == "start":
-        before(setup, "_follow_rank_0", lambda world, recipe: True)  # which all ranks call
+        before(resume, "with_choices_of_rank_0", lambda world, recipe: True)  # which all ranks call
     else:
-        function = setup.evaluate
+        function = run_module.evaluate
 
         def evaluate(accelerator: Any, module: Any, batches: Any, *rest: Any) -> Any:
             def passing() -> Iterator[Any]:
@@ -105,7 +107,7 @@ def disturbed(recipe: str, where: str, step: int, disturb: str, rank: int, *over
 
             return function(accelerator, module, passing, *rest)
 
-        setup.evaluate = evaluate
+        run_module.evaluate = evaluate
     StopRequests.check = _check_every_time(StopRequests.check)  # type: ignore[method-assign]
     return failure_of(recipe, *overrides)
 
@@ -219,7 +221,7 @@ def looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durations: list[fl
         return numbers
 
     unlimited = TimeLimit(None, save_s=lambda: None, share_done=lambda: 0.0)
-    requests = StopRequests(StopRequest(), tmp_path, is_main=True, agree=agree, time_limit=unlimited)
+    requests = StopRequests(StopSignal(), tmp_path, is_main=True, agree=agree, time_limit=unlimited)
     requests.check()  # before the first step, at once
     for number, duration in enumerate(durations, start=1):
         if duration is None:
@@ -334,6 +336,27 @@ def test_a_hang_ends_the_run_and_names_the_rank(shards: Path, tmp_path: Path, wo
         stacks = (tmp_path / "run" / f"hang-rank{number}.txt").read_text()
         # the one that hangs has not come to the step that the others wait in
         assert ("in train_step" in stacks) == (number != rank)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["failure"], summary["step"]) == ("failed", "hang", 4)
+    assert f"failed: {summary['reason']}\n" in told
+    assert RunDir(tmp_path / "run").state() == "failed"
+
+
+def hanging_with_a_writer_that_blocks(recipe: str) -> None:
+    """Runs in a rank: it hangs, and so does the disk when it writes the summary."""
+    from shardstep.trainer import finish
+
+    finish.write_summary = lambda *arguments, **options: time.sleep(600)
+    hanging(recipe, 0)
+
+
+def test_a_summary_that_cannot_be_written_keeps_no_hung_process_alive(shards: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="died without a word, exit codes .*1"):
+        run_ranks(1, hanging_with_a_writer_that_blocks, str(write_recipe(tmp_path, shards, **SECTIONS)))
+    assert time.monotonic() - began < 60
+    assert "failed: rank 0 has not moved for" in (tmp_path / "stderr0").read_text()
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def hanging_after_a_stop(recipe: str) -> None:
@@ -501,7 +524,7 @@ def test_a_full_disk_is_told_and_training_goes_on(shards: Path, tmp_path: Path, 
     own: dict[str, Any] = {"run": {"dir": str(small_disk / "run")}, "model": {"name": "mlp", "hidden": [4]}}
     recipe = write_recipe(tmp_path, shards, **SECTIONS | own | {"optimizer": {"name": "sgd", "lr": 0.05}})
     ((code, _, message),) = run_ranks(1, on_a_disk_that_fills, str(recipe), str(small_disk))
-    assert "warning: step 6 could not be saved, training goes on: [Errno 28] No space left on device" in message
+    assert "warning: step 6 could not be saved, training continues: [Errno 28] No space left on device" in message
     assert [line["step"] for line in train_lines(small_disk / "run")] == list(range(1, 13))
     from shardstep.trainer.checkpoints import checkpoint_files
 
@@ -548,7 +571,7 @@ def test_a_folder_out_of_reach_is_told_and_training_goes_on(
     ((code, _, message),) = run_ranks(1, out_of_reach, str(recipe), how)
     assert code == 0, message
     for step in (6, 8):
-        assert f"warning: step {step} could not be saved, training goes on: " in message
+        assert f"warning: step {step} could not be saved, training continues: " in message
     assert reason in message
     from shardstep.trainer.checkpoints import checkpoint_files
 
@@ -565,7 +588,7 @@ def test_lines_that_cannot_be_written_come_with_the_next(tmp_path: Path) -> None
     lines.append("one")
     lines.append("two")
     assert len(told) == 1
-    assert "/dev/full cannot be written, its lines are kept in memory for now: No space left on device" in told[0]
+    assert "/dev/full cannot be written, so its lines stay in memory for now: No space left on device" in told[0]
     lines.close()
     lines._file = (tmp_path / "lines").open("ab", buffering=0)  # the disk has room again
     lines.close()

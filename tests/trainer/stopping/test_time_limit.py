@@ -10,7 +10,7 @@ import pytest
 
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.launch_env import Allocation
-from shardstep.trainer.stopping.stop_requests import StopRequest, StopRequests
+from shardstep.trainer.stopping.stop_requests import StopRequests, StopSignal
 from shardstep.trainer.stopping.time_limit import TimeLimit, jobs_needed, jobs_text
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_ranks, write_recipe
@@ -34,7 +34,7 @@ def test_what_ending_well_needs() -> None:
     assert not given.is_near(3600 - 35)
     assert given.is_near(3600 - 34)
     given.save_s = 30.0
-    given.limit.looked(4.0)
+    given.limit.note_interval(4.0)
     # two steps of 4 s and two saves of 30 s, half as long again, and 20: 1.5 x 2 x (4 + 30) + 20 = 122
     assert not given.is_near(3600 - 122)
     assert given.is_near(3600 - 121)
@@ -45,10 +45,10 @@ def test_what_ending_well_needs() -> None:
 
 def test_a_slow_look_long_ago_is_forgotten() -> None:
     given = Fixture()
-    given.limit.looked(1000.0)
+    given.limit.note_interval(1000.0)
     assert given.is_near(3600 - 2000)
     for _ in range(30):
-        given.limit.looked(1.0)
+        given.limit.note_interval(1.0)
     assert not given.is_near(3600 - 2000)
 
 
@@ -96,13 +96,11 @@ def test_the_outlook_is_told_once_and_only_if_the_job_is_too_short() -> None:
 def test_rank_0_asks_for_all(tmp_path: Path) -> None:
     given = Fixture()
     given.now = 3590.0
-    requests = StopRequests(
-        StopRequest(), tmp_path, is_main=True, agree=lambda numbers: numbers, time_limit=given.limit
-    )
+    requests = StopRequests(StopSignal(), tmp_path, is_main=True, agree=lambda numbers: numbers, time_limit=given.limit)
     assert requests.check()
     assert requests.reason == "the allocation's end"
     assert not requests.by_person
-    other = StopRequests(StopRequest(), tmp_path, is_main=False, agree=lambda numbers: numbers, time_limit=given.limit)
+    other = StopRequests(StopSignal(), tmp_path, is_main=False, agree=lambda numbers: numbers, time_limit=given.limit)
     assert not other.check()
 
 
