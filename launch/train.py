@@ -69,9 +69,9 @@ def main(arguments: list[str]) -> int:
         )
     for text in describe(run):
         display.note(text, indent=INDENT)
-    passed_over = data.passed_over_source(run.recipe.data, run.data) if world.is_main_process else None
-    if passed_over:
-        display.warn(passed_over)
+    unused_source = data.unused_source_warning(run.recipe.data, run.data) if world.is_main_process else None
+    if unused_source:
+        display.warn(unused_source)
     request.note_interrupts()
     ending = train_to_end(run, arguments)
     if ending == "stopped":

@@ -412,7 +412,7 @@ def test_a_folder_with_other_files_is_left_alone(shards: Path, tmp_path: Path) -
     recipe = write_recipe(tmp_path, shards)
     ((code, _, message),) = run_ranks(1, failure_of, str(recipe), f"run.dir={tmp_path / 'home'}")
     assert code == 2
-    assert "holds other files than a run's" in message
+    assert "holds files that are not a run's" in message
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
 
 

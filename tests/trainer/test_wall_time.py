@@ -113,7 +113,7 @@ def test_what_is_left_is_what_ends_the_run_first() -> None:
 
 def test_a_schedule_that_needs_the_end_is_refused() -> None:
     for name in ("cosine", "linear", "one_cycle"):
-        with pytest.raises(InputError, match=f"schedule.name={name} is drawn over train.duration"):
+        with pytest.raises(InputError, match=f"schedule.name={name} spans train.duration"):
             validate_recipe(load_recipe("digits", [f"schedule.name={name}", "train.max_wall_s=5"]))
     validate_recipe(load_recipe("digits", ["schedule.name=constant", "schedule.warmup=5 steps", "train.max_wall_s=5"]))
     with pytest.raises(InputError, match="train.max_wall_s=0.0 must be above 0"):

@@ -119,7 +119,7 @@ def test_a_run_that_has_come_and_gone_meanwhile_is_not_put_aside(shards: Path, t
     (tmp_path / "go").touch()
     code, _, message = results.get(timeout=60)
     assert code == 2
-    assert f"another run has begun in {tmp_path / 'run'} while this one was starting" in message
+    assert f"another run started in {tmp_path / 'run'} while this one was starting" in message
     assert content_of(tmp_path / "run") == before
     assert not list(tmp_path.glob("run.old*"))
 
