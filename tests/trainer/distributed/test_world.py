@@ -259,7 +259,7 @@ def test_evaluation_is_exact(shards: Path, tmp_path: Path, world_size: int) -> N
 
 
 def test_accelerate_cpu_launch_is_caught() -> None:
-    with pytest.raises(InputError, match="starts one process only"):
+    with pytest.raises(InputError, match="starts only one process"):
         check_launch({"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"}, None)
 
 

@@ -141,7 +141,7 @@ def test_outputs_that_a_loss_does_not_take() -> None:
     check_outputs({"name": "mse"}, torch.zeros_like(images), images)
     with pytest.raises(InputError, match="takes log-probabilities"):
         check_outputs({"name": "nll"}, logits, images)
-    with pytest.raises(InputError, match="compares images with images, but the model turns them into"):
+    with pytest.raises(InputError, match="compares images with images, but the model's outputs have shape"):
         check_outputs({"name": "l1"}, logits, images)
     with pytest.raises(InputError, match="needs one number per class"):
         check_outputs({"name": "cross_entropy"}, images, images)
