@@ -56,7 +56,7 @@ def test_many_may_compile_at_once(source: Path, tmp_path: Path) -> None:
         ("no-such-compiler", "", "there is no no-such-compiler"),
         ("cc", "int answer(void) { return forty_two; }", "cc: .*answer.c.*forty_two"),
         ("cc -lno-such-library", "int answer(void) { return 42; }", "cc: .*cannot find -lno-such-library"),
-        ("false", "", "false: it failed, and did not say why"),
+        ("false", "", "false: it failed without a message"),
         ("cc 'open", "", "No closing quotation"),
     ],
 )
