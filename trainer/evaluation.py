@@ -123,8 +123,7 @@ def _count(
         # Nothing below waits for the device, as bincount or a tensor made from a Python number would.
         best = outputs.topk(min(5, num_classes), dim=1).indices
         hits = best == labels.unsqueeze(1)
-        sums[:3] += torch.stack(
-            [objective.evaluation_loss(outputs, labels).double(), hits[:, 0].sum(), hits.sum()],
-        )
+        loss = objective.evaluation_loss(outputs, labels).double()
+        sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
         confusion.scatter_add_(0, labels * num_classes + best[:, 0], one.expand(len(labels)))
     return sums, confusion

@@ -28,12 +28,8 @@ def evaluate_now(run: Run, clock: Stopwatch) -> Evaluation | None:
     state.wall_s = clock.seconds()
     score = -evaluation.loss if evaluation.accuracy is None else evaluation.accuracy
     if state.best is None or score > state.best["score"]:
-        state.best = {
-            "step": state.progress.step,
-            "score": score,
-            "loss": evaluation.loss,
-            "accuracy": evaluation.accuracy,
-        }
+        best = {"step": state.progress.step, "score": score}
+        state.best = best | {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
     metrics.write_evaluation(state, plan.epochs(state.progress), evaluation)
     metrics.restart_clock()
     return evaluation

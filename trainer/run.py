@@ -104,15 +104,9 @@ class Run:
 
         with averaged(self.state):
             evaluation = evaluate(
-                self.accelerator,
-                self.state.module,
-                self.test_batches,
-                self.objective,
-                self.data.test.manifest.samples,
-                self.data.num_classes,
-                self.recipe.eval,
-                stop_requested,
-            )
+                self.accelerator, self.state.module, self.test_batches, self.objective,
+                self.data.test.manifest.samples, self.data.num_classes, self.recipe.eval, stop_requested,
+            )  # fmt: skip
         self.requests.restart()
         return evaluation
 

@@ -53,8 +53,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, stop_signal: St
     objective = build_objective(recipe.loss, recipe.model)
     compute, measured_s = resolve_precision(world, recipe.train, module, objective, loaded, plan, display)
     resolved = resolve(
-        recipe,
-        Choices(mode, world.device.type, compute.precision, compute.memory_format, compute.convolutions),
+        recipe, Choices(mode, world.device.type, compute.precision, compute.memory_format, compute.convolutions)
     )
 
     with raise_on_all_ranks(world):

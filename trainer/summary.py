@@ -12,11 +12,7 @@ from shardstep.trainer.run_dir import Failure, Status
 
 
 def write_summary(
-    run: Run,
-    status: Status,
-    evaluation: Evaluation | None = None,
-    failure: Failure | None = None,
-    reason: str = "",
+    run: Run, status: Status, evaluation: Evaluation | None = None, failure: Failure | None = None, reason: str = ""
 ) -> dict[str, Any]:
     """Write summary.json, and return its content. Called on rank 0.
 

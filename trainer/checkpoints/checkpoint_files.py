@@ -14,14 +14,8 @@ from typing import Any
 from shardstep.datasets.scan import file_sha256
 
 FORMAT = 2
-WEIGHTS, AVERAGE, OPTIMIZER, STATE, RECIPE, BUFFERS = (
-    "model.safetensors",
-    "average.safetensors",
-    "optimizer.pt",
-    "state.json",
-    "recipe.yaml",
-    "rank_buffers.safetensors",
-)
+WEIGHTS, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.pt"
+STATE, RECIPE, BUFFERS = "state.json", "recipe.yaml", "rank_buffers.safetensors"
 MANIFEST = "manifest.json"
 
 

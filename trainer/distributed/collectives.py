@@ -25,11 +25,6 @@ def raise_on_all_ranks(world: PartialState) -> Iterator[None]:
         yield
     except InputError as error:
         problem = error
-    _raise_together(world, problem)
-
-
-def _raise_together(world: PartialState, problem: InputError | None) -> None:
-    """Raise on every rank if any rank has a problem, so that no rank waits in a collective for one that is gone."""
     if world.num_processes == 1:
         if problem:
             raise problem

@@ -162,16 +162,8 @@ def whitening_cnn(
         layer.weight.requires_grad_(norm_scale)
         return layer
 
-    model = WhiteningCnn(
-        image_shape[0],
-        num_classes,
-        widths,
-        depths or (2,) * len(widths),
-        activation,
-        norm,
-        output_scale,
-        output_activation,
-    )
+    depths = depths or (2,) * len(widths)
+    model = WhiteningCnn(image_shape[0], num_classes, widths, depths, activation, norm, output_scale, output_activation)
     if unit_head:
         with torch.no_grad():
             model.head.weight.div_(model.head.weight.std())

@@ -64,11 +64,8 @@ class Plan:
 
     def duration_done(self, progress: Progress) -> float:
         """Return how much of the duration is done, 0 to 1. It depends on no clock, because training depends on it."""
-        done, all_of_it = (
-            self.epochs(progress) if self.duration.unit == "epochs" else progress.step,
-            self.duration.value,
-        )
-        return min(1.0, done / float(all_of_it)) if all_of_it else 1.0
+        done = self.epochs(progress) if self.duration.unit == "epochs" else progress.step
+        return min(1.0, done / float(self.duration.value)) if self.duration.value else 1.0
 
     def samples_in(self, duration: Duration) -> float:
         """Return the number of samples in a duration; if it counts steps, as if all batches were full."""

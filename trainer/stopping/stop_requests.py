@@ -129,11 +129,8 @@ class StopRequests:
             [int(stop), int(save), int(out_of_time), pause if self._is_main else 0]
         )
         self.out_of_time = self.out_of_time or bool(agreed_end)
-        self._previous_s, self._previous_call, self._next_call = (
-            time.monotonic(),
-            self._calls,
-            self._calls + self._pause,
-        )
+        self._previous_s = time.monotonic()
+        self._previous_call, self._next_call = self._calls, self._calls + self._pause
         self.stop, self.save = bool(agreed_stop), bool(agreed_save)
         if self.stop:
             others = f"a file {STOP_FILE}" if self.by_person else "another rank"
