@@ -155,7 +155,7 @@ def assemble(
     clip = Clip(recipe.train.clip_norm, recipe.train.clip_value, measures=recipe.log.grad_norm)
     listeners = [display.line, trackers.log, lambda _: _note_early_outlook(time_limit, display)]
     profiled, on_gpu = parse_steps(recipe.train.profile), world.device.type == "cuda"
-    synchronize_device(world.device)  # so that the first step does not pay for the passes of warm-up
+    synchronize_device(world.device)  # so that the first step does not pay for warm-up passes
     return Run(
         recipe=recipe, dir=run_dir, accelerator=accelerator, state=state, plan=plan, data=data,
         batches=train_batches(recipe, accelerator, data, plan),

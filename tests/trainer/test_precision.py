@@ -1,4 +1,4 @@
-"""How a number format and a memory layout are chosen: by a measured step of each."""
+"""Choosing a precision and a memory format by a measured step of each."""
 
 import time
 from collections import Counter
@@ -24,7 +24,7 @@ SECONDS = {"bf16 channels_last": 2.0, "bf16 contiguous": 0.16, "fp32 channels_la
 
 
 class Clocked(nn.Module):
-    """A model whose passes take the times above, by a clock of the test's own."""
+    """A model whose passes take the times above, by a fake clock."""
 
     now_s = 0.0
 
@@ -140,7 +140,7 @@ def test_winograd_is_refused_where_there_is_none() -> None:
 
 
 @pytest.mark.parametrize("other", ["train.precision=fp16", "train.compile=default", "train.device=cuda"])
-def test_winograd_goes_only_with_what_it_is_for(other: str) -> None:
+def test_winograd_is_refused_outside_its_purpose(other: str) -> None:
     with pytest.raises(
         InputError, match=f"winograd is for bf16 and fp32 on a CPU, not for {other}: use auto or direct"
     ):

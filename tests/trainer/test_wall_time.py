@@ -74,7 +74,7 @@ def test_training_ends_after_its_seconds_on_all_ranks(shards: Path, tmp_path: Pa
 
 
 def test_the_clock_is_looked_at_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of 20 ms: looks come every half second, but the limit of 10.01 s is met by the very next step."""
+    """Steps of 20 ms: checks come every half second, but the limit of 10.01 s is met by the very next step."""
     now, looks = [0.0], [0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
@@ -122,7 +122,7 @@ def test_a_schedule_that_needs_the_end_is_refused() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_train_lines_have_the_gradients_norm_before_clipping(world_size: int, shards: Path, tmp_path: Path) -> None:
-    """SGD with rate 1 moves the weights by the gradient: the norm of what two steps differ in is that of the second's."""
+    """SGD with lr 1 moves the weights by the gradient: the difference between two steps has the norm of the second's."""
     folders = []
     for steps in (1, 2):
         folders.append(tmp_path / str(steps))

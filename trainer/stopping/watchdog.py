@@ -80,7 +80,7 @@ class Watchdog:
         self._moves += 1
 
     def watch(self, batch: GlobalBatch, step: int) -> GlobalBatch:
-        """Return the same batch; this rank's heart beats when it reads a micro-batch and when it computes with it."""
+        """Return the same batch, which beats when a micro-batch is read and when it is computed with."""
         return dataclasses.replace(batch, micro_batches=self._watched(batch.micro_batches, step))
 
     def _watched(self, micro_batches: Iterator[MicroBatch], step: int) -> Iterator[MicroBatch]:

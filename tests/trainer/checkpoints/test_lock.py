@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and what a restart makes of run.resume=never."""
+"""One run at a time in a folder, and how a restart treats run.resume=never."""
 
 import errno
 import fcntl
@@ -140,7 +140,7 @@ def test_patience_waits_for_the_holder_to_end(tmp_path: Path) -> None:
     assert lock.hold(tmp_path, print, patience_s=20)
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -156,7 +156,7 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
 
 
 def attempt(recipe: str, environment: dict[str, str]) -> tuple[int, str, str]:
-    """Runs in a rank: what a launcher starts, for the first time or again."""
+    """Runs in a rank: start as a launcher does, for the first time or again."""
     os.environ.update(environment)
     return failure_of(recipe, "run.resume=never")
 

@@ -257,7 +257,7 @@ def test_autocast_is_put_on_once(shards: Path, tmp_path: Path, precision: str) -
 
 
 def wrap_other_weights(all_reduce: str) -> tuple[list[float], list[float]]:
-    """Runs in a rank: the weights of a model that is another on each rank, and batch norm's mean when it is wrapped again."""
+    """Runs in a rank: the weights of a model that differs between ranks, and batch norm's mean after it is wrapped again."""
     from shardstep.configs.schema import TrainConfig
     from shardstep.trainer.distributed.ddp import wrap_for_training
     from shardstep.trainer.distributed.world import build_accelerator, start_world

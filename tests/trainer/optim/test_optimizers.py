@@ -41,7 +41,7 @@ def sgd(eta: float, mu: float = 0.0, nesterov: bool = False) -> Iterator[list[fl
 
 
 def document_momentum(eta: float, mu: float) -> Iterator[list[float]]:
-    """The documents' form: the rate inside the velocity, which is added to the weights."""
+    """The documents' form: the learning rate inside the velocity, which is added to the weights."""
     w, v = list(START), [0.0] * 3
     while True:
         v = [mu * a - eta * b for a, b in zip(v, gradient(w), strict=True)]
@@ -203,7 +203,7 @@ BESIDE_MUON = {"name": "adamw", "lr": 0.01, "groups": [{"match": "0.*", "name": 
 
 @pytest.mark.parametrize("given", [*({"name": name} for name in OPTIMIZERS), BESIDE_MUON], ids=lambda g: str(g["name"]))
 def test_runs_and_resumes_through_its_state(given: dict) -> None:
-    """Weights and state, through what a checkpoint stores, lead to the same losses as going on."""
+    """Weights and state, through what a checkpoint stores, lead to the same losses as continuing."""
     section, problems = resolve_options("optimizer", given, OPTIMIZERS, COMMON_OPTIONS)
     assert not problems + check_optimizer(section)
     net = matrices()

@@ -78,7 +78,7 @@ def test_how_many_more_jobs() -> None:
     assert jobs_text(3, 4 * 3600 + 60) == "3 more jobs of 4 h 1 min"
 
 
-def test_the_outlook_is_told_once_and_only_if_the_job_is_too_short() -> None:
+def test_the_outlook_is_given_once_and_only_if_the_job_is_too_short() -> None:
     given = Fixture()
     given.now, given.done = 59.0, 0.001
     assert given.limit.early_outlook() is None
@@ -114,7 +114,7 @@ SECTIONS: dict[str, Any] = {
 def in_an_allocation(
     recipe: str, seconds: float, evaluation_s: float, stopped_file: str, trained_s: float = 0.0, *overrides: str
 ) -> tuple[int, str, str]:
-    """Runs in a rank: trains in an allocation that ends in `seconds`; an evaluation, and training, took so long before."""
+    """Runs in a rank: train in an allocation that ends in `seconds`; an evaluation, and training, took so long before."""
     from shardstep.trainer.state import TrainState
 
     os.environ["SLURM_JOB_END_TIME"] = str(time.time() + seconds)
@@ -157,7 +157,7 @@ def test_a_run_that_its_time_ends_is_done_by_its_time(shards: Path, tmp_path: Pa
     assert "a job of this length may be too short" not in output
 
 
-def test_a_job_is_told_that_a_person_has_stopped_it(shards: Path, tmp_path: Path) -> None:
+def test_the_job_script_learns_that_a_person_stopped_the_run(shards: Path, tmp_path: Path) -> None:
     recipe, stopped = (
         write_recipe(tmp_path, shards, **SECTIONS, run={"dir": str(tmp_path / "run")}),
         tmp_path / "stopped",
