@@ -12,7 +12,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import is_override, load_recipe, recipe_names
 from shardstep.launch.cli import FAILED, STOPPED, leave
 from shardstep.launch.cli import run as run_command
-from shardstep.trainer.stopping.stop_requests import StopRequest
+from shardstep.trainer.stopping.stop_requests import StopSignal
 
 
 def main(arguments: list[str]) -> int:
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     loaded = load_recipe(args.recipe, args.overrides)
     if args.nproc != 1:
         return _start_ranks(args.nproc, [args.recipe, *args.overrides])
-    request = StopRequest()
+    request = StopSignal()
     request.install()  # a signal that comes while torch is imported is not lost
 
     # torch and all that needs it come after the first checks: a typo is answered at once
@@ -69,9 +69,9 @@ def main(arguments: list[str]) -> int:
         )
     for text in describe(run):
         display.note(text, indent=INDENT)
-    passed_over = data.passed_over_source(run.recipe.data, run.data) if world.is_main_process else None
-    if passed_over:
-        display.warn(passed_over)
+    unused_source = data.unused_source_warning(run.recipe.data, run.data) if world.is_main_process else None
+    if unused_source:
+        display.warn(unused_source)
     request.note_interrupts()
     ending = train_to_end(run, arguments)
     if ending == "stopped":

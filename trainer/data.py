@@ -1,4 +1,4 @@
-"""The recipe's data section to readers: opened, checked against each other, resident or streamed."""
+"""Open the training and test sets of a recipe, check that they match, and read them resident or streamed."""
 
 import os
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ RESIDENT_SHARE = 0.25  # of the memory of the host, or of the GPU, that decoded 
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test set, ready to be read."""
+    """The training and test set with their readers."""
 
     train: ShardFolder
     test: ShardFolder
@@ -49,13 +49,13 @@ class Data:
         return channels, height, width
 
     def first_samples(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The first training samples, as many as there are: images (count, C, H, W), normalized, and labels (count,)."""
+        """Return up to `count` first training samples: normalized images (count, C, H, W) and labels (count,)."""
         images, labels = self.train_reader.read(np.arange(min(count, self.train.manifest.samples)))
         return self.normalize(images.to(device)), labels.to(device)
 
 
 def make_missing_data(config: DataConfig) -> None:
-    """Write the shards that are not there from data.source, once per node.
+    """Write missing shards from data.source, once per node.
 
     Raises:
         InputError: the source cannot be read.
@@ -66,13 +66,13 @@ def make_missing_data(config: DataConfig) -> None:
         if not (Path(folder) / MANIFEST_NAME).is_file():
             try:
                 make_missing_shards(config.source, split, Path(folder))
-            except InputError as error:  # perhaps of this node alone: its first rank tells
+            except InputError as error:  # perhaps only on this node: its first rank reports it
                 error.everywhere = not launch_env.is_first_rank_of_node()
                 raise
 
 
-def passed_over_source(config: DataConfig, data: Data) -> str | None:
-    """What to warn of where there were shards, but of other images than those of data.source; else None."""
+def unused_source_warning(config: DataConfig, data: Data) -> str | None:
+    """Return a warning if existing shards hold other images than data.source; else None."""
     if config.source is None:
         return None
     for split, folder, manifest in (
@@ -81,15 +81,15 @@ def passed_over_source(config: DataConfig, data: Data) -> str | None:
     ):
         if surely_differs(config.source, manifest, split):
             return (
-                f"data.source={config.source} is not used: there are shards in {folder}, of other images "
-                f"({manifest.made.get('source', 'of unknown origin')}; classes {_short(manifest)}). For those of the source "
-                f"give another folder as data.{split}, for these data.source=null"
+                f"data.source={config.source} is not used: {folder} already holds shards of other images "
+                f"({manifest.made.get('source', 'of unknown origin')}; classes {_short(manifest)}). To use the source, give "
+                f"another folder as data.{split}; to use these shards, data.source=null"
             )
     return None
 
 
 def open_both(config: DataConfig) -> tuple[ShardFolder, ShardFolder]:
-    """Open training and test set and check that they belong together.
+    """Open the training and test set, and check that they match.
 
     Raises:
         InputError: one cannot be opened, or their classes or kinds of image differ.
@@ -107,10 +107,12 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
     """
     if one.classes != other.classes:
         lacks = set(other.classes) < set(one.classes)
-        cure = "; `shards write --classes-of` gives a set the classes of another" if lacks else ""
-        raise InputError(f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}{cure}")
+        remedy = "; `shards write --classes-of` gives a set the classes of another" if lacks else ""
+        raise InputError(
+            f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}{remedy}"
+        )
     if one.image_mode != other.image_mode:
-        raise InputError(f"{one_name} has {one.image_mode} images and {other_name} has {other.image_mode} ones")
+        raise InputError(f"{one_name} has {one.image_mode} images, but {other_name} has {other.image_mode} images")
     if resize is None and one.image_shape != other.image_shape:
         raise InputError(
             f"{one_name} and {other_name} have images of different sizes: {one.image_shape} and {other.image_shape}; "
@@ -119,7 +121,7 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
 
 
 def choose_mode(config: DataConfig, train: ShardFolder, test: ShardFolder, device: torch.device) -> DataMode:
-    """resident or stream: as the recipe says, else resident if both sets fit."""
+    """Return the recipe's data mode; for auto, resident if both sets fit in memory, else stream."""
     if config.mode != "auto":
         return config.mode
     sizes = [decoded_bytes(shards, config.resize) for shards in (train, test)]
@@ -134,7 +136,7 @@ def choose_mode(config: DataConfig, train: ShardFolder, test: ShardFolder, devic
 
 
 def load(config: DataConfig, mode: DataMode, train: ShardFolder, test: ShardFolder, device: torch.device) -> Data:
-    """Make the readers and the normalisation.
+    """Build the readers and the normalisation.
 
     Raises:
         InputError: the images are damaged, differ in size, or are too small for a transform.
@@ -149,7 +151,7 @@ def load(config: DataConfig, mode: DataMode, train: ShardFolder, test: ShardFold
         if min(height, width) < smallest_side(entry):
             raise InputError(
                 f"data.augment: {entry['name']} with these options needs images of at least "
-                f"{smallest_side(entry)} pixels a side, these have {width}x{height}"
+                f"{smallest_side(entry)} pixels a side, but these are {width}x{height}"
             )
     return Data(
         train, test, train_reader, test_reader, make_normalize(config, train.manifest, train_reader.image_shape, device)
@@ -157,7 +159,7 @@ def load(config: DataConfig, mode: DataMode, train: ShardFolder, test: ShardFold
 
 
 def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data, plan: Plan) -> TrainBatches:
-    """This rank's share of the training set, in the recipe's order."""
+    """Build the iterator over this rank's share of the training set, in the recipe's order."""
     train = loaded.train.manifest
     return TrainBatches(
         loaded.train_reader,
@@ -183,7 +185,7 @@ def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data
 def make_test_batches(
     recipe: ResolvedRecipe, accelerator: Accelerator, reader: Reader, num_samples: int, normalize: Normalize
 ) -> TestBatches:
-    """A function that makes a pass over this rank's part of a test set."""
+    """Return a function that starts a pass over this rank's part of a test set."""
     return lambda: test_batches(
         reader,
         num_samples,
@@ -200,7 +202,7 @@ def make_test_batches(
 def make_normalize(
     config: DataConfig, manifest: Manifest, image_shape: tuple[int, int, int], device: torch.device
 ) -> Normalize:
-    """The normalisation of data.normalize, for images of shape (height, width, channels).
+    """Build the normalisation of data.normalize, for images of shape (height, width, channels).
 
     Raises:
         InputError: the numbers of channels differ.
@@ -209,7 +211,7 @@ def make_normalize(
 
 
 def mean_and_std(config: DataConfig, manifest: Manifest) -> tuple[list[float], list[float]]:
-    """What data.normalize means, per channel on the 0..1 scale; the training set's statistics where it says `manifest`.
+    """Return data.normalize's mean and std per channel, on the 0..1 scale; `manifest` means the training set's statistics.
 
     Raises:
         InputError: the numbers of channels differ.

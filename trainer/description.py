@@ -1,37 +1,37 @@
-"""What a run is about to do, in a few lines with the formulas behind derived numbers."""
+"""The lines printed before a run's first step: what it will do, with the formulas behind derived numbers."""
 
 from importlib import metadata
 
 import torch
 from torch import nn
 
-from shardstep.configs.text import duration
+from shardstep.configs.text import count, duration
 from shardstep.datasets.order import window_of
-from shardstep.trainer.distributed.gradients import describe_sharing
+from shardstep.trainer.distributed.gradients import describe_gradient_sync
 from shardstep.trainer.models.batch_norm import SyncBatchNorm2d
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.run import Run
 
 INDENT = 13
-"""Columns before what is said of each thing."""
+"""Width of the column of names."""
 
 
 def describe(run: Run) -> list[str]:
-    """The lines to print before the first step of a run."""
+    """Return the lines to print before the first step of a run."""
     recipe, plan = run.recipe, run.plan
     train, device = run.data.train.manifest, run.accelerator.device
     height, width, channels = run.data.train_reader.image_shape
     window = window_of(recipe.data.window_shards, train.bytes, len(train.shards)) or "all"
     parameters = list(run.state.module.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    ranks = _count(plan.world_size, "rank")
+    ranks = count(plan.world_size, "rank")
     processor = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"cpu, {_count(torch.get_num_threads(), 'thread')} a rank"
+        else f"cpu, {count(torch.get_num_threads(), 'thread')} a rank"
     )
     largest_micro_batch = min(-(-plan.global_batch_size // plan.world_size), recipe.train.max_micro_batch)
-    measured = ", ".join(f"{compute} {1000 * value:.0f} ms" for compute, value in run.probed_s.items())
+    measured = ", ".join(f"{compute} {1000 * value:.0f} ms" for compute, value in run.measured_s.items())
     method = recipe.train.convolutions
     by_method = "" if method == "direct" else f", convolutions by {method}"
     per_epoch = (
@@ -41,7 +41,7 @@ def describe(run: Run) -> list[str]:
     )
     groups = "".join(
         f"; {entry.get('match') or str(entry['ndim']) + '-dimensional'}: {entry.get('name', recipe.optimizer['name'])}, "
-        f"rate {entry.get('lr', run.base_lr):g}"
+        f"lr {entry.get('lr', run.base_lr):g}"
         for entry in recipe.optimizer["groups"]
     )
     limit = f", or {plan.max_train_s:g} s of training" if plan.max_train_s is not None else ""
@@ -55,7 +55,7 @@ def describe(run: Run) -> list[str]:
         ),
         ("shards", f"{recipe.data.train}, {recipe.data.test}"),
         ("model", f"{recipe.model['name']}, {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained"),
-        ("optimizer", f"{recipe.optimizer['name']}, rate {run.base_lr:g}, {recipe.schedule['name']}{groups}"),
+        ("optimizer", f"{recipe.optimizer['name']}, lr {run.base_lr:g}, {recipe.schedule['name']}{groups}"),
         (
             "precision",
             f"{recipe.train.precision}, {recipe.train.memory_format}{by_method}"
@@ -63,10 +63,10 @@ def describe(run: Run) -> list[str]:
         ),
         (
             "batch",
-            f"{plan.global_batch_size} = {ranks} x {_count(plan.micro_steps, 'micro-step')} "
+            f"{plan.global_batch_size} = {ranks} x {count(plan.micro_steps, 'micro-step')} "
             f"of at most {largest_micro_batch}",
         ),
-        *([("gradients", describe_sharing(recipe.train, run.state.module))] if plan.world_size > 1 else []),
+        *([("gradients", describe_gradient_sync(recipe.train, run.state.module))] if plan.world_size > 1 else []),
         ("duration", f"{plan.duration}{f' = {plan.duration_steps} steps' if per_epoch else ''}{per_epoch}{limit}"),
         *([("time", f"the allocation ends in {duration(remaining_s)}")] if remaining_s is not None else []),
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
@@ -78,19 +78,15 @@ def describe(run: Run) -> list[str]:
 
 
 def _batch_norm_notes(module: nn.Module, plan: Plan) -> list[str]:
-    """What a person should know about batch statistics, which depend on how a global batch is cut."""
+    """Explain batch norm's statistics, which depend on how the global batch is split."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
     if not layers:
         return []
     found = []
     if plan.world_size > 1 and not any(isinstance(layer, SyncBatchNorm2d) for layer in layers):
-        found.append("batch norm normalises over each rank's own samples; model.sync_batch_norm=true: over all ranks'")
+        found.append("batch norm normalises over each rank's samples; model.sync_batch_norm=true: over all ranks'")
     if plan.micro_steps > 1:
         found.append(
             f"batch norm normalises over each of the {plan.micro_steps} micro-steps, not over the global batch"
         )
     return found
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number > 1)}"

@@ -1,4 +1,4 @@
-"""A model and a test set to exact figures: every sample counted once, whatever the number of ranks."""
+"""Evaluate a model on a test set: exact metrics, each sample counted once, for any number of ranks."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from shardstep.trainer.models.views import predict
 from shardstep.trainer.optim.losses import Objective
 
 TestBatches = Callable[[], Iterable[tuple[Tensor, Tensor, np.ndarray]]]
-"""Makes a fresh pass over this rank's part of the test set: images, labels, sample ids."""
+"""Starts a new pass over this rank's part of the test set: images, labels, sample ids."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over a whole test set.
+    """Metrics over a test set.
 
     Attributes:
         loss: mean, not smoothed.
-        samples: how many were counted.
-        accuracy: share of samples whose highest output is their label; None for reconstruction, like all that follows.
+        samples: number of samples counted.
+        accuracy: share of samples whose highest output is their label; for reconstruction, this and all below are None.
         top5: share of samples whose label is among the five highest outputs.
         confusion: int64 (classes, classes); row: label, column: prediction.
     """
@@ -38,7 +38,7 @@ class Evaluation:
 
     @property
     def per_class_accuracy(self) -> list[float | None] | None:
-        """Accuracy of each class; None for a class without samples."""
+        """The accuracy of each class; None for a class without samples."""
         if self.confusion is None:
             return None
         return [
@@ -62,48 +62,28 @@ def evaluate(
 
     Args:
         accelerator: the world.
-        module: the model without DDP's wrapper, whose forward pass would broadcast buffers.
+        module: the model without DDP's wrapper, which would broadcast buffers in its forward pass.
         batches: this rank's part of the test set.
-        objective: what to count.
-        num_samples: size of the test set, to be counted exactly.
+        objective: whose loss to compute.
+        num_samples: size of the test set, for a check that each sample was counted.
         num_classes: outputs of the model.
-        config: which views of an image to look at.
-        stop_requested: asked after each batch, on every rank equally often; all get the same answer.
+        config: which views of an image to use.
+        stop_requested: called after each batch, equally often on every rank; returns the same on all.
 
     Returns:
-        The same figures on every rank; None if a stop was requested.
+        The same metrics on every rank; None if a stop was requested.
     """
     own_buffers = flatten_buffers(module)
     set_buffers(module, mean_over_ranks(accelerator, own_buffers))
     was_training = module.training
     module.eval()
-    device = accelerator.device
-    # sums: loss, correct, among the top five, samples
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64, device=device)
-    one = torch.ones(1, dtype=torch.float64, device=device)
-    for images, labels, _ in batches():
-        if stop_requested():
-            module.train(was_training)
-            set_buffers(module, own_buffers)  # the same evaluation begins from there
-            return None
-        if len(labels) == 0:
-            continue
-        outputs = predict(module, images, config.views, config.sure_above)  # (B, K)
-        sums[3] += len(labels)
-        if objective.reconstructs:
-            sums[0] += objective.evaluation_loss(outputs, images)
-            continue
-        # Nothing below waits for the device: bincount would, and a tensor that is made of a number, too.
-        best = outputs.topk(min(5, num_classes), dim=1).indices
-        hits = best == labels.unsqueeze(1)
-        sums[:3] += torch.stack(
-            [objective.evaluation_loss(outputs, labels).double(), hits[:, 0].sum(), hits.sum()],
-        )
-        confusion.scatter_add_(0, labels * num_classes + best[:, 0], one.expand(len(labels)))
+    counted = _count(module, batches, objective, num_classes, config, accelerator.device, stop_requested)
     module.train(was_training)
+    if counted is None:
+        set_buffers(module, own_buffers)  # the next start evaluates again from there
+        return None
 
-    sums, confusion = reduce_sums(accelerator, [sums, confusion])
+    sums, confusion = reduce_sums(accelerator, counted)
     total_loss, correct, top5, count = sums.tolist()
     assert count == num_samples, f"{count:.0f} of {num_samples} test samples were counted"
     if objective.reconstructs:
@@ -115,3 +95,35 @@ def evaluate(
         top5=top5 / count,
         confusion=confusion.view(num_classes, num_classes).long().cpu(),
     )
+
+
+def _count(
+    module: nn.Module,
+    batches: TestBatches,
+    objective: Objective,
+    num_classes: int,
+    config: EvalConfig,
+    device: torch.device,
+    stop_requested: Callable[[], bool],
+) -> tuple[Tensor, Tensor] | None:
+    """Return this rank's sums (loss, correct, in the top five, samples) and confusion matrix, flat; None if it is to stop."""
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64, device=device)
+    one = torch.ones(1, dtype=torch.float64, device=device)
+    for images, labels, _ in batches():
+        if stop_requested():
+            return None
+        if len(labels) == 0:
+            continue
+        outputs = predict(module, images, config.views, config.sure_above)  # (B, K)
+        sums[3] += len(labels)
+        if objective.reconstructs:
+            sums[0] += objective.evaluation_loss(outputs, images)
+            continue
+        # Nothing below waits for the device, as bincount or a tensor made from a Python number would.
+        best = outputs.topk(min(5, num_classes), dim=1).indices
+        hits = best == labels.unsqueeze(1)
+        loss = objective.evaluation_loss(outputs, labels).double()
+        sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
+        confusion.scatter_add_(0, labels * num_classes + best[:, 0], one.expand(len(labels)))
+    return sums, confusion

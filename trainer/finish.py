@@ -1,5 +1,6 @@
-"""The end of a run: finished, stopped on request, or failed; what it leaves behind, and what rank 0 says about it."""
+"""Train to the end: finished, stopped on request, or failed; write the run's last files, and print on rank 0 how it ended."""
 
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from shardstep.configs.errors import InputError, NonFiniteError, TrainingFailed
 from shardstep.configs.files import write_whole
 from shardstep.trainer import loop
 from shardstep.trainer.checkpoints.checkpoint import write_weights
-from shardstep.trainer.checkpoints.checkpoint_files import newest_whole
+from shardstep.trainer.checkpoints.checkpoint_files import newest_intact
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.collectives import broadcast_object, is_lost_rank
 from shardstep.trainer.distributed.world import leave_world
@@ -24,18 +25,18 @@ from shardstep.trainer.starts import write_start
 from shardstep.trainer.summary import write_summary
 
 Ending = Literal["finished", "stopped", "unsaved"]
-"""How a run ended: by its duration; on request, with its state saved; on request, without."""
+"""How a run ended: by its duration; on request, with its state saved; on request, without a saved state."""
 
 
 def train_to_end(run: Run, arguments: list[str]) -> Ending:
-    """Train, and leave behind what belongs to the end that comes. All ranks.
+    """Train, and write what belongs to the way the run ends. All ranks.
 
     Args:
-        run: ready to go.
+        run: as `setup.build` returned it.
         arguments: of `shardstep train`, as they were typed.
 
     Raises:
-        TrainingFailed: see loop.train. This and any other error is in the run's summary then.
+        TrainingFailed: see loop.train. The run's summary then has this or any other error.
     """
     world, before = run.accelerator.state, run.state.progress
     was_finished = broadcast_object(world, _holds_this_end(run))
@@ -43,6 +44,7 @@ def train_to_end(run: Run, arguments: list[str]) -> Ending:
     if world.is_main_process and not (was_finished and is_over):
         write_start(run, arguments)
     run.display.start(run.plan.total_steps, before.step, run.plan.share_done(before, run.state.train_s))
+    run.watchdog.start(on_hang=partial(_write_summary, run, "failed", "hang") if world.is_main_process else None)
     try:
         run.requests.check()
         result = loop.train(run)
@@ -54,17 +56,19 @@ def train_to_end(run: Run, arguments: list[str]) -> Ending:
             return _stop(run, is_safe)
         if was_finished and (result.evaluation is None or run.state.progress.step == before.step):
             run.display.note(
-                f"nothing to do: {run.dir.path} holds a finished run of {run.state.progress.step} steps. For another one "
-                f"give run.dir or run.name, or run.resume=never to put this one aside"
+                f"nothing to do: {run.dir.path} holds a finished run of {run.state.progress.step} steps. To start another "
+                f"one, give run.dir or run.name, or run.resume=never to set this one aside"
             )
         else:
-            evaluation = result.evaluation or run.evaluate()  # it ended between its last checkpoint and its summary
+            evaluation = (
+                result.evaluation or run.evaluate()
+            )  # the last start ended between its checkpoint and its summary
             if evaluation is None:
                 return _stop(run, is_safe)
             run.watchdog.stop()
             if world.is_main_process:
                 _finish(run, evaluation, is_safe)
-            broadcast_object(world, None)  # all leave together: srun ends the last a while after the first
+            broadcast_object(world, None)  # all ranks leave together: srun kills the last ones a while after the first
     except BaseException as error:
         run.display.stop()
         fail(run, error)
@@ -76,24 +80,24 @@ def train_to_end(run: Run, arguments: list[str]) -> Ending:
 
 
 def _holds_this_end(run: Run) -> bool:
-    """Whether the run's folder holds a finished run that ended at the step where this one starts."""
+    """Return whether the run's folder holds a finished run that ended at the step where this one starts."""
     earlier = run.dir.summary
     return earlier.get("status") == "finished" and earlier.get("step") == run.state.progress.step
 
 
 def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
-    """Write what a finished run leaves behind, and say how it went. Rank 0."""
+    """Write the weights, pictures and summary of a finished run, and print its results. Rank 0."""
     folder = run.dir.path
     run.metrics.close()
-    run.dir.summary_path.unlink(missing_ok=True)  # an older one would be beside weights that it does not know
+    run.dir.summary_path.unlink(missing_ok=True)  # an older one would describe other weights
     with averaged(run.state):
         write_weights(run.state.module, run.dir.weights_path)
         try:
             drawn = draw_pictures(run, evaluation)
-        except OSError as error:  # the weights are safe: a full disk must not fail the run for a picture
+        except OSError as error:  # the weights are safe: a full disk must not fail the run because of a picture
             run.display.warn(f"not all pictures could be drawn: {error}")
             drawn = []
-    summary = write_summary(run, "finished", evaluation)  # last: it says that all the rest is there
+    summary = write_summary(run, "finished", evaluation)  # last: it promises that everything else is there
     _close_trackers(run, summary)
 
     for text in time_table(summary["time_s"]):
@@ -109,16 +113,16 @@ def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
     run.display.note(f"{', '.join([*drawn, run.dir.weights_path.name])} are in {folder}")
     if not is_safe:
         run.display.warn(
-            "the last checkpoint could not be saved: the same command would take the steps since the one before it again"
+            "the last checkpoint could not be saved: the same command would repeat the steps since the one before"
         )
 
 
 def _stop(run: Run, is_safe: bool) -> Ending:
-    """End a run that was asked to: the state is saved, then the summary says so, then wandb hears of it."""
+    """End a run on request: the state is saved, then the summary says so, then the trackers are closed."""
     step, reason = run.state.progress.step, run.requests.reason
     if run.accelerator.is_main_process:
         run.metrics.close()
-        run.requests.obeyed()
+        run.requests.remove_files()
         if is_safe:
             summary = _write_summary(run, "preempted")
             _tell_job_script(run)
@@ -127,37 +131,37 @@ def _stop(run: Run, is_safe: bool) -> Ending:
         if not step:
             run.display.note(f"stopped by {reason}, before the first step")
         elif is_safe:
-            run.display.note(f"stopped by {reason}: step {step} is saved, the same command goes on from it")
+            run.display.note(f"stopped by {reason}: step {step} is saved, the same command resumes from it")
         else:
-            saved, _ = newest_whole(run.dir.checkpoints_path)
-            rest = f"the same command goes on from {saved.name}" if saved else "there is no checkpoint to go on from"
+            saved, _ = newest_intact(run.dir.checkpoints_path)
+            rest = f"the same command resumes from {saved.name}" if saved else "there is no checkpoint to resume from"
             run.display.note(f"stopped by {reason}, but step {step} could not be saved: {rest}")
         outlook = run.time_limit.outlook()
         if outlook:
             run.display.note(outlook)
         run.watchdog.stop()
         _close_trackers(run, summary, failed=not is_safe)
-    # No rank leaves before the state is safe: its exit would end the others under srun.
+    # No rank leaves before the state is safe: under srun, its exit would end the others.
     is_safe = broadcast_object(run.accelerator.state, is_safe)
     leave_world(run.accelerator)
     return "stopped" if is_safe else "unsaved"
 
 
 def fail(run: Run, error: BaseException) -> None:
-    """Write down that the run failed. No collective here: the other ranks may never come."""
-    if isinstance(error, InputError):  # found by the rank that read the sample, and by no other
+    """Write the summary of a run that failed. Calls no collective: the other ranks may never come."""
+    if isinstance(error, InputError):  # only the rank that read the sample has found it
         error.everywhere = False
     run.metrics.close()
     if run.accelerator.is_main_process:
-        told = isinstance(error, (InputError, TrainingFailed))
-        reason = str(error) if told else f"{type(error).__name__}: {error}"
+        is_ours = isinstance(error, (InputError, TrainingFailed))
+        reason = str(error) if is_ours else f"{type(error).__name__}: {error}"
         summary = _write_summary(run, "failed", failure_of(error), reason)
         run.watchdog.stop()
         _close_trackers(run, summary, failed=True)
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What kind of failure an error is, as summary.json has it."""
+    """Return the kind of failure that an error is, for summary.json."""
     if isinstance(error, NonFiniteError):
         return "nonfinite"
     if isinstance(error, InputError):
@@ -168,7 +172,7 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def _write_summary(run: Run, status: Status, failure: Failure | None = None, reason: str = "") -> dict[str, Any]:
-    """Write the summary of a run that has not come to its end; that it cannot be written is not what the person must know."""
+    """Write the summary of an unfinished run; only warn if that fails, because the user must see why the run ended."""
     try:
         return write_summary(run, status, failure=failure, reason=reason)
     except OSError as error:
@@ -177,7 +181,7 @@ def _write_summary(run: Run, status: Status, failure: Failure | None = None, rea
 
 
 def _tell_job_script(run: Run) -> None:
-    """Tell the job script, which may start the job again, how many steps this process took, and who asked it to stop."""
+    """Write for the job script, which may requeue the job, how many steps this process took and who asked it to stop."""
     path = launch_env.stopped_file()
     if path is None:
         return
@@ -185,7 +189,7 @@ def _tell_job_script(run: Run) -> None:
     try:
         write_whole(path, f"{steps} {'person' if run.requests.by_person else 'signal'}\n".encode())
     except OSError as error:
-        run.display.warn(f"{path} could not be written, the job will not be started again: {error}")
+        run.display.warn(f"{path} could not be written, so the job will not be requeued: {error}")
 
 
 def _close_trackers(run: Run, summary: dict[str, Any], failed: bool = False) -> None:
@@ -197,7 +201,7 @@ def _close_trackers(run: Run, summary: dict[str, Any], failed: bool = False) -> 
 
 
 def draw_pictures(run: Run, evaluation: Evaluation) -> list[str]:
-    """Draw what belongs to a finished run; returns the names of the pictures.
+    """Draw the pictures of a finished run; return their names.
 
     Raises:
         OSError: one cannot be written.
@@ -213,7 +217,7 @@ def draw_pictures(run: Run, evaluation: Evaluation) -> list[str]:
 
 
 def first_predictions(run: Run) -> tuple[Tensor, list[int], list[int], list[float]]:
-    """The first test images of a run with labels, predictions and their probabilities, computed on this rank alone."""
+    """Return the first test images with labels, predictions and their probabilities, computed on this rank alone."""
     count = min(pictures.GRID_ROWS * pictures.GRID_COLUMNS, run.data.test.manifest.samples)
     pixels, labels = run.data.test_reader.read(np.arange(count))
     confidence, prediction = _outputs(run, pixels).softmax(dim=1).max(dim=1)
@@ -221,7 +225,7 @@ def first_predictions(run: Run) -> tuple[Tensor, list[int], list[int], list[floa
 
 
 def first_reconstructions(run: Run) -> tuple[Tensor, Tensor]:
-    """The first test images of a run and what the model makes of them: uint8 (N, H, W, C), computed on this rank alone."""
+    """Return the first test images and their reconstructions: uint8 (N, H, W, C), computed on this rank alone."""
     count = min(pictures.GRID_ROWS * pictures.GRID_COLUMNS // 2, run.data.test.manifest.samples)
     pixels, _ = run.data.test_reader.read(np.arange(count))
     return pixels.cpu(), run.data.normalize.undo(_outputs(run, pixels)).cpu()

@@ -1,6 +1,6 @@
-"""The loop: batches in, trained weights out. Start here.
+"""The training loop: batches in, trained weights out. Start reading here.
 
-Everything that the loop uses is built in setup.py and comes in as a Run (run.py); everything that it changes is in run.state.
+setup.py builds everything that the loop uses, as a Run (run.py); everything that the loop changes is in run.state.
 """
 
 from contextlib import nullcontext
@@ -22,17 +22,17 @@ from shardstep.trainer.run import Run
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training ended, by its duration (stopped=False) or on request, and its last evaluation, if there was one."""
+    """How training ended: on request (stopped=True) or by its duration; and its last evaluation, if there was one."""
 
     stopped: bool
     evaluation: Evaluation | None
 
 
 def train(run: Run) -> TrainResult:
-    """Train until the recipe's duration is over, or all ranks have agreed to stop.
+    """Train until the recipe's duration is over, or until all ranks have agreed to stop.
 
     Raises:
-        TrainingFailed: the loss became NaN or infinite; with train.on_nan=skip, at more steps than may be left out.
+        NonFiniteError: the loss is NaN or infinite; with train.on_nan=skip, at more steps than train.max_skipped_steps.
     """
     state, plan, metrics, requests = run.state, run.plan, run.metrics, run.requests
     clock = Stopwatch(already_s=state.wall_s)
@@ -45,7 +45,7 @@ def train(run: Run) -> TrainResult:
     metrics.restart_clock()
     for batch in run.batches.from_position(state.progress.epoch, state.progress.position):
         before, waited_before_s = state.progress, run.batches.wait_s
-        run.freezer.freeze_due(before)  # once in a while, all ranks
+        run.freezer.freeze_due(before)  # all ranks, when optimizer.groups say `until`
         batch = run.begin_step(batch, before.step + 1)
         sums = train_step(run, batch)
         state.progress = after = plan.advance(before, batch.size)
@@ -62,7 +62,7 @@ def train(run: Run) -> TrainResult:
             metrics.write_train(state, plan.epochs(after), sums, batch.size)  # all ranks reduce, rank 0 writes
         improved = False
         if over or plan.is_due(run.every.evaluation, before, after):
-            evaluation = evaluate_now(run, clock)  # all ranks; nothing if they are to stop
+            evaluation = evaluate_now(run, clock)  # all ranks; None if they are to stop
             improved = state.best is not None and state.best["step"] == after.step
         due = improved or plan.is_due(run.every.checkpoint, before, after)
         if over or due or requests.stop or requests.save:
@@ -75,25 +75,25 @@ def train(run: Run) -> TrainResult:
 def train_step(run: Run, batch: GlobalBatch) -> Tensor | None:
     """Take one optimizer step on one global batch.
 
-    The gradient is that of the mean loss (or its sum) over the whole batch, for shares of any size: each micro-batch
-    contributes its sum times world_size / batch size, and the average over the ranks divides by world_size.
+    The gradient is that of the mean loss (or of its sum) over the global batch, exactly, even if the ranks' shares differ in
+    size: each micro-batch contributes its sum times world_size / batch size, and the all-reduce divides by world_size.
 
     Returns:
-        This rank's sums over its share: loss and correct predictions; float64, shape (2,), on the device. None if the
-        step was left out because its loss or gradient was no number.
+        The sums of loss and correct predictions over this rank's share: float64, shape (2,), on the device. None if the
+        step was skipped because its loss or gradient was NaN or infinite.
     """
     accelerator, state, objective, timer = run.accelerator, run.state, run.objective, run.timer
-    # Dropout is a function of (seed, step, rank): a resumed run needs no generator's state.
+    # Dropout is a function of (seed, step, rank), so that a checkpoint needs no generator's state.
     seed_generator(accelerator.device, derived_seed(run.seed, state.progress.step, accelerator.process_index))
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * run.learning_rate.factor(state.progress, group.get("until"))
-    run.nan_guard.begin(state)
+    run.nan_guard.keep_buffers(state)
 
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for micro_step, micro in enumerate(batch.micro_batches, start=1):
         timer.mark("data")
-        synchronised = micro_step == batch.num_micro_steps
-        with nullcontext() if synchronised else accelerator.no_sync(state.model):
+        is_last = micro_step == batch.num_micro_steps
+        with nullcontext() if is_last else accelerator.no_sync(state.model):  # DDP all-reduces in the last one
             outputs = forward(state.model, micro.images)  # (b, C, H, W) -> (b, K)
             micro_loss = objective.loss(outputs, micro.images, micro.labels)  # a sum, not a mean
             timer.mark("forward")
@@ -103,12 +103,12 @@ def train_step(run: Run, batch: GlobalBatch) -> Tensor | None:
             sums[0] += micro_loss
             sums[1] += objective.correct(outputs, micro.labels)
         timer.mark("other")
-    if average_gradients(state.model):  # with train.all_reduce=flat; DDP has done it in the last backward pass
+    if average_gradients(state.model):  # only with train.all_reduce=flat
         timer.mark("communication")
-    bad = run.nan_guard.is_bad(accelerator, state, sums)  # all ranks agree
-    if not bad:
+    skip = run.nan_guard.found_nonfinite(accelerator, state, sums)  # the same on all ranks
+    if not skip:
         run.clip(accelerator, state)
         step_optimizer(state.optimizer)
     state.optimizer.optimizer.zero_grad()
     timer.mark("optimizer")
-    return None if bad else sums
+    return None if skip else sums

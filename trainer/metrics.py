@@ -1,4 +1,4 @@
-"""What the loop measures, to metrics.jsonl and those who read along. Sums stay on the device between log steps."""
+"""Metrics: what the loop measures, written to metrics.jsonl and to listeners. Sums stay on the device between log steps."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from shardstep.trainer.optim.clip import Clip
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.state import TrainState
 
-_RECENT = 0.3  # weight of the newest log step in the pace from which the time left is reckoned
+_RECENT = 0.3  # weight of the newest log step in the pace that the time left is estimated from
 _REMEDY = "Try a lower optimizer.lr, a schedule.warmup, train.clip_norm=1.0, or train.precision=fp32"
 
 
@@ -45,13 +45,13 @@ class Metrics:
         """
         Args:
             accelerator: the world.
-            path: metrics.jsonl; what is in it already was written by this run before it was resumed.
-            state: of the run, with what was counted before.
-            plan, evaluate_every: what the run is to do, for the time that is left.
+            path: metrics.jsonl; it already holds the lines from before a resume.
+            state: of the run, with the sums from before a resume.
+            plan, evaluate_every: for the estimate of the time left.
             listeners: called on rank 0 with every line.
-            warn: told when lines cannot be written.
-            has_accuracy: whether predictions can be correct; a reconstruction cannot.
-            clip: knows the gradient's norm, if the recipe asks for it.
+            warn: called when lines cannot be written.
+            has_accuracy: False for reconstruction, whose outputs are neither correct nor wrong.
+            clip: measures the gradient's norm, if the recipe asks for it.
         """
         self._accelerator = accelerator
         self._has_accuracy, self._clip = has_accuracy, clip
@@ -66,17 +66,17 @@ class Metrics:
         self._mark = time.perf_counter()
         self.last_train, self.last_evaluation = _last_lines(path)
 
-    def add(self, sums: Tensor | None, size: int, wait_s: float, skipped: bool) -> None:
+    def add(self, sums: Tensor | None, size: int, wait_s: float, scaler_skipped: bool) -> None:
         """Count one step.
 
         Args:
-            sums: this rank's loss and correct predictions; None if the step was left out.
+            sums: this rank's loss and correct predictions; None if the step was skipped.
             size: of the global batch.
-            wait_s: seconds without data.
-            skipped: whether fp16's scaler left out the update, because the gradient overflowed.
+            wait_s: seconds of waiting for data.
+            scaler_skipped: whether fp16's scaler skipped the update, because the gradient overflowed.
         """
         if sums is not None:
-            self._skipped_updates += skipped
+            self._skipped_updates += scaler_skipped
             self._since_evaluation += sums
             self._samples_since_evaluation += size
         now = time.perf_counter()
@@ -85,11 +85,11 @@ class Metrics:
         self._window_wait_s += wait_s
         self._mark = now
 
-    def give_sums(self, state: TrainState) -> None:
-        """Put what was counted since the last evaluation into a state that is about to be saved. All ranks gather.
+    def gather_sums(self, state: TrainState) -> None:
+        """Gather all ranks' sums since the last evaluation into a state that is about to be saved. All ranks.
 
         Raises:
-            NonFiniteError: a step since the last evaluation has left the numbers: the state is not worth saving.
+            NonFiniteError: a loss since the last evaluation was NaN or infinite: the state is not worth saving.
         """
         state.sums = gather_rows(self._accelerator, self._since_evaluation)
         state.samples_in_sums = self._samples_since_evaluation
@@ -97,11 +97,11 @@ class Metrics:
             raise NonFiniteError(f"the loss of a step up to step {state.progress.step} was NaN or infinite. {_REMEDY}")
 
     def restart_clock(self) -> None:
-        """Leave out of the training rate what has happened since the last step."""
+        """Exclude the time since the last step from the training speed."""
         self._mark = time.perf_counter()
 
     def write_train(self, state: TrainState, epoch: float, sums: Tensor | None, size: int) -> None:
-        """Write a train line about the step that was just added. All ranks reduce.
+        """Write the train line of the step that was just added. All ranks reduce.
 
         Raises:
             NonFiniteError: the loss of the step is NaN or infinite.
@@ -112,8 +112,8 @@ class Metrics:
             loss, accuracy = (total / size).tolist()  # waits for the device: only on log steps
         self._window_s += time.perf_counter() - self._mark
         self.restart_clock()
-        rate = self._window_samples / self._window_s
-        self._pace = _RECENT * rate + (1 - _RECENT) * (self._pace or rate)
+        samples_per_s = self._window_samples / self._window_s
+        self._pace = _RECENT * samples_per_s + (1 - _RECENT) * (self._pace or samples_per_s)
         left_s = self._plan.left_s(state.progress, state.train_s, self._pace, self._evaluate_every, state.evaluation_s)
         line: dict[str, Any] = {
             "kind": "train",
@@ -123,7 +123,7 @@ class Metrics:
             "loss": loss,
             "accuracy": accuracy if self._has_accuracy else None,
             "lr": state.lr,
-            "samples_per_s": round(rate, 1),
+            "samples_per_s": round(samples_per_s, 1),
             "data_wait_share": round(self._window_wait_s / self._window_s, 4),
             "memory_mb": round(self._memory_bytes() / 1e6),  # of rank 0
             "total_steps": self._plan.total_steps,
@@ -137,17 +137,17 @@ class Metrics:
         if self._skipped_updates:
             line["skipped_updates"] = self._skipped_updates  # by fp16's scaler, since this process started
         if state.skipped_steps:
-            line["skipped_steps"] = state.skipped_steps  # whose loss was no number, since the start of the run
+            line["skipped_steps"] = state.skipped_steps  # with a NaN or infinite loss, since the start of the run
         if loss is not None and not math.isfinite(loss):
             self._record(line)
             raise NonFiniteError(
-                f"the loss is {loss} at step {state.progress.step} (epoch {epoch:.2f}, rate {state.lr:g}). {_REMEDY}"
+                f"the loss is {loss} at step {state.progress.step} (epoch {epoch:.2f}, lr {state.lr:g}). {_REMEDY}"
             )
         self.last_train = line
         self._write(line)
 
     def write_evaluation(self, state: TrainState, epoch: float, evaluation: Evaluation) -> None:
-        """Write an evaluation line, with the means over the training samples since the last one. All ranks reduce.
+        """Write an evaluation line, with the training means since the last evaluation. All ranks reduce.
 
         Raises:
             NonFiniteError: the test loss, or the training loss since the last evaluation, is NaN or infinite.
@@ -175,18 +175,18 @@ class Metrics:
             "time": round(time.time(), 3),
         }
         losses = {"test loss": evaluation.loss, "training loss since the last evaluation": train_loss}
-        lost = [f"the {name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
-        if lost:
+        nonfinite = [f"the {name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
+        if nonfinite:
             self._record(line)
-            # comparisons look for these words: where the test loss is a number, the line does not show that it diverged
+            # Comparisons search for these words: if only the training loss is NaN, the line does not show it.
             raise NonFiniteError(
-                f"NaN or infinite at step {state.progress.step} (rate {state.lr:g}): {', '.join(lost)}. {_REMEDY}"
+                f"NaN or infinite at step {state.progress.step} (lr {state.lr:g}): {', '.join(nonfinite)}. {_REMEDY}"
             )
         self.last_evaluation = line
         self._write(line)
 
     def sync(self) -> None:
-        """Wait until all lines would survive a power cut, as the checkpoint will that is about to be written."""
+        """Sync all lines to disk, before a checkpoint that relies on them is written."""
         if self._lines:
             self._lines.sync()
 
@@ -196,7 +196,7 @@ class Metrics:
             self._lines.close()
 
     def _memory_bytes(self) -> int:
-        """The most that the GPU has held, or what this process holds now."""
+        """Return the GPU's peak memory, or the current memory of this process."""
         device = self._accelerator.device
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
@@ -212,7 +212,7 @@ class Metrics:
 
 
 class LineFile:
-    """Lines appended to a file. While it cannot be written, on a full disk say, they are kept and come with the next."""
+    """Lines appended to a file. While it cannot be written, as on a full disk, they wait in memory for the next write."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]):
         self._path, self._warn = path, warn
@@ -220,22 +220,22 @@ class LineFile:
         self._pending, self._fails = b"", False
 
     def append(self, line: str) -> None:
-        """Write a line, after those that are pending."""
+        """Write a line, after the pending ones."""
         self._pending += line.encode() + b"\n"
         self._flush()
 
     def _flush(self) -> None:
         try:
-            while self._pending:  # a write may end in the middle of a line: the next one begins there
+            while self._pending:  # a write may end in the middle of a line; the next one continues there
                 self._pending = self._pending[self._file.write(self._pending) :]
             self._fails = False
         except OSError as error:
             if not self._fails:
-                self._warn(f"{self._path} cannot be written, its lines are kept in memory for now: {error.strerror}")
+                self._warn(f"{self._path} cannot be written, so its lines stay in memory for now: {error.strerror}")
             self._fails = True
 
     def sync(self) -> None:
-        """Wait until all lines would survive a power cut."""
+        """Sync all lines to disk."""
         self._flush()
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
@@ -248,23 +248,23 @@ class LineFile:
 
 
 class Stopwatch:
-    """Seconds since it was made, on top of those from before."""
+    """Seconds since its creation, plus those from before a resume."""
 
     def __init__(self, already_s: float = 0.0):
         self._start = time.perf_counter() - already_s
 
     def seconds(self) -> float:
-        """Seconds so far."""
+        """Return the seconds so far."""
         return time.perf_counter() - self._start
 
 
 def cut_lines(path: Path, step: int, evaluation_due: bool) -> None:
-    """Drop the lines of a .jsonl file that a resumed run will write again.
+    """Remove the lines of a .jsonl file that a resumed run will write again.
 
     Args:
-        path: the file; nothing is done if there is none.
-        step: that of the checkpoint: all later lines go.
-        evaluation_due: whether the evaluation at `step` goes, too.
+        path: the file, which need not exist.
+        step: of the checkpoint: all later lines are removed.
+        evaluation_due: whether the evaluation at `step` is removed, too.
     """
     if not path.is_file():
         return
@@ -278,7 +278,7 @@ def cut_lines(path: Path, step: int, evaluation_due: bool) -> None:
 
 
 def _last_lines(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last train and the last evaluation line; empty where there is none."""
+    """Return the last train and the last evaluation line; empty where there is none."""
     found: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
     if path.is_file():
         for line in path.read_text().splitlines():
@@ -297,7 +297,7 @@ def _parse(line: str) -> dict[str, Any]:
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    # NaN and Infinity are not JSON: a reader in another language would stop at them
+    # NaN and Infinity are not JSON: readers in other languages would fail
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
     }

@@ -1,4 +1,4 @@
-"""The model of a run: built, initialized, in its compute format, with its optimizer, wrapped for all ranks."""
+"""Set up the model of a run: build and initialize it, set its precision, build its optimizer, wrap it for all ranks."""
 
 import time
 from dataclasses import replace
@@ -13,7 +13,7 @@ from shardstep.configs.schema import Recipe
 from shardstep.datasets.batches import micro_pieces
 from shardstep.trainer.data import Data
 from shardstep.trainer.distributed import ddp
-from shardstep.trainer.distributed.gradients import graphs_problem, sharing_problems, sharing_warnings
+from shardstep.trainer.distributed.gradients import gradient_sync_problems, gradient_sync_warnings, graphs_problem
 from shardstep.trainer.distributed.world import build_accelerator
 from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, convert_convolutions
 from shardstep.trainer.kernels.max_pool import convert_max_pools
@@ -25,15 +25,15 @@ from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.precision import MEMORY_FORMATS, halve
 from shardstep.trainer.state import TrainState
 
-_INITIALIZE_SAMPLES = 5000  # training images that data-dependent initialisation looks at
+_INITIALIZE_SAMPLES = 5000  # training images for data-dependent initialisation
 
 
 def initial_model(
     recipe: Recipe, loaded: Data, device: torch.device, display: Display, resumed: bool = False
 ) -> nn.Module:
-    """The model with its first weights, the same on every rank, on the device.
+    """Build the model with its initial weights, the same on every rank, on the device.
 
-    A resumed run loads no pretrained weights: it has its own.
+    A resumed run loads no pretrained weights, because its checkpoint has weights.
 
     Raises:
         InputError: the model does not fit the images or the loss.
@@ -44,7 +44,7 @@ def initial_model(
         from shardstep.trainer.models.torchvision_models import load_pretrained
 
         fresh = load_pretrained(recipe.model["name"], module, recipe.model["pretrained"])
-        display.note(f"pretrained weights are loaded; {', '.join(fresh) or 'nothing'} begins anew")
+        display.note(f"loaded pretrained weights; randomly initialized: {', '.join(fresh) or 'none'}")
     module = module.to(device)
     images, _ = loaded.first_samples(2, device)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def initial_model(
 
 
 def initialize(module: nn.Module, loaded: Data, device: torch.device) -> float:
-    """Set the weights that depend on the data, and on nothing that differs between ranks; returns the seconds it took."""
+    """Set the weights that depend on the data, equally on all ranks; return the seconds it took."""
     began = time.perf_counter()
     set_weights = getattr(module, "initialize", None)
     if set_weights:
@@ -78,7 +78,7 @@ def _check_shrunk(recipe: Recipe, module: nn.Module, images: Tensor) -> None:
 
 
 def build_state(recipe: ResolvedRecipe, module: nn.Module) -> tuple[Accelerator, TrainState]:
-    """Accelerate's view of the world, and a state with a new optimizer, in the recipe's precision and memory format.
+    """Build the Accelerator, and a state with a new optimizer, in the recipe's precision and memory format.
 
     Raises:
         InputError: the optimizer's options do not fit the model.
@@ -103,18 +103,18 @@ def wrap_model(
     objective: Objective,
     loaded: Data,
     plan: Plan,
-    rehearsed: bool = False,
+    compiled_before: bool = False,
 ) -> None:
-    """Let the ranks share the gradients of a state's model; again when parameters have been frozen or set free. All ranks.
+    """Wrap a state's model for training on all ranks; again whenever parameters have been frozen or unfrozen. All ranks.
 
     Args:
         accelerator: the world.
-        recipe: with its choices made.
-        state: between two steps; its `model` is wrapped anew around its `module`.
+        recipe: the resolved one.
+        state: between two steps; its `module` gets a new wrapper, `model`.
         objective: whose gradient it is.
         loaded: the data, for the shape of its images.
         plan: for the sizes of batches.
-        rehearsed: the same parameters have been frozen before.
+        compiled_before: the model has been compiled with the same parameters frozen.
 
     Raises:
         InputError: the model cannot be compiled here.
@@ -124,9 +124,11 @@ def wrap_model(
     shapes = {(2, height, width)}
     if recipe.train.compile != "none":
         sides = [(height, width), *((entry["size"],) * 2 for entry in recipe.data.augment if entry["name"] == "shrink")]
-        counts = _micro_batch_sizes(recipe, plan) - {0}  # of all ranks: batch norm may have them talk in each pass
+        counts = _micro_batch_sizes(recipe, plan) - {
+            0
+        }  # of all ranks: synchronised batch norm communicates in each pass
         shapes = {(count, *side) for count in counts for side in sides} or shapes
-    batches = [  # laid out as those of the loader are
+    batches = [  # in the loader's memory layout
         torch.zeros(count, *side, channels, device=device).permute(0, 3, 1, 2).contiguous(memory_format=layout)
         for count, *side in sorted(shapes)
     ]
@@ -139,41 +141,41 @@ def wrap_model(
         config = replace(config, compile="default")
     try:
         state.model = ddp.wrap_for_training(
-            accelerator, state.module, config, loss_of, batches, before=state.model, rehearsed=rehearsed
+            accelerator, state.module, config, loss_of, batches, before=state.model, compiled_before=compiled_before
         )
     except RuntimeError as error:
         if config.compile == "none" or isinstance(error, torch.OutOfMemoryError):
             raise
         raise InputError(
-            f"train.compile={config.compile} fails ({str(error).strip().splitlines()[0]}): use none; or, on a CPU, see "
-            f"that there is a C++ compiler (g++)"
+            f"train.compile={config.compile} fails ({str(error).strip().splitlines()[0]}): use none; or, on a CPU, "
+            f"install a C++ compiler (g++)"
         ) from None
 
 
-def check_sharing(recipe: ResolvedRecipe, world: PartialState, plan: Plan, resumed: bool) -> list[str]:
-    """What to warn of in the way that ranks share gradients, once the precision is settled.
+def check_gradient_sync(recipe: ResolvedRecipe, world: PartialState, plan: Plan, resumed: bool) -> list[str]:
+    """Check train.all_reduce, compress and compile in the world that came up; return warnings.
 
     Raises:
-        InputError: it cannot work.
+        InputError: they cannot work.
     """
-    problems = sharing_problems(recipe.train)
+    problems = gradient_sync_problems(recipe.train)
     compiled = recipe.train.compile != "none"
     if compiled and recipe.model.get("sync_batch_norm") and 0 in _micro_batch_sizes(recipe, plan):
         problems.append(
-            f"train.compile={recipe.train.compile} with model.sync_batch_norm: some batches leave a rank without samples, "
-            f"and what it does without the compiler would not meet the others: use data.last_batch=drop or compile=none"
+            f"train.compile={recipe.train.compile} with model.sync_batch_norm: some batches leave a rank without samples. It "
+            f"runs uncompiled then, and its all-reduces do not match the others': use data.last_batch=drop or compile=none"
         )
     if problems:
         raise InputError("\n".join(problems))
     without_graphs = graphs_problem(recipe.train, world.device.type, world.num_processes, plan.micro_steps)
     warnings = (
-        [f"train.compile={recipe.train.compile} goes without CUDA graphs: {without_graphs}"] if without_graphs else []
+        [f"train.compile={recipe.train.compile} runs without CUDA graphs: {without_graphs}"] if without_graphs else []
     )
-    return [*warnings, *sharing_warnings(recipe.train, world.num_processes, resumed)]
+    return [*warnings, *gradient_sync_warnings(recipe.train, world.num_processes, resumed)]
 
 
 def _micro_batch_sizes(recipe: Recipe, plan: Plan) -> set[int]:
-    """How many samples a pass of some rank may have; 0 among them where a rank may be left without."""
+    """Return all sizes of micro-batches on all ranks; 0 is among them where a rank may have no samples."""
     batches = {plan.global_batch_size, plan.samples_per_epoch % plan.global_batch_size} - {0}
     return {
         stop - start

@@ -1,4 +1,4 @@
-"""What the loop does now and then, with all ranks: evaluate, and save."""
+"""The periodic work of the loop, done by all ranks: evaluate, and save a checkpoint."""
 
 from shardstep.configs.load import recipe_text
 from shardstep.trainer.checkpoints import checkpoint
@@ -10,48 +10,44 @@ from shardstep.trainer.run import Run
 
 
 def evaluate_now(run: Run, clock: Stopwatch) -> Evaluation | None:
-    """Evaluate where the run is and write it down; None if the ranks are to stop. All ranks."""
+    """Evaluate the model and write the result to metrics.jsonl; return None if the ranks are to stop. All ranks."""
     state, plan, metrics = run.state, run.plan, run.metrics
     state.evaluation_due = True
     began = clock.seconds()
     run.timer.mark("other")
     run.requests.restart()
-    stop = run.requests.check(state.evaluation_s)  # all ranks; one that cannot finish in time is not begun
+    stop = run.requests.check(state.evaluation_s)  # all ranks; an evaluation that cannot finish in time does not begin
     evaluation = None if stop else run.evaluate()
     run.timer.mark("evaluation")
     spent_s = clock.seconds() - began
     state.evaluating_s += spent_s
-    state.evaluation_s = max(state.evaluation_s, spent_s)  # of one that was broken off: at least
+    state.evaluation_s = max(state.evaluation_s, spent_s)  # an interrupted one would have taken longer
     if evaluation is None:
         return None
     state.evaluation_due = False
     state.wall_s = clock.seconds()
     score = -evaluation.loss if evaluation.accuracy is None else evaluation.accuracy
     if state.best is None or score > state.best["score"]:
-        state.best = {
-            "step": state.progress.step,
-            "score": score,
-            "loss": evaluation.loss,
-            "accuracy": evaluation.accuracy,
-        }
+        best = {"step": state.progress.step, "score": score}
+        state.best = best | {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
     metrics.write_evaluation(state, plan.epochs(state.progress), evaluation)
     metrics.restart_clock()
     return evaluation
 
 
 def save(run: Run, clock: Stopwatch) -> None:
-    """Begin to save the state as it is now; the next steps need not wait for the disk. All ranks."""
+    """Begin to save the current state; the next steps do not wait for the disk. All ranks."""
     state, metrics, accelerator = run.state, run.metrics, run.accelerator
     run.timer.mark("other")
     run.watchdog.beat(state.progress.step, "saving")
-    metrics.give_sums(state)  # all ranks gather
+    metrics.gather_sums(state)  # all ranks
     state.wall_s = clock.seconds()
     buffers = gather_buffers(accelerator, flatten_buffers(state.module))  # all ranks
     if accelerator.is_main_process:
-        metrics.sync()  # lines are on disk before a checkpoint says so
+        metrics.sync()  # the lines up to this step are on disk before the checkpoint is
         snapshot = checkpoint.take_snapshot(state, recipe_text(run.recipe), accelerator.num_processes, buffers)
         run.saver.save(snapshot, lambda: run.watchdog.beat(state.progress.step, "saving"))
-        run.requests.obeyed()
+        run.requests.remove_files()
     run.requests.restart()
     metrics.restart_clock()
     run.timer.mark("checkpoint")

@@ -1,9 +1,9 @@
-"""In which number format and memory layout to compute, and how: as asked for, or as a measured step shows to be best."""
+"""Choose the precision, memory format and convolution method: those of the recipe, or the fastest of a measured step."""
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -20,16 +20,19 @@ from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.optim.losses import Objective
 from shardstep.trainer.optim.plan import Plan
 
+if TYPE_CHECKING:
+    from shardstep.trainer.data import Data
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_UNFOLD_PAYS_ON = ("AVX-512", "AMX")  # bf16 units whose kernel for weight gradients on small maps is slow in oneDNN
-_FAR_BEHIND = (3.0, 1.2, 1.1, 1.1)  # after each round; the first one sets things up, and says little
-PROBE_SAMPLES = 32  # enough work to tell the formats apart, little enough to take a fraction of a second
+_UNFOLD_PAYS_ON = ("AVX-512", "AMX")  # bf16 units for which oneDNN's weight gradients of small maps are slow
+_FAR_BEHIND = (3.0, 1.2, 1.1, 1.1)  # times the best, after each round; the first round includes setup, and says little
+_MEASURED_SAMPLES = 32  # enough work to tell the formats apart, in a fraction of a second
 
 
 @dataclass(frozen=True)
 class ComputeFormat:
-    """A number format, a memory layout, and a method for convolutions."""
+    """A precision, a memory format and a convolution method."""
 
     precision: Precision
     memory_format: MemoryFormat
@@ -45,8 +48,7 @@ def resolve_precision(
     config: TrainConfig,
     module: nn.Module,
     objective: Objective,
-    image_shape: tuple[int, int, int],
-    first_samples: Callable[[int], tuple[Tensor, Tensor]],
+    data: "Data",
     plan: Plan,
     display: Display,
 ) -> tuple[ComputeFormat, dict[ComputeFormat, float]]:
@@ -55,10 +57,9 @@ def resolve_precision(
     Args:
         world: for its device.
         config: the train section, validated.
-        module: the model with its first weights.
+        module: the model with its initial weights.
         objective: whose gradient is measured.
-        image_shape: (channels, height, width).
-        first_samples: normalized images and labels of some samples, on the device.
+        data: for the shape of its images, and for samples to measure with.
         plan: for the size of a rank's batch.
         display: for warnings.
 
@@ -66,31 +67,31 @@ def resolve_precision(
         The choice, and the measured seconds per step of each candidate; empty where there was nothing to measure.
 
     Raises:
-        InputError: the device, the processor or the model cannot use what is asked for.
+        InputError: the device, the processor or the model cannot use what the recipe asks for.
     """
     cpu = machine.read_cpu()
     with raise_on_all_ranks(world):
-        found = candidates(config, module, image_shape, world.device, cpu)
+        found = candidates(config, module, data.image_shape, world.device, cpu)
     found = broadcast_object(world, found)  # hosts may differ
-    size = min(max(plan.global_batch_size // plan.world_size, 1), config.max_micro_batch, PROBE_SAMPLES)
+    size = min(max(plan.global_batch_size // plan.world_size, 1), config.max_micro_batch, _MEASURED_SAMPLES)
     seconds: dict[ComputeFormat, float] = {}
     with raise_on_all_ranks(world):
         if len(found) > 1 and world.is_main_process:
-            seconds = measure(found, module, objective, *first_samples(size))
+            seconds = measure(found, module, objective, *data.first_samples(size, world.device))
     chosen: ComputeFormat = broadcast_object(world, min(found, key=lambda one: seconds.get(one, 0)))
     with raise_on_all_ranks(world):
         warning = check_precision(chosen.precision, world.device, module, cpu)
     if warning:
         display.warn(warning)
-    _tell_what_is_missing(world, chosen, display)
+    _warn_of_missing_method(world, chosen, display)
     return chosen, seconds
 
 
-def _tell_what_is_missing(world: PartialState, chosen: ComputeFormat, display: Display) -> None:
-    """Where a method for convolutions cannot be had, on a run that goes on elsewhere, say, torch's takes its place."""
+def _warn_of_missing_method(world: PartialState, chosen: ComputeFormat, display: Display) -> None:
+    """Warn if this machine lacks the convolution method, as after a resume elsewhere; torch's replaces it then. All ranks."""
     method = CONVOLUTION_METHODS.get(chosen.convolutions)
     lacking = method.missing() if method else None
-    text = f"train.convolutions={chosen.convolutions} needs {lacking}: convolutions are torch's"
+    text = f"train.convolutions={chosen.convolutions} needs {lacking}: falling back to torch's convolutions"
     if broadcast_object(world, lacking is not None):
         display.warn(text)
     elif lacking:
@@ -98,7 +99,7 @@ def _tell_what_is_missing(world: PartialState, chosen: ComputeFormat, display: D
 
 
 def check_precision(precision: str, device: torch.device, module: nn.Module, cpu: Cpu) -> str | None:
-    """Whether a precision can be had for a model on a device; returns a warning, if there is something to warn of.
+    """Check that a device can train a model in a precision; return a warning, if there is reason for one.
 
     Args:
         precision: fp32, bf16 or fp16.
@@ -107,7 +108,7 @@ def check_precision(precision: str, device: torch.device, module: nn.Module, cpu
         cpu: of this machine.
 
     Raises:
-        InputError: it cannot be had.
+        InputError: the device cannot train the model in this precision.
     """
     has_lstm = any(isinstance(layer, nn.LSTM) for layer in module.modules())
     if has_lstm and device.type == "cpu" and (precision == "fp16" or (precision == "bf16" and _lacks_bf16_lstm(cpu))):
@@ -120,19 +121,17 @@ def check_precision(precision: str, device: torch.device, module: nn.Module, cpu
             f"train.precision=bf16: {torch.cuda.get_device_name(device)} has no bf16 units; use fp16 or auto"
         )
     if device.type == "cpu" and precision == "fp16":
-        return (
-            "train.precision=fp16 on a CPU is for testing the scaler: it is slower than fp32; bf16 is the fast format"
-        )
+        return "train.precision=fp16 on a CPU is for testing the scaler: it is slower than fp32; bf16 is the fast precision"
     return None
 
 
 def _lacks_bf16_lstm(cpu: Cpu) -> bool:
-    """oneDNN has one for AVX-512 and above; elsewhere torch would raise in the first step."""
+    """oneDNN has a bf16 LSTM only for AVX-512 and above; elsewhere torch would raise in the first step."""
     return cpu.vectors in ("AVX", "AVX2")
 
 
 def halve(module: nn.Module, precision: str) -> None:
-    """Keep a model's weights in a half format, all but batch norm's, whose sums need more; images are converted, too."""
+    """Convert a model's weights to bf16 or fp16, and its input images, too. Batch norm keeps fp32, which its sums need."""
     dtype = DTYPES[precision]
     for part in module.modules():
         if not isinstance(part, nn.modules.batchnorm._BatchNorm):
@@ -144,17 +143,17 @@ def halve(module: nn.Module, precision: str) -> None:
 def candidates(
     config: TrainConfig, module: nn.Module, image_shape: tuple[int, int, int], device: torch.device, cpu: Cpu
 ) -> list[ComputeFormat]:
-    """What can be chosen from, the best guess first; one of it is a settled choice.
+    """Return the formats to choose from, the best guess first; a single one is the choice.
 
     Args:
         config: of the recipe.
         module: the model.
         image_shape: (channels, height, width).
-        device: where it will be.
-        cpu: of this machine; bf16 is not tried where it is known to have no units for it: it takes 15 times as long.
+        device: where the model will be.
+        cpu: of this machine; without bf16 units, bf16 is no candidate: it would take 15 times as long.
 
     Raises:
-        InputError: convolutions names a method that this device, processor or model cannot use or does not gain by.
+        InputError: this device, processor or model cannot use the method of train.convolutions, or does not gain from it.
     """
     formats: list[MemoryFormat]
     if config.memory_format != "auto":
@@ -171,27 +170,12 @@ def candidates(
     else:
         precisions = ["fp32"] if cpu.vectors and not cpu.bf16_units else ["bf16", "fp32"]
     if device.type == "cuda":
-        formats = formats[:1]  # half precision wins on a GPU that has it, and channels_last with it: nothing to measure
+        formats = formats[:1]  # a GPU with half precision is fastest with it and channels_last: nothing to measure
     choices = [ComputeFormat(p, f) for p in precisions for f in formats]
     if config.convolutions == "direct":
         return choices
     if config.convolutions != "auto":
-        method = CONVOLUTION_METHODS[config.convolutions]
-        if device.type != "cpu":
-            raise InputError(
-                f"train.convolutions={config.convolutions} is for CPUs, and this is {device}: use auto or direct"
-            )
-        if not gains(module, image_shape, config.convolutions):
-            raise InputError(
-                f"train.convolutions={config.convolutions} has no effect: this model has no 3x3 convolutions that "
-                f"would be faster by it"
-            )
-        fitting = [precision for precision in precisions if precision in method.precisions]
-        if not fitting:
-            raise InputError(
-                f"train.convolutions={config.convolutions} is for {' and '.join(method.precisions)}, for which this "
-                f"processor has no units: use auto or direct"
-            )
+        fitting = _check_method(config, module, image_shape, device, precisions)
         return [ComputeFormat(precision, layout, config.convolutions) for precision in fitting for layout in formats]
 
     def can_gain(method: str) -> bool:
@@ -206,37 +190,64 @@ def candidates(
     return choices
 
 
+def _check_method(
+    config: TrainConfig,
+    module: nn.Module,
+    image_shape: tuple[int, int, int],
+    device: torch.device,
+    precisions: list[Precision],
+) -> list[Precision]:
+    """Check that the method of train.convolutions can be used; return the precisions in which it can."""
+    method = CONVOLUTION_METHODS[config.convolutions]
+    if device.type != "cpu":
+        raise InputError(
+            f"train.convolutions={config.convolutions} is for CPUs, and this is {device}: use auto or direct"
+        )
+    if not gains(module, image_shape, config.convolutions):
+        raise InputError(
+            f"train.convolutions={config.convolutions} has no effect: this model has no 3x3 convolutions that it would "
+            f"make faster"
+        )
+    fitting = [precision for precision in precisions if precision in method.precisions]
+    if not fitting:
+        raise InputError(
+            f"train.convolutions={config.convolutions} is for {' and '.join(method.precisions)}, for which this processor "
+            f"has no units: use auto or direct"
+        )
+    return fitting
+
+
 def is_measured(config: TrainConfig) -> bool:
-    """Whether a step is measured on a CPU before the first one."""
+    """Return whether the recipe leaves a choice to `auto` that is made by measuring steps on a CPU."""
     return "auto" in (config.precision, config.memory_format)
 
 
 def measure(
     choices: list[ComputeFormat], module: nn.Module, objective: Objective, images: Tensor, labels: Tensor
 ) -> dict[ComputeFormat, float]:
-    """Seconds per forward and backward pass of each choice, on this rank alone; the model is left as it is.
+    """Measure the seconds per forward and backward pass of each choice, on this rank alone; the model does not change.
 
-    The best of a few passes, taken in turn, so that other work on the machine meets all choices alike. A choice that is
-    far behind is tried no further: on a CPU without units for it, bf16 can take 15 times as long as fp32.
+    The result is the best of a few passes. The choices take turns, so that other work on the machine affects all alike. A
+    choice that is far behind drops out: on a CPU without bf16 units, bf16 can take 15 times as long as fp32.
     """
-    probes = {compute: _probe(compute, module, images) for compute in choices}
+    copies = {compute: _copy_in_format(compute, module, images) for compute in choices}
     seconds = dict.fromkeys(choices, float("inf"))
-    with torch.random.fork_rng():  # dropout must not move the run's random numbers
+    with torch.random.fork_rng():  # dropout must not change the run's random numbers
         for far_behind in _FAR_BEHIND:
-            for compute, (model, inputs) in probes.items():
+            for compute, (model, inputs) in copies.items():
                 began = time.perf_counter()
                 with torch.autocast(images.device.type, DTYPES[compute.precision], enabled=compute.precision != "fp32"):
                     outputs = model(inputs)
                 objective.loss(outputs, inputs, labels).backward()
                 seconds[compute] = min(seconds[compute], time.perf_counter() - began)
             limit_s = far_behind * min(seconds.values())
-            probes = {compute: probe for compute, probe in probes.items() if seconds[compute] <= limit_s}
-            if len(probes) == 1:
+            copies = {compute: pair for compute, pair in copies.items() if seconds[compute] <= limit_s}
+            if len(copies) == 1:
                 break
     return seconds
 
 
-def _probe(compute: ComputeFormat, module: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+def _copy_in_format(compute: ComputeFormat, module: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
     layout = MEMORY_FORMATS[compute.memory_format]
     model = copy.deepcopy(module).to(memory_format=layout).train()
     if compute.convolutions in CONVOLUTION_METHODS:

@@ -1,4 +1,4 @@
-"""Where a run goes on: what is in its folder, which of its choices and checkpoints count, and taking the folder over."""
+"""Resume a run: find its newest intact checkpoint, keep its earlier choices of `auto`, load it, claim its folder."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from shardstep.configs.resolve import CHOICES, ResolvedRecipe, with_keys
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.datasets.manifest import Manifest, manifest_bytes
 from shardstep.trainer.checkpoints import checkpoint, checkpoint_files
-from shardstep.trainer.checkpoints.checkpoint_files import RECIPE, STATE, newest_whole, problems_of
+from shardstep.trainer.checkpoints.checkpoint_files import RECIPE, STATE, newest_intact, problems_of
 from shardstep.trainer.checkpoints.lock import LOCK_NAME, hold
 from shardstep.trainer.data import Data
 from shardstep.trainer.distributed import launch_env
@@ -39,21 +39,21 @@ _MATHEMATICS = {
         *("clip_norm", "clip_value", "duration", "max_wall_s", "on_nan"),
     ],
 }
-# For the end of the attempt before: a network file system keeps the locks of a crashed node for a lease, often 90 s.
+# Seconds to wait for the last attempt's lock: a network file system keeps a crashed node's locks for a lease, often 90 s.
 _RESTART_PATIENCE_S = 120.0
-_ORDER = ("run.seed", "data.lanes", "data.window_shards")  # what decides where in an epoch a sample comes
+_ORDER = ("run.seed", "data.lanes", "data.window_shards")  # these determine the order of samples in an epoch
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a run goes on: a whole checkpoint, or None to begin; and what is wrong with newer ones."""
+    """The intact checkpoint to resume from, or None to start a new run; and what is wrong with newer checkpoints."""
 
     path: Path | None = None
-    passed_over: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
 
 
 def with_earlier_choices(recipe: Recipe) -> Recipe:
-    """The recipe with what it leaves to `auto` as the run chose it that this one goes on with, if there is one."""
+    """Replace each `auto` of a recipe by the choice of the run that it will resume, if there is one."""
     run_dir = RunDir(Path(recipe.run.dir))
     if recipe.run.resume == "never" or not run_dir.is_run:
         return recipe
@@ -66,12 +66,12 @@ def with_earlier_choices(recipe: Recipe) -> Recipe:
     )
     method = recipe.train.convolutions
     if method in CONVOLUTION_METHODS and excludes(recipe.train, method):
-        recipe = with_keys(recipe, train={"convolutions": "direct"})  # it was chosen together with another device, say
+        recipe = with_keys(recipe, train={"convolutions": "direct"})  # it was chosen for another device, say
     return recipe
 
 
 def with_choices_of_rank_0(world: PartialState, recipe: Recipe) -> Recipe:
-    """The recipe with rank 0's choices: another host may not see the folder of the run that goes on. All ranks."""
+    """Return the recipe with rank 0's choices, because other hosts may not see the folder of the run. All ranks."""
     return _with_choices(recipe, broadcast_object(world, {place: _value(recipe, place) for place in CHOICES}))
 
 
@@ -87,10 +87,10 @@ def _with_choices(recipe: Recipe, values: dict[tuple[str, str], Any]) -> Recipe:
 
 
 def lock_and_find(run_dir: RunDir, recipe: Recipe, warn: Callable[[str], None]) -> Resume:
-    """Find where to go on, in a folder that no other run can write to from now on. Rank 0.
+    """Lock a run's folder against other runs, and find where to resume. Rank 0.
 
     Raises:
-        InputError: another process holds the folder; and as find_resume does.
+        InputError: another process holds the folder; see also find_resume.
     """
     if run_dir.is_run:
         hold(run_dir.path, warn, _RESTART_PATIENCE_S if launch_env.is_restarted() else 0)
@@ -98,59 +98,59 @@ def lock_and_find(run_dir: RunDir, recipe: Recipe, warn: Callable[[str], None]) 
 
 
 def find_resume(recipe: Recipe) -> Resume:
-    """The newest whole checkpoint to go on from. Changes nothing; reads every byte of it.
+    """Find the newest intact checkpoint to resume from. Reads every byte of it, and changes nothing.
 
     Raises:
-        InputError: run.resume=must and there is none; there are some, but all are damaged; the folder holds something that
-            is no run, or a run with another recipe.
+        InputError: run.resume=must, but there is no checkpoint; all checkpoints are damaged; the folder holds a run with
+            another recipe, or files that are not a run's.
     """
     run_dir = RunDir(Path(recipe.run.dir))
     folder = run_dir.path
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run.dir={folder} is a file")
     if _is_taken(run_dir) and not run_dir.is_run:
-        raise InputError(f"run.dir={folder} holds other files than a run's: choose another folder")
+        raise InputError(f"run.dir={folder} holds files that are not a run's: choose another folder")
     if recipe.run.resume == "never":
         return Resume()
-    path, passed_over = newest_whole(run_dir.checkpoints_path)
-    if path is None and passed_over:
+    path, damaged = newest_intact(run_dir.checkpoints_path)
+    if path is None and damaged:
         raise InputError.from_problems(
-            f"no checkpoint of {folder} is whole; run.resume=never begins again, and keeps the old run beside the new one",
-            passed_over,
+            f"all checkpoints of {folder} are damaged; run.resume=never starts over and keeps the old run beside the new one",
+            damaged,
         )
     if path is None:
         if recipe.run.resume == "must":
             raise InputError(f"run.resume=must, but there is no checkpoint in {run_dir.checkpoints_path}")
         return Resume()
     _check_same_run(folder, path, recipe)
-    return Resume(path, tuple(passed_over))
+    return Resume(path, tuple(damaged))
 
 
 def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
     saved = validate_recipe(load_recipe(str(path / RECIPE)))
     wrong = [key for key in recipe.run.allow_changes if not _is_compared(key, saved, recipe)]
     if wrong:
-        raise InputError(f"run.allow_changes: not among the keys that have to stay the same: {', '.join(wrong)}")
+        raise InputError(f"run.allow_changes: these keys may change anyway, or do not exist: {', '.join(wrong)}")
     differences = _differences(saved, recipe)
     refused = {key: change for key, change in differences.items() if key not in recipe.run.allow_changes}
     if refused:
         raise InputError.from_problems(
-            f"{folder} holds a run with another recipe. To go on with the new values give "
+            f"{folder} holds a run with another recipe. To resume it with the new values, give "
             f"'run.allow_changes=[{','.join([*recipe.run.allow_changes, *refused])}]'; otherwise give another run.dir, or "
-            f"run.resume=never to begin again (the old run is then kept beside it)",
+            f"run.resume=never to start over (and keep the old run beside the new one)",
             [f"{key}: {was} -> {now}" for key, (was, now) in refused.items()],
         )
     position = json.loads((path / STATE).read_bytes())["progress"]["position"]
     moved = [key for key in _ORDER if key in differences]
     if moved and position:
         raise InputError(
-            f"{', '.join(moved)} cannot change in the middle of an epoch (position {position}): samples would be seen "
-            f"twice, or not at all"
+            f"{', '.join(moved)} cannot change in the middle of an epoch (position {position}): samples would be repeated "
+            f"or missed. Give the old value"
         )
 
 
 def _is_compared(key: str, saved: Recipe, given: Recipe) -> bool:
-    if key == "data.test":  # by its content, when the checkpoint is loaded
+    if key == "data.test":  # compared by its content when the checkpoint is loaded
         return True
     section, _, name = key.partition(".")
     if section in OPEN_SECTIONS:
@@ -167,19 +167,19 @@ def restore(
     plan: Plan,
     display: Display,
 ) -> None:
-    """Load the checkpoint to go on from into a new state, if there is one, and note this start in it. All ranks.
+    """Load the checkpoint to resume from, if there is one, into a new state, and record this start in it. All ranks.
 
     Raises:
-        InputError: it does not fit the model, the optimizer or the data sets.
+        InputError: the checkpoint does not fit the model, the optimizer or the data sets.
     """
     state.fingerprint, state.test_fingerprint = data.train.manifest.fingerprint, data.test.manifest.fingerprint
-    for problem in found.passed_over:
-        display.warn(f"passed over, because it is not whole: {problem}")
+    for problem in found.damaged:
+        display.warn(f"skipped a damaged checkpoint: {problem}")
     if found.path:
         new_test_set: Literal["allow", "refuse"] = "allow" if "data.test" in recipe.run.allow_changes else "refuse"
         with raise_on_all_ranks(world):
             checkpoint.load(state, found.path, world.process_index, world.num_processes, new_test_set)
-        if state.progress.position >= plan.samples_per_epoch:  # of an epoch that another batch size makes shorter
+        if state.progress.position >= plan.samples_per_epoch:  # a new batch size has made the epoch shorter
             state.progress = replace(state.progress, epoch=state.progress.epoch + 1, position=0)
         display.note(f"resuming from {found.path}")
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -195,10 +195,10 @@ def claim(
     state: TrainState,
     display: Display,
 ) -> None:
-    """Write what begins a run, or cut what a resumed one will do again. All ranks; rank 0 writes.
+    """Write the first files of a new run, or remove what a resumed one will write again. All ranks; rank 0 writes.
 
     Raises:
-        InputError: the folder cannot be written, or another process has begun a run there.
+        InputError: the folder cannot be written, or another process has started a run there.
     """
     with raise_on_all_ranks(world):
         if not world.is_main_process:
@@ -206,7 +206,7 @@ def claim(
         try:
             aside = _begin(run_dir, display.warn) if run_is_new else None
             if aside:
-                display.note(f"the run that was in {run_dir.path} is now in {aside}")
+                display.note(f"moved the old run in {run_dir.path} to {aside}")
             save_recipe(recipe, run_dir.config_path)
             write_whole(run_dir.train_manifest_path, manifest_bytes(train))
             checkpoint_files.sweep(run_dir.checkpoints_path)
@@ -218,16 +218,16 @@ def claim(
 
 
 def _begin(run_dir: RunDir, warn: Callable[[str], None]) -> Path | None:
-    """Make and lock the folder of a new run; an old run in its place is kept beside it. Returns where the old one is now.
+    """Create and lock the folder of a new run; move an old run out of the way, and return where it is now.
 
     Raises:
-        InputError: another process is about to begin there, or has.
+        InputError: another process has started a run there, or is about to.
     """
     folder = run_dir.path
     folder.mkdir(parents=True, exist_ok=True)
-    if hold(folder, warn) and run_dir.is_run:  # what was there at the first look has been held since then
+    if hold(folder, warn) and run_dir.is_run:  # a run that was there before is already locked by this process
         raise InputError(
-            f"another run has begun in {folder} while this one was starting: start it again to go on there"
+            f"another run started in {folder} while this one was starting: start it again to resume that run"
         )
     aside = None
     if _is_taken(run_dir):
@@ -239,13 +239,13 @@ def _begin(run_dir: RunDir, warn: Callable[[str], None]) -> Path | None:
 
 
 def _is_taken(run_dir: RunDir) -> bool:
-    """Whether there is more than what a run leaves that was killed before its recipe was written."""
+    """Return whether a folder holds more than the files of a run that was killed before it wrote its recipe."""
     begun = {LOCK_NAME, partial_of(run_dir.config_path).name}
     return run_dir.path.is_dir() and any(path.name not in begun for path in run_dir.path.iterdir())
 
 
 def _differences(saved: Recipe, given: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys that change the mathematics of a run and differ: what they were, and what they are."""
+    """Return the keys that affect a run's mathematics and differ, with their old and new values."""
     pairs = {
         f"{section}.{key}": (getattr(getattr(saved, section), key), getattr(getattr(given, section), key))
         for section, keys in _MATHEMATICS.items()

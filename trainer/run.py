@@ -1,11 +1,11 @@
-"""Run: one training run, ready to go, with everything that the loop uses; and how its parts are put together."""
+"""Run: one training run, ready to start, with everything that the loop uses; and `assemble`, which puts it together."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from shardstep.configs.durations import Duration
 from shardstep.configs.resolve import ResolvedRecipe
@@ -34,14 +34,14 @@ from shardstep.trainer.origin import facts_of
 from shardstep.trainer.precision import ComputeFormat
 from shardstep.trainer.run_dir import RunDir
 from shardstep.trainer.state import TrainState
-from shardstep.trainer.stopping.stop_requests import StopRequest, StopRequests
+from shardstep.trainer.stopping.stop_requests import StopRequests, StopSignal
 from shardstep.trainer.stopping.time_limit import TimeLimit
 from shardstep.trainer.stopping.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
 class Every:
-    """The intervals of periodic work."""
+    """How often the loop logs, evaluates and saves."""
 
     log: Duration
     evaluation: Duration
@@ -50,10 +50,10 @@ class Every:
 
 @dataclass
 class Run:
-    """One training run, ready to go.
+    """One training run, ready to start.
 
-    `initialized_s`: seconds that data-dependent initialisation took; `probed_s`: seconds per step of each compute format
-    that was measured.
+    `initialized_s`: seconds that data-dependent initialisation took; `measured_s`: seconds per step of each compute format
+    that was measured to choose one, if any.
     """
 
     recipe: ResolvedRecipe
@@ -66,7 +66,6 @@ class Run:
     test_batches: TestBatches
     objective: Objective
     learning_rate: LearningRate
-    base_lr: float
     clip: Clip
     average: Average
     freezer: Freezer
@@ -83,15 +82,20 @@ class Run:
     timer: Timer
     profiler: Profiler
     initialized_s: float
-    probed_s: dict[ComputeFormat, float]
+    measured_s: dict[ComputeFormat, float]
 
     @property
     def seed(self) -> int:
         """The seed of the run."""
         return self.recipe.run.seed
 
+    @property
+    def base_lr(self) -> float:
+        """The learning rate that the schedule multiplies."""
+        return float(self.recipe.optimizer["lr"])
+
     def evaluate(self) -> Evaluation | None:
-        """Evaluate the model as it is now on the test set; None if all ranks are to stop. All ranks."""
+        """Evaluate the model on the test set; return None if all ranks are to stop. All ranks."""
         self.requests.restart()
 
         def stop_requested() -> bool:
@@ -100,20 +104,14 @@ class Run:
 
         with averaged(self.state):
             evaluation = evaluate(
-                self.accelerator,
-                self.state.module,
-                self.test_batches,
-                self.objective,
-                self.data.test.manifest.samples,
-                self.data.num_classes,
-                self.recipe.eval,
-                stop_requested,
-            )
+                self.accelerator, self.state.module, self.test_batches, self.objective,
+                self.data.test.manifest.samples, self.data.num_classes, self.recipe.eval, stop_requested,
+            )  # fmt: skip
         self.requests.restart()
         return evaluation
 
     def begin_step(self, batch: GlobalBatch, step: int) -> GlobalBatch:
-        """The same batch, watched by those who want to know what becomes of it."""
+        """Begin a step: tell the watchdog, sample log, profiler and timer; return its batch, which they watch."""
         batch = self.watchdog.watch(batch, step)
         if self.sample_log:
             batch = self.sample_log.watch(batch, step)  # each rank writes its own file
@@ -128,89 +126,77 @@ def assemble(
     run_dir: RunDir,
     state: TrainState,
     plan: Plan,
-    loaded: Data,
+    data: Data,
     objective: Objective,
     average: Average,
     wrap: Callable[..., None],
     display: Display,
-    request: StopRequest,
+    stop_signal: StopSignal,
     initialized_s: float,
-    probed_s: dict[ComputeFormat, float],
+    measured_s: dict[ComputeFormat, float],
 ) -> Run:
-    """Put a run together: around its model and data everything that watches, saves, stops and writes. All ranks.
+    """Put a run together: add everything that watches, saves, stops and records to its model and data. All ranks.
 
     Args:
-        accelerator, recipe, run_dir, state, plan, loaded, objective, average: as Run has them.
-        wrap: wraps the model again, when parameters have been frozen.
-        display: for notes and warnings.
-        request: what signals have told this process.
-        initialized_s, probed_s: as Run has them.
+        wrap: wraps the model again after parameters have been frozen.
+        stop_signal: of this process.
+        accelerator, recipe and the others: as Run has them.
     """
-    world, folder = accelerator.state, run_dir.path
-    listeners: list[Callable[[dict[str, Any]], None]] = [display.line]
-    trackers = Trackers([], display.warn, display.note, request.has_come)
-    if world.is_main_process:
-        facts = partial(facts_of, world.device, world.num_processes)
-        trackers = start_trackers(recipe, folder, state, facts, display.warn, display.note, request.has_come)
-        listeners.append(trackers.log)
+    world, folder, share_done = accelerator.state, run_dir.path, lambda: plan.share_done(state.progress, state.train_s)
+    trackers = _start_trackers(world, recipe, folder, state, display, stop_signal)
     saver = Saver(
         run_dir.checkpoints_path, recipe.checkpoint.keep, display.warn, state.best, [display.saved, trackers.saved]
     )
-    time_limit = TimeLimit(
-        launch_env.allocation(),
-        lambda: saver.longest_s,
-        share_done=lambda: plan.share_done(state.progress, state.train_s),
-    )
-
-    def tell_outlook(line: dict[str, Any]) -> None:
-        outlook = time_limit.early_outlook()
-        if outlook:
-            display.note(outlook)
-
-    listeners.append(tell_outlook)
+    time_limit = TimeLimit(launch_env.allocation(), lambda: saver.longest_s, share_done)
     freezer = Freezer(state.optimizer.param_groups, plan, wrap)
     if recipe.train.compile != "none":
-        freezer.rehearse()
+        freezer.compile_ahead()
     every = Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every)))
     clip = Clip(recipe.train.clip_norm, recipe.train.clip_value, measures=recipe.log.grad_norm)
-    profile = parse_steps(recipe.train.profile)
-    synchronize_device(world.device)  # or the first step would be charged for passes that are thrown away
+    listeners = [display.line, trackers.log, lambda _: _note_early_outlook(time_limit, display)]
+    profiled, on_gpu = parse_steps(recipe.train.profile), world.device.type == "cuda"
+    synchronize_device(world.device)  # so that the first step does not pay for warm-up passes
     return Run(
-        recipe=recipe,
-        dir=run_dir,
-        accelerator=accelerator,
-        state=state,
-        plan=plan,
-        data=loaded,
-        batches=train_batches(recipe, accelerator, loaded, plan),
+        recipe=recipe, dir=run_dir, accelerator=accelerator, state=state, plan=plan, data=data,
+        batches=train_batches(recipe, accelerator, data, plan),
         test_batches=make_test_batches(
-            recipe, accelerator, loaded.test_reader, loaded.test.manifest.samples, loaded.normalize
+            recipe, accelerator, data.test_reader, data.test.manifest.samples, data.normalize
         ),
         objective=objective,
-        learning_rate=LearningRate(
-            recipe.schedule, plan.duration, plan.samples_per_epoch, plan.global_batch_size
-        ),
-        base_lr=float(recipe.optimizer["lr"]),
-        clip=clip,
-        average=average,
-        freezer=freezer,
-        every=every,
+        learning_rate=LearningRate(recipe.schedule, plan.duration, plan.samples_per_epoch, plan.global_batch_size),
+        clip=clip, average=average, freezer=freezer, every=every,
         metrics=Metrics(
             accelerator, run_dir.metrics_path, state, plan, every.evaluation, listeners, display.warn,
             has_accuracy=not objective.reconstructs, clip=clip,
         ),
-        display=display,
-        trackers=trackers,
-        nan_guard=NonFiniteGuard(recipe.train),
+        display=display, trackers=trackers, nan_guard=NonFiniteGuard(recipe.train),
         requests=StopRequests(
-            request, folder, world.is_main_process, all_reduce_max(world), time_limit, plan.max_train_s
+            stop_signal, folder, world.is_main_process, all_reduce_max(world), time_limit, plan.max_train_s
         ),
-        saver=saver,
-        time_limit=time_limit,
-        watchdog=Watchdog(HeartbeatStore(world), folder, recipe.run.hang_timeout, request, display.tell),
-        sample_log=SampleLog(folder, world.process_index, loaded.train) if recipe.log.sample_keys else None,
+        saver=saver, time_limit=time_limit,
+        watchdog=Watchdog(HeartbeatStore(world), folder, recipe.run.hang_timeout, stop_signal, display.tell),
+        sample_log=SampleLog(folder, world.process_index, data.train) if recipe.log.sample_keys else None,
         timer=Timer(world.device.type),
-        profiler=Profiler(profile, folder / "profile", world.process_index, world.device.type == "cuda", display.note),
-        initialized_s=initialized_s,
-        probed_s=probed_s,
+        profiler=Profiler(profiled, folder / "profile", world.process_index, on_gpu, display.note),
+        initialized_s=initialized_s, measured_s=measured_s,
     )  # fmt: skip
+
+
+def _start_trackers(
+    world: PartialState,
+    recipe: ResolvedRecipe,
+    folder: Path,
+    state: TrainState,
+    display: Display,
+    stop_signal: StopSignal,
+) -> Trackers:
+    if not world.is_main_process:
+        return Trackers([], display.warn, display.note, stop_signal.has_arrived)
+    facts = partial(facts_of, world.device, world.num_processes)
+    return start_trackers(recipe, folder, state, facts, display.warn, display.note, stop_signal.has_arrived)
+
+
+def _note_early_outlook(time_limit: TimeLimit, display: Display) -> None:
+    outlook = time_limit.early_outlook()
+    if outlook:
+        display.note(outlook)

@@ -1,4 +1,4 @@
-"""A validated recipe and a world to a Run: data, choices of `auto`, model and the state to go on from, in this order."""
+"""Build a Run from a validated recipe and a world: data, choices of `auto`, model, and the state to resume from."""
 
 from functools import partial
 from pathlib import Path
@@ -16,17 +16,17 @@ from shardstep.trainer.optim.plan import make_plan
 from shardstep.trainer.precision import resolve_precision
 from shardstep.trainer.run import Run, assemble
 from shardstep.trainer.run_dir import RunDir
-from shardstep.trainer.stopping.stop_requests import StopRequest
+from shardstep.trainer.stopping.stop_requests import StopSignal
 
 
-def build(world: PartialState, recipe: Recipe, display: Display, request: StopRequest | None = None) -> Run:
+def build(world: PartialState, recipe: Recipe, display: Display, stop_signal: StopSignal | None = None) -> Run:
     """Build a run. All ranks call it; a problem of any rank is raised on all.
 
     Args:
-        world: that came up.
-        recipe: validated; what it leaves to `auto` is chosen here, and is in the run's recipe and its config.yaml.
+        world: the one that came up.
+        recipe: validated; this function makes every choice that it leaves to `auto`, and writes them to config.yaml.
         display: for notes and warnings.
-        request: what signals have told this process; None where none are listened to.
+        stop_signal: of this process; None where it listens to no signals.
 
     Raises:
         InputError: the data, the model and the number of ranks do not fit together, or the run's folder is taken.
@@ -36,6 +36,8 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     with raise_on_all_ranks(world):
         found = resume.lock_and_find(run_dir, recipe, display.warn) if world.is_main_process else resume.Resume()
     found = broadcast_object(world, found)
+    is_resumed = found.path is not None
+
     with raise_on_all_ranks(world):
         train, test = data.open_both(recipe.data)
     with raise_on_all_ranks(world):
@@ -43,30 +45,21 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     mode = broadcast_object(world, data.choose_mode(recipe.data, train, test, world.device))
     with raise_on_all_ranks(world):
         loaded = data.load(recipe.data, mode, train, test, world.device)
+
     with raise_on_all_ranks(world):
-        module = model_setup.initial_model(recipe, loaded, world.device, display, resumed=found.path is not None)
+        module = model_setup.initial_model(recipe, loaded, world.device, display, is_resumed)
     with raise_on_all_ranks(world):
         initialized_s = model_setup.initialize(module, loaded, world.device)
     objective = build_objective(recipe.loss, recipe.model)
-    chosen, probed_s = resolve_precision(
-        world,
-        recipe.train,
-        module,
-        objective,
-        loaded.image_shape,
-        lambda count: loaded.first_samples(count, world.device),
-        plan,
-        display,
-    )
+    compute, measured_s = resolve_precision(world, recipe.train, module, objective, loaded, plan, display)
     resolved = resolve(
-        recipe,
-        Choices(mode, world.device.type, chosen.precision, chosen.memory_format, chosen.convolutions),
+        recipe, Choices(mode, world.device.type, compute.precision, compute.memory_format, compute.convolutions)
     )
 
     with raise_on_all_ranks(world):
         accelerator, state = model_setup.build_state(resolved, module)
     with raise_on_all_ranks(world):
-        warnings = model_setup.check_sharing(resolved, world, plan, found.path is not None)
+        warnings = model_setup.check_gradient_sync(resolved, world, plan, is_resumed)
     for warning in warnings:
         display.warn(warning)
     wrap = partial(model_setup.wrap_model, accelerator, resolved, state, objective, loaded, plan)
@@ -74,8 +67,8 @@ def build(world: PartialState, recipe: Recipe, display: Display, request: StopRe
     average = Average(resolved.average, plan)
     average.begin(state)
     resume.restore(world, state, found, resolved, loaded, plan, display)
-    resume.claim(world, run_dir, found.path is None, resolved, loaded.train.manifest, state, display)
+    resume.claim(world, run_dir, not is_resumed, resolved, loaded.train.manifest, state, display)
     return assemble(
         accelerator, resolved, run_dir, state, plan, loaded, objective, average, wrap,
-        display, request or StopRequest(), initialized_s, probed_s,
+        display, stop_signal or StopSignal(), initialized_s, measured_s,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Each start of a run to starts.json: what was typed, on which hardware, with which versions. Rank 0 writes, reports read."""
+"""starts.json: the command, hardware and versions of each start of a run. Rank 0 writes it for reports."""
 
 import json
 import shlex
@@ -13,17 +13,17 @@ _CODE = Path(__file__).resolve().parent.parent
 
 
 def write_start(run: Run, arguments: list[str]) -> None:
-    """Add this start to the run's starts.json, after those that its checkpoints know of. Called on rank 0.
+    """Add this start to the run's starts.json, after the starts that its checkpoint knows. Called on rank 0.
 
     Args:
-        run: that is about to train.
+        run: the one that is about to train.
         arguments: of `shardstep train`, as they were typed.
     """
     path, known = run.dir.starts_path, len(run.state.starts) - 1
     parameters = list(run.state.module.parameters())
     start = run.state.starts[-1] | {
         "command": shlex.join(["shardstep", "train", *arguments]),
-        "code": commit(_CODE) if (_CODE / ".git").exists() else None,  # not that of what it may be installed into
+        "code": commit(_CODE) if (_CODE / ".git").exists() else None,  # not that of a repository it is installed into
         "versions": machine.versions(),
         "hardware": hardware(run.accelerator.device),
         "parameters": sum(parameter.numel() for parameter in parameters),
@@ -35,4 +35,4 @@ def write_start(run: Run, arguments: list[str]) -> None:
     try:
         write_whole(path, (json.dumps([*run.dir.starts[:known], start], indent=1) + "\n").encode())
     except OSError as error:
-        run.display.warn(f"{path} could not be written, reports will not tell the hardware: {error}")
+        run.display.warn(f"{path} could not be written, so reports will not show the hardware: {error}")

@@ -1,4 +1,4 @@
-"""TrainState: all that changes while a run goes on, and nothing else. What is in it survives a restart."""
+"""TrainState: everything that changes during a run and must survive a restart, and nothing else."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,29 +12,29 @@ from shardstep.configs.durations import Progress
 
 @dataclass
 class TrainState:
-    """All that changes while a run goes on, and must survive its end.
+    """Everything that changes during a run and must survive a restart.
 
-    Random numbers are not among it: augmentation is keyed by (seed, epoch, position), dropout by (seed, step, rank).
+    It holds no random state: augmentation is keyed by (seed, epoch, position), dropout by (seed, step, rank).
 
     Attributes:
-        module: the model, bare.
-        model: the same as Accelerate wrapped it.
-        optimizer: as Accelerate wrapped it.
+        module: the bare model.
+        model: the same model, wrapped for training.
+        optimizer: wrapped by Accelerate.
         scaler: of fp16, else None.
-        average: of the weights over the steps, by name, if one is kept.
-        progress: how far the run has come: the position in the data, in steps and samples.
+        average: average of the weights over the steps, by name, if the recipe asks for one.
+        progress: how far the run is: steps, samples, and the position in the data.
         fingerprint: of the training set that `progress` counts in.
         test_fingerprint: of the test set that `best` was measured on.
         lr: learning rate of the last step.
         wall_s: seconds of training and evaluation, over all restarts.
-        starts: of every process of the run so far: the step it began at, its number of ranks, and when.
-        best: step and figures of the best evaluation, None before the first.
+        starts: for every start of the run: its first step, its number of ranks, and its time.
+        best: step and metrics of the best evaluation, None before the first.
         evaluation_s: seconds of the longest evaluation so far.
-        evaluating_s: seconds of all evaluations, which are a part of wall_s.
-        evaluation_due: whether a stop came before the evaluation that belongs to `progress`.
-        skipped_steps: steps that were left out because their loss was no number.
-        sums: per rank, loss and correct predictions since the last evaluation.
-        samples_in_sums: how many samples these are of, over all ranks.
+        evaluating_s: seconds of all evaluations, a part of wall_s.
+        evaluation_due: whether the run was stopped before the evaluation that belongs to `progress`.
+        skipped_steps: number of steps skipped because of a NaN or infinite loss or gradient.
+        sums: sums of loss and correct predictions since the last evaluation, per rank.
+        samples_in_sums: number of samples in `sums`, over all ranks.
         wandb_id: of the run in Weights & Biases.
     """
 

@@ -12,22 +12,20 @@ from shardstep.trainer.run_dir import Failure, Status
 
 
 def write_summary(
-    run: Run,
-    status: Status,
-    evaluation: Evaluation | None = None,
-    failure: Failure | None = None,
-    reason: str = "",
+    run: Run, status: Status, evaluation: Evaluation | None = None, failure: Failure | None = None, reason: str = ""
 ) -> dict[str, Any]:
-    """Write summary.json. Called on rank 0.
+    """Write summary.json, and return its content. Called on rank 0.
 
     Args:
-        run: that has ended.
-        status: how.
-        evaluation: the last one, of a finished run.
-        failure, reason: why it failed: the kind, and in words.
+        run: the one that has ended.
+        status: how it ended.
+        evaluation: the last one of a finished run.
+        failure, reason: the kind of failure, and a sentence that describes it.
     """
     recipe, state, manifest = run.recipe, run.state, run.data.train.manifest
     train, last_evaluation = run.metrics.last_train, run.metrics.last_evaluation
+    # DDP does not answer while it waits for a rank that hangs.
+    exposed_s = None if failure == "hang" else exposed_communication_s(run.state.model)
     summary = {
         "status": status,
         **({"failure": failure, "reason": reason} if failure else {}),
@@ -48,9 +46,7 @@ def write_summary(
         **({"weights_sha256": file_sha256(run.dir.weights_path)} if status == "finished" else {}),
         "wall_s": round(state.wall_s, 3),
         "train_s": round(state.train_s, 3),
-        "time_s": run.timer.time_s(
-            run.batches.to_device_s, run.batches.augment_s, exposed_communication_s(run.state.model)
-        ),
+        "time_s": run.timer.time_s(run.batches.to_device_s, run.batches.augment_s, exposed_s),
         "restarts": max(len(state.starts) - 1, 0),
         "best": state.best,
         "data": {

@@ -1,4 +1,4 @@
-"""A loaded recipe to one that can be run: options resolved, values and combinations checked, all problems at once."""
+"""Validate a loaded recipe: resolve its options, check values and combinations, report all problems at once."""
 
 import importlib.util
 import math
@@ -13,20 +13,20 @@ from shardstep.configs.load import Loaded
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import TRANSFORMS
 from shardstep.trainer import models
-from shardstep.trainer.distributed.gradients import sharing_problems
+from shardstep.trainer.distributed.gradients import gradient_sync_problems
 from shardstep.trainer.distributed.world import choose_device
 from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, excludes
 from shardstep.trainer.monitoring import profiler
 from shardstep.trainer.optim import average, losses, optimizers, schedules
 
-_LARGEST_SIDE = 16_384  # pixels: a batch of one image with three channels of floats is 3 GB then
+_LARGEST_SIDE = 16_384  # pixels: one image with three channels of floats takes 3 GB
 
 
 def validate_recipe(loaded: Loaded) -> Recipe:
-    """Resolve every option of a recipe, for the device at hand, and check what can be checked without data and ranks.
+    """Resolve every option of a recipe for this machine's device, and check what needs neither data nor ranks.
 
     Raises:
-        InputError: with all problems, those found while loading included.
+        InputError: lists all problems, including those found while loading.
     """
     if loaded.for_device:
         loaded = loaded.for_device(choose_device(loaded.recipe.train.device))
@@ -58,8 +58,14 @@ def validate_recipe(loaded: Loaded) -> Recipe:
 
     augment, found = _resolve_augment(recipe.data.augment)
     recipe = replace(recipe, data=replace(recipe.data, augment=augment), **resolved_sections)
-    problems += found + _check_durations(recipe) + _check_numbers(recipe) + _check_normalize(recipe)
-    problems += sharing_problems(recipe.train)
+    problems += (
+        found
+        + _check_durations(recipe)
+        + _check_values(recipe)
+        + _check_combinations(recipe)
+        + _check_normalize(recipe)
+    )
+    problems += gradient_sync_problems(recipe.train)
     if not problems:
         problems += optimizers.check_schedule_has_effect(recipe.optimizer, recipe.schedule)
     if problems:
@@ -95,7 +101,8 @@ def _check_durations(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _check_numbers(recipe: Recipe) -> list[str]:
+def _check_values(recipe: Recipe) -> list[str]:
+    """Return the keys whose values are out of range."""
     problems = []
     batch, window = recipe.train.global_batch_size, recipe.data.window_shards
     if not (batch == "full" or (isinstance(batch, int) and batch >= 1)):
@@ -126,27 +133,46 @@ def _check_numbers(recipe: Recipe) -> list[str]:
         for key, (value, least) in at_least.items()
         if value is not None and value < least
     ]
-    for key, limit in (("clip_norm", recipe.train.clip_norm), ("clip_value", recipe.train.clip_value)):
-        if limit is not None and not limit > 0:
-            problems.append(f"train.{key}={limit} must be above 0; null turns it off")
-    if recipe.train.max_wall_s is not None and not recipe.train.max_wall_s > 0:
-        problems.append(f"train.max_wall_s={recipe.train.max_wall_s} must be above 0; null turns it off")
+    above_0 = {
+        "train.clip_norm": recipe.train.clip_norm,
+        "train.clip_value": recipe.train.clip_value,
+        "train.max_wall_s": recipe.train.max_wall_s,
+        "run.hang_timeout": recipe.run.hang_timeout,
+    }
+    problems += [
+        f"{key}={value} must be above 0; null turns it off"
+        for key, value in above_0.items()
+        if value is not None and not value > 0
+    ]
+    sure = recipe.eval.sure_above
+    if sure is not None and not 0 < sure <= 1:
+        problems.append(f"eval.sure_above={sure} must be a probability, above 0 and at most 1; null turns it off")
+    if recipe.run.seed >= 2**63:
+        problems.append(f"run.seed={recipe.run.seed} must be below 2**63")
+    if not 0 < recipe.train.timeout_s < 10**7:
+        problems.append(f"train.timeout_s={recipe.train.timeout_s} must be a number of seconds above 0 and below 10**7")
+    for key, place in (("train", recipe.data.train), ("test", recipe.data.test)):
+        if "://" in place:
+            problems.append(f"data.{key}={place}: shards must be in a folder; URLs cannot be read yet")
+    if recipe.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        problems.append("log.tensorboard=true, but TensorBoard is not installed: pip install 'shardstep[tensorboard]'")
+    return problems
+
+
+def _check_combinations(recipe: Recipe) -> list[str]:
+    """Return the keys whose values contradict each other."""
+    problems = []
     if recipe.train.max_wall_s is not None and recipe.schedule.get("name") in schedules.ENDS_WITH_RUN:
         problems.append(
-            f"schedule.name={recipe.schedule['name']} is drawn over train.duration, which train.max_wall_s may cut short, so "
-            f"that the rate would not come to its end: use schedule.name=constant, step, multistep or exponential"
+            f"schedule.name={recipe.schedule['name']} spans train.duration, which train.max_wall_s may cut short, so the "
+            f"learning rate would not reach its end: use schedule.name=constant, step, multistep or exponential"
         )
     if recipe.train.clip_norm is not None and recipe.train.clip_value is not None:
         problems.append("train.clip_norm and train.clip_value exclude each other")
-    for key, place in (("train", recipe.data.train), ("test", recipe.data.test)):
-        if "://" in place:
-            problems.append(f"data.{key}={place}: shards must lie in a folder, an address is not read yet")
-    if recipe.run.hang_timeout is not None and not recipe.run.hang_timeout > 0:
-        problems.append(f"run.hang_timeout={recipe.run.hang_timeout} must be above 0; null turns it off")
     if recipe.run.hang_timeout is not None and recipe.run.hang_timeout >= recipe.train.timeout_s:
         problems.append(
             f"run.hang_timeout={recipe.run.hang_timeout} must be below train.timeout_s={recipe.train.timeout_s}, or the "
-            f"collectives give up first, and say nothing of who hangs"
+            f"collectives give up first, without saying which rank hangs"
         )
     if recipe.train.weights == "half" and recipe.train.precision not in ("bf16", "fp16"):
         problems.append(f"train.weights=half needs train.precision=bf16 or fp16, not {recipe.train.precision}")
@@ -157,26 +183,17 @@ def _check_numbers(recipe: Recipe) -> list[str]:
             f"train.convolutions={method} is for {precisions} on a CPU, not for {other}: use auto or direct"
             for other in excludes(recipe.train, method)
         ]
-    sure = recipe.eval.sure_above
-    if sure is not None and not 0 < sure <= 1:
-        problems.append(f"eval.sure_above={sure} must be a probability, above 0 and at most 1; null turns it off")
-    if sure is not None and recipe.eval.views == "plain":
+    if recipe.eval.sure_above is not None and recipe.eval.views == "plain":
         problems.append("eval.sure_above has no effect with eval.views=plain: there are no further views")
     if recipe.eval.views != "plain" and recipe.loss.get("name") in losses.RECONSTRUCTION:
         problems.append(f"eval.views={recipe.eval.views} has no effect on reconstructions: use plain")
-    if recipe.run.seed >= 2**63:
-        problems.append(f"run.seed={recipe.run.seed} must be below 2**63")
-    if not 0 < recipe.train.timeout_s < 10**7:
-        problems.append(f"train.timeout_s={recipe.train.timeout_s} must be above 0, and a number of seconds")
-    if batch == "full" and recipe.data.last_batch == "drop":
+    if recipe.train.global_batch_size == "full" and recipe.data.last_batch == "drop":
         problems.append("data.last_batch=drop has no effect with train.global_batch_size=full: an epoch is one batch")
-    if recipe.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        problems.append("log.tensorboard=true, but TensorBoard is not installed: pip install 'shardstep[tensorboard]'")
     if recipe.log.wandb == "disabled" and recipe.log.wandb_artifacts != "none":
         problems.append(f"log.wandb_artifacts={recipe.log.wandb_artifacts} has no effect with log.wandb=disabled")
     names = [entry.get("name") for entry in recipe.data.augment]
     if "flip" in names and "alternating_flip" in names:
-        problems.append("data.augment: flip undoes what alternating_flip arranges; keep one of them")
+        problems.append("data.augment: flip undoes what alternating_flip does; keep one of them")
     return problems
 
 
@@ -193,5 +210,5 @@ def _check_normalize(recipe: Recipe) -> list[str]:
     if len(numbers["mean"]) != len(numbers["std"]) or len(numbers["mean"]) not in (1, 3):
         return ["data.normalize: mean and std must both have 1 or 3 numbers"]
     if not all(math.isfinite(value) for values in numbers.values() for value in values) or min(numbers["std"]) <= 0:
-        return ["data.normalize: every mean must be a number, every std one above 0"]
+        return ["data.normalize: every mean must be finite, every std finite and above 0"]
     return []

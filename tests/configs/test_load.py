@@ -111,7 +111,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         ("train.clip_norm=0", "train.clip_norm=0.0 must be above 0"),
         ("data.normalize=foo", "data.normalize=foo must be"),
         ("data.normalize={mean: [1, 2], std: [1, 2]}", "mean and std must both have 1 or 3 numbers"),
-        ("data.normalize={mean: [0], std: [0]}", "every std one above 0"),
+        ("data.normalize={mean: [0], std: [0]}", "every std finite and above 0"),
         ("data.augment=flip", "data.augment: flip is no list: write [flip]"),
         ("model.hidden=64", "model.hidden: 64 is no list: write [64]"),
         ("data.augment=[flop]", "data.augment[0].name=flop is unknown; did you mean flip?"),

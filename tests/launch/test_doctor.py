@@ -130,7 +130,7 @@ def test_faults_of_recipe_data_and_folder(shards: Path, tmp_path: Path) -> None:
         f"data.train={tmp_path / 'cut'}": ("data", "manifest.json is damaged"),
         "run.dir=/proc/run": ("disk", "no file can be made in /proc"),  # root cannot write there, either
         f"run.dir={tmp_path / 'file' / 'run'}": ("disk", "is a file"),
-        f"run.dir={tmp_path / 'taken'}": ("run", "holds other files than a run's"),
+        f"run.dir={tmp_path / 'taken'}": ("run", "holds files that are not a run's"),
         "train.world_size=3": ("launch", "1 rank came up"),
         "train.device=cuda": ("device", "no CUDA device"),
         "train.global_batch_size=102": ("step", "more than the 101 training samples"),

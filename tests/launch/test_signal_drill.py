@@ -186,6 +186,6 @@ def test_damage_to_the_shards_while_training_is_named(shards: Path, tmp_path: Pa
     assert victim.name in output
     assert 'launch/train.py", line' not in output  # a traceback of ours
     victim.write_bytes(content)
-    newest, passed_over = checkpoint_files.newest_whole(tmp_path / "run" / "checkpoints")
+    newest, passed_over = checkpoint_files.newest_intact(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert not passed_over

@@ -1,4 +1,4 @@
-"""Evaluation against counting by hand, and what it asks of the device."""
+"""Evaluation against counts by hand, and the operations that it runs on the device."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""How a number format and a memory layout are chosen: by a measured step of each."""
+"""Choosing a precision and a memory format by a measured step of each."""
 
 import time
 from collections import Counter
@@ -24,7 +24,7 @@ SECONDS = {"bf16 channels_last": 2.0, "bf16 contiguous": 0.16, "fp32 channels_la
 
 
 class Clocked(nn.Module):
-    """A model whose passes take the times above, by a clock of the test's own."""
+    """A model whose passes take the times above, by a fake clock."""
 
     now_s = 0.0
 
@@ -134,13 +134,13 @@ def test_winograd_is_refused_where_there_is_none() -> None:
     with pytest.raises(InputError, match="winograd is for CPUs, and this is cuda:0: use auto or direct"):
         precision.candidates(asked, wide, (128, 8, 8), torch.device("cuda", 0), AVX2)
     with pytest.raises(
-        InputError, match="winograd has no effect: this model has no 3x3 convolutions that would be faster"
+        InputError, match="winograd has no effect: this model has no 3x3 convolutions that it would make faster"
     ):
         precision.candidates(asked, CONV, (3, 8, 8), CPU, AVX2)
 
 
 @pytest.mark.parametrize("other", ["train.precision=fp16", "train.compile=default", "train.device=cuda"])
-def test_winograd_goes_only_with_what_it_is_for(other: str) -> None:
+def test_winograd_is_refused_outside_its_purpose(other: str) -> None:
     with pytest.raises(
         InputError, match=f"winograd is for bf16 and fp32 on a CPU, not for {other}: use auto or direct"
     ):

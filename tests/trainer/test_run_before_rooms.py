@@ -1,4 +1,4 @@
-"""A run that an earlier version of the code began goes on with this one: tests/fixtures/run_before_rooms.
+"""A run that an earlier version of the code started resumes with this one: tests/fixtures/run_before_rooms.
 
 `stopped/` was killed after step 7 of 16 on two ranks and has a checkpoint of step 6; `finished/` is the same run at its end.
 """
@@ -24,7 +24,7 @@ def same_bits(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_it_goes_on_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_resumes_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe, data = FIXTURE / "recipe.yaml", "data.source=synthetic:101"
     shutil.copytree(FIXTURE / "stopped", "stopped")

@@ -1,4 +1,4 @@
-"""What is written down of each start of a run."""
+"""The record of each start of a run."""
 
 from pathlib import Path
 

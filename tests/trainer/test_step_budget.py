@@ -1,4 +1,4 @@
-"""What an optimizer step may cost beside the model's own operations, counted and not timed."""
+"""What an optimizer step may cost in addition to the model's operations, counted and not timed."""
 
 import sys
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Guarantee 5 while training streams: damage to any file of a data set is named, or the file is needed no more."""
+"""Guarantee 5 while training streams: damage to any file of a data set is reported, or the file is no longer needed."""
 
 import os
 import shutil
@@ -70,7 +70,7 @@ def replace(path: Path, other: Path) -> None:
 
 
 def forge(path: Path, other: Path) -> None:
-    """Put the smallest image in the place of all others: each can be decoded, and all but one are wrong."""
+    """Replace all images by the smallest: each can be decoded, and all but one are wrong."""
     opened = open_shards(path.parent)
     entries = opened.index[[opened.shard_path(int(entry["shard"])) == path for entry in opened.index]]
     content = path.read_bytes()
@@ -110,7 +110,9 @@ def assert_same(run: Path, undisturbed: Path) -> None:
     assert [line["loss"] for line in train_lines(run)] == [line["loss"] for line in train_lines(undisturbed)], run
 
 
-def test_damage_to_a_shard_is_named_and_the_mended_run_goes_on(undisturbed: Path, shards: Path, tmp_path: Path) -> None:
+def test_damage_to_a_shard_is_reported_and_the_fixed_run_resumes(
+    undisturbed: Path, shards: Path, tmp_path: Path
+) -> None:
     cases = [
         (split, damage) for split in ("train", "test") for damage in (truncate, flip, forge, remove, swap, replace)
     ]
@@ -132,7 +134,7 @@ def test_damage_to_a_shard_is_named_and_the_mended_run_goes_on(undisturbed: Path
         assert "Traceback" not in message
         losses = [line["loss"] for line in train_lines(folder / "run")]
         assert losses == whole[: len(losses)], folder  # what was learnt until then was right
-        newest, passed_over = checkpoint_files.newest_whole(folder / "run" / "checkpoints")
+        newest, passed_over = checkpoint_files.newest_intact(folder / "run" / "checkpoints")
         assert newest is not None
         assert not passed_over
         shutil.rmtree(folder / "shards")
@@ -144,7 +146,7 @@ def test_damage_to_a_shard_is_named_and_the_mended_run_goes_on(undisturbed: Path
 
 
 def test_index_and_manifest_are_needed_at_the_start_only(undisturbed: Path, shards: Path, tmp_path: Path) -> None:
-    """A run that has read them finishes right; the next start names the file, or the shards that it does not fit."""
+    """A run that has read them finishes correctly; the next start reports the file, or the shards that it does not fit."""
     cases = [
         (split, name, damage)
         for split in ("train", "test")

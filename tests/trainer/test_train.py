@@ -1,4 +1,4 @@
-"""What a run leaves behind, how it fails, and how it goes on."""
+"""What a run leaves behind, how it fails, and how it resumes."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_weights(finished: Path, shards: Path, tmp_
 
 
 def test_the_gradient_is_that_of_the_global_mean(shards: Path, tmp_path: Path) -> None:
-    """One step of SGD with rate 1 moves the weights by the gradient: compare with plain torch on the same samples."""
+    """One step of SGD with lr 1 moves the weights by the gradient: compare with plain torch on the same samples."""
     from safetensors.torch import load_file
 
     from shardstep.datasets.manifest import open_shards
@@ -169,11 +169,11 @@ def test_no_checkpoint_is_saved_after_the_loss_left_the_numbers(shards: Path, tm
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-def test_the_loss_that_is_no_number_is_named(shards: Path, tmp_path: Path) -> None:
+def test_a_nan_loss_is_reported(shards: Path, tmp_path: Path) -> None:
     recipe, log = write_recipe(tmp_path, shards, log={"every": "100 steps"}), tmp_path / "log"
     ((code, _, message),) = run_ranks(1, with_a_bad_step, str(recipe), "checkpoint.every=100 steps")
     assert code == 1
-    assert "NaN or infinite at step 4 (rate 0.05): the training loss since the last evaluation is nan. Try" in message
+    assert "NaN or infinite at step 4 (lr 0.05): the training loss since the last evaluation is nan. Try" in message
     assert "test loss" not in message
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] > 0
     log.write_text(message)
@@ -208,7 +208,7 @@ def test_a_loss_that_leaves_the_numbers_is_a_failure_that_names_the_step(shards:
     first, second = run_ranks(2, failure_of, str(recipe))
     assert first[0] == second[0] == 1
     assert "failed: the loss is" in first[2]
-    assert "rate 1e+20" in first[2]
+    assert "lr 1e+20" in first[2]
     assert "lower optimizer.lr" in first[2]
     assert second[2] == ""
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
@@ -267,7 +267,7 @@ def test_test_set_that_lacks_a_class(shards: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["data"]["test_samples"] == 6
 
 
-def test_a_damaged_sample_stops_training_and_is_named(shards: Path, tmp_path: Path) -> None:
+def test_a_damaged_sample_stops_training_and_is_reported(shards: Path, tmp_path: Path) -> None:
     import shutil
 
     from shardstep.datasets.manifest import open_shards
@@ -286,7 +286,7 @@ def test_a_damaged_sample_stops_training_and_is_named(shards: Path, tmp_path: Pa
 
 
 def without_cache(folder: str, *arguments: str) -> tuple[int, str, str]:
-    """Runs in a rank: like failure_of, where no earlier run has decoded the same data while it was whole."""
+    """Runs in a rank: like failure_of, where no earlier run has decoded the same data while it was intact."""
     import os
 
     os.environ["SHARDSTEP_CACHE"] = folder
@@ -321,7 +321,7 @@ def test_never_puts_the_old_run_aside(shards: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
-def test_another_recipe_is_refused_and_named(shards: Path, tmp_path: Path) -> None:
+def test_another_recipe_is_refused_with_its_differences(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards)
     train_ranks(1, recipe)
     ((code, _, message),) = run_ranks(1, failure_of, str(recipe), "optimizer.lr=0.5", "run.seed=3")
@@ -331,7 +331,7 @@ def test_another_recipe_is_refused_and_named(shards: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_goes_on_from_its_checkpoint(shards: Path, tmp_path: Path, world_size: int) -> None:
+def test_a_run_resumes_from_its_checkpoint(shards: Path, tmp_path: Path, world_size: int) -> None:
     from safetensors.torch import load_file
 
     sections = {
@@ -412,11 +412,11 @@ def test_a_folder_with_other_files_is_left_alone(shards: Path, tmp_path: Path) -
     recipe = write_recipe(tmp_path, shards)
     ((code, _, message),) = run_ranks(1, failure_of, str(recipe), f"run.dir={tmp_path / 'home'}")
     assert code == 2
-    assert "holds other files than a run's" in message
+    assert "holds files that are not a run's" in message
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
 
 
-def test_a_folder_left_by_a_kill_before_its_recipe_was_whole_is_begun_again(shards: Path, tmp_path: Path) -> None:
+def test_a_folder_left_by_a_kill_before_its_recipe_was_complete_is_reused(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".lock").touch()
@@ -480,8 +480,8 @@ def test_wandb_offline_holds_what_was_logged(shards: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "failure"])
-def test_wandb_goes_on_with_the_same_run(shards: Path, tmp_path: Path, end: str) -> None:
-    """Broken off in step 8: two files of one run, which hold each step once. A kill leaves the first one empty."""
+def test_wandb_resumes_the_same_run(shards: Path, tmp_path: Path, end: str) -> None:
+    """Interrupted in step 8: two files of one run, which hold each step once. A kill leaves the first one empty."""
     sections: dict[str, Any] = {
         "train": {"duration": "11 steps"},
         "eval": {"every": "5 steps"},

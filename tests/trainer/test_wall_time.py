@@ -14,7 +14,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.run_dir import RunDir
-from shardstep.trainer.stopping.stop_requests import StopRequest, StopRequests
+from shardstep.trainer.stopping.stop_requests import StopRequests, StopSignal
 from shardstep.trainer.stopping.time_limit import TimeLimit
 from shardstep.trainer.validate import validate_recipe
 from tests.distributed import run_ranks
@@ -25,9 +25,10 @@ STEP_S, EVALUATION_S, LIMIT_S = 0.05, 0.7, 1.5
 
 def slowly(recipe: str, *overrides: str) -> tuple[int, str, str]:
     """Runs in a rank: each step takes STEP_S at least, each evaluation EVALUATION_S."""
-    from shardstep.trainer import loop, setup
+    from shardstep.trainer import loop
+    from shardstep.trainer import run as run_module
 
-    step_function, evaluate_function = loop.train_step, setup.evaluate
+    step_function, evaluate_function = loop.train_step, run_module.evaluate
 
     def step(*arguments: Any) -> Any:
         time.sleep(STEP_S)
@@ -37,7 +38,7 @@ def slowly(recipe: str, *overrides: str) -> tuple[int, str, str]:
         time.sleep(EVALUATION_S)
         return evaluate_function(*arguments)
 
-    loop.train_step, setup.evaluate = step, evaluate
+    loop.train_step, run_module.evaluate = step, evaluate
     return failure_of(recipe, *overrides)
 
 
@@ -73,7 +74,7 @@ def test_training_ends_after_its_seconds_on_all_ranks(shards: Path, tmp_path: Pa
 
 
 def test_the_clock_is_looked_at_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of 20 ms: looks come every half second, but the limit of 10.01 s is met by the very next step."""
+    """Steps of 20 ms: checks come every half second, but the limit of 10.01 s is met by the very next step."""
     now, looks = [0.0], [0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
@@ -82,13 +83,13 @@ def test_the_clock_is_looked_at_when_the_time_is_up(tmp_path: Path, monkeypatch:
         return numbers
 
     unlimited = TimeLimit(None, save_s=lambda: None, share_done=lambda: 0.0)
-    requests = StopRequests(StopRequest(), tmp_path, True, agree, unlimited, max_train_s=10.01)
+    requests = StopRequests(StopSignal(), tmp_path, True, agree, unlimited, max_train_s=10.01)
     while not requests.out_of_time:
         now[0] += 0.02
         requests.check(train_s=now[0])
     assert now[0] == pytest.approx(10.02)
     assert looks[0] < 40
-    other = StopRequests(StopRequest(), tmp_path, False, lambda numbers: [0, 0, 1, 1], unlimited, max_train_s=10.01)
+    other = StopRequests(StopSignal(), tmp_path, False, lambda numbers: [0, 0, 1, 1], unlimited, max_train_s=10.01)
     other.check(train_s=0.1)  # rank 0's clock counts
     assert other.out_of_time
     assert not other.stop  # which is the run's end, and no request to go on later
@@ -112,7 +113,7 @@ def test_what_is_left_is_what_ends_the_run_first() -> None:
 
 def test_a_schedule_that_needs_the_end_is_refused() -> None:
     for name in ("cosine", "linear", "one_cycle"):
-        with pytest.raises(InputError, match=f"schedule.name={name} is drawn over train.duration"):
+        with pytest.raises(InputError, match=f"schedule.name={name} spans train.duration"):
             validate_recipe(load_recipe("digits", [f"schedule.name={name}", "train.max_wall_s=5"]))
     validate_recipe(load_recipe("digits", ["schedule.name=constant", "schedule.warmup=5 steps", "train.max_wall_s=5"]))
     with pytest.raises(InputError, match="train.max_wall_s=0.0 must be above 0"):
@@ -121,7 +122,7 @@ def test_a_schedule_that_needs_the_end_is_refused() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_train_lines_have_the_gradients_norm_before_clipping(world_size: int, shards: Path, tmp_path: Path) -> None:
-    """SGD with rate 1 moves the weights by the gradient: the norm of what two steps differ in is that of the second's."""
+    """SGD with lr 1 moves the weights by the gradient: the difference between two steps has the norm of the second's."""
     folders = []
     for steps in (1, 2):
         folders.append(tmp_path / str(steps))

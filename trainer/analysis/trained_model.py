@@ -15,7 +15,7 @@ from shardstep.datasets.reader import StreamReader
 from shardstep.datasets.scan import file_sha256
 from shardstep.trainer import data
 from shardstep.trainer.checkpoints.checkpoint import load_weights
-from shardstep.trainer.checkpoints.checkpoint_files import AVERAGE, WEIGHTS, newest_whole, problems_of
+from shardstep.trainer.checkpoints.checkpoint_files import AVERAGE, WEIGHTS, newest_intact, problems_of
 from shardstep.trainer.models import build_model
 from shardstep.trainer.optim.losses import Objective, build_objective
 from shardstep.trainer.run_dir import RunDir
@@ -150,7 +150,7 @@ def find_weights(path: Path) -> tuple[Path, RunDir]:
         raise InputError(
             f"{final} is damaged: its sha256 is another. The newest in {run_dir.checkpoints_path} has the same weights"
         )
-    newest, passed_over = (None, []) if is_final else newest_whole(run_dir.checkpoints_path)
+    newest, passed_over = (None, []) if is_final else newest_intact(run_dir.checkpoints_path)
     if newest:
         return newest / WEIGHTS, run_dir
     if final.is_file():

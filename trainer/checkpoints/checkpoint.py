@@ -1,8 +1,8 @@
-"""What must survive a restart, to disk and back.
+"""Checkpoints: write a TrainState to disk and load it again.
 
-The weights are written as safetensors, the optimizer's state as a file that torch reads with weights_only, the rest as JSON
-and YAML. A checkpoint is written under another name, synced, renamed and read back: it is whole, or it does not exist. No
-pickle in it is ever executed.
+The weights are safetensors, the optimizer's state a file that torch reads with weights_only, the rest JSON and YAML. A
+checkpoint is written under another name, synced, renamed and read back: it is intact, or it does not exist. Loading one
+never executes a pickle.
 """
 
 import hashlib
@@ -49,15 +49,13 @@ _LOAD_ERRORS = (
     pickle.UnpicklingError,
     SafetensorError,
 )
-
-
-_IN_A_FORM_OF_THEIR_OWN = ("module", "model", "optimizer", "scaler", "average", "progress")
-_FACTS = tuple(f.name for f in fields(TrainState) if f.name not in _IN_A_FORM_OF_THEIR_OWN)
+_NOT_PLAIN_JSON = ("module", "model", "optimizer", "scaler", "average", "progress")  # stored in other forms
+_FACTS = tuple(f.name for f in fields(TrainState) if f.name not in _NOT_PLAIN_JSON)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A TrainState at one step, copied to the host: the run can go on while this is written."""
+    """A TrainState at one step, copied to the host, so that the run can continue while a thread writes it."""
 
     step: int
     world_size: int
@@ -79,7 +77,7 @@ def take_snapshot(state: TrainState, recipe: str, world_size: int, rank_buffers:
         state: between two steps.
         recipe: the resolved recipe as YAML.
         world_size: number of ranks.
-        rank_buffers: (world_size, n), each rank's floating-point buffers, where they differ; the weights get their mean.
+        rank_buffers: (world_size, n), each rank's floating-point buffers if they differ; the weights get their mean.
     """
     kept = weights(state.module)
     if rank_buffers is not None:
@@ -100,17 +98,19 @@ def take_snapshot(state: TrainState, recipe: str, world_size: int, rank_buffers:
 
 
 def write(snapshot: Snapshot, folder: Path) -> Path:
-    """Write a checkpoint below `folder` and read it back. One that is there under its name, and whole, is left.
+    """Write a checkpoint below `folder` and read it back; keep an intact one of the same step.
 
     Raises:
-        OSError: it could not be written, or is not what was written. What was there before is still there.
+        OSError: it could not be written, or was read back differently. Earlier checkpoints are still there.
     """
     target = folder / step_name(snapshot.step)
     if target.is_dir() and not problems_of(target):
         return target
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    folder.mkdir(exist_ok=True)  # not its parents: a run whose disk is gone must not go on in what lies below the mount
+    folder.mkdir(
+        exist_ok=True
+    )  # not its parents: a run whose disk is gone must not continue below the empty mount point
     partial.mkdir()
     entries = {}
     for name, content in _files(snapshot):
@@ -119,18 +119,18 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
     write_manifest(partial, snapshot.step, snapshot.world_size, entries)
     for path in (*partial.iterdir(), partial):
         sync_to_disk(path)
-    if target.exists():  # damaged, and passed over when this run was resumed
+    if target.exists():  # damaged, and skipped when this run was resumed
         shutil.rmtree(target)
     partial.replace(target)
     sync_to_disk(folder)
     problems = problems_of(target)
     if problems:
-        raise OSError(f"{target} is not what was written: {problems[0]}")
+        raise OSError(f"{target} was read back differently: {problems[0]}")
     return target
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of a model's parameters and buffers as contiguous tensors on the host."""
+    """Return a copy of a model's parameters and buffers, as contiguous tensors on the host."""
     return _contiguous_on_host(module.state_dict())
 
 
@@ -143,21 +143,21 @@ def write_weights(module: nn.Module, path: Path) -> None:
 
 
 def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set: Literal["allow", "refuse"]) -> None:
-    """Restore a state from a whole checkpoint, in place.
+    """Restore a state from an intact checkpoint, in place.
 
     Args:
-        state: new, with the fingerprints of the data sets at hand.
+        state: a new one, with the fingerprints of the current data sets.
         path: of the checkpoint.
         rank, world_size: this rank's place.
-        new_test_set: whether the test set may be another; then the best evaluation is that of the new one to come.
+        new_test_set: whether the test set may have changed; the best evaluation so far is forgotten then.
 
     Raises:
-        InputError: it does not fit the model, the optimizer or the data sets.
+        InputError: the checkpoint does not fit the model, the optimizer or the data sets.
     """
     try:
         facts = json.loads((path / STATE).read_bytes())
         progress, scaler = Progress(**facts.pop("progress")), facts.pop("scaler")
-        facts.setdefault("evaluating_s", 0.0)  # of no consequence unless train.max_wall_s is given
+        facts.setdefault("evaluating_s", 0.0)  # only matters with train.max_wall_s
         values = {name: facts[name] for name in _FACTS}
         optimizer = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
         _load_optimizer(state.optimizer, optimizer)
@@ -168,25 +168,25 @@ def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set
             _load_average(state, path)
         if (path / BUFFERS).is_file():
             every = safetensors.torch.load_file(path / BUFFERS)["buffers"]
-            if len(every) == world_size:  # on another world the mean has to do, which the weights hold
+            if len(every) == world_size:  # another number of ranks uses their mean, which the weights hold
                 set_buffers(state.module, every[rank])
     except _LOAD_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be resumed from: {reason}") from None
     if values["fingerprint"] != state.fingerprint:
         raise InputError(
-            f"{path} was trained on another data set (fingerprint {values['fingerprint'][:12]}) than data.train now "
-            f"names ({state.fingerprint[:12]}): give another run.dir"
+            f"{path} was trained on another data set (fingerprint {values['fingerprint'][:12]}) than data.train is now "
+            f"({state.fingerprint[:12]}): give another run.dir"
         )
     if values["test_fingerprint"] != state.test_fingerprint:
         if new_test_set == "refuse":
             raise InputError(
                 f"{path} was evaluated on another test set (fingerprint {values['test_fingerprint'][:12]}) than data.test "
-                f"now names ({state.test_fingerprint[:12]}), so that its figures could not be compared with new ones. "
-                f"Give another run.dir, or go on with 'run.allow_changes=[data.test]' and forget the best evaluation so far"
+                f"is now ({state.test_fingerprint[:12]}), so its results cannot be compared with new ones. Give another "
+                f"run.dir, or continue with 'run.allow_changes=[data.test]', which forgets the best evaluation so far"
             )
         values |= {"test_fingerprint": state.test_fingerprint, "best": None}
-    if len(values["sums"]) != world_size:  # rank 0 carries what all have counted
+    if len(values["sums"]) != world_size:  # on another number of ranks, rank 0 gets the sums of all
         total = [sum(parts) for parts in zip(*values["sums"], strict=True)] or [0.0, 0.0]
         values["sums"] = [total, *([0.0, 0.0] for _ in range(world_size - 1))]
     state.progress = progress
@@ -195,7 +195,7 @@ def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set
 
 
 def _load_average(state: TrainState, path: Path) -> None:
-    """A run that kept none until now begins with its weights."""
+    """Load the average of the weights; if the run kept none until now, the average begins with the weights."""
     assert state.average is not None
     kept = safetensors.torch.load_file(path / AVERAGE) if (path / AVERAGE).is_file() else state.module.state_dict()
     for name, value in state.average.items():
@@ -203,7 +203,7 @@ def _load_average(state: TrainState, path: Path) -> None:
 
 
 def _load_optimizer(optimizer: AcceleratedOptimizer, saved: dict[str, Any]) -> None:
-    """What the optimizer has learnt comes from the checkpoint, its options from the recipe, which may have changed them."""
+    """Load an optimizer's state, but keep its options, which the recipe may have changed."""
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, own in zip(optimizer.param_groups, options, strict=True):
@@ -211,10 +211,10 @@ def _load_optimizer(optimizer: AcceleratedOptimizer, saved: dict[str, Any]) -> N
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load the weights of a safetensors file into a model; of a checkpoint that has an average beside them, that.
+    """Load the weights of a safetensors file into a model; from a checkpoint with an average, load the average.
 
     Raises:
-        InputError: there is no such file, or it holds another model.
+        InputError: the file does not exist, or holds another model.
     """
     try:
         average = path.with_name(AVERAGE)
@@ -247,7 +247,7 @@ def _contiguous_on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _to_host(value: Any) -> Any:
-    """A copy of nested containers with all tensors on the host."""
+    """Return a copy of nested containers, with all tensors on the host."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

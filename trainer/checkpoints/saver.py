@@ -1,4 +1,4 @@
-"""Checkpoints beside the training: one is written while the next steps are taken."""
+"""Write checkpoints in a thread, while training continues."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ THREAD_NAME = "saver"
 
 
 class Saver:
-    """Writes snapshots in a thread, one at a time, on rank 0. A failure is told, and training goes on."""
+    """Writes snapshots in a thread, one at a time, on rank 0. After a failure it warns, and training continues."""
 
     def __init__(
         self,
@@ -26,25 +26,25 @@ class Saver:
         """
         Args:
             folder: of the checkpoints.
-            keep: how many of the newest stay.
-            warn: told when one cannot be saved.
+            keep: how many of the newest to keep.
+            warn: called when a checkpoint cannot be saved.
             best: step and score of the best evaluation so far, as TrainState has it.
-            listeners: called, in the saver's thread, with each checkpoint that is whole and on disk.
+            listeners: called in the saver's thread with each checkpoint, once it is intact and on disk.
         """
         self._folder, self._keep, self._warn, self._listeners = folder, keep, warn, listeners
-        self._best_step = best["step"] if best else None  # of the best that is on disk
+        self._best_step = best["step"] if best else None  # of the best checkpoint on disk
         self._thread: threading.Thread | None = None
         self._succeeded = True
-        self.longest_s: float | None = None  # that a checkpoint has taken, from its copy on the host to the disk
+        self.longest_s: float | None = None  # the longest time from a snapshot to a checkpoint on disk
 
     def save(self, snapshot: Snapshot, beat: Callable[[], None]) -> None:
-        """Begin to write a snapshot; waits for the one before, and calls `beat` while it does."""
+        """Begin to write a snapshot, after waiting for the one before; call `beat` while waiting."""
         self.wait(beat)
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name=THREAD_NAME)
         self._thread.start()
 
     def wait(self, beat: Callable[[], None]) -> bool:
-        """Wait until nothing is being written; returns whether the last snapshot is safe on disk."""
+        """Wait until nothing is being written, calling `beat`; return whether the last snapshot is safe on disk."""
         while self._thread:
             self._thread.join(timeout=1)
             beat()
@@ -57,9 +57,9 @@ class Saver:
         try:
             path = checkpoint.write(snapshot, self._folder)
             self.longest_s = max(self.longest_s or 0.0, time.monotonic() - began)
-        except Exception as error:  # a full disk, a mount that is gone: whatever it is, the next one may succeed
+        except Exception as error:  # a full disk, a mount that is gone: whatever it is, the next checkpoint may succeed
             self._succeeded = False
-            self._warn(f"step {snapshot.step} could not be saved, training goes on: {error}")
+            self._warn(f"step {snapshot.step} could not be saved, training continues: {error}")
             checkpoint_files.sweep(self._folder)
             return
         self._succeeded = True

@@ -1,4 +1,4 @@
-"""A model's floating-point buffers, such as batch norm's running statistics, as one vector. Each rank has its own."""
+"""A model's floating-point buffers, such as batch norm's running statistics, as one vector. They differ between ranks."""
 
 from collections.abc import Iterator
 
@@ -7,20 +7,20 @@ from torch import Tensor, nn
 
 
 def flatten_buffers(module: nn.Module) -> Tensor:
-    """A copy of the buffers that a model's state holds, (n,), on their device."""
+    """Return a copy of a model's persistent buffers, (n,), on their device."""
     found = [value.flatten() for _, value in _float_buffers(module)]
     return torch.cat(found) if found else torch.zeros(0)
 
 
 def split_buffers(module: nn.Module, flat: Tensor) -> dict[str, Tensor]:
-    """The inverse of flatten_buffers, by name."""
+    """Invert flatten_buffers: return the buffers by name."""
     buffers = list(_float_buffers(module))
     parts = flat.split([value.numel() for _, value in buffers])
     return {name: part.view_as(value).clone() for (name, value), part in zip(buffers, parts, strict=True)}
 
 
 def set_buffers(module: nn.Module, flat: Tensor) -> None:
-    """Put the values of such a vector into a model's buffers."""
+    """Copy the values of such a vector into a model's buffers."""
     module.load_state_dict(split_buffers(module, flat), strict=False)
 
 

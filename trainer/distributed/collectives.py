@@ -1,4 +1,4 @@
-"""Collectives: what all ranks call together, and what they do when one of them has a problem."""
+"""Collectives: operations that all ranks call together, and how a problem of one rank is raised on all."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,21 +15,16 @@ from shardstep.configs.errors import InputError
 
 @contextmanager
 def raise_on_all_ranks(world: PartialState) -> Iterator[None]:
-    """Run a block that can fail on any rank, and that calls no collective; if it fails on one, all ranks raise. All ranks.
+    """Run a block that may fail on any rank, and calls no collective; if it fails on one rank, all raise. All ranks.
 
     Raises:
-        InputError: each different message once, and which ranks it came from if not all.
+        InputError: lists each different message once, with its ranks unless it came from all.
     """
     problem = None
     try:
         yield
     except InputError as error:
         problem = error
-    _raise_together(world, problem)
-
-
-def _raise_together(world: PartialState, problem: InputError | None) -> None:
-    """Raise on every rank if any rank has a problem, so that none waits in a collective for one that is gone."""
     if world.num_processes == 1:
         if problem:
             raise problem
@@ -50,7 +45,7 @@ def _raise_together(world: PartialState, problem: InputError | None) -> None:
 
 
 def broadcast_object(world: PartialState, value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value on every rank. All ranks."""
     if world.num_processes == 1:
         return value
     holder = [value]
@@ -59,10 +54,10 @@ def broadcast_object(world: PartialState, value: Any) -> Any:
 
 
 def all_reduce_max(world: PartialState) -> Callable[[list[int]], list[int]]:
-    """A function that gives the largest of all ranks' numbers, place by place; every rank calls it. On the host."""
+    """Return a function for the element-wise maximum of all ranks' numbers, on the host; every rank calls it."""
     if world.num_processes == 1:
         return lambda numbers: numbers
-    # Beside NCCL there is a group for the host's own talk, so that no rank has to wait for its GPU to take part.
+    # With NCCL, the host gets a separate gloo group, so that no rank has to wait for its GPU.
     group: Any = dist.new_group(backend="gloo") if world.device.type == "cuda" else None
 
     def largest(numbers: list[int]) -> list[int]:
@@ -74,7 +69,7 @@ def all_reduce_max(world: PartialState) -> Callable[[list[int]], list[int]]:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks; gradients flow back through it."""
+    """Return the sum of a tensor over all ranks; gradients flow back through it. All ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
     return _AllReduceSum.apply(values)
@@ -89,14 +84,14 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # Every rank's loss depends on the sum, so what reaches one rank's values is the sum over all ranks' gradients.
+        # Every rank's loss depends on the sum, so the gradient of one rank's values is the sum of all ranks' gradients.
         total = gradient.clone()
         dist.all_reduce(total)
         return total
 
 
 def reduce_sums(accelerator: Accelerator, sums: Sequence[Tensor]) -> list[Tensor]:
-    """The sums of some float64 tensors over all ranks, in one collective."""
+    """Return the sums of some float64 tensors over all ranks, with one all-reduce. All ranks."""
     if accelerator.num_processes == 1:
         return list(sums)
     flat = accelerator.reduce(torch.cat([values.flatten() for values in sums]), reduction="sum")
@@ -104,31 +99,31 @@ def reduce_sums(accelerator: Accelerator, sums: Sequence[Tensor]) -> list[Tensor
 
 
 def mean_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """The mean of a tensor over all ranks; theirs stays as it is. All ranks."""
+    """Return the mean of a tensor over all ranks; the tensor does not change. All ranks."""
     if accelerator.num_processes == 1 or not values.numel():
         return values
     return accelerator.reduce(values, reduction="mean")
 
 
 def gather_rows(accelerator: Accelerator, values: Tensor) -> list[list[float]]:
-    """A float64 vector of each rank, by rank. All ranks."""
+    """Return the float64 vectors of all ranks, by rank. All ranks."""
     return accelerator.gather(values.unsqueeze(0)).tolist()
 
 
 def gather_buffers(accelerator: Accelerator, flat: Tensor) -> Tensor | None:
-    """The vectors of all ranks as rows on the host; None where there is one rank, or nothing in them. All ranks."""
+    """Return the vectors of all ranks as rows on the host; None with one rank, or if they are empty. All ranks."""
     if accelerator.num_processes == 1 or not flat.numel():
         return None
     return accelerator.gather(flat.to(accelerator.device).unsqueeze(0)).cpu()
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error says that another rank has left a collective."""
+    """Return whether an error means that another rank has left a collective."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def time_all_reduce(world: PartialState, num_bytes: int, repeats: int) -> list[float]:
-    """Seconds of each of some all-reduces of float32 numbers, after one that is not counted. All ranks."""
+    """Measure the seconds of each of `repeats` all-reduces of float32 numbers, after a warm-up. All ranks."""
     values = torch.zeros(num_bytes // 4, device=world.device)
     seconds = []
     for _ in range(1 + repeats):

@@ -31,7 +31,7 @@ _DDP_HOOKS = {
 }
 _SENT_AS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _COMPILED_AT_MOST = 256  # graphs of one model: sizes of batches and images, times freezings; torch's limit is 8
-_GRAPH_PASSES = 3  # until CUDA graphs are ready: one as it is, one that is recorded, one that finds it good
+_GRAPH_PASSES = 3  # until CUDA graphs are ready: one eager, one that is recorded, one that checks the recording
 
 
 def wrap_for_training(
@@ -41,44 +41,44 @@ def wrap_for_training(
     loss_of: Callable[[Tensor, Tensor], Tensor],
     batches: list[Tensor],
     before: nn.Module | None = None,
-    rehearsed: bool = False,
+    compiled_before: bool = False,
 ) -> nn.Module:
-    """Wrap a model so that the ranks share its gradients, with autocast, and compile it; the weights are rank 0's. All ranks.
+    """Wrap a model so that the ranks share its gradients, with autocast; compile it; broadcast rank 0's weights. All ranks.
 
-    To be called again when parameters have been frozen, or set free: neither DDP nor a flat buffer notices by itself.
+    Call it again when parameters have been frozen or unfrozen: neither DDP nor a flat buffer notices.
 
-    With several ranks there is one pass whose gradient is thrown away, so that a resumed run adds up gradients in the order
-    of the first one: DDP arranges its buckets anew after its first backward pass; from three ranks on, gloo then sums in
+    With several ranks, a warm-up pass whose gradient is discarded makes a resumed run add gradients in the same order as an
+    uninterrupted one: DDP rearranges its buckets after its first backward pass, and from three ranks on gloo then sums in
     another order.
 
     Args:
         accelerator: the world.
-        module: bare, on its device, without gradients.
+        module: the bare model, on its device, without gradients.
         config: the recipe's train section, for all_reduce, compress and compile.
-        loss_of: of the model's outputs for images.
-        batches: of images; the first for that pass, and one of each shape to come for the compiler.
-        before: what the last call gave for this model; it cannot be used any more. Each rank keeps its own buffers then.
-        rehearsed: the compiler has met the model with these parameters frozen.
+        loss_of: computes the loss from the model's outputs and the images.
+        batches: images; the first batch is for the warm-up pass, and the compiler needs one of every shape.
+        before: the result of the last call for this model, which becomes unusable. Each rank keeps its buffers then.
+        compiled_before: the model has been compiled with the same parameters frozen.
     """
     before = None if before is None or before is module else uncompiled(before)
     own_buffers = [buffer.clone() for buffer in module.buffers()] if before is not None else []
     if isinstance(before, DistributedDataParallel):
-        before._remove_autograd_hooks()  # or both would reduce
+        before._remove_autograd_hooks()  # or the old and the new one would both reduce
     _undo_autocast(module)
     _autocast_fp16_on_cpu(accelerator, module)
     alone = accelerator.num_processes == 1
     is_flat = config.all_reduce == "flat" and not alone
     accelerator.ddp_handler = _ddp_options(module, config)
-    # Left where it is: to see whether it may be moved, Accelerate would import all of torch's distributed tensors, 0.7 s.
+    # No device placement: to check whether it may move the model, Accelerate would import all of DTensor, 0.7 s.
     model = accelerator.prepare_model(module, device_placement=False, evaluation_mode=is_flat)
     if isinstance(model, DistributedDataParallel):
         # Buffers are averaged before evaluation; broadcasting them at every forward pass would cost a collective.
-        # The attribute, because the argument's name changes between torch versions.
+        # Set as an attribute, because the argument's name differs between torch versions.
         model.broadcast_buffers = False
-    # It knows a bare model again; a new DDP is new to it.
-    compiler_is_ready = rehearsed and not isinstance(model, DistributedDataParallel)
+    # The compiler recognizes a bare model, but not a new DDP.
+    compiler_is_ready = compiled_before and not isinstance(model, DistributedDataParallel)
     if config.compile != "none":
-        torch._dynamo.config.recompile_limit = _COMPILED_AT_MOST  # beyond it, all is done without the compiler
+        torch._dynamo.config.recompile_limit = _COMPILED_AT_MOST  # beyond it, torch runs uncompiled
         model = cast(nn.Module, torch.compile(model, mode=config.compile, dynamic=False))
     if is_flat:
         _broadcast_weights(module)
@@ -87,10 +87,10 @@ def wrap_for_training(
         with_graphs = accelerator.device.type == "cuda" and config.compile in GRAPH_MODES
         for images in batches:
             for _ in range(_GRAPH_PASSES if with_graphs else 1):
-                with accelerator.no_sync(model):  # these gradients need not travel
-                    _throw_away_a_pass(accelerator, model, loss_of, images)
+                with accelerator.no_sync(model):  # no all-reduce: these gradients are discarded
+                    _run_warmup_pass(accelerator, model, loss_of, images)
     if not alone:
-        _throw_away_a_pass(accelerator, model, loss_of, batches[0])
+        _run_warmup_pass(accelerator, model, loss_of, batches[0])
     with torch.no_grad():
         for buffer, own in zip(module.buffers(), own_buffers, strict=False):
             buffer.copy_(own)
@@ -98,29 +98,29 @@ def wrap_for_training(
 
 
 def wrap_optimizer(accelerator: Accelerator, optimizer: Optimizer) -> AcceleratedOptimizer:
-    """Wrap an optimizer in Accelerate's, which knows the scaler."""
+    """Wrap an optimizer in Accelerate's, which handles the scaler."""
     return accelerator.prepare_optimizer(optimizer)
 
 
 def step_optimizer(optimizer: AcceleratedOptimizer) -> None:
-    """Let an optimizer step, through Accelerate's wrapper only where a scaler is.
+    """Step an optimizer, through Accelerate's wrapper only if there is a scaler.
 
-    Without one it adds nothing but a search on disk for a library that is not there, twice a step, 0.3 ms (Accelerate 1.15).
+    Without one the wrapper only searches the disk for a missing library, twice a step, 0.3 ms (Accelerate 1.15).
     """
     (optimizer if optimizer.scaler is not None else optimizer.optimizer).step()
 
 
 def average_gradients(model: nn.Module) -> bool:
-    """Share the gradients of a step, unless DDP has done so in its last backward pass. All ranks; returns whether it did."""
+    """Average a step's gradients over the ranks, unless DDP did in its backward pass; return whether it did. All ranks."""
     if isinstance(model, FlatGradients):
         model.average_gradients()
     return isinstance(model, FlatGradients)
 
 
 def exposed_communication_s(model: nn.Module) -> float | None:
-    """Seconds that DDP's backward pass waits on average for other ranks' gradients, after its own are there; None if alone.
+    """Return the mean seconds that DDP's backward pass waits for the ranks' gradients after computing its own; None if alone.
 
-    From the measurements that DDP takes itself of its first ten passes and of one in a hundred after that.
+    DDP measures its first ten passes, and then one in a hundred.
     """
     wrapped = uncompiled(model)
     if not isinstance(wrapped, DistributedDataParallel):
@@ -133,13 +133,13 @@ def exposed_communication_s(model: nn.Module) -> float | None:
 
 
 def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """Put a model on its device, with autocast around its forward pass."""
+    """Move a model to its device, with autocast around its forward pass."""
     _autocast_fp16_on_cpu(accelerator, module)
     return accelerator.prepare_model(module.to(accelerator.device), device_placement=False, evaluation_mode=True)
 
 
 def _ddp_options(module: nn.Module, config: TrainConfig) -> DistributedDataParallelKwargs:
-    """For Accelerate. static_graph stays off: it saves a search for unused parameters that is off already."""
+    """Return DDP's options for Accelerate. static_graph stays off: it only saves a search for unused parameters, also off."""
     powersgd = {"matrix_approximation_rank": POWERSGD_RANK, "start_powerSGD_iter": POWERSGD_START}
     return DistributedDataParallelKwargs(
         bucket_cap_mb=bucket_mb(gradient_bytes(module), config.compress),
@@ -150,7 +150,7 @@ def _ddp_options(module: nn.Module, config: TrainConfig) -> DistributedDataParal
 
 
 def _broadcast_weights(module: nn.Module) -> None:
-    """What DDP does when it wraps: hosts may have computed first weights that differ in their last bits."""
+    """Broadcast the weights, as DDP does: initial weights that different hosts computed may differ in their last bits."""
     with torch.no_grad():
         for value in (*module.parameters(), *module.buffers()):
             sent = value.contiguous()
@@ -159,18 +159,18 @@ def _broadcast_weights(module: nn.Module) -> None:
 
 
 def _average(values: Tensor, sent_as: torch.dtype | None) -> None:
-    """Replace a tensor by its mean over all ranks; it travels in the format given."""
+    """Replace a tensor by its mean over all ranks; `sent_as` is the format of the all-reduce."""
     sent = values if sent_as is None else values.to(sent_as)
-    sent /= dist.get_world_size()  # before the sum, which fp16 might not hold
+    sent /= dist.get_world_size()  # before the sum, which could overflow fp16
     dist.all_reduce(sent)
     if sent is not values:
         values.copy_(sent)
 
 
-def _throw_away_a_pass(
+def _run_warmup_pass(
     accelerator: Accelerator, model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], images: Tensor
 ) -> None:
-    """Settle the order in which gradients are added up; the model stays as it is."""
+    """Run a forward and backward pass and discard its gradient; the model does not change."""
     kept = [buffer.clone() for buffer in model.buffers()]
     outputs = model(images)  # alive during the backward pass, as in a step: CUDA graphs are recorded for just that
     accelerator.backward(loss_of(outputs, images))
@@ -184,14 +184,14 @@ def _throw_away_a_pass(
 
 
 def _autocast_fp16_on_cpu(accelerator: Accelerator, module: nn.Module) -> None:
-    """What Accelerate does for the formats that it supports on a CPU."""
+    """Add autocast for fp16 on a CPU, as Accelerate does for the formats that it supports there."""
     if accelerator.device.type == "cpu" and accelerator.scaler is not None:
         module.__dict__["_original_forward"] = module.forward
         module.forward = torch.autocast("cpu", torch.float16)(module.forward)
 
 
 def _undo_autocast(module: nn.Module) -> None:
-    """Give a model the forward pass that it had before it was wrapped, and let Accelerate wrap it again."""
+    """Restore the forward pass that a model had before it was wrapped, so that Accelerate can wrap it again."""
     module.__dict__.pop("_is_accelerate_prepared", None)
     original = module.__dict__.pop("_original_forward", None)
     if original is not None:

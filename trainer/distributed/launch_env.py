@@ -1,7 +1,7 @@
-"""What the launcher has told this process: its rank, the size of the world, and when the allocation ends. No torch here.
+"""The launcher's environment variables: rank, size of the world, end of the allocation. No torch here.
 
-torchrun, accelerate launch, the job scripts and `shardstep train --nproc` all speak through the same variables of the
-environment; only this module and runtime.py read them.
+torchrun, accelerate launch, the job scripts and `shardstep train --nproc` all set the same variables; only this module,
+world.py and store.py read them.
 """
 
 import os
@@ -11,58 +11,59 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.text import count
 
 _OWN = "SHARDSTEP_NPROC"  # set by `shardstep train --nproc`
 
 
 def rank() -> int:
-    """This process's place in the world; 0 where no launcher has given it one."""
+    """Return this process's rank; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that speaks to the person."""
+    """Return whether this process is rank 0, which prints for all."""
     return rank() == 0
 
 
 def is_first_rank_of_node() -> bool:
-    """Whether this process is the first of its node."""
+    """Return whether this process is the first on its node."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def is_launched() -> bool:
-    """Whether some launcher has given this process a rank."""
+    """Return whether a launcher has given this process a rank."""
     return "RANK" in os.environ
 
 
 def has_agent() -> bool:
-    """Whether a launcher started this process that reports any exit code but 0 as a failure."""
+    """Return whether this process has a launcher that reports every exit code except 0 as a failure."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def ends_with_parent() -> bool:
-    """Whether the parent is a launcher that watches over this process: once it is gone, nobody would end the ranks."""
+    """Return whether this process must end with its parent: a launcher without which nobody would end the ranks."""
     return "TORCHELASTIC_RUN_ID" in os.environ or _OWN in os.environ
 
 
 def is_restarted() -> bool:
-    """Whether a launcher has started this process again, in the place of one that ended: torchrun, or a requeued job."""
+    """Return whether this process replaces one that ended: restarted by torchrun, or in a requeued job."""
     return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def cpu_is_forced() -> bool:
-    """Whether Accelerate was told to stay on the CPU, by `--cpu` or its config file."""
+    """Return whether `--cpu` or Accelerate's config file restricts Accelerate to the CPU."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
 
 
 def ignored_precision() -> str | None:
-    """The precision given to `accelerate launch`, if it has any: the recipe's counts."""
+    """Return the precision given to `accelerate launch`, which has no effect, or None: the recipe decides."""
     given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     return None if given == "no" else given
 
 
 def environment_of_rank(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """The variables by which a launcher on one machine tells a process its place."""
+    """Return the variables that a launcher on one machine sets for a rank."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -78,26 +79,26 @@ def environment_of_rank(rank: int, world_size: int, port: int) -> dict[str, str]
 
 
 def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
-    """Compare the world that the environment describes with the one that was asked for.
+    """Compare the world that the environment describes with the requested one.
 
     Args:
         environment: os.environ.
         wanted: train.world_size, if the recipe has it.
 
     Raises:
-        InputError: several worlds of one would come up, or one of another size than asked for.
+        InputError: several worlds of one rank would come up, or a world of the wrong size.
     """
     if "RANK" not in environment:
         if environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in environment:
             raise InputError(
-                "`accelerate launch --cpu --num_processes N` starts one process only, whatever N is. For several CPU ranks "
+                "`accelerate launch --cpu --num_processes N` starts only one process, whatever N is. For several CPU ranks "
                 "use `accelerate launch --multi_gpu --num_processes N launch/train.py ... train.device=cpu` or "
                 "`torchrun --nproc-per-node N launch/train.py ... train.device=cpu`"
             )
         tasks = int(environment.get("SLURM_NTASKS", "1"))
         if tasks > 1:
             raise InputError(
-                f"Slurm was asked for {tasks} tasks (SLURM_NTASKS), but no launcher has told this one its rank: {tasks} "
+                f"Slurm was asked for {tasks} tasks (SLURM_NTASKS), but no launcher has given this one a rank: {tasks} "
                 f"separate runs would write to one folder. `shardstep submit` writes job scripts that work; by hand, start "
                 f"torchrun or accelerate launch with srun, one per node, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR "
                 f"and MASTER_PORT"
@@ -107,20 +108,20 @@ def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
     agents = int(environment.get("GROUP_WORLD_SIZE", tasks)) if "TORCHELASTIC_RUN_ID" in environment else tasks
     if world_size < tasks or agents < tasks:
         raise InputError(
-            f"srun started {tasks} tasks, but the launcher in this one brings up a world of {world_size} by itself: {tasks} "
+            f"srun started {tasks} tasks, but the launcher in this one brings up a separate world of {world_size}: {tasks} "
             f"separate runs would write to one folder. Give torchrun --nnodes and --rdzv-endpoint, or start one task"
         )
     if wanted is not None and world_size != wanted:
         raise InputError(
-            f"train.world_size={wanted}, but {world_size} {'rank' if world_size == 1 else 'ranks'} came up: "
-            f"start {wanted} (torchrun --nproc-per-node {wanted} ...), or change train.world_size"
+            f"train.world_size={wanted}, but {count(world_size, 'rank')} came up: start {wanted} "
+            f"(torchrun --nproc-per-node {wanted} ...), or change train.world_size"
         )
 
 
 def threads_per_rank(environment: Mapping[str, str]) -> int:
-    """Threads for the operations of one rank: the cores that are its own, or its part of those that a node's ranks share.
+    """Return the threads for one rank: its cores, or its share of the cores that a node's ranks share.
 
-    torchrun and accelerate launch set OMP_NUM_THREADS=1 where it is unset, so that variable says nothing here.
+    torchrun and accelerate launch set OMP_NUM_THREADS=1 if it is unset, so that variable means nothing here.
     """
     cores = len(os.sched_getaffinity(0))
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
@@ -148,7 +149,7 @@ class Allocation:
 
 
 def allocation() -> Allocation | None:
-    """Slurm's, if it has an end: the job scripts export these variables where Slurm itself (before 23.02) does not."""
+    """Return Slurm's allocation if it has an end. The job scripts export these variables; Slurm before 23.02 does not."""
     try:
         end_s = float(os.environ["SLURM_JOB_END_TIME"])
         start_s = float(os.environ.get("SLURM_JOB_START_TIME", time.time()))
@@ -158,12 +159,12 @@ def allocation() -> Allocation | None:
 
 
 def stopped_file() -> Path | None:
-    """Where a job script wants to read that the run was stopped and saved, and how many steps it had taken."""
+    """Return the file in which a job script expects how many steps a stopped and saved run has taken; None without one."""
     given = os.environ.get("SHARDSTEP_STOPPED_FILE")
     return Path(given) if given else None
 
 
-# --- all that was said, for a preflight ---------------------------------------------------------------------------
+# --- for a preflight ----------------------------------------------------------------------------------------------
 
 _LAUNCH_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
@@ -174,12 +175,12 @@ _LAUNCH_VARIABLES = (
 
 
 def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What launchers have told a process, of its place and of the way to the others."""
+    """Return the variables with which launchers give a process its rank and the address of the others."""
     return {name: environment[name] for name in _LAUNCH_VARIABLES if name in environment}
 
 
 def launcher_variables() -> dict[str, str]:
-    """The same of this process's parent, which is the launcher's agent if there is one; empty where it cannot be read."""
+    """Return those of this process's parent, the launcher's agent if there is one; empty if they cannot be read."""
     try:
         with open(f"/proc/{os.getppid()}/environ", errors="replace") as file:
             pairs = (entry.partition("=") for entry in file.read().split("\0"))

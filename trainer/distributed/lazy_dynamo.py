@@ -1,7 +1,7 @@
-"""torch without its compiler, until something is compiled.
+"""Start torch without its compiler, until something is compiled.
 
-torch (2.15) imports torch._dynamo, which takes 1.5 s, to say that its optimizers and DDP are not to be compiled. Where
-nothing is, a module that knows these few answers stands in, and makes way for the real one when it is asked for more.
+torch (2.15) imports torch._dynamo, which takes 1.5 s, only to exclude its optimizers and DDP from compilation. Here a
+stand-in module handles these few calls, and replaces itself by the real one when anything else is used.
 """
 
 import importlib
@@ -18,7 +18,7 @@ _NAME = "torch._dynamo"
 
 
 def defer_compiler() -> None:
-    """Put off the import of torch's compiler until it is needed. Nothing changes if it is there already."""
+    """Defer the import of torch's compiler until it is needed; do nothing if it is already imported."""
     if _NAME not in sys.modules:
         sys.modules[_NAME] = torch._dynamo = _StandIn()
         sys.meta_path.insert(0, _SubmoduleFinder())
@@ -27,7 +27,7 @@ def defer_compiler() -> None:
 class _StandIn(ModuleType):
     def __init__(self) -> None:
         super().__init__(_NAME)
-        self.__path__ = []  # it is a package; _SubmoduleFinder finds its parts
+        self.__path__ = []  # makes it a package; _SubmoduleFinder finds its submodules
 
     graph_break = staticmethod(lambda: None)
     trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
@@ -36,9 +36,9 @@ class _StandIn(ModuleType):
 
     @staticmethod
     def disable(function: Callable[..., Any] | None = None, *options: Any, **more: Any) -> Callable[..., Any]:
-        """`function` itself for as long as nothing is compiled; torch keeps what it gets here for good.
+        """Return a wrapper that calls `function` as it is until the compiler is imported, and disabled after that.
 
-        Without one, a decorator for it.
+        torch keeps the wrapper for good. Without a function, return a decorator.
         """
         if function is None:
             return lambda later: _StandIn.disable(later, *options, **more)
@@ -54,13 +54,13 @@ class _StandIn(ModuleType):
         return call
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # someone looks through all modules, as inspect does
+        if name.startswith("__"):  # a search through all modules, as inspect does
             raise AttributeError(name)
         return getattr(_import_compiler(), name)
 
 
 class _SubmoduleFinder(MetaPathFinder, Loader):
-    """Imports the real package when a part of it is imported, and hands out the part that came with it."""
+    """Imports the real package when a submodule of it is imported, and returns that submodule."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name.startswith(f"{_NAME}.") and isinstance(sys.modules.get(_NAME), _StandIn):
@@ -72,7 +72,7 @@ class _SubmoduleFinder(MetaPathFinder, Loader):
         return sys.modules[spec.name]
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = module.__spec__ and module.__spec__.loader_state  # it has been executed, under its own spec
+        module.__spec__ = module.__spec__ and module.__spec__.loader_state  # the import of the package has executed it
 
 
 def _import_compiler() -> ModuleType:

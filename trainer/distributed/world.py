@@ -1,4 +1,4 @@
-"""Bring up the world that a launcher asked for: its ranks, their device and threads, and Accelerate's view of it."""
+"""Bring up the world of a launcher's ranks: processes, devices, threads, and the Accelerator."""
 
 import ctypes
 import os
@@ -18,13 +18,13 @@ _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MUL
 
 
 def choose_device(wanted: str) -> str:
-    """The device type of train.device: "cpu" or "cuda".
+    """Return the device type of train.device: "cpu" or "cuda".
 
     Raises:
-        InputError: cuda is asked for and there is none.
+        InputError: the recipe asks for cuda, and there is none.
     """
     if wanted == "cuda" and launch_env.cpu_is_forced():
-        raise InputError("train.device=cuda, but accelerate launch was told to stay on the CPU: change one of them")
+        raise InputError("train.device=cuda, but accelerate launch is restricted to the CPU: change one of them")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device=cuda, but torch finds no CUDA device here: use train.device=cpu or auto")
     if wanted == "auto":
@@ -33,10 +33,10 @@ def choose_device(wanted: str) -> str:
 
 
 def start_world(config: TrainConfig) -> PartialState:
-    """Bring up the world that the launcher asked for, on the device of the recipe.
+    """Bring up the launcher's world, on the device of the recipe.
 
     Raises:
-        InputError: the device is not there, or the world is not the one that was asked for.
+        InputError: the device is missing, or the world has another size than requested.
     """
     defer_compiler()
     device = choose_device(config.device)
@@ -48,10 +48,10 @@ def start_world(config: TrainConfig) -> PartialState:
                 f"{ranks} ranks were started on a node with {gpus} visible GPUs: start at most {gpus} there"
             )
     threads = launch_env.threads_per_rank(os.environ)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate would choose a number of its own, and warn
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # or Accelerate would choose another number, and warn
     timeout = timedelta(seconds=config.timeout_s)
     _join_restarted_world(device, timeout)
-    # cpu=True is needed: without it, ranks on a machine without CUDA would each be a world of one
+    # cpu=True is needed: without it, each rank on a machine without CUDA would be a world of one
     world = PartialState(cpu=device == "cpu", timeout=timeout)
     if device == "cpu":
         keep_freed_memory()
@@ -59,16 +59,16 @@ def start_world(config: TrainConfig) -> PartialState:
         torch.set_num_threads(threads)
         warm_up_vector_math()
     else:
-        # Images come in few shapes, again and again: the fastest convolutions, found at the first pass of each, pay at once.
+        # Images have few shapes: searching for the fastest convolutions in the first pass of each shape pays off at once.
         torch.backends.cudnn.benchmark = True
     check_world(world)
     return world
 
 
 def _join_restarted_world(device: str, timeout: timedelta) -> None:
-    """Bring up a world that torchrun has restarted, under names of its own in the agent's store.
+    """Bring up a world that torchrun has restarted, under a separate prefix in the agent's store.
 
-    torch (2.15) would find the addresses of the ranks that have died there, and wait for them.
+    Otherwise torch (2.15) would find the addresses of the dead ranks there, and wait for them.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
@@ -88,9 +88,9 @@ def _join_restarted_world(device: str, timeout: timedelta) -> None:
 
 
 def build_accelerator(precision: str) -> Accelerator:
-    """Accelerate's view of the world that `start_world` brought up; precision is fp32, bf16 or fp16.
+    """Build the Accelerator in the world that `start_world` brought up; precision is fp32, bf16 or fp16.
 
-    fp16 on a CPU is torch's own autocast and scaler: Accelerate would compute in fp32 without saying so.
+    fp16 on a CPU uses torch's autocast and scaler directly: Accelerate would silently compute in fp32.
     """
     cpu = PartialState().device.type == "cpu"
     half = precision if precision != "fp32" and not (cpu and precision == "fp16") else "no"
@@ -102,7 +102,7 @@ def build_accelerator(precision: str) -> Accelerator:
     )
     if accelerator.distributed_type not in _SUPPORTED:
         raise InputError(
-            f"Accelerate was set up for {accelerator.distributed_type.value}, but training is by plain DDP: "
+            f"Accelerate was set up for {accelerator.distributed_type.value}, but shardstep trains with plain DDP: "
             f"choose it in `accelerate config`, or give the launcher all its options"
         )
     if cpu and precision == "fp16":
@@ -114,18 +114,18 @@ def check_world(world: PartialState) -> None:
     """Compare the world that came up with the launcher's.
 
     Raises:
-        InputError: they differ; every process would train on its own.
+        InputError: they differ, so that every process would train alone.
     """
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if world.num_processes != expected:
         raise InputError(
             f"the launcher announced {expected} ranks (WORLD_SIZE), but {world.num_processes} came up: the "
-            f"backend could not join them. Check train.device and the launcher's options"
+            f"backend could not connect them. Check train.device and the launcher's options"
         )
 
 
 def collective_backends() -> list[str]:
-    """The backends for collectives that this torch has, with their versions where they tell them."""
+    """Return the collective backends that this torch has, with NCCL's version."""
     found = ["gloo"] if dist.is_gloo_available() else []
     if dist.is_nccl_available() and torch.cuda.is_available():
         found.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
@@ -133,10 +133,10 @@ def collective_backends() -> list[str]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's allocator keep what is freed, in place of returning it to the system: as much as was in use at once.
+    """Make glibc's allocator keep freed memory instead of returning it to the system.
 
-    By default a big tensor is mapped when it is made and unmapped when it is freed, and the kernel clears its pages
-    again at every step: a third of a CPU training's time. Other C libraries are left as they are.
+    By default a big tensor is mapped when it is created and unmapped when it is freed, and the kernel clears its pages again
+    at every step: a third of the time of CPU training. Has no effect with other C libraries.
     """
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # <malloc.h>
     try:
@@ -144,15 +144,15 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)  # never: past a threshold, all but top_pad would go back, at every step
+    mallopt(trim_threshold, -1)  # never trim: beyond a threshold, all but top_pad would be returned at every step
     mallopt(top_pad, 64 << 20)
 
 
 def warm_up_vector_math() -> None:
     """Call MKL's vector functions once, on one thread.
 
-    When the first call comes from several threads at once, one of them may take another code path: a first step of Adadelta
-    differed in the last bit in 4 of 45 runs on 2 threads, and in none of 45 after this (torch 2.15).
+    If several threads make the first call at once, one of them may take another code path: the first step of Adadelta
+    differed in the last bit in 4 of 45 runs on 2 threads, and in none of 45 runs after this (torch 2.15).
     """
     one = torch.ones(1)
     for function in (torch.sqrt, torch.exp, torch.log, torch.tanh, torch.erf, torch.sigmoid):
@@ -160,7 +160,7 @@ def warm_up_vector_math() -> None:
 
 
 def seed_generator(device: torch.device, seed: int) -> None:
-    """Seed the random numbers of one device; torch.manual_seed would also record a stack for every GPU there might be."""
+    """Seed the generator of one device; torch.manual_seed would also record a stack for every possible GPU."""
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
     else:
@@ -168,11 +168,11 @@ def seed_generator(device: torch.device, seed: int) -> None:
 
 
 def synchronize_device(device: torch.device) -> None:
-    """Wait until a GPU has done what is queued on it; a CPU has."""
+    """Wait until a GPU has finished its queue; a CPU has none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def leave_world(accelerator: Accelerator) -> None:
-    """Leave the world. Only after success: after an error the others may never come."""
+    """Leave the world. Only after success: after an error the other ranks may never come."""
     accelerator.end_training()

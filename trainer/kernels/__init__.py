@@ -1,4 +1,4 @@
-"""Faster convolutions and max pooling for training on a CPU, and the compiler for their C code.
+"""Faster convolutions and max pooling for training on a CPU, and the compilation of their C code.
 
-Rooms that import it: none but the training path and doctor/. It imports no other room.
+Only the training path and doctor/ import it. It imports no other room.
 """

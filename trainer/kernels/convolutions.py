@@ -1,4 +1,4 @@
-"""Other methods than torch's for 3x3 convolutions in training on a CPU: which there are, and which models gain by them."""
+"""Alternatives to torch's 3x3 convolutions for training on a CPU: the methods, and which models gain from them."""
 
 import copy
 from collections.abc import Callable
@@ -15,10 +15,10 @@ class ConvolutionMethod(NamedTuple):
     """A value of train.convolutions.
 
     Attributes:
-        precisions: those it works in.
-        layer: takes the place of nn.Conv2d.
-        is_faster: whether a convolution of images (N, C, H, W) gains.
-        missing: what this machine lacks for it, in a few words, if anything.
+        precisions: those that it supports.
+        layer: replaces nn.Conv2d.
+        is_faster: returns whether a convolution of images (N, C, H, W) gains.
+        missing: returns what this machine lacks for it, in a few words, or None.
     """
 
     precisions: tuple[Precision, ...]
@@ -34,7 +34,7 @@ CONVOLUTION_METHODS = {
 
 
 def convert_convolutions(model: nn.Module, method: str) -> None:
-    """Let the 3x3 convolutions of a model train by a method, where it is faster; by winograd, with the ReLU behind them."""
+    """Let a model's 3x3 convolutions train with a method, where it is faster; winograd also computes the ReLU after them."""
     for layer in model.modules():
         if _is_plain(layer):
             layer.__class__ = CONVOLUTION_METHODS[method].layer
@@ -44,22 +44,22 @@ def convert_convolutions(model: nn.Module, method: str) -> None:
 
 @torch.no_grad()
 def gains(model: nn.Module, image_shape: tuple[int, int, int], method: str) -> bool:
-    """Whether there is a convolution in a model that would be faster for images (channels, height, width)."""
+    """Return whether a method makes some convolution of a model faster, for images (channels, height, width)."""
     faster = [False]
 
-    def look(layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+    def check(layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         faster.append(CONVOLUTION_METHODS[method].is_faster(cast(nn.Conv2d, layer), (*given, *named.values())[0]))
 
     if any(_is_plain(layer) for layer in model.modules()):
         model = copy.deepcopy(model).eval()
         for layer in filter(_is_plain, model.modules()):
-            layer.register_forward_pre_hook(look, with_kwargs=True)
+            layer.register_forward_pre_hook(check, with_kwargs=True)
         model(torch.zeros(1, *image_shape))
     return any(faster)
 
 
 def excludes(config: TrainConfig, method: str) -> list[str]:
-    """What of a recipe does not go with a method, as key=value."""
+    """Return the values of a recipe that exclude a method, as key=value."""
     fitting = {
         "precision": ("auto", *CONVOLUTION_METHODS[method].precisions),
         "compile": ("none",),

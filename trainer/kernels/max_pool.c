@@ -1,7 +1,7 @@
-/* The backward pass of max pooling, for trainer/kernels/max_pool.py: windows of size x size pixels lie side by side.
+/* The backward pass of max pooling for trainer/kernels/max_pool.py, with adjacent windows of size x size pixels.
 
-Images are (count, height, width, channels), outputs (count, height / size, width / size, channels), contiguous, of numbers that
-take `bytes`. */
+Images are (count, height, width, channels), outputs (count, height / size, width / size, channels); both are contiguous, with
+numbers of `bytes` bytes. */
 
 #include <stdint.h>
 #include <string.h>
@@ -10,7 +10,7 @@ typedef struct {
     long count, height, width, channels, size, bytes, threads;
 } Shape;
 
-/* An output's gradient goes to the pixel that its index names, counted within the image; others have none. */
+/* An output's gradient belongs to the pixel of its index, counted within the image; other pixels have gradient 0. */
 #define GIVE(TYPE)                                                                                                       \
     for (long channel = 0; channel < s->channels; channel++)                                                             \
         ((TYPE *)images)[to + channel] =                                                                                 \

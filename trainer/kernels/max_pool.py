@@ -1,7 +1,7 @@
-"""The backward pass of max pooling on a CPU, at several times torch's speed for windows that lie side by side.
+"""The backward pass of max pooling on a CPU, several times as fast as torch's for windows that do not overlap.
 
-There, each pixel belongs to one window, so that its gradient can be written at once, where torch sets all to zero first and
-then adds. Numbers are the same to the last bit. The forward pass is torch's; the loop is in C (max_pool.c).
+Each pixel then belongs to one window, so its gradient can be written in one pass, whereas torch sets all gradients to zero
+first and then adds. The results are bitwise the same. The forward pass is torch's; the loop is in C (max_pool.c).
 """
 
 import ctypes
@@ -32,7 +32,7 @@ class SideBySideMaxPool2d(nn.MaxPool2d):
 
 
 def convert_max_pools(model: nn.Module) -> None:
-    """Let the layers of a model for which there is one take the faster backward pass."""
+    """Give a model's max-pooling layers the faster backward pass, where their windows allow it."""
     for layer in model.modules():
         if type(layer) is nn.MaxPool2d and _lie_side_by_side(layer):
             layer.__class__ = SideBySideMaxPool2d
@@ -55,7 +55,7 @@ def _library() -> ctypes.CDLL:
 
 
 class _Shape(ctypes.Structure):
-    """That of max_pool.c."""
+    """The struct Shape of max_pool.c."""
 
     _fields_ = [(name, ctypes.c_long) for name in ("count", "height", "width", "channels", "size", "bytes", "threads")]
 

@@ -1,4 +1,4 @@
-"""C code of this package, compiled for the processor at hand when it is first used."""
+"""Compile this package's C code for this machine's processor at its first use, and load it."""
 
 import contextlib
 import ctypes
@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch  # noqa: F401  what is loaded here then shares the OpenMP threads of torch, where it brings a libgomp.so.1
+import torch  # noqa: F401  loaded first, so that our libraries share its OpenMP threads, if it brings a libgomp.so.1
 
 from shardstep.datasets.cache import cache_folder, sync_to_disk
 
@@ -21,21 +21,21 @@ _OTHERS_MAY_WRITE = 0o022
 
 
 class NoCompilerError(Exception):
-    """C code cannot be compiled here, or what it was compiled to not be kept; in a line, why."""
+    """C code cannot be compiled here, or the library cannot be kept; the message says why, in a line."""
 
 
 def load(source: Path) -> ctypes.CDLL:
-    """The library made of a C file, compiled by $CC, else by cc, and kept in the cache folder, where others cannot write.
+    """Load the library of a C file; compile it first with $CC or cc, into a folder of the cache that only we can write to.
 
-    A kept one is taken only for the same source, command and processor: nodes of several kinds may share the folder.
+    A library is reused only for the same source, command and processor, because different nodes may share the folder.
 
     Raises:
-        NoCompilerError: there is no compiler, it refuses the file, or what it makes cannot be kept or loaded.
+        NoCompilerError: there is no compiler, it refuses the file, or the library cannot be kept or loaded.
     """
     try:
         command = [*shlex.split(os.environ.get("CC") or "cc"), *_OPTIONS]
         library = _own_folder() / f"{source.stem}-{_digest(source, command)}.so"
-        with contextlib.suppress(OSError):  # it is not there yet
+        with contextlib.suppress(OSError):  # not compiled yet
             return ctypes.CDLL(str(library))
         _compile(command, source, library)
         return ctypes.CDLL(str(library))
@@ -45,7 +45,7 @@ def load(source: Path) -> ctypes.CDLL:
 
 @functools.cache
 def missing(source: Path) -> str | None:
-    """What this machine lacks for a C file, in a few words; what was found is kept."""
+    """Return what this machine lacks for a C file, in a few words, or None. The result is cached."""
     try:
         load(source)
     except NoCompilerError as error:
@@ -54,7 +54,7 @@ def missing(source: Path) -> str | None:
 
 
 def _own_folder() -> Path:
-    """In the cache folder, which others may share: what lies here is run."""
+    """Return our folder in the cache folder, which others may share: the libraries here are executed."""
     folder = cache_folder() / f"native-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
@@ -69,14 +69,14 @@ def _digest(source: Path, command: list[str]) -> str:
 
 
 def _abilities() -> str:
-    """Of the processor: its flags on x86, its features on ARM; empty where the system does not tell."""
+    """Return the processor's flags on x86, its features on ARM; empty if the system does not list them."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _compile(command: list[str], source: Path, library: Path) -> None:
-    """Into a file of this process's own, which then takes its place as a whole: several ranks may do so at once."""
+    """Compile into a private file and rename it: several ranks may do so at once."""
     if not shutil.which(command[0]):
         raise NoCompilerError(f"there is no {command[0]}")
     descriptor, own = tempfile.mkstemp(dir=library.parent, suffix=".so")
@@ -88,7 +88,7 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
         )  # fmt: skip
         if compiler.returncode:
             raise NoCompilerError(f"{command[0]}: {_first_complaint(compiler.stderr)}")
-        sync_to_disk(Path(own))  # a library that a crash has cut off would be loaded, and end the process
+        sync_to_disk(Path(own))  # after a power failure, loading a truncated library would crash the process
         os.replace(own, library)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -96,7 +96,7 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
 
 
 def _first_complaint(text: str) -> str:
-    """The first line that names an error; a linker's reason stands before its last one."""
-    lines = text.splitlines() or ["it failed, and did not say why"]
+    """Return the first line that reports an error; a linker gives the reason before its last line."""
+    lines = text.splitlines() or ["it failed without a message"]
     wanted = [line for line in lines if "error:" in line or "cannot find" in line or "fatal" in line]
     return (wanted or lines)[0]

@@ -1,9 +1,8 @@
-/* The sums of Winograd's F(4x4, 3x3) for trainer/kernels/winograd.py, which says what they are.
+/* The sums of Winograd's F(4x4, 3x3) for trainer/kernels/winograd.py, which explains them.
 
-Images are (count, height, width, channels) and tiles (36, rows, channels), contiguous, of float32 or, if `half`, of bfloat16;
-sums are of float32. Along each axis, a tile t of an image has four outputs from 4 t on, and six inputs from 4 t - padding on,
-which are zero outside of the image. There are rows for count * down * right tiles, and perhaps more, which transforms set to
-zero. */
+Images are (count, height, width, channels) and tiles (36, rows, channels), both contiguous, in float32 or, if `half`, in
+bfloat16; sums are in float32. Along each axis, tile t of an image has four outputs from 4 t on, and six inputs from 4 t - padding
+on, which are zero outside the image. There are count * down * right tiles; transforms set any further rows to zero. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -24,38 +23,38 @@ enum { LANES = 8 };
 #define B_SQUARED (POINT_B * POINT_B)
 #define BY_F_OF_A (1 / (2 * A_SQUARED * (A_SQUARED - B_SQUARED))) /* 1 / product of the distances of a from the other points */
 #define BY_F_OF_B (1 / (2 * B_SQUARED * (B_SQUARED - A_SQUARED)))
-#define INLINE static inline __attribute__((always_inline)) /* arguments that are constants count as such */
+#define INLINE static inline __attribute__((always_inline)) /* so that constant arguments stay constants */
 
-typedef float Lanes __attribute__((vector_size(LANES * 4))); /* one number of each of so many channels */
+typedef float Lanes __attribute__((vector_size(LANES * 4))); /* one number of each of LANES channels */
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef void Transform(const Lanes *in, Lanes *out);
 
 typedef struct {
     long count, height, width, channels, padding, down, right, rows, half, threads;
-    long rectify;        /* collect_outputs sets what is negative to 0 */
-    const char *bias;    /* (channels), or NULL; added by collect_outputs */
-    const char *outputs; /* that were rectified, or NULL: transform_gradient takes the gradient for 0 where they are 0 */
-    float *pixel_sums;   /* (rows, channels), or NULL: of the gradient over each tile's pixels, by transform_gradient */
+    long rectify;        /* whether collect_outputs sets negative outputs to 0 */
+    const char *bias;    /* (channels), or NULL; collect_outputs adds it */
+    const char *outputs; /* rectified ones, or NULL: where they are 0, transform_gradient uses a gradient of 0 */
+    float *pixel_sums;   /* (rows, channels), or NULL: transform_gradient writes sums of the gradient over each tile's pixels */
 } Shape;
 
 typedef struct {
-    long first, count; /* of at most LANES channels */
+    long first, count; /* at most LANES channels */
     int half;
 } Channels;
 
-/* Where channel 0 of each number of a tile is, in images or in tiles; NULL outside of an image. */
+/* Addresses of channel 0 of each number of a tile, in images or in tiles; NULL outside an image. */
 typedef char *Places[SIDE][SIDE];
 
 INLINE Lanes to_lanes(Halves halves) {
-#ifdef __AVX512BF16__ /* GCC 12 makes five instructions of the other line, where two do */
+#ifdef __AVX512BF16__ /* two instructions; GCC 12 turns the other line into five */
     return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)halves), 16);
 #else
     return (Lanes)(__builtin_convertvector(halves, Bits) << 16);
 #endif
 }
 
-INLINE Halves to_halves(Lanes lanes) { /* the nearest, of two the even one; a NaN that sums of bfloat16 give stays one */
+INLINE Halves to_halves(Lanes lanes) { /* rounds to nearest even; a NaN from sums of bfloat16 stays NaN */
 #ifdef __AVX512BF16__ /* subnormal numbers become zero */
     return (Halves)_mm512_cvtneps_pbh((__m512)lanes);
 #else
@@ -64,8 +63,8 @@ INLINE Halves to_halves(Lanes lanes) { /* the nearest, of two the even one; a Na
 #endif
 }
 
-/* Zero where there is no place, and in lanes behind the last channel. Whole Lanes are copied by calls of their own, of a size
-   that the compiler knows. */
+/* Returns zeros for a NULL place, and in lanes after the last channel. Full Lanes have separate calls to memcpy, whose size the
+   compiler knows. */
 INLINE Lanes load(const char *place, Channels c) {
     Lanes floats = {0};
     Halves halves = {0};
@@ -96,7 +95,7 @@ INLINE void store(Lanes floats, char *place, Channels c) {
     else memcpy(to, &halves, c.count * sizeof *to);
 }
 
-/* work(channels, ...) for all channels from `from` to `to`: whole Lanes have code of their own in either format. */
+/* Calls work(channels, ...) for all channels from `from` to `to`, with separate code for full Lanes in each format. */
 #define FOR_CHANNELS(from, to, half, work, ...)                             \
     for (long first = from; first < (to); first += LANES) {                 \
         long left = (to) - first;                                           \
@@ -105,8 +104,8 @@ INLINE void store(Lanes floats, char *place, Channels c) {
         else work(((Channels){first, LANES, 0}), __VA_ARGS__);              \
     }
 
-/* out = M in along one axis, where the name says which matrix M is. Results for a and -a, and for b and -b, differ in the sign
-   of what is odd. */
+/* out = M in along one axis, where the function's name says which matrix M is. Results for a and -a, and for b and -b, differ in
+   the sign of the odd part. */
 
 INLINE void times_b_transposed(const Lanes *d, Lanes *out) {
     Lanes even = d[4] - B_SQUARED * d[2], odd = POINT_A * d[3] - POINT_B * d[1];
@@ -166,7 +165,7 @@ INLINE void times_g_transposed(const Lanes *u, Lanes *out) {
     out[2] = A_SQUARED * sum_a + B_SQUARED * sum_b + u[5];
 }
 
-/* M T, where T are the before x before numbers at `from`. */
+/* Computes M T, where T are the before x before numbers at `from`. */
 INLINE void along_columns(Channels c, Transform *times_m, int before, int after, Places from, Lanes to[SIDE][SIDE]) {
     for (int column = 0; column < before; column++) {
         Lanes in[SIDE], out[SIDE];
@@ -178,7 +177,7 @@ INLINE void along_columns(Channels c, Transform *times_m, int before, int after,
     }
 }
 
-/* x where a is above 0 or no number, else 0 */
+/* x where a is above 0 or NaN, else 0 */
 INLINE Lanes where_positive(Lanes a, Lanes x) { return (Lanes)((Bits)x & ~(Bits)(a <= 0)); }
 
 /* M T M^T */
@@ -192,7 +191,7 @@ INLINE void along_both_axes(Channels c, Transform *times_m, int before, int afte
     }
 }
 
-/* side x side pixels of a tile, of which `outside` lie above of the first output, and as many left of it */
+/* Finds the side x side pixels of a tile; `outside` rows are above the first output, and as many columns left of it. */
 INLINE void find_pixels(Places places, const void *images, long tile, int side, long outside, const Shape *s) {
     long image = tile / (s->down * s->right), bytes = s->channels * (s->half ? 2 : 4);
     long top = STEP * (tile / s->right % s->down) - outside, left = STEP * (tile % s->right) - outside;
@@ -222,7 +221,7 @@ void transform_inputs(const void *images, void *tiles, const Shape *s) {
     for (long tile = 0; tile < s->rows; tile++) to_tile(times_b_transposed, SIDE, s->padding, images, tiles, tile, s);
 }
 
-/* A y A^T, and the sum of y, which is masked while it is in registers */
+/* A y A^T, and the sum of y, which is masked while in registers */
 INLINE void gradient_to_tile(Channels c, Places from, Places outputs, int rectified, Places to, float *sums) {
     Lanes half_way[SIDE][SIDE], in[SIDE], out[SIDE], sum = {0};
     for (int column = 0; column < STEP; column++) {
@@ -244,7 +243,7 @@ INLINE void gradient_to_tile(Channels c, Places from, Places outputs, int rectif
     }
 }
 
-/* Of the outputs' gradient, A y A^T and sums */
+/* A y A^T of the outputs' gradient, and its sums */
 void transform_gradient(const void *images, void *tiles, const Shape *s) {
 #pragma omp parallel for num_threads(s->threads)
     for (long tile = 0; tile < s->rows; tile++) {
@@ -280,7 +279,7 @@ INLINE void tile_to_outputs(Channels c, Places from, Places to, const char *bias
     }
 }
 
-/* A^T m A + bias, zero where that is negative if `rectify` */
+/* A^T m A + bias; with `rectify`, negative values become zero */
 void collect_outputs(const void *tiles, void *images, const Shape *s) {
 #pragma omp parallel for num_threads(s->threads)
     for (long tile = 0; tile < s->count * s->down * s->right; tile++) {
@@ -304,7 +303,7 @@ INLINE void add_to_filter(Channels c, Places from, float *filter, long channels)
     }
 }
 
-/* G^T u G, added to what `filters`, always of float32, hold already */
+/* Adds G^T u G to `filters`, which are always float32. */
 void collect_filters(const void *tiles, float *filters, const Shape *s) {
 #pragma omp parallel for num_threads(s->threads)
     for (long filter = 0; filter < s->count; filter++) {
@@ -314,8 +313,8 @@ void collect_filters(const void *tiles, float *filters, const Shape *s) {
     }
 }
 
-/* B T B^T of one tile, to which the overlapping sums of its neighbours are added: `beside` from the tile to the left, `above`,
-   rows of `width`, from those above. Sums to which a further tile adds stay there. */
+/* Computes B T B^T of one tile and adds the overlapping sums of its neighbours: `beside` from the tile to the left, `above`, rows
+   of `width`, from the tiles above. Sums to which further tiles add stay there. */
 INLINE void add_to_pixels(Channels c, long begin, Places from, Places to, Lanes beside[][SIDE][OVERLAP], Lanes *above, long width,
                           int last_row, int last_column) {
     Lanes half_way[SIDE][SIDE], out[SIDE];
@@ -330,7 +329,7 @@ INLINE void add_to_pixels(Channels c, long begin, Places from, Places to, Lanes 
             beside[vector][row][column] = out[STEP + column];
         }
 #pragma GCC unroll 6
-        for (int column = 0; column < SIDE; column++) { /* a bound that is known, for the unrolling */
+        for (int column = 0; column < SIDE; column++) { /* a constant bound, so that the loop is unrolled */
             if (column >= columns) break;
             if (row < OVERLAP) out[column] += above[row * width + column];
             if (row < STEP || last_row) store(out[column], to[row][column], c);
@@ -339,10 +338,10 @@ INLINE void add_to_pixels(Channels c, long begin, Places from, Places to, Lanes 
     }
 }
 
-/* B t B^T, the transpose of transform_inputs: where tiles overlap, what they hold is added. */
+/* B t B^T, the transpose of transform_inputs: where tiles overlap, their values are added. */
 void collect_inputs(const void *tiles, void *images, const Shape *s) {
     long width = STEP * s->right + OVERLAP;
-    int uneven = s->count < 4 * s->threads && s->count % s->threads; /* whole images would leave threads without work */
+    int uneven = s->count < 4 * s->threads && s->count % s->threads; /* dividing by images would leave threads without work */
     long vectors = uneven ? 1 : (s->channels + LANES - 1) / LANES, at_once = vectors * LANES; /* channels */
     long above_bytes = vectors * OVERLAP * width * sizeof(Lanes), beside_bytes = vectors * SIDE * OVERLAP * sizeof(Lanes);
 #pragma omp parallel for collapse(2) num_threads(s->threads)

@@ -1,9 +1,9 @@
 """3x3 convolutions in training with a quarter of the multiplications, for CPUs.
 
 Winograd's minimal filtering F(4x4, 3x3), after Lavin and Gray 2015, arXiv 1509.09308: 4x4 outputs of a channel come from 6x6
-inputs d and a filter g as A^T ((G g G^T) * (B^T d B)) A, where * goes element by element. Over many tiles and channels this
-is 36 matrix products, with 36 multiplications for 16 outputs in place of 144; the transforms are sums with few factors, along
-one axis after the other. The method interpolates polynomials; here at 0, a, -a, b, -b and infinity, with a = 2/3 and b = 3/2:
+inputs d and a filter g as A^T ((G g G^T) * (B^T d B)) A, where * is element-wise. Over many tiles and channels this is 36
+matrix products, with 36 multiplications for 16 outputs instead of 144; the transforms are sums with few factors, along one
+axis after the other. The method interpolates polynomials, here at 0, a, -a, b, -b and infinity, with a = 2/3 and b = 3/2:
 
     B^T = 1   0  -s   0   1   0      A^T = 1   1    1    1    1   0
           0  -b -b^2  a   1   0            0   a   -a    b   -b   0
@@ -12,14 +12,14 @@ one axis after the other. The method interpolates polynomials; here at 0, a, -a,
           0   a -a^2 -b   1   0
           0   1   0  -s   0   1      s = a^2 + b^2; rows of G: (1, 0, 0), (1, x, x^2) / f(x) for x = a, -a, b, -b, (0, 0, 1)
 
-where f(x) is the product of the distances of x from the other points. With them rounding errors are less than half of what
-they are with the customary 1 and 2.
+where f(x) is the product of the distances of x from the other points. Rounding errors are less than half of those with the
+usual points, 1 and 2.
 
-The backward pass is the transpose of each step. The sums are in C (winograd.c): they read and write once, where torch's
-operations would do so for every addition. The bias and its gradient, and those of a ReLU behind the layer, are computed in
-the same passes. Results are rounded otherwise: by about 1e-6 of their size in fp32, and by 1.5 % in bf16, where the
-transformed tiles are rounded, too. The order in which gradients of filters are summed depends on the caches and the number of
-threads. Without gradients, as in an evaluation, a layer is torch's.
+The backward pass is the transpose of each step. The sums are in C (winograd.c): they read and write once, whereas torch would
+do so for every addition. The same passes compute the bias and its gradient, and a ReLU after the layer and its gradient.
+Results differ from torch's by rounding: about 1e-6 of their size in fp32, and 1.5 % in bf16, because the transformed tiles
+are rounded, too. The order in which filters' gradients are summed depends on the caches and the number of threads. Without
+gradients, as in an evaluation, the layer uses torch's convolution.
 """
 
 import ctypes
@@ -36,54 +36,53 @@ from torch.nn import functional
 
 from shardstep.trainer import machine
 from shardstep.trainer.kernels import native
-from shardstep.trainer.kernels.common import channels_last, format_of, is_watched, refuse_second_derivatives
+from shardstep.trainer.kernels.common import channels_last, compute_dtype, has_hooks, refuse_second_derivatives
 from shardstep.trainer.kernels.unfold import UnfoldConv2d
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FORMATS = (torch.float32, torch.bfloat16)
 _TILE, _SIDE = 4, 6  # outputs and inputs of a tile, per axis
-# Transformed tiles of one part are twice what the threads' level-2 caches hold, few enough to be near between two steps.
-_TIMES_CACHES, _LEAST_CACHE_BYTES = 2, 1 << 20  # the least where a cache is smaller, or not known
-# Each part adds to the gradients of all filters: for more pairs of an input and an output channel parts are larger.
+# The transformed tiles of one part are twice the size of the threads' level-2 caches: they stay close between two steps.
+_TIMES_CACHES, _LEAST_CACHE_BYTES = 2, 1 << 20  # the latter if a cache is smaller or its size unknown
+# Each part adds to the gradients of all filters, so parts are larger for more pairs of an input and an output channel.
 _PART_PAIRS = 128 * 128
 _MOST_PART_BYTES = 64 << 20
 _MOST_NUMBERS = 4 << 20  # in one image's tiles
-_WORTH_IT = 1.3  # times as fast by the rule below; whether it is depends on the processor, too
+_WORTH_IT = 1.3  # estimated speedup from which on to use it; the true one also depends on the processor
 
 
 class WinogradConv2d(UnfoldConv2d):
-    """nn.Conv2d that trains by Winograd's method on images of a size that makes it faster.
-
-    For others, weight gradients in bf16 may go by `unfold`.
-    """
+    """nn.Conv2d that trains with Winograd's method on images for which it is faster; on others, in bf16, with `unfold`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self._convolve(input) if self._takes(input) else super().forward(input)
 
     def rectified(self, input: Tensor) -> Tensor:
-        """What a ReLU makes of the outputs, in passes over them that are made anyway."""
+        """Compute the outputs after a ReLU, without an additional pass over them."""
         return self._convolve(input, rectify=True) if self._takes(input) else functional.relu_(super().forward(input))
 
     def _takes(self, images: Tensor) -> bool:
-        fits = format_of(images, self.weight) in _FORMATS and images.device.type == "cpu" and is_faster(self, images)
+        fits = (
+            compute_dtype(images, self.weight) in _FORMATS and images.device.type == "cpu" and is_faster(self, images)
+        )
         trains = torch.is_grad_enabled() and (images.requires_grad or self.weight.requires_grad)
         return fits and trains and not missing()
 
     def _convolve(self, images: Tensor, rectify: bool = False) -> Tensor:
-        dtype = format_of(images, self.weight)
+        dtype = compute_dtype(images, self.weight)
         bias = None if self.bias is None else self.bias.to(dtype)
         return convolve(images.to(dtype), self.weight.to(dtype), bias, int(self.padding[0]), rectify)
 
 
 class RectifyingSequential(nn.Sequential):
-    """nn.Sequential whose WinogradConv2d rectify their outputs where nn.ReLU follows and nobody looks in between."""
+    """nn.Sequential whose WinogradConv2d layers also compute a following nn.ReLU, unless hooks need the values in between."""
 
     def forward(self, input: Tensor) -> Tensor:
         layers = deque(self)
         while layers:
             layer = layers.popleft()
             followed = len(layers) > 0 and type(layers[0]) is nn.ReLU
-            if isinstance(layer, WinogradConv2d) and followed and not is_watched(layer, layers[0]):
+            if isinstance(layer, WinogradConv2d) and followed and not has_hooks(layer, layers[0]):
                 layers.popleft()
                 input = layer.rectified(input)
             else:
@@ -92,16 +91,15 @@ class RectifyingSequential(nn.Sequential):
 
 
 def is_faster(layer: nn.Conv2d, images: Tensor) -> bool:
-    """Whether a 3x3 convolution of images (N, C, H, W) should gain: most do in bf16, and in fp32 on many processors."""
+    """Return whether a 3x3 convolution of images (N, C, H, W) gains: most do in bf16, and in fp32 on many processors."""
     return _speedup(layer, images) > _WORTH_IT
 
 
 def _speedup(layer: nn.Conv2d, images: Tensor) -> float:
-    """About how many times as fast it becomes; 0 for images that are not in a batch, smaller than the filter,
-    or too large for the caches.
+    """Estimate the speedup; 0 for images that are not in a batch, smaller than the filter, or too large for the caches.
 
-    Products saved, where the sums take as long as products of 48 channels would. On two cores of an AMD EPYC (Zen 4, torch
-    2.15.0), of 23 shapes in bf16, the 14 above _WORTH_IT became 1.2 to 2.0 times as fast, the others 0.5 to 1.1.
+    It is the ratio of products, where the sums take as long as products of 48 channels. On two cores of an AMD EPYC (Zen 4,
+    torch 2.15.0), of 23 shapes in bf16, the 14 above _WORTH_IT became 1.2 to 2.0 times as fast, the others 0.5 to 1.1.
     """
     height, width = (size + 2 * int(layer.padding[0]) - 2 for size in images.shape[-2:])
     tiles = -(-height // _TILE) * -(-width // _TILE)
@@ -113,7 +111,7 @@ def _speedup(layer: nn.Conv2d, images: Tensor) -> float:
 
 
 def missing() -> str | None:
-    """What this machine lacks for the method, in a few words."""
+    """Return what this machine lacks for the method, in a few words, or None."""
     return native.missing(_SOURCE)
 
 
@@ -125,13 +123,13 @@ def _sums() -> ctypes.CDLL:
 def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, padding: int, rectify: bool = False) -> Tensor:
     """Cross-correlate images (N, C, H, W) with 3x3 filters (O, C, 3, 3), both fp32 or bf16: (N, O, H + 2p - 2, W + 2p - 2).
 
-    It is fast where images are torch.channels_last. Outputs always are. Gradients have none themselves.
+    It is fast for images in torch.channels_last. Outputs always are. There are no second derivatives.
 
     Args:
-        rectify: set negative outputs to 0.
+        rectify: whether to set negative outputs to 0.
 
     Raises:
-        ValueError: another device or number format, or several of them.
+        ValueError: the tensors are not all on the CPU, and all fp32 or all bf16.
         NotImplementedError: in a backward pass with create_graph=True.
     """
     return _Convolution.apply(images, weight, bias, padding, rectify)
@@ -147,7 +145,7 @@ class _Convolution(torch.autograd.Function):
             raise ValueError("winograd: images, weight and bias must be on the CPU, all of fp32 or all of bf16")
         inputs, filters = channels_last(images), channels_last(weight)
         shape = (len(images), len(weight), *(size + 2 * padding - 2 for size in images.shape[2:]))
-        # what is returned is no view, so that an activation may work in place
+        # returns no view, so that an activation may work in place
         found = torch.empty(shape, dtype=images.dtype, memory_format=torch.channels_last)
         outputs = found.permute(0, 2, 3, 1)
         filter_tiles = _transform("filters", filters, _ONE_TILE)  # (36, O, C)
@@ -195,7 +193,7 @@ class _Convolution(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Grid:
-    """How tiles cover the outputs of an image, and how many images are worked on at once."""
+    """How tiles cover the outputs of an image, and how many images to process at once."""
 
     padding: int
     down: int  # tiles
@@ -204,7 +202,7 @@ class _Grid:
 
     @classmethod
     def of(cls, outputs: Tensor, filter_tiles: Tensor, padding: int) -> "_Grid":
-        """For outputs (N, H, W, O) by filters (36, O, C)."""
+        """Build the grid for outputs (N, H, W, O) and filters (36, O, C)."""
         down, right = -(-outputs.shape[1] // _TILE), -(-outputs.shape[2] // _TILE)
         out_channels, channels = filter_tiles.shape[1:]
         part_bytes = min(_part_bytes() * max(1, out_channels * channels // _PART_PAIRS), _MOST_PART_BYTES)
@@ -212,12 +210,12 @@ class _Grid:
         return cls(padding, down, right, max(1, part_bytes // image_bytes))
 
     def parts(self, count: int) -> Iterator[slice]:
-        """At least one, even of no images."""
+        """Yield the parts of a batch of `count` images; at least one, even for no images."""
         return (slice(start, start + self.images) for start in range(0, max(count, 1), self.images))
 
     def rows(self, count: int) -> int:
-        """Of the tiles of `count` images, with one of zeros where that is even: an even number of rows apart, the 36 numbers
-        of a tile would share few places in a processor's caches."""
+        """Return the number of tiles of `count` images, made odd by a row of zeros: an even number of rows apart, the 36
+        numbers of a tile would compete for the same lines of a processor's caches."""
         return count * self.down * self.right | 1
 
 
@@ -230,17 +228,17 @@ def _part_bytes() -> int:
 
 @functools.cache
 def _cache_bytes() -> int:
-    """Of a core's level-2 cache."""
+    """Return the bytes of a core's level-2 cache."""
     return max(_LEAST_CACHE_BYTES, machine.level_2_cache_bytes())
 
 
 def _image_numbers(tiles: int, channels: int) -> int:
-    """How many there are in the transformed tiles of one image, with its inputs' and its outputs' channels."""
+    """Return how many numbers the transformed tiles of one image hold; `channels` are those of inputs and outputs."""
     return _SIDE**2 * tiles * channels
 
 
 class _Shape(ctypes.Structure):
-    """That of winograd.c."""
+    """The struct Shape of winograd.c."""
 
     _fields_ = [
         *(
@@ -254,7 +252,7 @@ class _Shape(ctypes.Structure):
 
 
 def _transform(kind: str, images: Tensor, grid: _Grid) -> Tensor:
-    """Inputs or filters (n, H, W, C) to tiles (36, rows, C)."""
+    """Transform inputs or filters (n, H, W, C) to tiles (36, rows, C)."""
     rows = len(images) if kind == "filters" else grid.rows(len(images))
     tiles = images.new_empty(_SIDE**2, rows, images.shape[-1])
     _call(f"transform_{kind}", images, tiles, images, grid)
@@ -264,7 +262,8 @@ def _transform(kind: str, images: Tensor, grid: _Grid) -> Tensor:
 def _transform_gradient(
     gradient: Tensor, rectified: Tensor | None, grid: _Grid, with_sums: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Of outputs (n, H, W, O), masked if they were rectified: tiles (36, rows, O), sums of each tile's pixels (rows, O)."""
+    """Transform the outputs' gradient (n, H, W, O), masked if they were rectified, to tiles (36, rows, O); also return the
+    sums over each tile's pixels (rows, O)."""
     rows, channels = grid.rows(len(gradient)), gradient.shape[-1]
     tiles = gradient.new_empty(_SIDE**2, rows, channels)
     sums = torch.empty(rows, channels, dtype=torch.float32) if with_sums else None
@@ -275,7 +274,7 @@ def _transform_gradient(
 def _collect(
     kind: str, tiles: Tensor, images: Tensor, grid: _Grid, bias: Tensor | None = None, rectify: bool = False
 ) -> None:
-    """Tiles to inputs or outputs, in place; to filters of float32, to which they are added."""
+    """Write tiles to inputs or outputs, or add them to float32 filters; all in place."""
     _call(f"collect_{kind}", tiles, images, images, grid, bias=bias, rectify=rectify)
 
 
@@ -283,7 +282,7 @@ def _call(
     function: str, source: Tensor, target: Tensor, images: Tensor, grid: _Grid, *,
     rectify: bool = False, bias: Tensor | None = None, outputs: Tensor | None = None, pixel_sums: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """A function of winograd.c, by as many threads as torch has. Tensors are contiguous; `images` is source or target."""
+    """Call a function of winograd.c with torch's number of threads. Tensors are contiguous; `images` is source or target."""
     rows = (source if images is target else target).shape[1]
     half, threads = source.dtype == torch.bfloat16, torch.get_num_threads()
     also = (None if tensor is None else tensor.data_ptr() for tensor in (bias, outputs, pixel_sums))

@@ -1,4 +1,4 @@
-"""Models by name. A model is a function of (image_shape, num_classes); its keyword arguments are its recipe options.
+"""Models by name. A builder is a function of (image_shape, num_classes); its keyword arguments are the recipe's options.
 
 Imports distributed/, for batch norm over all ranks.
 """
@@ -27,14 +27,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "recurrent": recurrent,
     "whitening_cnn": whitening_cnn,
 }
-"""The models of our own; beside them there is every classifier of torchvision, as torchvision/<its name>."""
+"""shardstep's models. Every classifier of torchvision is available, too, as torchvision/<name>."""
 
 COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"sync_batch_norm": (bool, False)}
-"""Options of every model: type and default. sync_batch_norm: batch statistics over all ranks, not over each alone."""
+"""Options of every model: type and default. sync_batch_norm: whether batch statistics are over all ranks, not per rank."""
 
 
 def models_for(name: str) -> dict[str, Callable[..., nn.Module]]:
-    """The models among which a name is looked up. torchvision takes a second to import: only if the name may be its."""
+    """Return the models to look a name up in. torchvision's import takes a second, so it happens only if needed."""
     if name in MODELS:
         return MODELS
     from shardstep.trainer.models.torchvision_models import PREFIX, torchvision_models
@@ -44,7 +44,7 @@ def models_for(name: str) -> dict[str, Callable[..., nn.Module]]:
 
 
 def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """Build the model that a checked recipe section names.
+    """Build the model of a checked recipe section.
 
     Args:
         section: `name` and options.

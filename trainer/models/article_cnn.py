@@ -28,10 +28,10 @@ def article_cnn(
     """3x3 convolutions 64-128-128-64, global pooling, linear 64-32-classes: (B, C, H, W) -> (B, num_classes).
 
     Args:
-        image_shape: (channels, height, width), at least 9x9 pixels: each convolution takes two away.
+        image_shape: (channels, height, width), at least 9x9 pixels: each convolution removes two.
         num_classes: number of outputs.
         activation: after each convolution and the first linear layer; `negative_slope` goes with leaky_relu.
-        pooling: over all places of a channel.
+        pooling: over all positions of a channel.
         dropout: share of the 32 hidden units that is dropped in training.
         output_activation: none gives logits.
 

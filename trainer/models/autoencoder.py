@@ -1,4 +1,4 @@
-"""The documents' autoencoder: convolutions down to a code, transposed convolutions back up to an image."""
+"""The documents' autoencoder: convolutions reduce an image to a code, transposed convolutions reconstruct it."""
 
 from itertools import pairwise
 
@@ -8,10 +8,10 @@ from shardstep.trainer.models.layers import Activation, activation_layer, check_
 
 
 class Autoencoder(nn.Module):
-    """(B, C, H, W) -> (B, C, H, W)."""
+    """Autoencoder: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, widths: tuple[int, ...], activation: Activation, negative_slope: float | None, dropout: float):
-        """`widths`: channels of the image and of each halved map; the last is the code."""
+        """`widths`: channels of the image and of each halved feature map; the last is the code."""
         super().__init__()
         steps = list(pairwise(widths))
         self.down = nn.ModuleList(nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1) for a, b in steps)
@@ -45,7 +45,7 @@ def autoencoder(
 ) -> nn.Module:
     """Reconstruct images through a code, with 3x3 convolutions of stride 2: (B, C, H, W) -> (B, C, H, W).
 
-    Goes with loss.name=mse or l1, on normalised images. The classes are not used.
+    Train it with loss.name=mse or l1, on normalised images. The classes are not used.
 
     Args:
         image_shape: (channels, height, width).
@@ -58,6 +58,6 @@ def autoencoder(
         ValueError: the images are too small.
     """
     if not widths:
-        raise ValueError("widths must name at least one layer")
+        raise ValueError("widths must have at least one entry")
     check_size(image_shape, 2 ** len(widths))
     return Autoencoder((image_shape[0], *widths), activation, negative_slope, dropout)

@@ -1,4 +1,4 @@
-"""Batch norm that meets what many ranks bring: single values, empty shares, statistics over all ranks."""
+"""Batch norm for several ranks: it handles single values and empty shares, or computes statistics over all ranks."""
 
 import torch
 from torch import Tensor, nn
@@ -7,10 +7,10 @@ from shardstep.trainer.distributed.collectives import all_reduce_sum
 
 
 class RankBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d over a rank's own samples, which takes a single value per channel as well.
+    """nn.BatchNorm2d over one rank's samples, which also accepts a single value per channel.
 
-    One value has no variance, and torch refuses it: a rank whose share of a short batch is one image would stop at a 1x1
-    feature map. Such a value is normalised by the running statistics and does not enter them.
+    torch refuses a single value, because it has no variance: a rank whose share of a short batch is one image would fail at
+    a 1x1 feature map. Here the running statistics normalise such a value, and do not change.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -22,15 +22,15 @@ class RankBatchNorm2d(nn.BatchNorm2d):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose training statistics are those of the global batch, on any backend; torch's refuses the CPU.
+    """nn.BatchNorm2d with training statistics over the global batch, on any backend; torch's SyncBatchNorm refuses CPUs.
 
-    A rank's own part may be empty.
+    A rank's share may be empty.
     """
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
             return super().forward(images)
-        values = images.float()  # (B, C, H, W); half precision would not carry the sums
+        values = images.float()  # (B, C, H, W); half precision is too coarse for the sums
         count = all_reduce_sum(values.new_full((), values.numel() // values.shape[1]))
         mean = all_reduce_sum(values.sum(dim=(0, 2, 3))) / count  # (C,)
         centred = values - mean.view(1, -1, 1, 1)
@@ -52,7 +52,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def convert_batch_norm(model: nn.Module, synchronised: bool) -> int:
-    """Turn every BatchNorm2d of a model into one of ours with the same parameters; returns how many there are."""
+    """Turn every BatchNorm2d of a model into one of these classes, with the same parameters; return how many there are."""
     found = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in found:
         module.__class__ = SyncBatchNorm2d if synchronised else RankBatchNorm2d

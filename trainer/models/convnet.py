@@ -30,8 +30,8 @@ def convnet(
         image_shape: (channels, height, width), at least 6x6 pixels.
         num_classes: number of outputs.
         activation: after each convolution and the first linear layer; `negative_slope` goes with leaky_relu.
-        pooling: of 2x2 places.
-        feature_dropout: share of the 32 feature maps that is dropped in training, each as a whole.
+        pooling: of 2x2 windows.
+        feature_dropout: share of the 32 feature maps that is dropped in training.
         dropout: share of the 64 hidden units that is dropped in training.
         output_activation: log_softmax gives log-probabilities, for loss.name=nll.
 

@@ -1,4 +1,4 @@
-"""Layers that models choose by name: activations, pooling, and what follows the last linear layer."""
+"""Layers that models choose by name: activations, pooling, output layers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def activation_layer(name: Activation, negative_slope: float | None = None) -> nn.Module:
-    """An activation by name.
+    """Build an activation layer by name.
 
     Args:
         name: sigmoid 1 / (1 + e^-x); tanh; relu max(0, x); leaky_relu x above 0 and `negative_slope` x below; elu x above 0
@@ -29,7 +29,7 @@ def activation_layer(name: Activation, negative_slope: float | None = None) -> n
         negative_slope: of leaky_relu, 0.01 if None.
 
     Raises:
-        ValueError: the name is unknown, or `negative_slope` comes with another activation than leaky_relu.
+        ValueError: the name is unknown, or `negative_slope` is given with another activation than leaky_relu.
     """
     if name == "leaky_relu":
         return nn.LeakyReLU(0.01 if negative_slope is None else negative_slope)
@@ -41,7 +41,7 @@ def activation_layer(name: Activation, negative_slope: float | None = None) -> n
 
 
 def output_layer(name: OutputActivation) -> nn.Module:
-    """What follows the last linear layer: nothing (logits), a ReLU, or log-probabilities for loss.name=nll."""
+    """Build the layer after the last linear one: none (logits), a ReLU, or log-probabilities for loss.name=nll."""
     layers: dict[str, Callable[[], nn.Module]] = {
         "none": nn.Identity,
         "relu": nn.ReLU,
@@ -53,7 +53,7 @@ def output_layer(name: OutputActivation) -> nn.Module:
 class Pool(nn.Module):
     """Pool windows of `size` pixels a side: (B, C, H, W) -> (B, C, H // stride, W // stride) without padding.
 
-    The options are those of nn.MaxPool2d. Padding never wins a maximum or minimum; it counts as 0 in an average.
+    The options are those of nn.MaxPool2d. Padding is ignored by a maximum or minimum, and counts as 0 in an average.
     """
 
     def __init__(self, kind: Pooling, size: int, stride: int | None = None, padding: int = 0, ceil_mode: bool = False):

@@ -26,8 +26,8 @@ def mlp(
         hidden: units of the hidden layers.
         activation: after each hidden layer; `negative_slope` goes with leaky_relu.
         dropout: share of hidden units that is dropped in training.
-        output_activation: none gives logits. The document's listing has a ReLU on the output too, which cannot express
-            a logit below zero.
+        output_activation: none gives logits. The document's listing has a ReLU on the output, too, which makes negative
+            logits impossible.
     """
     widths = [prod(image_shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]  # (B, C, H, W) -> (B, C H W)

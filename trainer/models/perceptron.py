@@ -6,7 +6,7 @@ from torch import nn
 
 
 def perceptron(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """A weight per value of the image and class, and a bias: (B, C, H, W) -> (B, num_classes).
+    """One weight per value of the image and class, and a bias per class: (B, C, H, W) -> (B, num_classes).
 
     With loss.name=perceptron and optimizer.name=sgd this is the perceptron algorithm; for two classes,
     outputs[1] - outputs[0] is the document's w x + b, and its sign the document's label -1 or 1.

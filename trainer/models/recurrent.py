@@ -1,4 +1,4 @@
-"""The documents' recurrent network: an image is read row by row."""
+"""The documents' recurrent network, which reads an image row by row."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -12,7 +12,7 @@ _CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, 
 
 
 class Recurrent(nn.Module):
-    """(B, C, H, W) -> (B, num_classes)."""
+    """Recurrent network: (B, C, H, W) -> (B, num_classes)."""
 
     def __init__(self, cell: nn.RNNBase, head: nn.Module):
         super().__init__()
@@ -37,7 +37,7 @@ def recurrent(
     dropout: float = 0.0,
     output_activation: OutputActivation = "none",
 ) -> nn.Module:
-    """Rows of an image as a sequence through recurrent layers; the last state through linear layers to the classes.
+    """Recurrent layers over the rows of an image; linear layers turn the last state into (B, num_classes).
 
     Args:
         image_shape: (channels, height, width).

@@ -1,4 +1,4 @@
-"""Every classifier of torchvision by name, fitted to the data set: its image size, channels and classes."""
+"""Every classifier of torchvision by name, adapted to the data set's image size, channels and classes."""
 
 import pickle
 import re
@@ -17,19 +17,19 @@ from shardstep.datasets.scan import file_sha256
 from shardstep.trainer.models.layers import Activation, Pool, Pooling, activation_layer
 
 PREFIX = "torchvision/"
-SMALL = 64  # pixels a side: below, a first layer made for 224 pixels throws too much away
+SMALL = 64  # pixels a side: below, a first layer for images of 224 pixels discards too much
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU)
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _SIDES = (16, 24, 32, 48, 64, 75, 80, 96, 112, 128, 160, 192, 224, 256, 299, 384, 512)  # tried for the error message
 
-# torchvision's weights of densenets have names from before their layers were renamed: norm.1 is norm1
+# torchvision's densenet weights have the old names of renamed layers: norm.1 is norm1
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 Stem = Literal["auto", "imagenet", "cifar"]
 
 
 def torchvision_models() -> dict[str, Callable[..., nn.Module]]:
-    """Builders of all of torchvision's classifiers, as `torchvision/<name>`."""
+    """Return builders of all torchvision classifiers, by `torchvision/<name>`."""
     names = torchvision.models.list_models(module=torchvision.models)
     return {PREFIX + name: _with_heads(name) if name in _WITH_AUXILIARY_HEADS else _plain(name) for name in names}
 
@@ -46,22 +46,22 @@ def _plain(name: str) -> Callable[..., nn.Module]:
         pooling: Pooling | None = None,
         dropout: float | None = None,
     ) -> nn.Module:
-        """(B, C, H, W) -> (B, num_classes).
+        """Build a classifier: (B, C, H, W) -> (B, num_classes).
 
         Args:
             image_shape: (channels, height, width).
             num_classes: number of outputs.
-            pretrained: true: torchvision's weights, downloaded; or a file of weights (.pth, .safetensors). A head for
-                another number of classes begins anew.
-            stem: cifar: the first convolution is 3x3 and does not step, and no pooling follows it; imagenet: as torchvision
-                has it; auto: cifar for images of up to 64 pixels, unless pretrained.
-            activation: in place of the model's own layers; `negative_slope` goes with leaky_relu. What a model computes by a
-                function, like the last ReLU of a densenet, stays.
-            pooling: in place of the model's max-pooling layers; what it computes by a function stays.
-            dropout: share that each of the model's dropout layers drops in training; null keeps its own.
+            pretrained: true downloads torchvision's weights; or a file of weights (.pth, .safetensors). A head for another
+                number of classes is initialized randomly.
+            stem: cifar: the first convolution is 3x3 with stride 1, and no pooling follows it; imagenet: torchvision's; auto:
+                cifar for images of up to 64 pixels, unless pretrained.
+            activation: replaces the model's activation layers; `negative_slope` goes with leaky_relu. Function calls, like
+                the last ReLU of a densenet, are not replaced.
+            pooling: replaces the model's max-pooling layers, but not function calls.
+            dropout: share that each of the model's dropout layers drops in training; null keeps the model's values.
 
         Raises:
-            ValueError: an option has nothing to work on, or the images are too small.
+            ValueError: an option has no effect, or the images are too small.
         """
         net = _fitted(name, image_shape, num_classes, _is_wanted(pretrained), stem)
         _replace(name, net, activation, negative_slope, pooling, dropout)
@@ -84,11 +84,11 @@ def _with_heads(name: str) -> Callable[..., nn.Module]:
         auxiliary_weight: float = 0.3,
         transform_input: bool | None = None,
     ) -> nn.Module:
-        """As the other ones; in training (B, num_classes) of the main head and of each auxiliary one.
+        """Build a classifier like the others; in training it returns (B, num_classes) of the main and each auxiliary head.
 
-        auxiliary_weight: of the auxiliary heads' losses (Szegedy et al. 2014, arXiv 1409.4842, section 5: 0.3). With 0 there
-            are no such heads, and smaller images fit.
-        transform_input: undo ImageNet's normalisation, as torchvision's own weights need it; null: with pretrained=true.
+        auxiliary_weight: weight of the auxiliary heads' losses (Szegedy et al. 2014, arXiv 1409.4842, section 5: 0.3). With 0
+            there are no such heads, and smaller images fit.
+        transform_input: undo ImageNet's normalisation, which torchvision's weights need; null: only with pretrained=true.
         """
         net = _fitted(name, image_shape, num_classes, _is_wanted(pretrained), stem, with_heads=auxiliary_weight > 0)
         vars(net)["transform_input"] = pretrained is True if transform_input is None else transform_input
@@ -99,15 +99,15 @@ def _with_heads(name: str) -> Callable[..., nn.Module]:
 
 
 def load_pretrained(name: str, net: nn.Module, pretrained: bool | str) -> list[str]:
-    """Load weights into a model of ours; returns the names of the tensors that begin anew, those of the head.
+    """Load pretrained weights into a model; return the names of the head's tensors that stay randomly initialized.
 
     Args:
         name: of the model, `torchvision/...`.
-        net: as its builder made it.
+        net: the model that its builder returned.
         pretrained: True for torchvision's weights, or the path of a file.
 
     Raises:
-        InputError: they cannot be had, or belong to another model.
+        InputError: the weights are not available, or belong to another model.
     """
     found = _downloaded(name) if pretrained is True else _from_file(Path(str(pretrained)))
     found = {_OLD_DENSENET.sub(r"\1\2", key): tensor for key, tensor in found.items()}
@@ -119,13 +119,13 @@ def load_pretrained(name: str, net: nn.Module, pretrained: bool | str) -> list[s
                 problems.append(f"{key} is missing")
             continue
         if given.ndim == tensor.ndim == 4 and given.shape[1] == 3 and tensor.shape[1] == 1:
-            given = given.sum(dim=1, keepdim=True)  # grey is the same value in three channels
+            given = given.sum(dim=1, keepdim=True)  # a grey image has the same value in three channels
         if given.shape == tensor.shape:
             own[key] = given
         elif given.shape[1:] == tensor.shape[1:]:  # another number of outputs
             fresh.append(key)
         else:
-            problems.append(f"{key} has the shape {tuple(given.shape)} in place of {tuple(tensor.shape)}")
+            problems.append(f"{key} has the shape {tuple(given.shape)} instead of {tuple(tensor.shape)}")
     if len(fresh) > 2 + 4 * (name.removeprefix(PREFIX) in _WITH_AUXILIARY_HEADS):  # weight and bias of each head
         problems.append(f"{', '.join(fresh)} have other shapes")
     if problems:
@@ -136,16 +136,16 @@ def load_pretrained(name: str, net: nn.Module, pretrained: bool | str) -> list[s
         )
     try:
         net.load_state_dict(own)
-    except (RuntimeError, NotImplementedError) as error:  # sparse ones, say
+    except (RuntimeError, NotImplementedError) as error:  # sparse tensors, say
         raise InputError(f"model.pretrained={pretrained}: {str(error).splitlines()[0]}") from None
     return fresh
 
 
 def _usual_cause(name: str, pretrained: bool | str) -> str:
     if pretrained is not True:
-        return "Weights of a run on small images need model.stem=cifar, others the size of image they were trained on"
+        return "Weights from a run on small images need model.stem=cifar; others need the image size of their training"
     weights = torchvision.models.get_model_weights(name.removeprefix(PREFIX)).DEFAULT
-    return f"They were trained on {weights.transforms().crop_size[0]} pixels: give data.resize"
+    return f"They were trained on images of {weights.transforms().crop_size[0]} pixels: give data.resize"
 
 
 def _is_wanted(pretrained: bool | str) -> bool:
@@ -162,21 +162,21 @@ def _fitted(
     stem: Stem,
     with_heads: bool = False,
 ) -> nn.Module:
-    """A model with its first weights for these images."""
+    """Build a model for these images, with initial weights."""
     _, height, width = image_shape
     small = stem == "cifar" or (stem == "auto" and max(height, width) <= SMALL and not pretrained)
     try:
         net = _build(name, image_shape, num_classes, pretrained, with_heads)
         changed = _use_small_stem(net) if small else False
         reason = _refusal(net, image_shape)
-    except ValueError as error:  # torchvision's own: a transformer whose patches do not fit
+    except ValueError as error:  # torchvision's: a transformer whose patches do not fit
         net, changed, reason = nn.Identity(), True, _first_sentence(error)
     if reason is not None:
         best = next((side for side in _SIDES if _takes(name, side, small, with_heads)), None)
-        cure = f"give data.resize={best}" if best else "use another model"
-        raise ValueError(f"images of {width}x{height} pixels do not fit ({reason}): {cure}")
+        remedy = f"give data.resize={best}" if best else "use another model"
+        raise ValueError(f"images of {width}x{height} pixels do not fit ({reason}): {remedy}")
     if stem == "cifar" and not changed:
-        raise ValueError("stem=cifar has no effect: its first layer does not step over pixels, or cuts patches")
+        raise ValueError("stem=cifar has no effect: the first layer has stride 1, or cuts the image into patches")
     return net
 
 
@@ -190,7 +190,7 @@ def _build(
     elif name.startswith("vit_"):
         patch = int(name.rsplit("_", 1)[1])
         if height != width or height % patch:
-            raise ValueError(f"it needs squares of a multiple of {patch} pixels a side")
+            raise ValueError(f"it needs square images whose side is a multiple of {patch} pixels")
         options = {"image_size": height}
     elif name.startswith("maxvit"):
         options = {"input_size": (height, width)}
@@ -204,7 +204,7 @@ def _build(
 
 
 def _use_small_stem(net: nn.Module) -> bool:
-    """Keep the resolution of small images; returns whether there was something to change."""
+    """Change the first layers to keep the resolution of small images; return whether there was something to change."""
     (first, conv), *rest = _convolutions(net)
     if max(conv.stride) == 1 or conv.stride == conv.kernel_size:
         return False
@@ -235,7 +235,7 @@ def _replace(
         ("dropout", dropout, dropouts),
     ):
         if value is not None and not found:
-            raise ValueError(f"{option}={value} has no effect: {name} has no layer of its own for it")
+            raise ValueError(f"{option}={value} has no effect: {name} has no such layer")
     if negative_slope is not None and activation is None:
         raise ValueError("negative_slope belongs to activation=leaky_relu and has no effect without it")
     if activation is not None:
@@ -246,12 +246,12 @@ def _replace(
             size, stride, padding = (_side(value) for value in (pool.kernel_size, pool.stride, pool.padding))
             net.set_submodule(place, Pool(pooling, size, stride, padding, pool.ceil_mode))
     for module in dropouts:
-        module.inplace = module.inplace and activation is None  # it would spoil what some activations keep
+        module.inplace = module.inplace and activation is None  # it would overwrite what some activations keep
         module.p = module.p if dropout is None else dropout
 
 
 def _refusal(net: nn.Module, image_shape: tuple[int, int, int], backward: bool = False) -> str | None:
-    """Why a model does not take images of this shape in training; None if it does. Shapes are computed, no values."""
+    """Return why a model cannot train on images of this shape; None if it can. Computes only shapes, on the meta device."""
     tensors = {key: tensor.detach().to("meta") for key, tensor in [*net.named_parameters(), *net.named_buffers()]}
     for key, _ in net.named_parameters():
         tensors[key].requires_grad_(backward)
@@ -272,9 +272,9 @@ def _first_sentence(error: Exception) -> str:
 def _takes(name: str, side: int, small: bool, with_heads: bool) -> bool:
     shape = (3, side, side)
     try:
-        with torch.device("meta"):  # without memory and first weights
+        with torch.device("meta"):  # without memory and initial weights
             net = _build(name, shape, 10, pretrained=False, with_heads=with_heads)
-    except NotImplementedError:  # regnets want real ones
+    except NotImplementedError:  # regnets need real weights
         net = _build(name, shape, 10, pretrained=False, with_heads=with_heads)
     except ValueError:
         return False
@@ -292,7 +292,7 @@ def _side(size: int | tuple[int, ...]) -> int:
 
 
 def _like(conv: nn.Conv2d, channels: int, size: Any, stride: Any, padding: Any) -> nn.Conv2d:
-    """A fresh convolution in place of another. He et al. 2015, arXiv 1502.01852, equation 14 over the outputs."""
+    """Build a new convolution that replaces another. He et al. 2015, arXiv 1502.01852, equation 14 over the outputs."""
     made = nn.Conv2d(channels, conv.out_channels, size, stride, padding, bias=conv.bias is not None)
     nn.init.kaiming_normal_(made.weight, mode="fan_out", nonlinearity="relu")
     return made
@@ -306,7 +306,7 @@ def _downloaded(name: str) -> dict[str, Tensor]:
     try:
         with node_lock(cache_folder() / "weights"):  # one download per node; torch keeps the file
             if kept.is_file() and digest and not file_sha256(kept).startswith(digest[1]):
-                kept.unlink()  # torch looks at it only while it downloads
+                kept.unlink()  # torch checks the hash only while it downloads
             found = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         also = " with model.transform_input=true" if bare in _WITH_AUXILIARY_HEADS else ""
@@ -325,7 +325,7 @@ def _from_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever a foreign file leads it to
+    except Exception as error:  # torch.load may raise anything for a foreign file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"model.pretrained={path} cannot be read as weights: {reason}") from None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):

@@ -10,16 +10,16 @@ _SHIFT = 1  # pixels
 
 
 def predict(model: nn.Module, images: Tensor, views: Views, sure_above: float | None = None) -> Tensor:
-    """Outputs (B, K) of a model in evaluation mode, from as many views as `views` says.
+    """Compute the outputs (B, K) of a model in evaluation mode, as the mean over the views of each image.
 
-    plain: one. mirror: the image and its mirror image. mirror_translate: these, and both shifted by a pixel up and to the
-    left, and down and to the right, with half the weight in all (Jordan 2024, arXiv 2404.00498, section 3.5).
+    plain: the image. mirror: the image and its mirror image. mirror_translate: these, and both shifted a pixel up and left,
+    and down and right, where the shifted ones have half the weight (Jordan 2024, arXiv 2404.00498, section 3.5).
 
     Args:
-        model: classifies.
+        model: a classifier.
         images: (B, C, H, W), normalised.
-        views: which.
-        sure_above: images whose plain view gives a class at least this probability are not looked at again.
+        views: which views to use.
+        sure_above: images whose plain view gives a class at least this probability get no further views.
     """
     outputs = model(images).float()
     if views == "plain" or len(images) == 0:

@@ -1,7 +1,7 @@
 """A small fast network whose first layer whitens image patches, after the CIFAR-10 speed records.
 
-Page 2018 (How to Train Your ResNet) and Jordan 2024, arXiv 2404.00498: a frozen 2x2 convolution computed from training
-images decorrelates its inputs, so that the layers behind it can learn at high rates from the first step.
+Page 2018 (How to Train Your ResNet) and Jordan 2024, arXiv 2404.00498: a frozen 2x2 convolution, computed from training
+images, decorrelates its inputs, so that later layers can use high learning rates from the first step.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from torch.nn import functional
 from shardstep.trainer.models.layers import Activation, OutputActivation, activation_layer, check_size, output_layer
 
 _PATCH = 2  # pixels: side of the patches that are whitened
-# A processor's caches hold the patches of 50 images of 32x32, 5 MB; a GPU is quick where there is much, here 0.5 GB at once.
+# A CPU's caches hold the patches of 50 images of 32x32, 5 MB; a GPU is fastest on large pieces, here 0.5 GB.
 _PIXELS_AT_ONCE = {"cpu": 50 * 32**2, "cuda": 5000 * 32**2}
 
 
 class WhiteningConv(nn.Conv2d):
-    """A frozen convolution whose filters are the scaled eigenvectors of the images' patches, and their negatives."""
+    """A frozen convolution whose filters are the scaled eigenvectors of the patches' covariance, and their negatives."""
 
     def __init__(self, channels: int):
         self.patch_size = channels * _PATCH**2
@@ -39,28 +39,28 @@ class WhiteningConv(nn.Conv2d):
         mean = total / count
         covariance = products / count - mean.outer(mean)
         variances, directions = torch.linalg.eigh(covariance)  # in columns, smallest first
-        # The sign of an eigenvector is arbitrary: fix it, so that every machine gets the same filters.
+        # The sign of an eigenvector is arbitrary: fix it, so that all machines compute the same filters.
         directions = directions * directions.gather(0, directions.abs().argmax(dim=0, keepdim=True)).sign()
         filters = (directions / (variances + epsilon).sqrt()).T.flip(0).reshape(self.patch_size, -1, _PATCH, _PATCH)
         self.weight.copy_(torch.cat([filters, -filters]))
 
 
 def _patches(images: Tensor) -> Tensor:
-    """All patches of images (N, C, H, W), float64 (C x patch height x patch width, N x places)."""
+    """Return all patches of images (N, C, H, W), float64 (C x patch height x patch width, N x positions)."""
     count, channels, height, width = images.shape
     rows, columns = height - _PATCH + 1, width - _PATCH + 1
     patches = images.new_empty(channels, _PATCH, _PATCH, count, rows, columns, dtype=torch.float64)
     for down in range(_PATCH):
-        for right in range(_PATCH):  # a copy for each place in a patch: functional.unfold takes four times as long
+        for right in range(_PATCH):  # one copy per pixel of a patch: functional.unfold takes four times as long
             part = images[:, :, down : down + rows, right : right + columns]
             patches[:, down, right] = part.transpose(0, 1)
     return patches.view(channels * _PATCH**2, -1)
 
 
 class Group(nn.Sequential):
-    """Convolution, 2x2 max-pooling, more convolutions, each with batch norm: halves the height and width.
+    """`depth` convolutions with batch norm, and a 2x2 max pooling after the first: halves the height and width.
 
-    With `depth` 2 there is one more. With 3 and above there are more, and a shortcut leads around all but the first.
+    From a depth of 3 on, a shortcut skips all convolutions but the first.
     """
 
     def __init__(self, inputs: int, outputs: int, depth: int, activation: Activation, norm: Callable[[int], nn.Module]):
@@ -72,7 +72,7 @@ class Group(nn.Sequential):
 
 
 class _Shortcut(nn.Sequential):
-    """Layers to whose result their input is added."""
+    """Layers whose input is added to their output."""
 
     def forward(self, features: Tensor) -> Tensor:
         result: Tensor = super().forward(features)
@@ -80,7 +80,7 @@ class _Shortcut(nn.Sequential):
 
 
 class WhiteningCnn(nn.Module):
-    """(B, C, H, W) -> (B, num_classes)."""
+    """Whitening CNN: (B, C, H, W) -> (B, num_classes)."""
 
     def __init__(
         self,
@@ -106,12 +106,12 @@ class WhiteningCnn(nn.Module):
         self.output_activation = output_layer(output_activation)
 
     def initialize(self, images: Tensor) -> None:
-        """Set what depends on the data, from normalised training images (N, C, H, W)."""
+        """Set the weights that depend on the data, from normalised training images (N, C, H, W)."""
         self.whitening.whiten(images)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.groups(self.activation(self.whitening(images)))  # (B, widths[-1], H // 8, W // 8)
-        # amax would be slower, and share the gradient among all places that hold the highest value
+        # amax would be slower, and share the gradient among all positions with the highest value
         highest = functional.max_pool2d(features, features.shape[2:]).flatten(1)  # (B, widths[-1])
         return self.output_activation(self.head(highest) * self.output_scale)
 
@@ -136,40 +136,34 @@ def whitening_cnn(
         image_shape: (channels, height, width).
         num_classes: number of outputs.
         widths: channels of the groups.
-        depths: convolutions of the groups, 2 or more: from 3 on with a shortcut, as in Jordan's networks for 95 % and 96 %.
+        depths: convolutions of the groups, 2 or more; from 3 on with a shortcut, as in Jordan's networks for 95 % and 96 %.
             By default 2 in each.
-        activation: everywhere.
-        norm_momentum: weight of the newest batch in the running statistics of batch norm, in torch's sense.
-        norm_eps: what batch norm adds to variances.
-        norm_scale: whether batch norm trains a scale beside its bias.
+        activation: of all layers.
+        norm_momentum: weight of the newest batch in batch norm's running statistics, as in torch.
+        norm_eps: added to the variances in batch norm.
+        norm_scale: whether batch norm has a trained scale, and not only a bias.
         output_scale: factor on the logits.
-        unit_head: begin with a last layer whose weights have a standard deviation of 1.
+        unit_head: whether the last layer's initial weights have a standard deviation of 1.
         output_activation: none gives logits.
 
     Raises:
         ValueError: the images are too small, or there are not as many depths as widths, of 2 or more each.
     """
     if not widths:
-        raise ValueError("widths must name at least one group")
+        raise ValueError("widths must have at least one entry")
     if depths and (len(depths) != len(widths) or min(depths) < 2):
         raise ValueError(f"depths must be {len(widths)} numbers of 2 or more, one for each of widths")
-    check_size(image_shape, 2 ** (len(widths) + 1) + 1)  # 2x2 places at the end: batch norm wants more than one value
+    check_size(
+        image_shape, 2 ** (len(widths) + 1) + 1
+    )  # 2x2 positions at the end: batch norm needs more than one value
 
     def norm(channels: int) -> nn.Module:
         layer = nn.BatchNorm2d(channels, eps=norm_eps, momentum=norm_momentum)
         layer.weight.requires_grad_(norm_scale)
         return layer
 
-    model = WhiteningCnn(
-        image_shape[0],
-        num_classes,
-        widths,
-        depths or (2,) * len(widths),
-        activation,
-        norm,
-        output_scale,
-        output_activation,
-    )
+    depths = depths or (2,) * len(widths)
+    model = WhiteningCnn(image_shape[0], num_classes, widths, depths, activation, norm, output_scale, output_activation)
     if unit_head:
         with torch.no_grad():
             model.head.weight.div_(model.head.weight.std())
@@ -178,5 +172,5 @@ def whitening_cnn(
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:
     conv = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
-    nn.init.dirac_(conv.weight.data[:inputs])  # the leading channels begin as an identity
+    nn.init.dirac_(conv.weight.data[:inputs])  # the first channels are initially an identity
     return conv

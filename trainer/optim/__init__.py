@@ -1,4 +1,4 @@
-"""The mathematics of a step: losses, optimizers, learning rates, averages, clipping, freezing.
+"""The mathematics of a step: losses, optimizers, learning rates, weight averages, clipping, freezing.
 
 Imports distributed/ and models/.
 """

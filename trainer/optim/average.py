@@ -1,8 +1,8 @@
-"""Averages of the weights over the steps, which are evaluated and kept in place of the weights themselves.
+"""Averages of the weights over the steps; evaluations and the final weights use the average instead of the weights.
 
-Keyword arguments are the options of the recipe's section `average`. Parameters are averaged; buffers, such as batch norm's
-running statistics, are averages already, and stay what they are. An average is kept in float32 at least, whatever the format
-of the weights: half formats have 8 or 11 bits, and would lose most of what 0.002 of a difference adds.
+Keyword arguments are the options of the recipe's section `average`. Only parameters are averaged; buffers, such as batch
+norm's running statistics, are averages already. An average is in float32 or more, whatever the format of the weights: bf16
+and fp16 have 8 and 11 bits, and would lose most of an update of 0.002 times a difference.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +25,9 @@ def none(slow: Tensors, fast: Tensors, share_done: float) -> None:
 def ema(
     slow: Tensors, fast: Tensors, share_done: float, *, decay: float = 0.998, rise: float = 0.0, every: str = "1 steps"
 ) -> None:
-    """An exponential moving average beside the training: a <- decay a + (1 - decay) w. Polyak and Juditsky 1992.
+    """Exponential moving average of the weights: a <- decay a + (1 - decay) w. Polyak and Juditsky 1992.
 
-    With rise r, the decay of a step is decay times (share of the run done)^r: early weights are forgotten sooner.
+    With rise r, the decay at a step is decay times (share of the run done)^r, so that early weights are forgotten sooner.
     """
     weights = [value.to(kept.dtype) for kept, value in zip(slow, fast, strict=True)]
     torch._foreach_lerp_(slow, weights, 1 - decay * share_done**rise)
@@ -36,29 +36,29 @@ def ema(
 def lookahead(
     slow: Tensors, fast: Tensors, share_done: float, *, decay: float = 0.5, rise: float = 0.0, every: str = "5 steps"
 ) -> None:
-    """The same, and the training goes on from the average: w <- a. Zhang et al. 2019, arXiv 1907.08610.
+    """The same average, from which training then continues: w <- a. Zhang et al. 2019, arXiv 1907.08610.
 
-    The speed records' lookahead is decay 0.774 (0.95^5), every 5 steps, rise 3.
+    The CIFAR-10 speed records use decay 0.774 (0.95^5), every 5 steps, rise 3.
     """
     ema(slow, fast, share_done, decay=decay, rise=rise)
     torch._foreach_copy_(fast, slow)
 
 
 AVERAGES: dict[str, Callable[..., None]] = {"none": none, "ema": ema, "lookahead": lookahead}
-"""Take the weights of a step into their average, in place; `every` is when, and read by Average."""
+"""Functions that update the average with the weights of a step, in place. Average reads the option `every`."""
 
 
 class Average:
-    """Keeps `state.average` up to date; with the name none it does nothing."""
+    """Keeps `state.average` up to date; does nothing with average.name=none."""
 
     def __init__(self, section: dict[str, Any], plan: Plan):
-        """`section`: the recipe's, checked."""
+        """`section`: average of the checked recipe."""
         self._function, self._plan = AVERAGES[section["name"]], plan
         self._options = {key: section[key] for key in section if key not in ("name", "every")}
         self._every = Duration.parse(section["every"]) if "every" in section else None
 
     def begin(self, state: TrainState) -> None:
-        """Begin with the weights as they are."""
+        """Start the average with the current weights."""
         if self._every:
             state.average = {
                 name: value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
@@ -67,7 +67,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, state: TrainState, before: Progress) -> None:
-        """Take the weights of a step in, if that is due."""
+        """Update the average with the weights of a step, if that is due."""
         if self._every and self._plan.is_due(self._every, before, state.progress):
             assert state.average is not None
             slow, fast = list(state.average.values()), _parameters(state)
@@ -76,7 +76,7 @@ class Average:
 
 @contextmanager
 def averaged(state: TrainState) -> Iterator[None]:
-    """The model with the average for weights, if there is one, and with its own again behind."""
+    """Replace the model's weights by their average inside the block, if there is an average; restore them after it."""
     if state.average is None:
         yield
         return
@@ -91,7 +91,7 @@ def averaged(state: TrainState) -> Iterator[None]:
 
 
 def check_average(section: dict[str, Any]) -> list[str]:
-    """Problems of the section's values that its types do not show."""
+    """Return the problems of the section's values that their types do not show."""
     return duration_problems({"average.every": section["every"]} if "every" in section else {})
 
 

@@ -1,4 +1,4 @@
-"""Gradient clipping, after the ranks have shared the gradient and before the optimizer sees it."""
+"""Gradient clipping, after the all-reduce and before the optimizer's step."""
 
 import torch
 from accelerate import Accelerator
@@ -8,17 +8,17 @@ from shardstep.trainer.state import TrainState
 
 
 class Clip:
-    """Gradient clipping by norm or by value; does nothing when both limits are None and nothing is to be measured."""
+    """Clips gradients by norm or by value, and measures the norm; does nothing if neither is asked for."""
 
     def __init__(self, norm: float | None = None, value: float | None = None, measures: bool = False):
         self._norm, self._value, self._measures = norm, value, measures
-        self.norm_before: Tensor | None = None  # 2-norm of the last step's gradient as it came, on the device
+        self.norm_before: Tensor | None = None  # 2-norm of the last step's gradient before clipping, on the device
 
     def __call__(self, accelerator: Accelerator, state: TrainState) -> None:
-        """Clip the gradient of a step, which the ranks already share."""
+        """Clip the averaged gradient of a step."""
         if self._norm is None and self._value is None and not self._measures:
             return
-        if accelerator.scaler is not None:  # Accelerate's own clipping overlooks a scaler on the CPU
+        if accelerator.scaler is not None:  # Accelerate's clipping ignores a scaler on the CPU
             accelerator.scaler.unscale_(state.optimizer.optimizer)
         parameters = [value for value in state.module.parameters() if value.grad is not None]
         if self._measures:

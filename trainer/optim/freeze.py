@@ -1,4 +1,4 @@
-"""Parameters whose time is over: frozen between two steps, so that the backward pass ends before them."""
+"""Freeze parameters at their time, between two steps, so that the backward pass ends before them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,24 +8,24 @@ from shardstep.trainer.optim.plan import Plan
 
 
 class Freezer:
-    """Freezes parameter groups of an optimizer that have a duration `until`."""
+    """Freezes the parameter groups of an optimizer that have a duration `until`."""
 
     def __init__(self, groups: list[dict[str, Any]], plan: Plan, rewrap: Callable[..., None]):
         """
         Args:
             groups: of the optimizer.
             plan: of the run.
-            rewrap: called after parameters were frozen: DDP counts on the gradients of all that it was given. With
-                `rehearsed`: whether it has been called with the same ones frozen before.
+            rewrap: called after parameters were frozen, because DDP expects a gradient of each parameter that it was given;
+                with `compiled_before`: whether it has been called with the same parameters frozen.
         """
         pending = [(Duration.parse(group["until"]), group["params"]) for group in groups if "until" in group]
         self._pending = sorted(pending, key=lambda pair: plan.samples_in(pair[0]))
         self._samples_per_epoch = plan.samples_per_epoch
         self._rewrap = rewrap
-        self._rehearsed = False
+        self._compiled_ahead = False
 
     def freeze_due(self, progress: Progress) -> None:
-        """Freeze what is to be frozen before the step that begins at `progress`. All ranks, at the same step."""
+        """Freeze what is due before the step that begins at `progress`. All ranks, at the same step."""
         due = [pair for pair in self._pending if pair[0].is_over(progress, self._samples_per_epoch)]
         if not due:
             return
@@ -34,10 +34,10 @@ class Freezer:
             for parameter in pair[1]:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-        self._rewrap(rehearsed=self._rehearsed)
+        self._rewrap(compiled_before=self._compiled_ahead)
 
-    def rehearse(self) -> None:
-        """Let a compiler meet the model as it will be after each freezing, so that no step has to wait for it. All ranks."""
+    def compile_ahead(self) -> None:
+        """Compile the model as it will be after each freezing, so that no step has to wait for the compiler. All ranks."""
         for _, parameters in self._pending:
             for parameter in parameters:
                 parameter.requires_grad_(False)
@@ -46,5 +46,5 @@ class Freezer:
             for parameter in parameters:
                 parameter.requires_grad_(True)
         if self._pending:
-            self._rewrap(rehearsed=True)
-        self._rehearsed = True
+            self._rewrap(compiled_before=True)
+        self._compiled_ahead = True

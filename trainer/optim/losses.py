@@ -1,7 +1,7 @@
 """Losses by name: (outputs, targets) -> the sum over the batch. Keyword arguments are the recipe's options.
 
-Sums, not means: the trainer divides by the number of samples in the global batch, so that shares of any size, empty
-ones too, add up to the exact global mean; or, with `reduction: sum`, leaves the sum as it is.
+They return sums, not means: the loop divides by the number of samples in the global batch, so that shares of any size, even
+empty ones, add up to the exact global mean. With `reduction: sum` it does not divide.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch.nn import functional
 from shardstep.configs.errors import InputError
 
 Outputs = Tensor | tuple[Tensor, ...]
-"""What a model returns: its outputs, in training perhaps with those of auxiliary heads behind them."""
+"""What a model returns: its outputs; in training perhaps a tuple with the outputs of auxiliary heads."""
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -34,17 +34,17 @@ def nll(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def perceptron(outputs: Tensor, labels: Tensor) -> Tensor:
-    """How far the best wrong output of (B, K) lies above the label's, summed; 0 where the label's is the highest.
+    """Margin by which the highest wrong output of (B, K) exceeds the label's, summed; 0 where the label's is the highest.
 
     For two classes with y = -1 or 1 and f = outputs[1] - outputs[0] this is Rosenblatt's max(0, -y f) (1958, Psychological
-    Review 65); for more it is its extension by Crammer and Singer 2001, JMLR 2, without a margin. A tie counts as an error:
-    its gradient is that of the rule "if y f <= 0".
+    Review 65); for more classes it is the extension by Crammer and Singer 2001, JMLR 2, without a margin. A tie counts as an
+    error: the gradient follows the rule "if y f <= 0".
     """
     scores = outputs.float()
     own = scores.gather(1, labels.unsqueeze(1)).squeeze(1)  # (B,)
     others = scores.scatter(1, labels.unsqueeze(1), -torch.inf)
     deficit = others.amax(dim=1) - own
-    return torch.where(deficit < 0, 0.0, deficit).sum()  # which lets a NaN through
+    return torch.where(deficit < 0, 0.0, deficit).sum()  # unlike a clamp, this passes a NaN on
 
 
 def mse(outputs: Tensor, images: Tensor) -> Tensor:
@@ -66,18 +66,18 @@ RECONSTRUCTION: dict[str, Callable[..., Tensor]] = {"mse": mse, "l1": l1}
 LOSSES = CLASSIFICATION | RECONSTRUCTION
 
 COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"reduction": (Literal["mean", "sum"], "mean")}
-"""Options of every loss: type and default. reduction: over the global batch, for the gradient; figures are always means."""
+"""Options of every loss: type and default. reduction: over the global batch, for the gradient; metrics are always means."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a model is trained for and judged by.
+    """The losses for training and evaluation.
 
     Attributes:
         training_loss: summed over a batch.
-        evaluation_loss: the same without what only serves training, such as label smoothing.
-        reconstructs: whether the images themselves are the targets, so that nothing is correct or wrong.
-        auxiliary_weight: of the losses of auxiliary heads.
+        evaluation_loss: the same without options that only serve training, such as label smoothing.
+        reconstructs: whether the images are the targets, so that no output is correct or wrong.
+        auxiliary_weight: weight of the losses of auxiliary heads.
         reduction: of the training loss over a global batch.
     """
 
@@ -88,11 +88,11 @@ class Objective:
     reduction: Literal["mean", "sum"] = "mean"
 
     def divisor(self, batch_size: int) -> int:
-        """What the sum over a global batch is divided by."""
+        """Return what to divide the sum over a global batch by."""
         return 1 if self.reduction == "sum" else batch_size
 
     def loss(self, outputs: Outputs, images: Tensor, labels: Tensor) -> Tensor:
-        """The training loss of a batch, summed, with that of auxiliary heads."""
+        """Return the training loss of a batch, summed, including auxiliary heads."""
         main, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
         targets = images if self.reconstructs else labels
         total = self.training_loss(main, targets)
@@ -101,7 +101,7 @@ class Objective:
         return total
 
     def correct(self, outputs: Outputs, labels: Tensor) -> Tensor | int:
-        """How many samples of a batch have their label as the highest output."""
+        """Count the samples of a batch whose highest output is their label."""
         if self.reconstructs:
             return 0
         main = outputs[0] if isinstance(outputs, tuple) else outputs
@@ -109,11 +109,11 @@ class Objective:
 
 
 def build_objective(loss: dict[str, Any], model: dict[str, Any]) -> Objective:
-    """The objective that checked recipe sections describe.
+    """Build the objective of checked recipe sections.
 
     Args:
         loss: `name` and options.
-        model: of its options, `auxiliary_weight`.
+        model: may have the option `auxiliary_weight`.
     """
     function = LOSSES[loss["name"]]
     return Objective(
@@ -126,17 +126,17 @@ def build_objective(loss: dict[str, Any], model: dict[str, Any]) -> Objective:
 
 
 def check_outputs(loss: dict[str, Any], outputs: Tensor, images: Tensor) -> None:
-    """Check that a model's outputs are what the loss takes.
+    """Check that a model's outputs fit the loss.
 
     Raises:
-        InputError: the loss compares images and the model classifies, or the other way round; or the loss is nll, and the
-            outputs are not log-probabilities: it would fall without bound.
+        InputError: the loss compares images and the model classifies, or vice versa; or the loss is nll and the outputs are
+            not log-probabilities, so that the loss would fall without bound.
     """
     name = loss["name"]
     if name in RECONSTRUCTION and outputs.shape != images.shape:
         raise InputError(
-            f"loss.name={name} compares images with images, but the model turns them into {tuple(outputs.shape[1:])}: "
-            f"use a model that reconstructs (autoencoder), or one of {', '.join(CLASSIFICATION)}"
+            f"loss.name={name} compares images with images, but the model's outputs have shape "
+            f"{tuple(outputs.shape[1:])}: use a model that reconstructs (autoencoder), or one of {', '.join(CLASSIFICATION)}"
         )
     if name in CLASSIFICATION and outputs.ndim != 2:
         raise InputError(

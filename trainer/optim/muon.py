@@ -1,4 +1,4 @@
-"""Muon for the filters of convolutions: momentum whose update is made orthogonal."""
+"""Muon for matrices and the filters of convolutions: momentum with orthogonalized updates."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that lifts small singular values fastest
-# On X X^T: where an eigenvalue should be 0, rounding leaves about 1e-7, which may be below 0, and a step makes that 12 times
-# as much, in the end without bounds.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that raises small singular values fastest
+# Steps on X X^T before it is computed again: where an eigenvalue should be 0, rounding leaves about 1e-7, possibly negative,
+# and each step multiplies that by 12, in the end without bound.
 _STEPS_AT_ONCE = 3
 
 
 class FilterMuon(Optimizer):
     """Muon on parameters of two or more dimensions, each flattened to a matrix (out, everything else).
 
-    `product_dtype` is that of the iteration's products: no option of a group, because it belongs to the machine.
+    `product_dtype`: of the iteration's matrix products; not an option of a group, because it depends on the machine.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class FilterMuon(Optimizer):
         self.product_dtype = product_dtype
         flat = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim < 2]
         if flat:
-            raise ValueError(f"it works on matrices and filters, and has been given parameters of shape {flat[0]}")
+            raise ValueError(f"it works on matrices and filters, but got parameters of shape {flat[0]}")
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override] # no closure, as everywhere here
-        """Update the parameters; those of one shape together, for a GPU's sake."""
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # the loop passes no closure
+        """Update the parameters; parameters of one shape are stacked, which a GPU does faster."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[Tensor]] = {}
             for parameter in group["params"]:
@@ -61,7 +61,7 @@ class FilterMuon(Optimizer):
                 torch._foreach_add_(parameters, shaped, alpha=-group["lr"])
 
     def _directions(self, parameters: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
-        """The gradients with their momentum. A CPU rounds `momentum` to the format of half weights (torch 2.15)."""
+        """Return the gradients with momentum. For half weights on a CPU, torch 2.15 rounds `momentum` to their format."""
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -73,11 +73,11 @@ class FilterMuon(Optimizer):
 
 
 def orthogonalize(matrices: Tensor, steps: int, product_dtype: torch.dtype = torch.float32) -> Tensor:
-    """Matrices (n, rows, columns) with their singular values moved towards 1: U S V^T to about U V^T.
+    """Orthogonalize matrices (n, rows, columns): move their singular values towards 1, U S V^T to about U V^T.
 
-    Newton and Schulz's iteration with Jordan's quintic, X <- P X with P = a I + b A + c A^2 and A = X X^T; it ends between
-    0.7 and 1.2 after five steps. Products are of `product_dtype`: bf16, which the iteration bears, or float32 (float64 for
-    such matrices).
+    Uses the Newton-Schulz iteration with Jordan's quintic, X <- P X with P = a I + b A + c A^2 and A = X X^T; singular values
+    are between 0.7 and 1.2 after five steps. `product_dtype` is bf16, which is accurate enough here, or float32 (float64 for
+    float64 matrices).
     """
     x = matrices.to(
         product_dtype if product_dtype == torch.bfloat16 else torch.promote_types(matrices.dtype, product_dtype)
@@ -102,10 +102,10 @@ def _iterate(x: Tensor, steps: int) -> Tensor:
 
 
 def _iterate_gram(x: Tensor, steps: int) -> Tensor:
-    """The same with small products (n, rows, rows) between the first and the last, half the time for 256 x 2304.
+    """The same iteration with small products (n, rows, rows) except for the first and the last: half the time for 256 x 2304.
 
-    All P are polynomials of the first A and commute, so A <- P A P, and X ends as the product of all P times X. In bf16,
-    what is small in A would be lost.
+    All P are polynomials of the first A and commute, so A <- P A P, and the result is the product of all P times X. In bf16,
+    the small values of A would be lost.
     """
     gram = x @ x.mT
     product = factor = _factor(gram)
@@ -117,7 +117,7 @@ def _iterate_gram(x: Tensor, steps: int) -> Tensor:
 
 
 def _factor(gram: Tensor) -> Tensor:
-    """P, from A."""
+    """Compute P from A."""
     a, b, c = _COEFFICIENTS
     factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     factor.diagonal(dim1=1, dim2=2).add_(a)

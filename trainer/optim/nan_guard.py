@@ -1,4 +1,4 @@
-"""Single steps whose loss or gradient is no number: left out and counted, if the recipe says so."""
+"""With train.on_nan=skip: skip and count single steps whose loss or gradient is NaN or infinite."""
 
 import torch
 from accelerate import Accelerator
@@ -11,32 +11,32 @@ from shardstep.trainer.state import TrainState
 
 
 class NonFiniteGuard:
-    """With train.on_nan=skip, looks at every step; with stop, at none: metrics do on log steps."""
+    """Checks every step with train.on_nan=skip. With stop it checks none: metrics do, on log steps."""
 
     def __init__(self, config: TrainConfig):
         self._skips = config.on_nan == "skip"
         self._most = config.max_skipped_steps
         self._buffers: list[Tensor] = []
 
-    def begin(self, state: TrainState) -> None:
-        """Keep what the forward pass of a bad step would spoil: batch norm's running statistics."""
+    def keep_buffers(self, state: TrainState) -> None:
+        """Copy what the forward pass of a skipped step would spoil: batch norm's running statistics."""
         if self._skips:
             self._buffers = [buffer.clone() for buffer in state.module.buffers()]
 
-    def is_bad(self, accelerator: Accelerator, state: TrainState, sums: Tensor) -> bool:
-        """Whether the step must be left out; then the buffers are as before it. All ranks reduce, and agree.
+    def found_nonfinite(self, accelerator: Accelerator, state: TrainState, sums: Tensor) -> bool:
+        """Return whether to skip the step, because a rank found NaN or infinity; restore the buffers if so. All ranks reduce.
 
         Raises:
-            NonFiniteError: it would be one too many.
+            NonFiniteError: more than train.max_skipped_steps have been skipped.
         """
         if not self._skips:
             return False
-        bad = ~sums[0].isfinite()
-        if accelerator.scaler is None:  # which leaves out an overflow of the gradient by itself
+        nonfinite = ~sums[0].isfinite()
+        if accelerator.scaler is None:  # fp16's scaler skips a step whose gradient overflows by itself
             gradients = [value.grad for value in state.module.parameters() if value.grad is not None]
-            bad |= ~torch.nn.utils.get_total_norm(gradients).isfinite()
-        (count,) = reduce_sums(accelerator, [bad.double().unsqueeze(0)])
-        if not count.item():
+            nonfinite |= ~torch.nn.utils.get_total_norm(gradients).isfinite()
+        (num_ranks,) = reduce_sums(accelerator, [nonfinite.double().unsqueeze(0)])
+        if not num_ranks.item():
             return False
         with torch.no_grad():
             for buffer, before in zip(state.module.buffers(), self._buffers, strict=True):
@@ -44,7 +44,7 @@ class NonFiniteGuard:
         state.skipped_steps += 1
         if state.skipped_steps > self._most:
             raise NonFiniteError(
-                f"step {state.progress.step + 1} is the {state.skipped_steps}th whose loss or gradient is no number, and "
-                f"train.max_skipped_steps={self._most}. Try a lower optimizer.lr, train.clip_norm=1.0, or look at the data"
+                f"step {state.progress.step + 1} is the {state.skipped_steps}th whose loss or gradient is NaN or infinite, "
+                f"and train.max_skipped_steps={self._most}. Try a lower optimizer.lr, train.clip_norm=1.0, or check the data"
             )
         return True

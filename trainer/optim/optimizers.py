@@ -1,10 +1,10 @@
-"""Optimizers by name, and which parameter gets which options.
+"""Optimizers by name, and which parameters get which options.
 
-The documents' optimizers have a function each, whose docstring gives the equation and where torch differs from it;
-every other one of torch.optim goes by its name in lower case, with its own arguments. In the equations g is the gradient of
-the loss with respect to the parameter w, eta the learning rate, and operations on vectors are per element. Defaults are
-torch's, and stand in the signature. `fused`: torch's kernel that updates all parameters in one pass; None uses it where it
-exists, and where no scaler has to look at the gradients first.
+Each of the documents' optimizers has a function here, whose docstring gives the equation and how torch differs from it. All
+others of torch.optim are available by their lower-case names, with torch's arguments. In the equations g is the gradient of
+the loss with respect to the parameter w, eta the learning rate, and operations on vectors are element-wise. Defaults are
+torch's. `fused`: torch's kernel that updates all parameters in one pass; None uses it where it exists, unless a scaler must
+check the gradients first.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,13 +34,13 @@ def sgd(
     nesterov: bool = False,
     fused: bool | None = None,
 ) -> Optimizer:
-    """Stochastic gradient descent; with a global batch of 1, of some, or `full`: the documents' three kinds.
+    """Gradient descent; a global batch of 1, of several samples, or `full` gives the documents' three kinds.
 
     w <- w - eta g. With momentum mu:  v <- mu v + (1 - dampening) g,  w <- w - eta v.
 
-    The documents keep the rate inside the velocity, v <- mu v - eta g, w <- w + v: the same for a constant rate; torch's
-    form applies a changed rate to the whole velocity at once. The first v is g, undampened. With nesterov, the step is
-    along g + mu v. Memory: one number per parameter with momentum, none without.
+    The documents have the learning rate inside the velocity, v <- mu v - eta g, w <- w + v: the same for a constant learning
+    rate. In torch's form, a new learning rate applies to all of the velocity at once. The first v is g, undampened. With
+    nesterov, the step is along g + mu v. Memory: one number per parameter with momentum, none without.
     """
     return torch.optim.SGD(
         parameters,
@@ -63,7 +63,7 @@ def adagrad(
     eps: float = 1e-10,
     fused: bool | None = None,
 ) -> Optimizer:
-    """Rates that shrink with the sum of squared gradients. Duchi et al. 2011, JMLR 12.
+    """Learning rates that shrink with the sum of squared gradients. Duchi et al. 2011, JMLR 12.
 
     s <- s + g^2,  w <- w - eta g / (sqrt(s) + eps).
 
@@ -83,7 +83,7 @@ def adagrad(
 def adadelta(
     parameters: Parameters, *, lr: float = 1.0, rho: float = 0.9, eps: float = 1e-6, weight_decay: float = 0.0
 ) -> Optimizer:
-    """Steps in the units of past steps, without a rate. Zeiler 2012, arXiv 1212.5701, algorithm 1.
+    """Steps scaled by past steps, without a learning rate. Zeiler 2012, arXiv 1212.5701, algorithm 1.
 
     s <- rho s + (1 - rho) g^2,  d = sqrt(u + eps) / sqrt(s + eps) g,  u <- rho u + (1 - rho) d^2,  w <- w - eta d.
 
@@ -102,7 +102,7 @@ def rmsprop(
     momentum: float = 0.0,
     centered: bool = False,
 ) -> Optimizer:
-    """Rates by a running mean of squared gradients. Hinton 2012, Coursera lecture 6e.
+    """Learning rates scaled by a running mean of squared gradients. Hinton 2012, Coursera lecture 6e.
 
     s <- alpha s + (1 - alpha) g^2,  w <- w - eta g / (sqrt(s) + eps).
 
@@ -128,7 +128,7 @@ def adam(
 
     m <- b1 m + (1 - b1) g,  s <- b2 s + (1 - b2) g^2,  w <- w - eta (m / (1 - b1^t)) / (sqrt(s / (1 - b2^t)) + eps).
 
-    As in the documents. weight_decay adds to the gradient, not to the step: see adamw. Memory: two numbers per
+    The same as in the documents. weight_decay adds to the gradient, not to the step: see adamw. Memory: two numbers per
     parameter, three with amsgrad.
     """
     return torch.optim.Adam(
@@ -170,24 +170,24 @@ def filter_muon(
 
     v <- mu v + g,  d = g + mu v (nesterov) or v,  w <- (1 - eta weight_decay) w - eta orthogonal(d).
 
-    orthogonal(U S V^T) is about U V^T, by `ns_steps` of Newton and Schulz's iteration. `renormalize` scales w to the norm
-    sqrt(out) before each step, as the CIFAR-10 speed records do. The iteration's products are in `ns_precision`; auto: bf16
-    on a GPU, and where training is in bf16. torch's own, `muon`, takes matrices only. Parameters of one dimension need
-    another optimizer beside it: optimizer.groups. Memory: one number per parameter.
+    orthogonal(U S V^T) is about U V^T, by `ns_steps` Newton-Schulz iterations. `renormalize` scales w to the norm sqrt(out)
+    before each step, as the CIFAR-10 speed records do. The iteration's products are in `ns_precision`; auto: bf16 on a GPU
+    or if training is in bf16. torch's `muon` takes only matrices. Parameters of one dimension need a second optimizer:
+    optimizer.groups. Memory: one number per parameter.
     """
     product_dtype = torch.bfloat16 if ns_precision == "bf16" else torch.float32
     return FilterMuon(parameters, lr, momentum, nesterov, ns_steps, renormalize, weight_decay, product_dtype)
 
 
 CANNOT_WORK = {
-    "lbfgs": "it evaluates the loss several times per step, which the loop does not do",
-    "sparseadam": "it needs sparse gradients, which no model here has",
+    "lbfgs": "it evaluates the loss several times per step, but the training loop does so once",
+    "sparseadam": "it needs sparse gradients, but no model here has any",
 }
 
 _REMEDIES = {
-    "muon": "give it those of two dimensions beside another optimizer, as in optimizer.name=adamw "
+    "muon": "give it only the matrices, and another optimizer the rest, as in optimizer.name=adamw "
     "optimizer.groups='[{ndim: 2, name: muon, lr: 0.02}]'; filter_muon takes the filters of convolutions too",
-    "filter_muon": "give it the filters beside another optimizer, as in optimizer.name=sgd "
+    "filter_muon": "give it only the filters, and another optimizer the rest, as in optimizer.name=sgd "
     "optimizer.groups='[{ndim: 4, name: filter_muon, lr: 0.24}]'",
 }
 _FUSED_ON_CPU_ONLY = ("adagrad",)
@@ -212,9 +212,9 @@ COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {
 """Options of every optimizer: type and default.
 
 decay_biases_and_norms: whether weight_decay also applies to parameters of fewer than two dimensions.
-groups: list of {match: pattern of parameter names, or ndim: dimensions, and options such as lr}; the first that fits counts.
-    With a `name`, the group has an optimizer of its own, which begins with its own defaults. With `until`, a duration, its
-    schedule ends then, and its parameters are frozen.
+groups: list of {match: pattern of parameter names, or ndim: dimensions, and options such as lr}; a parameter belongs to the
+    first group that matches. With a `name`, the group has a separate optimizer, with that optimizer's defaults. With `until`,
+    a duration, its schedule ends then, and its parameters are frozen.
 """
 
 _SELECTORS = ("match", "ndim")
@@ -222,13 +222,13 @@ _GROUP_KEYS: dict[str, Any] = {"match": str, "ndim": int, "until": str}
 
 
 class CombinedOptimizer(Optimizer):
-    """Several optimizers that step together, each on its own parameters; `param_groups` are those of all of them."""
+    """Several optimizers that step together, each on different parameters; `param_groups` holds the groups of all."""
 
     def __init__(self, optimizers: list[Optimizer]):
         self._optimizers = optimizers
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], defaults={})
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override] # no closure, as everywhere here
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # the loop passes no closure
         for optimizer in self._optimizers:
             optimizer.step()
 
@@ -237,7 +237,9 @@ class CombinedOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if len(state_dict["optimizers"]) != len(self._optimizers):
-            raise ValueError(f"a state of {len(state_dict['optimizers'])} optimizers for {len(self._optimizers)}")
+            raise ValueError(
+                f"the state is of {len(state_dict['optimizers'])} optimizers, but there are {len(self._optimizers)}"
+            )
         for optimizer, state in zip(self._optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
@@ -246,14 +248,14 @@ class CombinedOptimizer(Optimizer):
 def build_optimizer(
     section: dict[str, Any], model: nn.Module, has_scaler: bool = False, precision: Precision = "fp32"
 ) -> Optimizer:
-    """Build what a checked recipe section names, over the trainable parameters of a model.
+    """Build the optimizer of a checked recipe section, for the trainable parameters of a model.
 
-    Each parameter group keeps its base rate as `initial_lr`; schedules multiply it.
+    Each parameter group keeps its base learning rate as `initial_lr`, which schedules multiply.
 
     Args:
         section: `name`, its options, and those of COMMON_OPTIONS.
         model: on its device.
-        has_scaler: whether fp16's scaler looks at the gradients before a step.
+        has_scaler: whether fp16's scaler checks the gradients before a step.
         precision: of the forward and backward pass.
 
     Raises:
@@ -265,7 +267,7 @@ def build_optimizer(
     optimizer = optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
     if all("until" in group for group in optimizer.param_groups):
         raise InputError(
-            "optimizer.groups freeze every parameter with `until`: leave one group without, for the whole run"
+            "optimizer.groups freeze every parameter with `until`, so nothing would train at the end: drop it in one group"
         )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -273,7 +275,7 @@ def build_optimizer(
 
 
 def check_optimizer(section: dict[str, Any]) -> list[str]:
-    """Check optimizer.groups, and convert their options in place; returns the problems."""
+    """Check optimizer.groups and convert their options in place; return the problems."""
     problems = []
     for place, group in enumerate(section["groups"]):
         where = f"optimizer.groups[{place}]"
@@ -289,17 +291,17 @@ def check_optimizer(section: dict[str, Any]) -> list[str]:
 
 
 def check_schedule_has_effect(section: dict[str, Any], schedule: dict[str, Any]) -> list[str]:
-    """Problems of a checked optimizer section together with the schedule."""
+    """Return the problems of a checked optimizer section in combination with the schedule."""
     names = {section["name"], *(group.get("name") for group in section["groups"])}
     if "rprop" in names and (schedule["name"] != "constant" or schedule["warmup"]):
-        return ["rprop reads its rate at the first step only: a schedule has no effect; use schedule.name=constant"]
+        return ["rprop reads lr only at the first step, so a schedule has no effect: use schedule.name=constant"]
     return []
 
 
 def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str, Any], list[str]]:
-    """An entry of optimizer.groups with its options converted, and the problems."""
+    """Return an entry of optimizer.groups with its options converted, and its problems."""
     if set(group) <= set(_SELECTORS):
-        return group, [f"{where} has no effect: it gives {group} no option of its own"]
+        return group, [f"{where} has no effect: {group} has no option, such as lr"]
     if str(group.get("name")) in CANNOT_WORK:
         return group, [f"{where}.name={group['name']} cannot work here: {CANNOT_WORK[group['name']]}"]
     problems = duration_problems({f"{where}.until": group["until"]} if "until" in group else {})
@@ -334,23 +336,23 @@ def _build_one(
             raise InputError(
                 f"optimizer.{key}=true cannot work {'on a CPU' if key == 'capturable' else 'here'}: leave it out"
             )
-    # Where it is not wanted it stays None, and torch chooses between its loop and its foreach kernels.
-    wins = not has_scaler and (on_cpu or name not in _FUSED_ON_CPU_ONLY)
-    if wins and "fused" in arguments and arguments["fused"] is None and not arguments.get("foreach"):
+    # Otherwise it stays None, and torch chooses between its loop and its foreach kernels.
+    can_fuse = not has_scaler and (on_cpu or name not in _FUSED_ON_CPU_ONLY)
+    if can_fuse and "fused" in arguments and arguments["fused"] is None and not arguments.get("foreach"):
         arguments["fused"] = True
     if arguments.get("ns_precision") == "auto" and (precision == "bf16" or not on_cpu):
         arguments["ns_precision"] = "bf16"
     try:
         return OPTIMIZERS[name](groups, **arguments)
     except (ValueError, RuntimeError) as error:
-        cure = f"; {_REMEDIES[name]}" if name in _REMEDIES else ""
-        raise InputError(f"optimizer.name={name}: {error}{cure}") from None
+        remedy = f"; {_REMEDIES[name]}" if name in _REMEDIES else ""
+        raise InputError(f"optimizer.name={name}: {error}{remedy}") from None
 
 
 def _parameter_groups(section: dict[str, Any], model: nn.Module) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """What to build: the options of each entry of `groups`, and of the rest, with the torch groups of its parameters.
+    """Return the options of each entry of `groups`, and of the rest, with the parameter groups for torch.
 
-    A parameter goes to the first entry that fits. Where weight decay must not reach, an entry is split once more.
+    A parameter belongs to the first entry that matches. Parameters without weight decay get a group of their own.
     """
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not parameters:
@@ -360,7 +362,7 @@ def _parameter_groups(section: dict[str, Any], model: nn.Module) -> list[tuple[d
     exempt: list[list[nn.Parameter]] = [[] for _ in entries]
     for name, parameter in parameters.items():
         place = next(place for place, entry in enumerate(entries) if _fits(entry, name, parameter))
-        # A group that gives a decay of its own means it, whatever its parameters are.
+        # A group that gives a weight_decay means it, whatever its parameters are.
         inherits = "weight_decay" not in entries[place]
         decay = inherits and section.get("weight_decay", 0) and "name" not in entries[place]
         spared = decay and parameter.ndim < 2 and not section["decay_biases_and_norms"]
@@ -376,13 +378,13 @@ def _parameter_groups(section: dict[str, Any], model: nn.Module) -> list[tuple[d
             chosen.append((entry if "name" in entry else section | entry, groups))
         elif place < len(section["groups"]):
             raise InputError(
-                f"optimizer.groups[{place}] ({entry}) fits none of the model's parameters that is left; "
-                f"they are {', '.join(parameters)}"
+                f"optimizer.groups[{place}] ({entry}) matches no parameter that earlier groups do not have; the model's "
+                f"parameters are {', '.join(parameters)}"
             )
         else:
             raise InputError(
-                f"optimizer.groups take every parameter, and leave none for optimizer.name={section['name']}: take the last "
-                f"group away and give its options to optimizer itself"
+                f"optimizer.groups take every parameter and leave none for optimizer.name={section['name']}: remove the last "
+                f"group and give its options to the section optimizer"
             )
     return chosen
 

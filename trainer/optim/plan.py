@@ -1,4 +1,4 @@
-"""The arithmetic of a run: steps, epochs and batches from the recipe, the size of the data and the number of ranks."""
+"""Plan: the steps, epochs and batches of a run, from the recipe, the number of samples and the number of ranks."""
 
 import math
 from dataclasses import dataclass
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from shardstep.configs.durations import Duration, Progress
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import TrainConfig
+from shardstep.configs.text import count
 from shardstep.datasets.batches import micro_pieces
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a training set is cut into steps.
+    """How a training set is divided into steps.
 
     Attributes:
         global_batch_size: samples per step over all ranks.
@@ -19,7 +20,7 @@ class Plan:
         world_size: number of ranks.
         micro_steps: backward passes per rank and full step.
         duration: of the run.
-        max_train_s: seconds of training at which the run ends before its duration is over; None without a limit.
+        max_train_s: seconds of training after which the run ends even if its duration is not over; None without a limit.
     """
 
     global_batch_size: int
@@ -35,54 +36,51 @@ class Plan:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps of the whole run, as far as they are known: where its time may end it before, they are not."""
+        """Steps of the run; None if max_train_s may end it earlier."""
         return None if self.max_train_s is not None else self.duration_steps
 
     @property
     def duration_steps(self) -> int:
-        """Steps of the duration, when no batch size changes on the way."""
+        """Steps of the duration, if no resume changes the batch size."""
         if self.duration.unit == "steps":
             return int(self.duration.value)
         epochs, rest = divmod(self.duration.value, 1)
         return int(epochs) * self.steps_per_epoch + math.ceil(rest * self.samples_per_epoch / self.global_batch_size)
 
     def advance(self, before: Progress, size: int) -> Progress:
-        """Where a run is after a step of `size` samples."""
+        """Return the progress after a step of `size` samples."""
         position = before.position + size
         at_end = position >= self.samples_per_epoch
         return Progress(before.step + 1, before.epoch + at_end, 0 if at_end else position, before.samples + size)
 
     def epochs(self, progress: Progress) -> float:
-        """Epochs done, as a number with a fraction."""
+        """Return the number of epochs done, with a fraction."""
         return progress.epoch + progress.position / self.samples_per_epoch
 
     def share_done(self, progress: Progress, train_s: float) -> float:
-        """How much of the run is done, 0 to 1: of its duration, or of the seconds of training that it may take."""
+        """Return how much of the run is done, 0 to 1: of its duration or of max_train_s, whichever is more."""
         share = self.duration_done(progress)
         return share if self.max_train_s is None else max(share, min(1.0, train_s / self.max_train_s))
 
     def duration_done(self, progress: Progress) -> float:
-        """How much of the duration has passed, 0 to 1. No clock counts: what is trained may depend on this."""
-        done, all_of_it = (
-            self.epochs(progress) if self.duration.unit == "epochs" else progress.step,
-            self.duration.value,
-        )
-        return min(1.0, done / float(all_of_it)) if all_of_it else 1.0
+        """Return how much of the duration is done, 0 to 1. It depends on no clock, because training depends on it."""
+        done = self.epochs(progress) if self.duration.unit == "epochs" else progress.step
+        return min(1.0, done / float(self.duration.value)) if self.duration.value else 1.0
 
     def samples_in(self, duration: Duration) -> float:
-        """How many samples a duration takes; where it counts steps, as if all batches were full."""
+        """Return the number of samples in a duration; if it counts steps, as if all batches were full."""
         return float(duration.value) * (self.samples_per_epoch if duration.unit == "epochs" else self.global_batch_size)
 
     def left_s(
         self, progress: Progress, train_s: float, samples_per_s: float, evaluate_every: Duration, evaluation_s: float
     ) -> float:
-        """About how many seconds the rest of the run takes, with its evaluations.
+        """Estimate the seconds that the rest of the run takes, including evaluations.
 
         Args:
-            progress, train_s: how far it has come, in samples and in seconds of training.
-            samples_per_s: while it trains.
-            evaluate_every: time between evaluations; there is always one at the end.
-            evaluation_s: that one takes.
+            progress, train_s: how far the run is, in samples and in seconds of training.
+            samples_per_s: the training speed.
+            evaluate_every: interval of evaluations; there is always one at the end.
+            evaluation_s: seconds per evaluation.
         """
         samples = (1 - self.duration_done(progress)) * self.samples_in(self.duration)
         if self.max_train_s is not None:
@@ -90,15 +88,15 @@ class Plan:
         return samples / samples_per_s + math.ceil(samples / self.samples_in(evaluate_every)) * evaluation_s
 
     def is_over(self, progress: Progress) -> bool:
-        """Whether the duration has passed."""
+        """Return whether the duration is over."""
         return self.duration.is_over(progress, self.samples_per_epoch)
 
     def is_out_of_time(self, train_s: float) -> bool:
-        """Whether so many seconds of training are all that the run may take."""
+        """Return whether so many seconds of training reach max_train_s."""
         return self.max_train_s is not None and train_s >= self.max_train_s
 
     def is_due(self, every: Duration, before: Progress, after: Progress) -> bool:
-        """Whether something that happens `every` so often falls on the step between two states."""
+        """Return whether work with the interval `every` is due after the step between two states."""
         return every.is_due(before, after, self.samples_per_epoch)
 
 
@@ -108,7 +106,7 @@ def make_plan(config: TrainConfig, num_samples: int, drop_last: bool, world_size
     Args:
         config: the recipe's train section.
         num_samples: of the training set.
-        drop_last: leave out an epoch's last global batch if it is not full.
+        drop_last: whether to drop an epoch's last global batch if it is not full.
         world_size: number of ranks.
 
     Raises:
@@ -117,13 +115,13 @@ def make_plan(config: TrainConfig, num_samples: int, drop_last: bool, world_size
     size = num_samples if config.global_batch_size == "full" else int(config.global_batch_size)
     if size < world_size:
         raise InputError(
-            f"train.global_batch_size={size} is below the number of ranks, {world_size}: some would have no "
-            f"sample in any step. Raise it to {world_size} or more, or start at most {size} rank{'s' * (size > 1)}"
+            f"train.global_batch_size={size} is below the number of ranks, {world_size}: some ranks would never get a "
+            f"sample. Raise it to {world_size} or more, or start at most {count(size, 'rank')}"
         )
     if size > num_samples:
         raise InputError(
-            f"train.global_batch_size={size} is more than the {num_samples} training samples; for whole-batch "
-            f"gradient descent write train.global_batch_size=full"
+            f"train.global_batch_size={size} is more than the {num_samples} training samples; for full-batch gradient "
+            f"descent give train.global_batch_size=full"
         )
     return Plan(
         global_batch_size=size,

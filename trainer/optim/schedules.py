@@ -1,7 +1,7 @@
-"""Learning rates as pure functions of the run's progress: the factor on every base rate, for each optimizer step.
+"""Schedules: the factor on every base learning rate at each optimizer step, as a pure function of the run's progress.
 
-Nothing is counted here, so that a resumed run, or one on another number of ranks, computes the same rates. Keyword
-arguments are the recipe's options; durations are texts such as "30 epochs".
+They keep no state, so a resumed run, or one on another number of ranks, computes the same learning rates. Keyword arguments
+are the recipe's options; durations are texts such as "30 epochs".
 """
 
 import math
@@ -15,12 +15,12 @@ from shardstep.configs.durations import Duration, Progress, duration_problems
 
 @dataclass(frozen=True)
 class Clock:
-    """When a step is: what schedules are functions of.
+    """The time of a step, the input of schedules.
 
     Attributes:
         progress: before the step.
         samples_per_epoch: samples that an epoch consumes.
-        fraction: share of the run that has passed, without the warm-up; 0 at its end, 1 at the end of the run.
+        fraction: share of the run that is done, not counting the warm-up: 0 at its end, 1 at the end of the run.
     """
 
     progress: Progress
@@ -28,12 +28,12 @@ class Clock:
     fraction: float
 
     def elapsed(self, duration: str) -> float:
-        """How many of these durations have passed since the start of the run."""
+        """Return how many of these durations have passed since the start of the run."""
         return float(Duration.parse(duration).elapsed(self.progress, self.samples_per_epoch))
 
 
 def constant(clock: Clock) -> float:
-    """1."""
+    """Always 1."""
     return 1.0
 
 
@@ -92,10 +92,10 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 }
 
 ENDS_WITH_RUN = ("cosine", "linear", "one_cycle")
-"""Those that need to know when the run will end."""
+"""Schedules that need to know when the run will end."""
 
 COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"warmup": (str | None, None), "warmup_start": (float, 0.0)}
-"""Options of every schedule: type and default. warmup: duration of a straight rise from warmup_start times the rate."""
+"""Options of every schedule: type and default. warmup: duration of a linear rise from warmup_start times lr."""
 
 
 class LearningRate:
@@ -129,7 +129,7 @@ class LearningRate:
             self._warmup_share = min(warmup / run, 1.0)
 
     def factor(self, progress: Progress, until: str | None = None) -> float:
-        """The factor for the step that begins at `progress`; with `until`, as if the run ended then, and 0 from there on."""
+        """Return the factor for the step that begins at `progress`; with `until`, as if the run ended then, and then 0."""
         if until is not None:
             if until not in self._parts:
                 self._parts[until] = self._of_section(Duration.parse(until))
@@ -146,12 +146,12 @@ class LearningRate:
 
 
 def check_schedule(section: dict[str, Any]) -> list[str]:
-    """Problems of a schedule's values that its types do not show."""
+    """Return the problems of a schedule's values that their types do not show."""
     texts = {f"schedule.{key}": section[key] for key in ("every", "warmup") if section.get(key) is not None}
     texts |= {f"schedule.milestones[{place}]": text for place, text in enumerate(section.get("milestones") or [])}
     problems = duration_problems(texts)
     if section["name"] == "one_cycle" and not 0 < section["rise"] < 1:
-        problems.append(f"schedule.rise={section['rise']} must lie between 0 and 1")
+        problems.append(f"schedule.rise={section['rise']} must be between 0 and 1")
     if not section["warmup"] and section["warmup_start"] != 0:
         problems.append("schedule.warmup_start has no effect without schedule.warmup")
     return problems

@@ -1,4 +1,4 @@
-"""End a run in time: requests to stop, the allocation's time limit, the watchdog for hung ranks.
+"""Stop a run in time: stop requests, the allocation's time limit, the watchdog for hung ranks.
 
 Imports distributed/.
 """

@@ -1,6 +1,6 @@
-"""Requests to stop: signals, and files in the run's folder. Noted at once, obeyed between steps by all ranks together.
+"""Stop requests: signals, and files in the run's folder. A rank notes them at once; all ranks obey together between steps.
 
-Nothing here imports torch: the handlers are installed before the seconds that its import takes.
+Nothing here imports torch: the signal handlers are installed before its import, which takes seconds.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from shardstep.trainer.stopping.time_limit import TimeLimit
 
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_INTERVAL_S = 0.5  # between two looks at files and other ranks
-_MOST_CALLS = 100  # between two looks: a GPU's steps look faster than they are, until its queue is full
+_INTERVAL_S = 0.5  # between two checks of files and other ranks
+_MOST_CALLS = 100  # between two checks: a GPU's steps seem faster than they are until its queue is full
 
 Agree = Callable[[list[int]], list[int]]
-"""The largest of all ranks' numbers, place by place; every rank calls it."""
+"""An element-wise maximum over all ranks' numbers; every rank calls it."""
 
 
-class StopRequest:
-    """What this process was told by signals. A second one changes nothing."""
+class StopSignal:
+    """The first signal that asked this process to stop; later ones change nothing."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -32,21 +32,21 @@ class StopRequest:
         self._parent = os.getppid()
 
     def install(self) -> None:
-        """Note SIGTERM and SIGUSR1 from now on, even if they come while the process is starting."""
+        """Note SIGTERM and SIGUSR1 from now on, also while the process is still starting."""
         for number in _SIGNALS:
             signal.signal(number, self._note)
-        # The handler runs between two lines of Python, which a hung collective never reaches; a pipe is written at once.
+        # A handler runs between two lines of Python, which a hung collective never reaches. The pipe is written at once.
         self._wakeup, written = os.pipe()
         for end in (self._wakeup, written):
             os.set_blocking(end, False)
         signal.set_wakeup_fd(written, warn_on_full_buffer=False)
 
     def note_interrupts(self) -> None:
-        """From now on Ctrl-C is a request like the others; while the process is starting it ends it."""
+        """Treat Ctrl-C as a stop request from now on; while the process is starting, it ends the process."""
         signal.signal(signal.SIGINT, self._note)
 
-    def has_come(self) -> bool:
-        """Whether a signal has arrived, or the launcher is gone, though the main thread may not have come to note it."""
+    def has_arrived(self) -> bool:
+        """Return whether a signal has arrived or the launcher has ended, even if the main thread is stuck."""
         if self.reason is None and self._wakeup is not None:
             try:
                 received = os.read(self._wakeup, 64)
@@ -65,11 +65,11 @@ class StopRequest:
 
 
 class StopRequests:
-    """What all ranks have agreed to do. `stop` and `save` change between two calls of `check`, on all ranks alike."""
+    """What all ranks have agreed to do: `stop`, `save` and `out_of_time` change in `check`, and are equal on all ranks."""
 
     def __init__(
         self,
-        request: StopRequest,
+        stop_signal: StopSignal,
         folder: Path,
         is_main: bool,
         agree: Agree,
@@ -78,71 +78,68 @@ class StopRequests:
     ):
         """
         Args:
-            request: this process's.
-            folder: of the run; rank 0 looks for STOP and SAVE in it.
+            stop_signal: of this process.
+            folder: of the run, in which rank 0 looks for the files STOP and SAVE.
             is_main: whether this is rank 0.
             agree: exchanges numbers with the other ranks.
-            time_limit: of the allocation; rank 0 asks it.
-            max_train_s: of the recipe; rank 0's clock counts.
+            time_limit: of the allocation; only rank 0 uses it.
+            max_train_s: of the recipe, by rank 0's clock.
         """
-        self._request, self._folder, self._is_main, self._agree = request, folder, is_main, agree
+        self._signal, self._folder, self._is_main, self._agree = stop_signal, folder, is_main, agree
         self._time_limit, self._max_train_s = time_limit, max_train_s
         self._calls, self._previous_call, self._next_call = 0, 0, 1
         self._previous_s, self._pause = time.monotonic(), 0
         self.stop = False
         self.save = False
-        self.out_of_time = False  # the run's own: it ends as if its duration were over
+        self.out_of_time = False  # train.max_wall_s is over: the run ends as if its duration were
         self.reason = ""  # of the stop, as far as this rank knows
-        self.by_person = False  # whether somebody has put the file STOP there
+        self.by_person = False  # whether somebody created the file STOP
 
     def restart(self) -> None:
-        """Look again at the next call: what follows takes another time than what was before."""
+        """Check at the next call, because what follows has another pace than what came before."""
         self._next_call, self._pause = self._calls + 1, 0
 
     def check(self, evaluation_s: float = 0.0, train_s: float = 0.0) -> bool:
-        """Called equally often on every rank; talks to the others about twice a second. Returns `stop`.
+        """Agree with the other ranks, about twice a second, and return `stop`. Every rank calls it equally often.
 
         Args:
-            evaluation_s: how long what comes next will take; if the allocation ends before, that is a reason to stop.
-            train_s: seconds of training so far; where they do not pass, as in an evaluation, 0.
+            evaluation_s: seconds that the next evaluation will take; the run stops if the allocation ends before.
+            train_s: seconds of training so far; 0 during an evaluation, which does not count.
         """
         self._calls += 1
         if self.stop or self._calls < self._next_call:
             return self.stop
-        stop, save, job_ends, out_of_time = self._request.has_come(), False, False, False
+        stop, save, job_ends, out_of_time = self._signal.has_arrived(), False, False, False
         passed_s = time.monotonic() - self._previous_s
         if self._is_main:
-            # os.path: a mount that is gone has no such file, and is no reason to end
+            # os.path.exists does not raise when a mount is gone, which is no reason to end a run
             self.by_person = os.path.exists(self._folder / STOP_FILE)
             save = os.path.exists(self._folder / SAVE_FILE)
-            self._time_limit.looked(passed_s)
+            self._time_limit.note_interval(passed_s)
             job_ends = self._time_limit.is_near(evaluation_s)
             stop = stop or self.by_person or job_ends
         seconds_per_call = passed_s / (self._calls - self._previous_call)
-        # At most twice as many as before, from one on: the first calls may come faster than the steps that follow.
         interval_s = _INTERVAL_S
         if self._is_main and self._max_train_s is not None and train_s:
             out_of_time = train_s >= self._max_train_s
-            interval_s = min(interval_s, self._max_train_s - train_s)  # the next look comes no later than the end
+            interval_s = min(interval_s, self._max_train_s - train_s)  # check again no later than at the end
+        # The number of calls at most doubles, beginning with 1: the first calls may be faster than the steps that follow.
         pause = max(1, min(int(interval_s / max(seconds_per_call, 1e-6)), 2 * self._pause, _MOST_CALLS))
         agreed_stop, agreed_save, agreed_end, self._pause = self._agree(
             [int(stop), int(save), int(out_of_time), pause if self._is_main else 0]
         )
         self.out_of_time = self.out_of_time or bool(agreed_end)
-        self._previous_s, self._previous_call, self._next_call = (
-            time.monotonic(),
-            self._calls,
-            self._calls + self._pause,
-        )
+        self._previous_s = time.monotonic()
+        self._previous_call, self._next_call = self._calls, self._calls + self._pause
         self.stop, self.save = bool(agreed_stop), bool(agreed_save)
         if self.stop:
             others = f"a file {STOP_FILE}" if self.by_person else "another rank"
-            self.reason = self._request.reason or ("the allocation's end" if job_ends else others)
+            self.reason = self._signal.reason or ("the allocation's end" if job_ends else others)
         return self.stop
 
-    def obeyed(self) -> None:
-        """Take away the files whose request is fulfilled. Rank 0."""
-        if self.stop and os.path.exists(self._folder / STOP_FILE):  # which may have come since the last look
+    def remove_files(self) -> None:
+        """Remove the files whose requests have been obeyed. Rank 0."""
+        if self.stop and os.path.exists(self._folder / STOP_FILE):  # perhaps created since the last check
             self.by_person = True
         for name in (SAVE_FILE, *([STOP_FILE] if self.stop else [])):
             with contextlib.suppress(OSError):

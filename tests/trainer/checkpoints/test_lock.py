@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and what a restart makes of run.resume=never."""
+"""One run at a time in a folder, and how a restart treats run.resume=never."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ def wait_for(path: Path) -> None:
 
 def train_alone(recipe: str, results: Any, pause: str) -> None:
     """A process that trains, and waits for another before it claims its folder, or at step 3."""
-    from shardstep.trainer import loop, setup
+    from shardstep.trainer import loop, resume
 
     folder = Path(recipe).parent
 
@@ -35,7 +35,7 @@ def train_alone(recipe: str, results: Any, pause: str) -> None:
         (folder / f"waiting-{os.getpid()}").touch()
         wait_for(folder / "go")
 
-    claim, function = setup._claim_folder, loop.train_step
+    claim, function = resume.claim, loop.train_step
 
     def paused_claim(*arguments: Any) -> None:
         if pause == "claim":
@@ -48,7 +48,7 @@ def train_alone(recipe: str, results: Any, pause: str) -> None:
             wait()
         return function(run, batch)
 
-    setup._claim_folder, loop.train_step = paused_claim, paused_step
+    resume.claim, loop.train_step = paused_claim, paused_step
     join_world(0, 1, free_port())
     results.put(failure_of(recipe))
 
@@ -119,7 +119,7 @@ def test_a_run_that_has_come_and_gone_meanwhile_is_not_put_aside(shards: Path, t
     (tmp_path / "go").touch()
     code, _, message = results.get(timeout=60)
     assert code == 2
-    assert f"another run has begun in {tmp_path / 'run'} while this one was starting" in message
+    assert f"another run started in {tmp_path / 'run'} while this one was starting" in message
     assert content_of(tmp_path / "run") == before
     assert not list(tmp_path.glob("run.old*"))
 
@@ -140,7 +140,7 @@ def test_patience_waits_for_the_holder_to_end(tmp_path: Path) -> None:
     assert lock.hold(tmp_path, print, patience_s=20)
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -156,7 +156,7 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
 
 
 def attempt(recipe: str, environment: dict[str, str]) -> tuple[int, str, str]:
-    """Runs in a rank: what a launcher starts, for the first time or again."""
+    """Runs in a rank: start as a launcher does, for the first time or again."""
     os.environ.update(environment)
     return failure_of(recipe, "run.resume=never")
 

@@ -1,4 +1,4 @@
-"""Training passes that torch.compile has made, against those that it has not."""
+"""Compiled training passes against uncompiled ones."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from tests.runs import failure_of, train_lines, train_ranks, write_recipe
 @pytest.mark.drill
 @pytest.mark.parametrize(("world_size", "all_reduce"), [(1, "buckets"), (2, "buckets"), (2, "flat")])
 def test_the_same_curve_compiled(shards: Path, tmp_path: Path, world_size: int, all_reduce: str) -> None:
-    """With a batch that is short, one that a rank has no part of, and parameters that are frozen on the way."""
+    """With a short batch, one of which a rank has no share, and parameters that are frozen during the run."""
     curves = []
     for mode in ("none", "default"):
         recipe = write_recipe(
@@ -69,7 +69,7 @@ main(sys.argv[1:])
 
 @pytest.mark.drill
 def test_no_step_waits_for_the_compiler(shards: Path, tmp_path: Path) -> None:
-    """Neither the first, nor a short one, nor those after a freezing: all is compiled when the run is built."""
+    """Neither the first, nor a short one, nor one after a freezing: everything is compiled when the run is built."""
     groups = [{"match": "1.bias", "until": "3 steps"}, {"match": "1.weight", "until": "1 epochs"}]
     recipe = write_recipe(
         tmp_path,

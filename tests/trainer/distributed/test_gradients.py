@@ -149,7 +149,6 @@ def build_run(recipe: str) -> Any:
 
     checked = validate_recipe(load_recipe(recipe))
     run = setup.build(start_world(checked.train), checked, Display(enabled=False))
-    run.watchdog.stop()
     run.metrics.close()
     return run
 
@@ -258,7 +257,7 @@ def test_autocast_is_put_on_once(shards: Path, tmp_path: Path, precision: str) -
 
 
 def wrap_other_weights(all_reduce: str) -> tuple[list[float], list[float]]:
-    """Runs in a rank: the weights of a model that is another on each rank, and batch norm's mean when it is wrapped again."""
+    """Runs in a rank: the weights of a model that differs between ranks, and batch norm's mean after it is wrapped again."""
     from shardstep.configs.schema import TrainConfig
     from shardstep.trainer.distributed.ddp import wrap_for_training
     from shardstep.trainer.distributed.world import build_accelerator, start_world
@@ -318,8 +317,8 @@ def test_powersgd_says_that_it_begins_anew(shards: Path, tmp_path: Path) -> None
     run_ranks(2, train_until, str(recipe), 3)
     (code, output, message), (_, _, silence) = run_ranks(2, failure_of, str(recipe))
     assert code == 0
-    assert "all-reduced in buckets of 1 MiB, which travel as powersgd" in output
-    assert "train.compress=powersgd begins anew" in message
+    assert "all-reduced in buckets of 1 MiB, sent as powersgd" in output
+    assert "train.compress=powersgd starts over" in message
     assert silence == ""
 
 
@@ -351,7 +350,7 @@ def test_one_rank_has_nobody_to_share_with(shards: Path, tmp_path: Path) -> None
     ("override", "expected"),
     [
         ("train.all_reduce=flat", "which train.all_reduce=flat does without"),
-        ("train.on_nan=skip", "train.on_nan=skip could leave out no bad step"),
+        ("train.on_nan=skip", "train.on_nan=skip could not skip a bad step"),
         ("train.precision=fp16", "the first overflow of train.precision=fp16 would spoil"),
     ],
 )

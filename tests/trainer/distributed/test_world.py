@@ -122,7 +122,7 @@ def test_the_same_curve_for_the_documents_models(shards: Path, tmp_path: Path) -
 def test_torchvision_on_ranks_without_samples(shards: Path, tmp_path: Path) -> None:
     model = {"name": "torchvision/shufflenet_v2_x0_5", "sync_batch_norm": True}
     train = {"duration": "5 steps", "global_batch_size": 25}
-    # a small rate: so deep a net multiplies the rounding of its sums at every step
+    # a small lr: so deep a net multiplies the rounding of its sums at every step
     cases = {"sync": {"model": model, "optimizer": {"name": "sgd", "lr": 1e-4}, "train": train}}
     found = {world: curves(tmp_path, shards, world, cases)["sync"] for world in (1, 3)}
     assert largest_difference(found[1], found[3]) < 1e-3
@@ -141,7 +141,7 @@ def test_synchronised_batch_norm_gives_the_same_curve(shards: Path, tmp_path: Pa
 
 
 def test_ranks_agree_on_what_is_measured_on_one(shards: Path, tmp_path: Path) -> None:
-    """The probe runs on rank 0 alone: batch norm over all ranks must not wait for the others there."""
+    """Only rank 0 measures formats: batch norm over all ranks must not wait for the others there."""
     model = CNN | {"sync_batch_norm": True}
     recipe = write_recipe(tmp_path, shards, model=model, train={"precision": "auto", "memory_format": "auto"})
     train_ranks(2, recipe, "train.global_batch_size=13")  # the last batch of 10 has shares of 5, those of 13 of 6 and 7
@@ -259,7 +259,7 @@ def test_evaluation_is_exact(shards: Path, tmp_path: Path, world_size: int) -> N
 
 
 def test_accelerate_cpu_launch_is_caught() -> None:
-    with pytest.raises(InputError, match="starts one process only"):
+    with pytest.raises(InputError, match="starts only one process"):
         check_launch({"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"}, None)
 
 
@@ -326,7 +326,7 @@ def test_a_problem_of_one_rank_is_raised_on_all() -> None:
     assert run_ranks(3, raise_on_one_rank) == ["rank 1: no such folder"] * 3
 
 
-def test_config_is_written_with_settled_choices(shards: Path, tmp_path: Path) -> None:
+def test_config_is_written_with_its_choices_made(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards, train={"precision": "auto", "memory_format": "auto", "device": "auto"})
     train_ranks(2, recipe)
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

@@ -1,4 +1,4 @@
-"""Runs whose convolutions train by another method than torch's."""
+"""Runs whose convolutions use another method than torch's."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tests.runs import train_lines, train_ranks, train_until, write_recipe
         ("unfold", "bf16", {"name": "whitening_cnn", "widths": [16, 128, 128]}, "groups.2.4.weight", 2e-2),
     ],
 )
-def test_a_run_trains_with_a_method_and_goes_on_with_it(
+def test_a_run_trains_with_a_method_and_resumes_with_it(
     method: str, precision: str, model: dict[str, Any], filters: str, tolerance: float, shards: Path, tmp_path: Path
 ) -> None:
     train = {"precision": precision, "memory_format": "channels_last", "duration": "6 steps"}

@@ -1,4 +1,4 @@
-"""The backward pass of max pooling is torch's to the last bit, and is used where windows lie side by side."""
+"""The backward pass of max pooling is bitwise torch's, and is used where windows do not overlap."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""C code is compiled once for a processor, and what is missing for it is said in one line."""
+"""C code is compiled once per processor, and what is missing for it is reported in one line."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ from shardstep.trainer.kernels import native
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """C code of a function `answer`, and a cache folder of its own."""
+    """C code of a function `answer`, and a separate cache folder."""
     monkeypatch.setenv("SHARDSTEP_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "answer.c"
     path.write_text("int answer(void) { return 42; }\n")
@@ -56,7 +56,7 @@ def test_many_may_compile_at_once(source: Path, tmp_path: Path) -> None:
         ("no-such-compiler", "", "there is no no-such-compiler"),
         ("cc", "int answer(void) { return forty_two; }", "cc: .*answer.c.*forty_two"),
         ("cc -lno-such-library", "int answer(void) { return 42; }", "cc: .*cannot find -lno-such-library"),
-        ("false", "", "false: it failed, and did not say why"),
+        ("false", "", "false: it failed without a message"),
         ("cc 'open", "", "No closing quotation"),
     ],
 )
@@ -79,7 +79,7 @@ def test_an_empty_library_is_made_anew(source: Path, tmp_path: Path) -> None:
     assert native.load(source).answer() == 42
 
 
-def test_a_cache_folder_that_cannot_be_written_is_told(source: Path, tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_written_is_reported(source: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(native.NoCompilerError, match="cache"):
         native.load(source)
@@ -90,7 +90,7 @@ def test_an_empty_choice_is_none(source: Path, monkeypatch: pytest.MonkeyPatch) 
     assert native.load(source).answer() == 42
 
 
-def test_without_a_home_it_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_home_is_reported(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 

@@ -150,7 +150,7 @@ def test_a_row_beyond_the_tiles_of_images_is_zero() -> None:
 
 @pytest.mark.parametrize("in_forward", [True, False])
 def test_autocast_elsewhere_changes_nothing(in_forward: bool) -> None:
-    """Tiles have the format of the images, whatever products would be computed in there."""
+    """Tiles have the format of the images, whatever autocast's format is."""
     torch.manual_seed(0)
     images, weight = torch.randn(2, 32, 8, 8), torch.randn(32, 32, 3, 3, requires_grad=True)
     wanted = _gradients(winograd.convolve(images, weight, None, 1), weight)
@@ -401,7 +401,7 @@ def test_looking_for_gains_changes_no_model() -> None:
 WIDE = {"name": "article_cnn", "dropout": 0.0}
 
 
-def test_auto_is_settled_by_the_first_start(shards: Path, tmp_path: Path) -> None:
+def test_auto_is_chosen_by_the_first_start(shards: Path, tmp_path: Path) -> None:
     train = {"precision": "auto", "memory_format": "auto", "duration": "2 steps"}
     recipe = write_recipe(tmp_path, shards, model=WIDE, train=train)
     train_ranks(1, recipe)
@@ -427,7 +427,7 @@ def test_a_precision_that_changes_takes_the_method_with_it(shards: Path, tmp_pat
 
 
 def _train_without_compiler(rank: int, recipe: str, *overrides: str) -> str:
-    """Runs in a rank: trains, on one rank without a compiler; what the command says."""
+    """Runs in a rank: train, on one rank without a compiler; return the command's output."""
     if os.environ["RANK"] == str(rank):
         os.environ["CC"] = "no-such-compiler"
     code, _, told = failure_of(recipe, *overrides)
@@ -435,14 +435,14 @@ def _train_without_compiler(rank: int, recipe: str, *overrides: str) -> str:
     return told
 
 
-def test_a_run_goes_on_where_there_is_no_compiler_and_says_so(shards: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_without_a_compiler_and_warns(shards: Path, tmp_path: Path) -> None:
     train = {"precision": "fp32", "memory_format": "channels_last", "duration": "2 steps"}
     recipe = write_recipe(tmp_path, shards, model=WIDE, train=train)
     train_ranks(1, recipe, "train.convolutions=winograd")
     more = ["train.convolutions=auto", "train.duration=4 steps", "run.allow_changes=[train.duration]"]
     (told,) = run_ranks(1, _train_without_compiler, 0, str(recipe), *more)
     assert "warning: train.convolutions=winograd needs a C compiler (there is no no-such-compiler)" in told
-    assert "convolutions are torch's" in told
+    assert "falling back to torch's convolutions" in told
     assert len(train_lines(tmp_path / "run")) == 4
 
 
@@ -454,8 +454,8 @@ def test_a_rank_without_a_compiler_says_so_and_computes_as_torch_does(shards: Pa
     assert "warning: rank 1: train.convolutions=winograd needs a C compiler" in told[1]
 
 
-def test_a_run_of_an_earlier_version_goes_on(shards: Path, tmp_path: Path) -> None:
-    """It has kept the key by its old name."""
+def test_a_run_of_an_earlier_version_resumes(shards: Path, tmp_path: Path) -> None:
+    """Its recipe has the key by its old name."""
     train = {"precision": "fp32", "memory_format": "channels_last", "duration": "2 steps", "convolutions": "winograd"}
     recipe = write_recipe(tmp_path, shards, model=WIDE, train=train)
     recipe.write_text(recipe.read_text().replace("convolutions", "conv_gradients"))

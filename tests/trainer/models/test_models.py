@@ -64,12 +64,12 @@ def test_parameter_counts_by_hand() -> None:
     assert sum(p.numel() for p in build("article_cnn").parameters()) == expected
 
 
-def test_too_small_images_are_named() -> None:
+def test_too_small_images_are_refused() -> None:
     with pytest.raises(InputError, match=r"images of 8x8 pixels are too small, it needs 9x9: give data.resize=9"):
         build("article_cnn", (1, 8, 8))
 
 
-def test_options_without_effect_are_named() -> None:
+def test_options_without_effect_are_refused() -> None:
     with pytest.raises(InputError, match="negative_slope belongs to activation=leaky_relu"):
         build("mlp", negative_slope=0.2)
     with pytest.raises(InputError, match="sync_batch_norm=true has no effect: mlp has no batch norm"):
@@ -103,7 +103,7 @@ def test_a_shortcut_leads_around_all_but_the_first_convolution_of_a_deep_group()
 
 
 @pytest.mark.parametrize("depths", [[2], [2, 1], [2, 2, 2]])
-def test_depths_that_do_not_fit_are_named(depths: list[int]) -> None:
+def test_depths_that_do_not_fit_are_refused(depths: list[int]) -> None:
     with pytest.raises(InputError, match="depths must be 2 numbers of 2 or more, one for each of widths"):
         build("whitening_cnn", (3, 17, 17), widths=[4, 6], depths=depths)
 
@@ -141,7 +141,7 @@ def test_outputs_that_a_loss_does_not_take() -> None:
     check_outputs({"name": "mse"}, torch.zeros_like(images), images)
     with pytest.raises(InputError, match="takes log-probabilities"):
         check_outputs({"name": "nll"}, logits, images)
-    with pytest.raises(InputError, match="compares images with images, but the model turns them into"):
+    with pytest.raises(InputError, match="compares images with images, but the model's outputs have shape"):
         check_outputs({"name": "l1"}, logits, images)
     with pytest.raises(InputError, match="needs one number per class"):
         check_outputs({"name": "cross_entropy"}, images, images)

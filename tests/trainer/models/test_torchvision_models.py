@@ -176,7 +176,7 @@ def test_weights_from_a_file(donor: torch.nn.Module, tmp_path: Path, suffix: str
     assert torch.equal(model.fc.weight, before)
 
 
-def test_weights_with_the_same_classes_are_taken_whole(donor: torch.nn.Module, tmp_path: Path) -> None:
+def test_weights_with_the_same_classes_include_the_head(donor: torch.nn.Module, tmp_path: Path) -> None:
     torch.save(donor.state_dict(), tmp_path / "weights.pth")
     model = build(NAME, (3, 64, 64), 1000, pretrained=True)
     assert load_pretrained(NAME, model, str(tmp_path / "weights.pth")) == []
@@ -211,7 +211,7 @@ def test_weights_that_cannot_be_used(donor: torch.nn.Module, tmp_path: Path) -> 
 def weights_server(
     donor: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Path, type]]:
-    """torchvision's address of the weights points to a server of ours; torch keeps downloads in a folder of the test."""
+    """torchvision's address of the weights points to a local server; torch keeps downloads in a folder of the test."""
     import hashlib
 
     torch.save(donor.state_dict(), tmp_path / "weights.pth")

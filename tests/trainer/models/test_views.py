@@ -1,4 +1,4 @@
-"""Test-time augmentation against the same by hand."""
+"""Test-time augmentation against a computation by hand."""
 
 import pytest
 import torch

@@ -137,7 +137,8 @@ def with_slow_parts(recipe: str) -> dict[str, float]:
     """Runs in a rank."""
     from shardstep.datasets.resident import ResidentReader
     from shardstep.launch.train import main
-    from shardstep.trainer import loop, setup
+    from shardstep.trainer import loop
+    from shardstep.trainer import run as run_module
     from shardstep.trainer.optim.losses import Objective
 
     def slower(owner: Any, name: str, by: int) -> None:
@@ -152,7 +153,7 @@ def with_slow_parts(recipe: str) -> dict[str, float]:
     slower(ResidentReader, "read", 1)
     slower(Objective, "loss", 2)
     slower(loop, "step_optimizer", 3)
-    slower(setup, "evaluate", 1)
+    slower(run_module, "evaluate", 1)
     assert main([recipe, "train.max_micro_batch=20"]) == 0
     return json.loads((Path(recipe).parent / "run" / "summary.json").read_text())["time_s"]
 

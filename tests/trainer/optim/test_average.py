@@ -1,4 +1,4 @@
-"""Averages of the weights, held to their equations, and what a run does with them."""
+"""Averages of the weights against their equations, and how a run uses them."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ WALK = [1.0, 3.0, -2.0, 5.0]  # the weight after each of four steps; 0 before th
 
 
 def follow(section: dict) -> tuple[list[float], list[float]]:
-    """The average after each step, and the weight that training goes on from."""
+    """The average after each step, and the weight from which training continues."""
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(module.weight)
     state = TrainState(module, module, optimizer=None)  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ def test_ema() -> None:
     assert fast == WALK
 
 
-def test_lookahead_goes_on_from_the_average_every_second_step() -> None:
+def test_lookahead_continues_from_the_average_every_second_step() -> None:
     # after step 2: 0.5 * 0 + 0.5 * 3; after step 4: 0.5 * 1.5 + 0.5 * 5
     slow, fast = follow({"name": "lookahead", "decay": 0.5, "rise": 0.0, "every": "2 steps"})
     assert slow == [0, 1.5, 1.5, 3.25]
@@ -130,7 +130,7 @@ def test_the_average_is_what_is_evaluated_and_kept(shards: Path, tmp_path: Path)
         losses = [line["loss"] for line in read_lines(folder / "run" / "metrics.jsonl") if line["kind"] == "train"]
         assert json.loads((folder / "run" / "summary.json").read_text())["eval"]["loss"] > losses[-1]
     (path / "average.safetensors").write_bytes(bytes((path / "average.safetensors").stat().st_size))
-    with pytest.raises(InputError, match="average.safetensors is damaged: its sha256 is another"):
+    with pytest.raises(InputError, match="average.safetensors is damaged: its sha256 does not match"):
         open_trained_model(path, "cpu")
 
 
@@ -152,7 +152,7 @@ def test_progress_is_counted_in_steps_and_no_clock_changes_the_weights() -> None
 
 
 def test_weights_of_a_checkpoint_are_its_average_where_it_has_one(shards: Path, tmp_path: Path) -> None:
-    """For whoever loads them: evaluate, report, predict and export."""
+    """evaluate, report, predict and export load them."""
     recipe = write_recipe(tmp_path, shards, average={"name": "ema", "decay": 1.0}, train={"duration": "5 steps"})
     train_ranks(1, recipe)
     path = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]

@@ -41,7 +41,7 @@ def sgd(eta: float, mu: float = 0.0, nesterov: bool = False) -> Iterator[list[fl
 
 
 def document_momentum(eta: float, mu: float) -> Iterator[list[float]]:
-    """The documents' form: the rate inside the velocity, which is added to the weights."""
+    """The documents' form: the learning rate inside the velocity, which is added to the weights."""
     w, v = list(START), [0.0] * 3
     while True:
         v = [mu * a - eta * b for a, b in zip(v, gradient(w), strict=True)]
@@ -162,7 +162,7 @@ def test_groups_by_name_and_dimension() -> None:
 
 def test_a_group_without_parameters_is_an_error() -> None:
     section = DEFAULTS | {"name": "sgd", "lr": 0.1, "groups": [{"match": "conv*", "lr": 0.01}]}
-    with pytest.raises(InputError, match=r"groups\[0\].*fits none of the model's parameters"):
+    with pytest.raises(InputError, match=r"groups\[0\].*matches no parameter"):
         build_optimizer(section, model())
 
 
@@ -203,7 +203,7 @@ BESIDE_MUON = {"name": "adamw", "lr": 0.01, "groups": [{"match": "0.*", "name": 
 
 @pytest.mark.parametrize("given", [*({"name": name} for name in OPTIMIZERS), BESIDE_MUON], ids=lambda g: str(g["name"]))
 def test_runs_and_resumes_through_its_state(given: dict) -> None:
-    """Weights and state, through what a checkpoint stores, lead to the same losses as going on."""
+    """Weights and state, through what a checkpoint stores, lead to the same losses as continuing."""
     section, problems = resolve_options("optimizer", given, OPTIMIZERS, COMMON_OPTIONS)
     assert not problems + check_optimizer(section)
     net = matrices()
@@ -430,7 +430,9 @@ def test_filter_muon_iterates_in_the_format_of_the_training(asked: str, precisio
 
 
 def test_filter_muon_refuses_vectors() -> None:
-    with pytest.raises(InputError, match=r"parameters of shape \(3,\); give it the filters beside another optimizer"):
+    with pytest.raises(
+        InputError, match=r"parameters of shape \(3,\); give it only the filters, and another optimizer"
+    ):
         build_optimizer(
             DEFAULTS
             | {

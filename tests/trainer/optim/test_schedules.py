@@ -1,4 +1,4 @@
-"""Schedules against torch's own, and against figures by hand; nothing depends on the number of ranks."""
+"""Schedules against torch's, and against values computed by hand; nothing depends on the number of ranks."""
 
 import math
 
@@ -99,7 +99,7 @@ def test_every_schedule_is_finite_over_a_run_and_past_it() -> None:
         assert all(math.isfinite(value) for value in factors(section, steps=60)), name
 
 
-def test_a_part_that_ends_early_has_the_whole_schedule_until_then() -> None:
+def test_a_part_that_ends_early_has_the_complete_schedule_until_then() -> None:
     rate = LearningRate(DEFAULTS | {"name": "linear", "final": 0.0}, Duration.parse("4 epochs"), N, B)
     # 1 epoch is 10 steps: a tenth less with each of them, then nothing
     found = [rate.factor(at(step), "1 epochs") for step in (0, 5, 9, 10, 39)]

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from shardstep.trainer.metrics import LineFile
-from shardstep.trainer.stopping.stop_requests import StopRequest, StopRequests
+from shardstep.trainer.run_dir import RunDir
+from shardstep.trainer.stopping.stop_requests import StopRequests, StopSignal
 from shardstep.trainer.stopping.time_limit import TimeLimit
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
@@ -55,17 +56,18 @@ def assert_equal(one: Path, other: Path) -> None:
 
 
 def disturbed(recipe: str, where: str, step: int, disturb: str, rank: int, *overrides: str) -> tuple[int, str, str]:
-    """Runs in a rank: trains, and at a place of a step something happens on one of the ranks.
+    """Runs in a rank: train, and make something happen on one of the ranks, at a given point of a step.
 
     Args:
         recipe: to train.
-        where: step, evaluation, save or start.
+        where: the point: step, evaluation, save or start.
         step: at which it happens.
-        disturb: names of signals that the process sends to itself, in turn, or of a file that is put into the folder.
+        disturb: names of signals that the process sends to itself, in turn, or of a file that it creates in the folder.
         rank: on which it happens; -1: on every one.
         overrides: of the recipe.
     """
-    from shardstep.trainer import loop, setup
+    from shardstep.trainer import loop, resume
+    from shardstep.trainer import run as run_module
     from shardstep.trainer.checkpoints import checkpoint
 
     def happen() -> None:
@@ -92,9 +94,9 @@ def disturbed(recipe: str, where: str, step: int, disturb: str, rank: int, *over
     elif where == "save":
         before(checkpoint, "take_snapshot", lambda state, *rest: state.progress.step == step)
     elif where == "start":
-        before(setup, "_follow_rank_0", lambda world, recipe: True)  # which all ranks call
+        before(resume, "with_choices_of_rank_0", lambda world, recipe: True)  # which all ranks call
     else:
-        function = setup.evaluate
+        function = run_module.evaluate
 
         def evaluate(accelerator: Any, module: Any, batches: Any, *rest: Any) -> Any:
             def passing() -> Iterator[Any]:
@@ -105,13 +107,13 @@ def disturbed(recipe: str, where: str, step: int, disturb: str, rank: int, *over
 
             return function(accelerator, module, passing, *rest)
 
-        setup.evaluate = evaluate
+        run_module.evaluate = evaluate
     StopRequests.check = _check_every_time(StopRequests.check)  # type: ignore[method-assign]
     return failure_of(recipe, *overrides)
 
 
 def _check_every_time(check: Callable[..., bool]) -> Callable[..., bool]:
-    """Steps here take a millisecond; the look at other ranks that is due twice a second comes at each of them."""
+    """Steps here take a millisecond; make the check that is due twice a second at each of them."""
 
     def every_time(requests: StopRequests, *arguments: Any, **keywords: Any) -> bool:
         requests._next_call = 0
@@ -121,7 +123,7 @@ def _check_every_time(check: Callable[..., bool]) -> Callable[..., bool]:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "STOP", "SIGTERM SIGINT SIGTERM"])
-def test_a_request_saves_the_step_and_the_run_goes_on(
+def test_a_request_saves_the_step_and_the_run_resumes(
     undisturbed: Callable[[int], Path], shards: Path, tmp_path: Path, name: str
 ) -> None:
     recipe = write_recipe(tmp_path, shards, **SECTIONS)
@@ -174,7 +176,7 @@ def test_at_any_place(
 
 
 def test_a_broken_off_evaluation_leaves_each_rank_its_own_statistics(shards: Path, tmp_path: Path) -> None:
-    """Those of batch norm are averaged for an evaluation; one that is broken off must not have happened."""
+    """Batch norm's are averaged for an evaluation; an interrupted evaluation must not change them."""
     model = {"name": "whitening_cnn", "widths": [8, 8]}
     sections = SECTIONS | {"model": model, "eval": {"every": "5 steps", "batch_size": 4}}
     recipes = [write_recipe(tmp_path / name, shards, **sections) for name in ("whole", "cut")]
@@ -189,7 +191,7 @@ def test_a_broken_off_evaluation_leaves_each_rank_its_own_statistics(shards: Pat
     assert_equal(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
 
 
-def test_a_save_request_saves_and_goes_on(shards: Path, tmp_path: Path) -> None:
+def test_a_save_request_saves_and_training_continues(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards, **SECTIONS, run={"dir": str(tmp_path / "run")})
     ((code, _, _),) = run_ranks(1, disturbed, str(recipe), "step", 6, "SAVE", 0, "checkpoint.keep=9")
     assert code == 0
@@ -210,7 +212,7 @@ def test_under_an_agent_a_stop_is_no_failure(shards: Path, tmp_path: Path) -> No
 
 
 def looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durations: list[float | None]) -> list[int]:
-    """At which of some calls, so many seconds apart, the other ranks are asked; None is a change of phase."""
+    """Return at which of some calls, so many seconds apart, the ranks communicate; None is a change of phase."""
     now, looks, call = [0.0], [], [0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
@@ -219,7 +221,7 @@ def looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durations: list[fl
         return numbers
 
     unlimited = TimeLimit(None, save_s=lambda: None, share_done=lambda: 0.0)
-    requests = StopRequests(StopRequest(), tmp_path, is_main=True, agree=agree, time_limit=unlimited)
+    requests = StopRequests(StopSignal(), tmp_path, is_main=True, agree=agree, time_limit=unlimited)
     requests.check()  # before the first step, at once
     for number, duration in enumerate(durations, start=1):
         if duration is None:
@@ -285,7 +287,7 @@ def failing(recipe: str, rank: int) -> tuple[int, str, str, float]:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_the_rank_that_failed_speaks_first_and_the_others_end(shards: Path, tmp_path: Path, rank: int) -> None:
+def test_the_rank_that_failed_prints_first_and_the_others_end(shards: Path, tmp_path: Path, rank: int) -> None:
     began = time.monotonic()
     outcomes = run_ranks(3, failing, str(write_recipe(tmp_path, shards, **SECTIONS)), rank)
     assert time.monotonic() - began < 60
@@ -321,7 +323,7 @@ def hanging(recipe: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "rank"), [(1, 0), (3, 1)])
-def test_a_hang_ends_the_run_and_names_the_rank(shards: Path, tmp_path: Path, world_size: int, rank: int) -> None:
+def test_a_hang_ends_the_run_and_reports_the_rank(shards: Path, tmp_path: Path, world_size: int, rank: int) -> None:
     began = time.monotonic()
     with pytest.raises(AssertionError, match="died without a word, exit codes .*1"):
         run_ranks(world_size, hanging, str(write_recipe(tmp_path, shards, **SECTIONS)), rank)
@@ -334,10 +336,31 @@ def test_a_hang_ends_the_run_and_names_the_rank(shards: Path, tmp_path: Path, wo
         stacks = (tmp_path / "run" / f"hang-rank{number}.txt").read_text()
         # the one that hangs has not come to the step that the others wait in
         assert ("in train_step" in stacks) == (number != rank)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["failure"], summary["step"]) == ("failed", "hang", 4)
+    assert f"failed: {summary['reason']}\n" in told
+    assert RunDir(tmp_path / "run").state() == "failed"
+
+
+def hanging_with_a_writer_that_blocks(recipe: str) -> None:
+    """Runs in a rank: it hangs, and so does the disk when it writes the summary."""
+    from shardstep.trainer import finish
+
+    finish.write_summary = lambda *arguments, **options: time.sleep(600)
+    hanging(recipe, 0)
+
+
+def test_a_summary_that_cannot_be_written_keeps_no_hung_process_alive(shards: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="died without a word, exit codes .*1"):
+        run_ranks(1, hanging_with_a_writer_that_blocks, str(write_recipe(tmp_path, shards, **SECTIONS)))
+    assert time.monotonic() - began < 60
+    assert "failed: rank 0 has not moved for" in (tmp_path / "stderr0").read_text()
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def hanging_after_a_stop(recipe: str) -> None:
-    """Runs in a rank: all are asked to stop, and one comes to the agreement no more."""
+    """Runs in a rank: all are asked to stop, and one never reaches the agreement."""
     from shardstep.launch.train import main
     from shardstep.trainer import loop
     from shardstep.trainer.stopping import watchdog
@@ -370,7 +393,7 @@ def test_a_hang_after_a_stop_request_ends_sooner(shards: Path, tmp_path: Path) -
 
 
 class CountingStore:
-    """A store that counts what it is asked."""
+    """A store that counts its calls."""
 
     def __init__(self, store: Any):
         self._store, self.calls = store, 0
@@ -411,7 +434,7 @@ def test_a_beat_costs_a_rank_three_calls_whatever_the_world(monkeypatch: pytest.
 
 
 def bad_batches(recipe: str, steps: list[int], *overrides: str) -> tuple[int, str, str]:
-    """Runs in a rank: on rank 1 some steps see images that are no numbers."""
+    """Runs in a rank: on the last rank, some steps see images of NaN."""
     import dataclasses
 
     from shardstep.trainer import loop
@@ -497,11 +520,11 @@ def on_a_disk_that_fills(recipe: str, folder: str) -> tuple[int, str, str]:
     return failure_of(recipe, "checkpoint.every=2 steps", "eval.every=100 steps")
 
 
-def test_a_full_disk_is_told_and_training_goes_on(shards: Path, tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk_gives_a_warning_and_training_continues(shards: Path, tmp_path: Path, small_disk: Path) -> None:
     own: dict[str, Any] = {"run": {"dir": str(small_disk / "run")}, "model": {"name": "mlp", "hidden": [4]}}
     recipe = write_recipe(tmp_path, shards, **SECTIONS | own | {"optimizer": {"name": "sgd", "lr": 0.05}})
     ((code, _, message),) = run_ranks(1, on_a_disk_that_fills, str(recipe), str(small_disk))
-    assert "warning: step 6 could not be saved, training goes on: [Errno 28] No space left on device" in message
+    assert "warning: step 6 could not be saved, training continues: [Errno 28] No space left on device" in message
     assert [line["step"] for line in train_lines(small_disk / "run")] == list(range(1, 13))
     from shardstep.trainer.checkpoints import checkpoint_files
 
@@ -540,15 +563,15 @@ def out_of_reach(recipe: str, how: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("how", "reason"), [("gone", "No such file or directory"), ("read-only", "Read-only file system")]
 )
-def test_a_folder_out_of_reach_is_told_and_training_goes_on(
+def test_a_folder_out_of_reach_gives_a_warning_and_training_continues(
     undisturbed: Callable[[int], Path], shards: Path, tmp_path: Path, small_disk: Path, how: str, reason: str
 ) -> None:
-    """small_disk is asked for because it skips the test where nothing can be mounted."""
+    """The fixture small_disk skips the test where nothing can be mounted."""
     recipe = write_recipe(tmp_path, shards, **SECTIONS)
     ((code, _, message),) = run_ranks(1, out_of_reach, str(recipe), how)
     assert code == 0, message
     for step in (6, 8):
-        assert f"warning: step {step} could not be saved, training goes on: " in message
+        assert f"warning: step {step} could not be saved, training continues: " in message
     assert reason in message
     from shardstep.trainer.checkpoints import checkpoint_files
 
@@ -565,7 +588,7 @@ def test_lines_that_cannot_be_written_come_with_the_next(tmp_path: Path) -> None
     lines.append("one")
     lines.append("two")
     assert len(told) == 1
-    assert "/dev/full cannot be written, its lines are kept in memory for now: No space left on device" in told[0]
+    assert "/dev/full cannot be written, so its lines stay in memory for now: No space left on device" in told[0]
     lines.close()
     lines._file = (tmp_path / "lines").open("ab", buffering=0)  # the disk has room again
     lines.close()

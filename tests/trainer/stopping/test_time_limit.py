@@ -10,7 +10,7 @@ import pytest
 
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.launch_env import Allocation
-from shardstep.trainer.stopping.stop_requests import StopRequest, StopRequests
+from shardstep.trainer.stopping.stop_requests import StopRequests, StopSignal
 from shardstep.trainer.stopping.time_limit import TimeLimit, jobs_needed, jobs_text
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_ranks, write_recipe
@@ -34,7 +34,7 @@ def test_what_ending_well_needs() -> None:
     assert not given.is_near(3600 - 35)
     assert given.is_near(3600 - 34)
     given.save_s = 30.0
-    given.limit.looked(4.0)
+    given.limit.note_interval(4.0)
     # two steps of 4 s and two saves of 30 s, half as long again, and 20: 1.5 x 2 x (4 + 30) + 20 = 122
     assert not given.is_near(3600 - 122)
     assert given.is_near(3600 - 121)
@@ -45,10 +45,10 @@ def test_what_ending_well_needs() -> None:
 
 def test_a_slow_look_long_ago_is_forgotten() -> None:
     given = Fixture()
-    given.limit.looked(1000.0)
+    given.limit.note_interval(1000.0)
     assert given.is_near(3600 - 2000)
     for _ in range(30):
-        given.limit.looked(1.0)
+        given.limit.note_interval(1.0)
     assert not given.is_near(3600 - 2000)
 
 
@@ -78,7 +78,7 @@ def test_how_many_more_jobs() -> None:
     assert jobs_text(3, 4 * 3600 + 60) == "3 more jobs of 4 h 1 min"
 
 
-def test_the_outlook_is_told_once_and_only_if_the_job_is_too_short() -> None:
+def test_the_outlook_is_given_once_and_only_if_the_job_is_too_short() -> None:
     given = Fixture()
     given.now, given.done = 59.0, 0.001
     assert given.limit.early_outlook() is None
@@ -96,13 +96,11 @@ def test_the_outlook_is_told_once_and_only_if_the_job_is_too_short() -> None:
 def test_rank_0_asks_for_all(tmp_path: Path) -> None:
     given = Fixture()
     given.now = 3590.0
-    requests = StopRequests(
-        StopRequest(), tmp_path, is_main=True, agree=lambda numbers: numbers, time_limit=given.limit
-    )
+    requests = StopRequests(StopSignal(), tmp_path, is_main=True, agree=lambda numbers: numbers, time_limit=given.limit)
     assert requests.check()
     assert requests.reason == "the allocation's end"
     assert not requests.by_person
-    other = StopRequests(StopRequest(), tmp_path, is_main=False, agree=lambda numbers: numbers, time_limit=given.limit)
+    other = StopRequests(StopSignal(), tmp_path, is_main=False, agree=lambda numbers: numbers, time_limit=given.limit)
     assert not other.check()
 
 
@@ -116,7 +114,7 @@ SECTIONS: dict[str, Any] = {
 def in_an_allocation(
     recipe: str, seconds: float, evaluation_s: float, stopped_file: str, trained_s: float = 0.0, *overrides: str
 ) -> tuple[int, str, str]:
-    """Runs in a rank: trains in an allocation that ends in `seconds`; an evaluation, and training, took so long before."""
+    """Runs in a rank: train in an allocation that ends in `seconds`; an evaluation, and training, took so long before."""
     from shardstep.trainer.state import TrainState
 
     os.environ["SLURM_JOB_END_TIME"] = str(time.time() + seconds)
@@ -159,7 +157,7 @@ def test_a_run_that_its_time_ends_is_done_by_its_time(shards: Path, tmp_path: Pa
     assert "a job of this length may be too short" not in output
 
 
-def test_a_job_is_told_that_a_person_has_stopped_it(shards: Path, tmp_path: Path) -> None:
+def test_the_job_script_learns_that_a_person_stopped_the_run(shards: Path, tmp_path: Path) -> None:
     recipe, stopped = (
         write_recipe(tmp_path, shards, **SECTIONS, run={"dir": str(tmp_path / "run")}),
         tmp_path / "stopped",
