@@ -23,7 +23,8 @@ from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.rng import permutation
 from shardstep.datasets.scan import MOST_NAMED, index_shards
-from shardstep.datasets.sources import Source, listed, open_source
+from shardstep.datasets.sources import open_source
+from shardstep.datasets.sources.source import Source, listed
 
 BadImages = Literal["refuse", "skip"]
 SAMPLES_PER_SHARD = 1000
@@ -44,7 +45,7 @@ def write_shards(
     """Write one split of a source as WebDataset shards with a manifest and an index.
 
     Args:
-        source: see datasets/sources.py.
+        source: a name or path, see datasets/sources/__init__.py.
         split: "train" or "test".
         out: folder to make; it must not hold anything yet.
         samples_per_shard: samples per tar; the last one holds the rest.

@@ -121,7 +121,7 @@ def _index(args: argparse.Namespace) -> int:
     from shardstep.configs.errors import InputError
     from shardstep.datasets.manifest import MANIFEST_NAME, parse_manifest
     from shardstep.datasets.scan import index_shards
-    from shardstep.datasets.sources import WRITTEN_ELSEWHERE
+    from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE
 
     if not args.dir.is_dir():
         raise InputError(f"{args.dir} is not a folder")

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets import sources
 from shardstep.datasets.decode import decode
 from shardstep.datasets.manifest import open_shards
-from shardstep.datasets.sources import CIFAR10_CLASSES, open_source, surely_differs
+from shardstep.datasets.sources import open_source, surely_differs
+from shardstep.datasets.sources.cifar10 import CIFAR10_CLASSES
+from shardstep.datasets.sources.source import Source
 
 
 def png(value: int, size: tuple[int, int] = (4, 3), mode: str = "RGB") -> bytes:
@@ -23,7 +24,7 @@ def png(value: int, size: tuple[int, int] = (4, 3), mode: str = "RGB") -> bytes:
     return buffer.getvalue()
 
 
-def pixels_of(source: sources.Source, number: int) -> np.ndarray:
+def pixels_of(source: Source, number: int) -> np.ndarray:
     content = source.read(number)
     return content if isinstance(content, np.ndarray) else decode(content, "UNCHANGED")
 
