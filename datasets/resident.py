@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.cache import cache_folder, node_lock
+from shardstep.configs.file_lock import file_lock
+from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.manifest import ShardFolder
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.reader import StreamReader
@@ -56,7 +57,7 @@ def load_resident(shards: ShardFolder, resize: int | None, device: torch.device)
     shape = (shards.manifest.samples, *stream.image_shape)
     path = cache_folder() / f"{shards.manifest.fingerprint}-{'x'.join(map(str, stream.image_shape))}.u8"
     try:
-        with node_lock(path.with_suffix(".lock")):
+        with file_lock(path.with_suffix(".lock")):
             if not _is_whole(path, shape):
                 try:
                     _decode_all(stream, shape, path, str(shards.path))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import file_sha256
 from shardstep.datasets.decode import EXTENSIONS, decode
 from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, split_name, write_manifest
 from shardstep.datasets.tar import BLOCK, Member, read_members
@@ -104,15 +105,6 @@ def index_shards(
     )
     write_manifest(folder, manifest, data)
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
 
 
 def _scan(number: int, path: Path, advance: Callable[[int], None]) -> _ShardScan:

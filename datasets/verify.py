@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import file_sha256
 from shardstep.datasets.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -17,7 +18,6 @@ from shardstep.datasets.manifest import (
     size_problem,
     split_name,
 )
-from shardstep.datasets.scan import file_sha256
 from shardstep.datasets.tar import BLOCK, read_members
 
 

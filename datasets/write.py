@@ -17,7 +17,8 @@ from typing import Literal
 import numpy as np
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.cache import node_lock, sync_to_disk
+from shardstep.configs.file_lock import file_lock
+from shardstep.configs.files import sync_to_disk
 from shardstep.datasets.decode import EXTENSIONS, decode, encode_png
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
@@ -62,7 +63,7 @@ def write_shards(
     if limit is not None and limit < 1:
         raise InputError(f"a limit of {limit} images: choose at least 1")
     out = out.expanduser().resolve()
-    with node_lock(out.parent / f".{out.name}.lock"):
+    with file_lock(out.parent / f".{out.name}.lock"):
         images = open_source(source, split)
         if classes_of is not None:
             images = images.in_classes(open_shards(classes_of).manifest.classes, str(classes_of))
@@ -95,7 +96,7 @@ def make_missing_shards(source: str, split: str, out: Path) -> bool:
     if (out / MANIFEST_NAME).is_file():
         return False
     out = out.expanduser().resolve()
-    with node_lock(out.parent / f".{out.name}.lock"):
+    with file_lock(out.parent / f".{out.name}.lock"):
         if (out / MANIFEST_NAME).is_file():
             return False
         images = open_source(source, split)

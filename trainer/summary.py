@@ -3,8 +3,7 @@
 import json
 from typing import Any
 
-from shardstep.configs.files import write_whole
-from shardstep.datasets.scan import file_sha256
+from shardstep.configs.files import file_sha256, write_whole
 from shardstep.trainer.distributed.ddp import exposed_communication_s
 from shardstep.trainer.evaluation import Evaluation
 from shardstep.trainer.run import Run

@@ -16,7 +16,8 @@ from urllib.error import HTTPError
 import numpy as np
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.cache import cache_folder, node_lock
+from shardstep.configs.file_lock import file_lock
+from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.sources.source import Source
 from shardstep.datasets.tar import read_members
 
@@ -34,7 +35,7 @@ def download_cifar10(tries: int = 3) -> Path:
 
     archive = cache_folder() / "downloads" / CIFAR10.filename
     problem: Exception | None = None
-    with node_lock(archive.parent / ".lock"):
+    with file_lock(archive.parent / ".lock"):
         if check_integrity(str(archive), CIFAR10.tgz_md5):
             return archive
         for _ in range(tries):

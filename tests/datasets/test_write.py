@@ -144,7 +144,9 @@ def test_a_class_that_the_other_set_has_not(tmp_path: Path) -> None:
     write_shards(str(tmp_path / "tree"), "train", tmp_path / "train")
     (tmp_path / "tree" / "test" / "b_cat").rename(tmp_path / "tree" / "test" / "c_cow")
     (tmp_path / "tree" / "test" / "d_empty").mkdir()
-    with pytest.raises(InputError, match="train has no class c_cow, only a_dog, b_cat: remove the images of other classes"):
+    with pytest.raises(
+        InputError, match="train has no class c_cow, only a_dog, b_cat: remove the images of other classes"
+    ):
         write_shards(str(tmp_path / "tree"), "test", tmp_path / "test", classes_of=tmp_path / "train")
     assert not (tmp_path / "test").exists()
 

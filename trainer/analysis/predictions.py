@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import file_sha256, write_whole
 from shardstep.datasets.batches import test_batches
 from shardstep.datasets.progress import progress_bar
-from shardstep.datasets.scan import file_sha256
 from shardstep.trainer.analysis.trained_model import TrainedModel
 from shardstep.trainer.models.views import predict
 

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from shardstep.configs.durations import Progress
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import write_whole
-from shardstep.datasets.cache import sync_to_disk
+from shardstep.configs.files import sync_to_disk, write_whole
 from shardstep.trainer.checkpoints.checkpoint_files import (
     AVERAGE,
     BUFFERS,
