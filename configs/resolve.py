@@ -1,4 +1,4 @@
-"""Recipe to ResolvedRecipe: every choice that a recipe may leave to `auto`, made once for a run."""
+"""Recipe to ResolvedRecipe: every key that a recipe may leave at `auto` gets its value, once for a run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class ResolvedTrainConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class ResolvedRecipe(Recipe):
-    """A recipe whose choices are made; what config.yaml holds."""
+    """A recipe without `auto`, as in a run's config.yaml."""
 
     data: ResolvedDataConfig = field(default_factory=ResolvedDataConfig)
     train: ResolvedTrainConfig = field(default_factory=ResolvedTrainConfig)
@@ -45,7 +45,7 @@ class ResolvedRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Choices:
-    """The keys that a recipe may leave to `auto`, as rank 0 has chosen them for all ranks."""
+    """Values that rank 0 chose for all ranks, for the keys that a recipe may leave at `auto`."""
 
     mode: DataMode
     device: Device
@@ -61,11 +61,11 @@ CHOICES = (
     ("train", "memory_format"),
     ("train", "convolutions"),
 )
-"""Section and key of what a recipe may leave to `auto`."""
+"""Section and key of each value that a recipe may leave at `auto`."""
 
 
 def resolve(recipe: Recipe, choices: Choices) -> ResolvedRecipe:
-    """Put the choices of a run into its recipe, which stays as it is."""
+    """Return the recipe with the choices of a run filled in."""
     train_keys = {key: getattr(choices, key) for section, key in CHOICES if section == "train"}
     data = ResolvedDataConfig(**_shallow(recipe.data) | {"mode": choices.mode})
     train = ResolvedTrainConfig(**_shallow(recipe.train) | train_keys)
@@ -73,20 +73,22 @@ def resolve(recipe: Recipe, choices: Choices) -> ResolvedRecipe:
 
 
 def as_resolved(recipe: Recipe, where: str) -> ResolvedRecipe:
-    """A recipe that leaves nothing to `auto`, such as that of a run's config.yaml.
+    """Convert a recipe that has no `auto`, such as that of a run's config.yaml.
 
     Raises:
-        InputError: it does leave something; the message names it and `where` the recipe is from.
+        InputError: some keys are `auto`; the message names them and `where` the recipe is from.
     """
     chosen = {f"{section}.{key}": getattr(getattr(recipe, section), key) for section, key in CHOICES}
     left = [name for name, value in chosen.items() if value == "auto"]
     if left:
-        raise InputError(f"{where} leaves {', '.join(left)} to auto: it is not the recipe of a run that has begun")
+        raise InputError(
+            f"{where} leaves {', '.join(left)} at auto: it is not the config.yaml of a run that has started"
+        )
     return resolve(recipe, Choices(**{name.partition(".")[2]: value for name, value in chosen.items()}))
 
 
 def with_keys(recipe: Recipe, **sections: Mapping[str, object]) -> Recipe:
-    """A copy of a recipe with other values of some keys: `with_keys(recipe, run={"resume": "never"})`."""
+    """Return a copy of a recipe with some keys changed: `with_keys(recipe, run={"resume": "never"})`."""
     changed: dict[str, Any] = {
         name: dataclasses.replace(getattr(recipe, name), **keys) for name, keys in sections.items()
     }
