@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.text import count
 from shardstep.datasets.decode import EXTENSIONS
 from shardstep.datasets.sources.source import Source
 
@@ -66,7 +67,7 @@ def classes_and_labels(parts: list[tuple[str, ...]], where: Path) -> tuple[list[
         raise InputError(f"no images in {where}: looked for <class>/<file>.{'|'.join(EXTENSIONS)}")
     loose = [part[0] for part in parts if len(part) < 2]
     if loose:
-        raise InputError(f"{len(loose)} images in {where} lie in no class folder, such as {loose[0]}")
+        raise InputError(f"{where} holds {count(len(loose), 'image')} outside class folders, such as {loose[0]}")
     classes = sorted({part[0] for part in parts})
     label_of = {name: label for label, name in enumerate(classes)}
     return classes, np.array([label_of[part[0]] for part in parts], dtype=np.int64)

@@ -98,7 +98,7 @@ def test_images_of_different_sizes_need_resize(tmp_path: Path) -> None:
         path.write_bytes(png(77, size=size))
     assert write_shards(str(tmp_path / "tree"), "train", tmp_path / "out").image_shape is None
     opened = open_shards(tmp_path / "out")
-    with pytest.raises(InputError, match="differ in size: give data.resize"):
+    with pytest.raises(InputError, match="differ in size: set data.resize"):
         StreamReader(opened)
     pixels, _ = StreamReader(opened, resize=4).read(np.arange(2))
     assert pixels.shape == (2, 4, 4, 3)
@@ -168,7 +168,7 @@ def test_bad_images_are_named_as_in_the_source_and_leave_nothing_behind(tmp_path
     with pytest.raises(InputError) as raised:
         write_shards(str(source), "train", tmp_path / "out")
     headline, *lines = str(raised.value).splitlines()
-    assert headline.startswith(f"{source} has images that cannot be used (mend or remove them")
+    assert headline.startswith(f"{source} has images that cannot be used (fix or remove them")
     assert lines == [
         "  - train/a_dog/3.png: not an image that can be decoded",
         "  - train/b_cat/0.jpg: not an image that can be decoded: it is empty",
@@ -311,7 +311,7 @@ def test_transparency_is_dropped(tmp_path: Path) -> None:
 
 
 def test_a_huge_label_without_class_names(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the largest label is 3000000, with 1 samples: name the classes"):
+    with pytest.raises(InputError, match="the largest label is 3000000, with 1 sample: give the class names"):
         index_shards(foreign(tmp_path / "x", a={"1.png": png(1), "1.cls": b"3000000"}), {})
 
 
