@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice, tee
 
 import numpy as np
@@ -68,6 +68,7 @@ class _Piece:
     """The positions of a micro-batch that is not read yet."""
 
     epoch: int
+    order: EpochOrder
     start: int
     stop: int
 
@@ -83,107 +84,85 @@ def micro_pieces(size: int, rank: int, world_size: int, max_micro_batch: int) ->
     return [(min(begin + offset, end), min(begin + offset + step, end)) for offset in range(0, largest, step)]
 
 
+@dataclass(eq=False)
 class TrainBatches:
-    """Endless batches of a training set, starting at any position."""
+    """Endless batches of a training set, starting at any position.
 
-    def __init__(
-        self,
-        reader: Reader,
-        order: OrderConfig,
-        *,
-        global_batch_size: int,
-        samples_per_epoch: int,
-        rank: int,
-        world_size: int,
-        max_micro_batch: int,
-        transforms: Sequence[Transform],
-        normalize: Normalize,
-        memory_format: torch.memory_format,
-        device: torch.device,
-        workers: int,
-    ):
-        """
-        Args:
-            reader: reads the pixels.
-            order: determines which sample is at which position.
-            global_batch_size: samples per optimizer step over all ranks.
-            samples_per_epoch: all samples, or fewer if the last batch is dropped.
-            rank, world_size: of this process.
-            max_micro_batch: largest number of samples of one rank in one pass.
-            transforms, normalize: applied to a batch on the device.
-            memory_format: of the images.
-            device: where the batches go.
-            workers: threads that read ahead; 0 reads in the calling thread.
-        """
-        self._reader = reader
-        self._order = order
-        self._global_batch_size = global_batch_size
-        self._samples_per_epoch = samples_per_epoch
-        self._rank = rank
-        self._world_size = world_size
-        self._max_micro_batch = max_micro_batch
-        self._transforms = transforms
-        self._normalize = normalize
-        self._memory_format = memory_format
-        self._device = device
-        self._workers = workers
-        self._epoch_order: EpochOrder | None = None
-        self._epoch = -1
-        self._announced: set[tuple[int, int]] = set()
-        self.wait_s = 0.0
-        """Seconds spent waiting for data and preparing it since the start."""
-        self.to_device_s, self.augment_s = 0.0, 0.0
-        """Parts of wait_s: copying batches to the device, and transforming them; host time."""
+    Attributes:
+        reader: reads the pixels.
+        order: determines which sample is at which position.
+        global_batch_size: samples per optimizer step over all ranks.
+        samples_per_epoch: all samples, or fewer if the last batch is dropped.
+        rank, world_size: of this process.
+        max_micro_batch: largest number of samples of one rank in one pass.
+        transforms, normalize: applied to a batch on the device.
+        memory_format: of the images.
+        device: where the batches go.
+        workers: threads that read ahead; 0 reads in the calling thread.
+        wait_s: seconds spent waiting for data and preparing it since the start.
+        to_device_s, augment_s: parts of wait_s: copying batches to the device, and transforming them; host time.
+    """
+
+    reader: Reader
+    order: OrderConfig
+    global_batch_size: int
+    samples_per_epoch: int
+    rank: int
+    world_size: int
+    max_micro_batch: int
+    transforms: Sequence[Transform]
+    normalize: Normalize
+    memory_format: torch.memory_format
+    device: torch.device
+    workers: int
+    wait_s: float = field(default=0.0, init=False)
+    to_device_s: float = field(default=0.0, init=False)
+    augment_s: float = field(default=0.0, init=False)
+    _announced: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     def from_position(self, epoch: int, position: int) -> Iterator[GlobalBatch]:
         """Yield global batches forever, starting at a position of an epoch."""
         ahead, planned = tee(self._plan(epoch, position))  # reading is ahead of the batches that are yielded
-        reads = read_ahead((piece for *_, pieces in ahead for piece in pieces), self._read, self._workers)
+        reads = read_ahead((piece for *_, pieces in ahead for piece in pieces), self._read, self.workers)
         for batch_epoch, start, size, pieces in planned:
             yield GlobalBatch(batch_epoch, start, size, len(pieces), self._prepared(islice(reads, len(pieces))))
 
     def _plan(self, first_epoch: int, position: int) -> Iterator[tuple[int, int, int, list[_Piece]]]:
         """Yield each global batch as its epoch, position, size, and this rank's pieces of it."""
+        config = self.order
         for epoch in count(first_epoch):
-            for start in range(position, self._samples_per_epoch, self._global_batch_size):
-                size = min(self._global_batch_size, self._samples_per_epoch - start)
-                places = micro_pieces(size, self._rank, self._world_size, self._max_micro_batch)
-                yield epoch, start, size, [_Piece(epoch, start + begin, start + end) for begin, end in places]
+            order = EpochOrder(config.samples_per_shard, config.seed, epoch, config.lanes, config.window_shards)
+            self._announced.clear()
+            for start in range(position, self.samples_per_epoch, self.global_batch_size):
+                size = min(self.global_batch_size, self.samples_per_epoch - start)
+                places = micro_pieces(size, self.rank, self.world_size, self.max_micro_batch)
+                yield epoch, start, size, [_Piece(epoch, order, start + begin, start + end) for begin, end in places]
             position = 0
 
     def _read(self, piece: _Piece) -> Callable[[], tuple[_Piece, np.ndarray, Tensor, Tensor]]:
         """Return a task that reads one piece. The ids are computed here: the order's cache belongs to one thread."""
-        order = self._order_of(piece.epoch)
-        sample_ids = order.slice(piece.start, piece.stop)
-        for lane, block in order.blocks(piece.start, piece.stop):
+        sample_ids = piece.order.slice(piece.start, piece.stop)
+        for lane, block in piece.order.blocks(piece.start, piece.stop):
             for upcoming in (block, block + 1):
                 if (lane, upcoming) not in self._announced:
                     self._announced.add((lane, upcoming))
-                    self._reader.will_need(order.shards_of(lane, upcoming))
-        return lambda: (piece, sample_ids, *self._reader.read(sample_ids))
-
-    def _order_of(self, epoch: int) -> EpochOrder:
-        if epoch != self._epoch or self._epoch_order is None:
-            order = self._order
-            self._epoch_order = EpochOrder(order.samples_per_shard, order.seed, epoch, order.lanes, order.window_shards)
-            self._epoch = epoch
-            self._announced.clear()
-        return self._epoch_order
+                    self.reader.will_need(piece.order.shards_of(lane, upcoming))
+        return lambda: (piece, sample_ids, *self.reader.read(sample_ids))
 
     def _prepared(self, reads: Iterator[tuple[_Piece, np.ndarray, Tensor, Tensor]]) -> Iterator[MicroBatch]:
         began = time.perf_counter()
         for piece, sample_ids, images, labels in reads:
             read = time.perf_counter()
-            images = images.to(self._device, non_blocking=True)
-            labels = labels.to(self._device, non_blocking=True)
+            images = images.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
             on_device = time.perf_counter()
-            if self._transforms and len(images):
-                positions = torch.arange(piece.start, piece.stop, device=self._device)
-                ids = torch.from_numpy(sample_ids).to(self._device, non_blocking=True)
-                draws = Draws(self._order.seed, piece.epoch, positions, ids)
-                for transform in self._transforms:
+            if self.transforms and len(images):
+                positions = torch.arange(piece.start, piece.stop, device=self.device)
+                ids = torch.from_numpy(sample_ids).to(self.device, non_blocking=True)
+                draws = Draws(self.order.seed, piece.epoch, positions, ids)
+                for transform in self.transforms:
                     images = transform(images, draws)
-            images = self._normalize(images).contiguous(memory_format=self._memory_format)
+            images = self.normalize(images).contiguous(memory_format=self.memory_format)
             ready = time.perf_counter()
             self.wait_s += ready - began
             self.to_device_s += on_device - read
@@ -212,11 +191,7 @@ def test_batches(
     mine = np.arange(rank, num_samples, world_size)
     largest = -(-num_samples // world_size)
     parts = (mine[start : start + batch_size] for start in range(0, largest, batch_size))
-
-    def task(ids: np.ndarray) -> Callable[[], tuple[np.ndarray, Tensor, Tensor]]:
-        return lambda: (ids, *reader.read(ids))
-
-    for ids, images, labels in read_ahead(parts, task, workers):
+    for ids, images, labels in read_ahead(parts, lambda ids: lambda: (ids, *reader.read(ids)), workers):
         pixels = normalize(images.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
         yield pixels, labels.to(device, non_blocking=True), ids
 

@@ -71,11 +71,6 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return data.tobytes()
 
 
-def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Scale the shorter side to `size` and crop the centre. uint8, shape (size, size, channels)."""
-    return resize_to_cover(pixels, size, size)
-
-
 def resize_to_cover(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Scale an image until it just covers a frame and crop the centre. uint8, shape (height, width, channels).
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.decode import decode, resize_and_crop
+from shardstep.datasets.decode import decode, resize_to_cover
 from shardstep.datasets.manifest import ShardFolder
 from shardstep.datasets.tar import BLOCK
 
@@ -119,7 +119,7 @@ class StreamReader:
         except ValueError as error:
             raise InputError(f"{self._name(sample_id)}: {error}") from None
         if self._resize is not None:
-            pixels = resize_and_crop(pixels, self._resize)
+            pixels = resize_to_cover(pixels, self._resize, self._resize)
         if pixels.shape != self.image_shape:
             raise InputError(
                 f"{self._name(sample_id)} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the manifest says "

@@ -105,8 +105,8 @@ def _info(args: argparse.Namespace) -> int:
     size = "x".join(map(str, reversed(manifest.image_shape[1:]))) if manifest.image_shape else "of several sizes"
     print(f"samples      {manifest.samples:,} in {count(len(manifest.shards), 'shard')}, {manifest.bytes:,} bytes")
     print(f"images       {size}, {manifest.image_mode}, {'/'.join(manifest.encodings)}")
-    print(f"mean         {_numbers(manifest.mean)}")
-    print(f"std          {_numbers(manifest.std)}")
+    print("mean        ", *(f"{value:.4f}" for value in manifest.mean))
+    print("std         ", *(f"{value:.4f}" for value in manifest.std))
     print(f"made         {', '.join(f'{key} {value}' for key, value in manifest.made.items())}")
     print(f"fingerprint  {manifest.fingerprint}")
     print(f"classes      {len(manifest.classes)}")
@@ -163,10 +163,6 @@ def _order(args: argparse.Namespace) -> int:
 
 def _size(manifest: "Manifest") -> str:
     return f"{count(manifest.samples, 'image')} in {count(len(manifest.shards), 'shard')}"
-
-
-def _numbers(values: list[float]) -> str:
-    return " ".join(f"{value:.4f}" for value in values)
 
 
 if __name__ == "__main__":

@@ -211,9 +211,9 @@ def test_damaged_batches(tmp_path: Path, content: bytes) -> None:
 def test_a_flipped_byte_of_a_packed_archive_is_found(tmp_path: Path) -> None:
     contents = {name + ".bin": binary_batch() for name in batches()}
     path = write_archive(tmp_path / "cifar-10-binary.tar.gz", contents, "b")
-    whole = path.read_bytes()
-    for place in range(100, len(whole), len(whole) // 40):  # before that, gzip keeps a name and a time
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    intact = path.read_bytes()
+    for place in range(100, len(intact), len(intact) // 40):  # before that, gzip keeps a name and a time
+        path.write_bytes(intact[:place] + bytes([intact[place] ^ 1]) + intact[place + 1 :])
         with pytest.raises(InputError):
             open_source(str(path), "train")
 
@@ -241,7 +241,7 @@ def test_members_that_point_outside_write_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def local_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Serves an archive in place of the real one; yields the list of requests, and how many of them to refuse."""
+    """Serves an archive instead of the real one; yields the number of requests, and how many of them to refuse."""
     import hashlib
     import threading
     from http.server import BaseHTTPRequestHandler, HTTPServer

@@ -315,7 +315,7 @@ def test_a_huge_label_without_class_names(tmp_path: Path) -> None:
         index_shards(foreign(tmp_path / "x", a={"1.png": png(1), "1.cls": b"3000000"}), {})
 
 
-def test_long_keys_are_whole(tmp_path: Path) -> None:
+def test_long_keys_are_complete(tmp_path: Path) -> None:
     import tarfile as tarfiles
 
     names = [f"{'x' * 90}/{'y' * 40}{number}" for number in range(2)]
@@ -354,6 +354,6 @@ def test_a_limit_writes_so_many_of_the_same_images(tmp_path: Path) -> None:
     write_shards("synthetic:200", "train", tmp_path / "all", samples_per_shard=30)
     few, every = (open_shards(tmp_path / name) for name in ("few", "all"))
     assert set(few.index["crc32"].tolist()) < set(every.index["crc32"].tolist())
-    for limit, told in ((0, "choose at least 1"), (201, "but there are 200: leave it out")):
-        with pytest.raises(InputError, match=told):
+    for limit, expected in ((0, "choose at least 1"), (201, "but there are 200: omit it")):
+        with pytest.raises(InputError, match=expected):
             write_shards("synthetic:200", "train", tmp_path / "none", limit=limit)
