@@ -9,11 +9,11 @@ from shardstep.configs.errors import InputError
 
 
 def partial_of(path: Path) -> Path:
-    """Return the temporary name under which `write_whole` writes first; a kill can leave it behind."""
+    """Return the temporary name under which `write_atomically` writes first; a kill can leave it behind."""
     return path.with_name(path.name + ".partial")
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write a file by rename, so that even after a kill or a power cut it is complete, or still the old one.
 
     Raises:

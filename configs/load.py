@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shardstep.configs.components import first_line, neighbours, refusal
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import write_atomically
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 
 _SECTIONS = {section.name: section for section in dataclasses.fields(Recipe)}
@@ -26,7 +26,7 @@ _ON_DEVICE = {"on_cpu": "cpu", "on_cuda": "cuda"}
 
 
 @dataclass
-class Loaded:
+class LoadedRecipe:
     """A recipe as it was read, with the problems found so far.
 
     Attributes:
@@ -41,7 +41,7 @@ class Loaded:
     source: str = ""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    for_device: Callable[[str], "Loaded"] | None = None
+    for_device: Callable[[str], "LoadedRecipe"] | None = None
 
 
 def recipe_names() -> list[str]:
@@ -68,7 +68,7 @@ def find_recipe(name: str) -> Path:
     raise InputError(f"no recipe {name!r}: neither a file nor a built-in recipe; {neighbours(name, recipe_names())}")
 
 
-def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = None) -> Loaded:
+def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = None) -> LoadedRecipe:
     """Read a recipe and apply overrides of the form section.key=value.
 
     Args:
@@ -80,7 +80,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
         InputError: the recipe does not exist, or is not YAML. Problems inside it are returned in `problems`.
     """
     path, overrides = find_recipe(name), list(overrides)
-    loaded = Loaded(Recipe(), source=name)
+    loaded = LoadedRecipe(Recipe(), source=name)
     config = OmegaConf.structured(Recipe)
     for node in (config, *(config[section] for section in _SECTIONS)):
         OmegaConf.set_readonly(node, False)  # OmegaConf makes the sections of frozen dataclasses read-only
@@ -137,7 +137,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe to a file that load_recipe can read."""
-    write_whole(path, recipe_text(recipe).encode())
+    write_atomically(path, recipe_text(recipe).encode())
 
 
 def _apply(config: DictConfig, written: Any, problems: list[str]) -> None:
@@ -199,7 +199,7 @@ def _takes_text(section: str, key: str) -> bool:
     return any(option.name == key and option.type is str for option in dataclasses.fields(section_class))
 
 
-def _change_name(config: DictConfig, section: str, name: str, loaded: Loaded) -> None:
+def _change_name(config: DictConfig, section: str, name: str, loaded: LoadedRecipe) -> None:
     if "${" in name:
         loaded.problems.append(f"{section}.name={name} is not a name")
         return

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import write_atomically
 from shardstep.configs.text import count
 from shardstep.datasets.tar import BLOCK, read_members
 
@@ -84,8 +84,8 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest, index: bytes) -> None:
     """Write index and manifest.json; the manifest last, because a folder without one is not a data set."""
-    write_whole(folder / INDEX_NAME, index)
-    write_whole(folder / MANIFEST_NAME, manifest_bytes(manifest))
+    write_atomically(folder / INDEX_NAME, index)
+    write_atomically(folder / MANIFEST_NAME, manifest_bytes(manifest))
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardstep.configs.errors import InputError, NonFiniteError, TrainingFailed
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import write_atomically
 from shardstep.trainer import loop
 from shardstep.trainer.checkpoints.checkpoint import write_weights
 from shardstep.trainer.checkpoints.checkpoint_files import newest_whole
@@ -183,7 +183,7 @@ def _tell_job_script(run: Run) -> None:
         return
     steps = run.state.progress.step - run.state.starts[-1]["step"]
     try:
-        write_whole(path, f"{steps} {'person' if run.requests.by_person else 'signal'}\n".encode())
+        write_atomically(path, f"{steps} {'person' if run.requests.by_person else 'signal'}\n".encode())
     except OSError as error:
         run.display.warn(f"{path} could not be written, the job will not be started again: {error}")
 

@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.load import Loaded, load_recipe, recipe_names, save_recipe
+from shardstep.configs.load import LoadedRecipe, load_recipe, recipe_names, save_recipe
 from shardstep.configs.schema import Recipe
 from shardstep.trainer.validate import validate_recipe
 
 
-def load(tmp_path: Path, text: str, *overrides: str) -> Loaded:
+def load(tmp_path: Path, text: str, *overrides: str) -> LoadedRecipe:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     return load_recipe(str(path), overrides)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from shardstep.configs.durations import Progress
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import sync_to_disk, write_whole
+from shardstep.configs.files import sync_to_disk, write_atomically
 from shardstep.trainer.checkpoints.checkpoint_files import (
     AVERAGE,
     BUFFERS,
@@ -135,7 +135,7 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 def write_weights(module: nn.Module, path: Path) -> None:
     """Write a model's weights as safetensors."""
-    write_whole(path, safetensors.torch.save(weights(module)))
+    write_atomically(path, safetensors.torch.save(weights(module)))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
