@@ -1,1 +1,1 @@
-"""What to run: the recipe's schema, its loader, and the recipes themselves."""
+"""The recipe's schema, its loader, and the recipes themselves."""

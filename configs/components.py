@@ -1,8 +1,8 @@
-"""Names and their options: a recipe's open sections, checked against the functions that they name.
+"""Open sections of a recipe, checked against the functions that they name.
 
-`{"name": "sgd", "momentum": 0.9}` and a mapping of names to functions go in; the same with every option resolved and
-converted to its type comes out. An option is a keyword argument of the function: its signature is the schema, so a new
-model or transform needs nothing but its function.
+`{"name": "sgd", "momentum": 0.9}` and a mapping of names to functions go in; the same section with every option filled in
+and converted to its type comes out. The options are the function's keyword arguments: its signature is the schema, so a
+new model or transform needs only its function.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ SIMPLE_TYPES = (bool, int, float, str)
 
 
 def neighbours(word: str, known: Collection[str]) -> str:
-    """The hint for an unknown word: the closest known ones, or all of them when none is close."""
+    """Return a hint for an unknown word: the closest known words, or all of them if none is close."""
     close = [name for name in known if name.endswith("/" + word.lower())]
     close = close or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     close = close or [name for name in known if len(word) > 2 and word.lower() in name.lower()][:3]
@@ -31,7 +31,7 @@ def neighbours(word: str, known: Collection[str]) -> str:
 
 
 def options_of(function: Callable) -> dict[str, Any]:
-    """The options of a function and their defaults: its keyword-only parameters; of a class, all that have defaults."""
+    """Return a function's options and defaults: its keyword-only parameters; for a class, also all that have defaults."""
     wanted = inspect.Parameter.KEYWORD_ONLY
     return {
         name: parameter.default
@@ -49,20 +49,20 @@ def resolve_options(
     """Check one open section and fill in the defaults.
 
     Args:
-        section: how the section is called in messages, such as "optimizer".
-        given: `name` and options, as the recipe has them.
-        functions: the functions that can be named.
-        common: further options that go with any name: their type and default.
+        section: the name of the section in messages, such as "optimizer".
+        given: `name` and options from the recipe.
+        functions: the known functions by name.
+        common: type and default of further options that are valid with every name.
 
     Returns:
-        The section with all options, converted, and the problems found (empty when all is well).
+        The section with all options, converted, and the problems found (empty if there are none).
     """
     common = common or {}
     name = given.get("name")
     if name is None:
         return dict(given), [f"{section}.name is missing; known: {', '.join(sorted(functions))}"]
     if not isinstance(name, str) or not all(isinstance(key, str) for key in given):
-        return dict(given), [f"{section} must map names to values, with one name of its own, not {dict(given)}"]
+        return dict(given), [f"{section} must map names to values, including one `name`, not {dict(given)}"]
     if name not in functions:
         return dict(given), [f"{section}.name={name} is unknown; {neighbours(str(name), functions)}"]
 
@@ -90,23 +90,23 @@ def resolve_options(
 
 
 def refusal(value: Any, error: Exception) -> str:
-    """Why OmegaConf does not take a value."""
+    """Return why OmegaConf rejects a value."""
     reason = first_line(error)
-    return f"{value} is no list: write [{value}]" if "is not a ListConfig" in reason else reason
+    return f"{value} is not a list: write [{value}]" if "is not a ListConfig" in reason else reason
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without what its library adds below."""
+    """Return the first line of an error's message, without the context that its library adds below."""
     return str(error).split("\n")[0]
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Convert a YAML value to the type of a parameter, as OmegaConf does it for its structured configs.
+    """Convert a YAML value to the type of a parameter, as OmegaConf does for its structured configs.
 
     Raises:
-        ValueError: the value does not fit; the message says what does.
+        ValueError: the value does not fit; the message says which values do.
     """
-    # A class of one field lets OmegaConf judge the value: numbers, strings, choices, lists and tuples of them.
+    # A class with one field makes OmegaConf check the value: numbers, strings, choices, lists and tuples of them.
     holder = dataclasses.make_dataclass("Option", [("value", hint)])
     try:
         result = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(holder), {"value": value}), resolve=True)
@@ -115,7 +115,7 @@ def convert(value: Any, hint: Any) -> Any:
     assert isinstance(result, dict)
     plain = result["value"]
     if isinstance(plain, float) and not math.isfinite(plain):
-        raise ValueError(f"{plain} is not a number to compute with")
+        raise ValueError(f"{plain} is NaN or infinite")
     return list(plain) if isinstance(plain, tuple) else plain
 
 
@@ -147,14 +147,14 @@ LIMITS: dict[str, tuple[float, float]] = {
     "hidden": (1, math.inf),
     "widths": (1, math.inf),
 }
-"""What the numbers of an option can be, wherever an option of this name occurs; for lists, each of their numbers."""
+"""Smallest and largest value of an option, wherever an option has this name; in a list, of each number."""
 
 
 def check_limits(key: str, value: Any) -> None:
     """Check an option's numbers against LIMITS.
 
     Raises:
-        ValueError: a number is outside; the message says what the limits are.
+        ValueError: a number is outside its limits; the message gives them.
     """
     least, most = LIMITS.get(key, (-math.inf, math.inf))
     for number in value if isinstance(value, list) else [value]:
@@ -163,11 +163,11 @@ def check_limits(key: str, value: Any) -> None:
 
 
 def hint_of(function: Callable, key: str) -> Any:
-    """The type of a parameter in terms that OmegaConf knows: without the tensors that torch's optimizers also admit."""
+    """Return a parameter's type in terms that OmegaConf knows: without the tensors that torch's optimizers also accept."""
     target = function.__init__ if inspect.isclass(function) else function
     try:
         return _without_tensors(typing.get_type_hints(target).get(key, Any))
-    except NameError:  # an annotation that only type checkers can resolve
+    except NameError:  # an annotation that only type checkers resolve
         return Any
 
 
@@ -180,7 +180,7 @@ def _without_tensors(hint: Any) -> Any:
             if argument in (*SIMPLE_TYPES, type(None)) or typing.get_origin(argument) is not None
         )
         return typing.Union[kept] if kept else Any  # noqa: UP007 - built from a tuple
-    if origin is tuple and Ellipsis in arguments:  # OmegaConf has no tuple of any length
+    if origin is tuple and Ellipsis in arguments:  # OmegaConf has no tuples of any length
         return list[arguments[0]]  # type: ignore[valid-type]
     if origin is tuple:
         return tuple[tuple(_without_tensors(argument) for argument in arguments)]  # type: ignore[misc]

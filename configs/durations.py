@@ -1,4 +1,4 @@
-"""Durations in the units people think in: "10 epochs", "8.5 epochs", "200 steps"."""
+"""Durations in epochs or steps: "10 epochs", "8.5 epochs", "200 steps"."""
 
 import re
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ _PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*(epochs?|steps?)")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
-        step: optimizer steps done.
-        epoch: epochs completed; also the number of the epoch under way, from 0.
-        position: samples of the epoch under way that are consumed: the next global position.
+        step: completed optimizer steps.
+        epoch: completed epochs, which is also the number of the current epoch, from 0.
+        position: samples consumed in the current epoch, which is also the next global position.
         samples: samples consumed since the start of the run.
     """
 
@@ -31,17 +31,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training. The value is a Fraction, so that "0.1 epochs" is a tenth exactly."""
+    """A length of training. The value is a Fraction, so that "0.1 epochs" is exactly a tenth."""
 
     value: Fraction
     unit: Unit
 
     @classmethod
     def parse(cls, text: str) -> "Duration":
-        """Read "10 epochs", "8.5 epochs" or "200 steps".
+        """Parse "10 epochs", "8.5 epochs" or "200 steps".
 
         Raises:
-            InputError: the text has no number or unit, the value is 0, or a number of steps is not whole.
+            InputError: the text has no number or unit, the value is 0, or the number of steps is not an integer.
         """
         match = _PATTERN.fullmatch(text.strip())
         if not match:
@@ -50,7 +50,7 @@ class Duration:
         if value == 0:
             raise InputError(f"{text!r}: a duration must be longer than 0")
         if unit == "steps" and value.denominator != 1:
-            raise InputError(f"{text!r}: a number of steps must be whole")
+            raise InputError(f"{text!r}: the number of steps must be an integer")
         return cls(value, "epochs" if unit == "epochs" else "steps")
 
     def __str__(self) -> str:
@@ -58,24 +58,24 @@ class Duration:
         return f"{number} {self.unit}"
 
     def elapsed(self, progress: Progress, samples_per_epoch: int) -> float:
-        """How many of this duration have passed: 1 at its end, 2 after twice as long."""
+        """Return the elapsed multiple of this duration: 1 at its end, 2 after twice as long."""
         done, length = self._counts(progress, samples_per_epoch)
         return done / length
 
     def is_over(self, progress: Progress, samples_per_epoch: int) -> bool:
-        """Whether the duration has passed: "8.5 epochs" ends at the first step boundary at or past 8.5 epochs."""
+        """Check whether the duration has passed: "8.5 epochs" ends at the first step boundary at or past 8.5 epochs."""
         done, length = self._counts(progress, samples_per_epoch)
         return done >= length
 
     def is_due(self, before: Progress, after: Progress, samples_per_epoch: int) -> bool:
-        """Whether a multiple of this duration lies in the step that led from `before` to `after`."""
-        # Whole numbers: no drift, and nothing is missed when one step spans several multiples.
+        """Check whether the step from `before` to `after` reaches or passes a multiple of this duration."""
+        # Integers: no drift, and no multiple is missed when one step spans several.
         done, length = self._counts(after, samples_per_epoch)
         return done // length > self._counts(before, samples_per_epoch)[0] // length
 
     def _counts(self, progress: Progress, samples_per_epoch: int) -> tuple[int, int]:
-        """What has passed and the duration itself, as whole numbers of one unit. At every step, and 20 times as fast as a
-        division of Fractions."""
+        """Return the elapsed time and the duration as integers of one unit: 20 times as fast as a division of Fractions,
+        and needed at every step."""
         if self.unit == "steps":
             return progress.step, self.value.numerator
         done = progress.epoch * samples_per_epoch + progress.position
@@ -83,7 +83,7 @@ class Duration:
 
 
 def duration_problems(texts: Mapping[str, object]) -> list[str]:
-    """What is wrong with the durations of some keys, each with its key before it."""
+    """Return the problems of the durations of some keys, each prefixed with its key."""
     problems = []
     for key, text in texts.items():
         try:

@@ -1,21 +1,21 @@
-"""Failures that are told in a message, without a traceback: bad input (exit code 2) and failed training (1)."""
+"""Errors that print a message without a traceback: bad input (exit code 2) and failed training (exit code 1)."""
 
 
 class InputError(ValueError):
     """Bad input: a recipe, an option, an environment or a data set that cannot be used as it is.
 
-    The message says what is wrong (with the values), what follows from it, and how to mend it. Several problems found
-    together are joined by newlines.
+    The message says what is wrong (with the values), the consequence, and the remedy. Several problems found together are
+    joined by newlines.
 
     Attributes:
-        everywhere: whether every rank raises it, so that one of them is enough to tell the person.
+        everywhere: whether every rank raises it, so that only one of them needs to print it.
     """
 
     everywhere = True
 
     @classmethod
     def from_problems(cls, headline: str, problems: list[str], most: int | None = None) -> "InputError":
-        """One error that counts all `problems` and names them, or the first `most`, each on a line of its own."""
+        """Return one error that counts all `problems` and lists them, or the first `most`, one per line."""
         if len(problems) == 1:
             return cls(f"{headline}: {problems[0]}")
         named = problems[:most]
@@ -25,7 +25,7 @@ class InputError(ValueError):
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on, and not for a mistake in the input that could have been found before: a NaN loss, say."""
+    """Training cannot continue, for a reason that no check of the input could have found, such as a NaN loss."""
 
 
 class NonFiniteError(TrainingFailed):

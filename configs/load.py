@@ -1,4 +1,4 @@
-"""A recipe's name and overrides to a checked Recipe: YAML, then `section.key=value`, all problems at once."""
+"""A recipe's name and overrides to a Recipe: YAML first, then `section.key=value`; all problems are reported at once."""
 
 import dataclasses
 import os
@@ -16,47 +16,47 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shardstep.configs.components import first_line, neighbours, refusal
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import write_atomically
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 
 _SECTIONS = {section.name: section for section in dataclasses.fields(Recipe)}
-_RENAMED = {("train", "conv_gradients"): "convolutions"}  # in recipes that runs of earlier versions have kept
+_RENAMED = {("train", "conv_gradients"): "convolutions"}  # old: new; runs of earlier versions have old keys
 _ON_DEVICE = {"on_cpu": "cpu", "on_cuda": "cuda"}
-"""Parts of a recipe file that count on one kind of device only; they hold sections, like the file itself."""
+"""Parts of a recipe file that apply on one kind of device only; each holds sections, like the file itself."""
 
 
 @dataclass
-class Loaded:
-    """A recipe as far as it could be read.
+class LoadedRecipe:
+    """A recipe as it was read, with the problems found so far.
 
     Attributes:
-        recipe: without what it says for one kind of device only.
-        source: where it comes from, as it was given: a path, or a name.
+        recipe: without the parts that apply on one kind of device only.
+        source: the path or name that was given.
         problems: what could not be read.
-        notes: what the person should know.
-        for_device: the recipe for a device (cpu or cuda), or None where it is the same for all.
+        notes: what the user should know.
+        for_device: loads the recipe for a device (cpu or cuda); None if it is the same for all devices.
     """
 
     recipe: Recipe
     source: str = ""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    for_device: Callable[[str], "Loaded"] | None = None
+    for_device: Callable[[str], "LoadedRecipe"] | None = None
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the toolkit."""
+    """Return the names of the recipes that come with the toolkit."""
     folder = resources.files("shardstep.configs")
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
 def is_override(word: str) -> bool:
-    """Whether a command's first word changes its default recipe, as `log.wandb=offline` does, rather than naming one."""
+    """Check whether a command's first word is an override such as `log.wandb=offline`, rather than a recipe."""
     return "=" in word and not Path(word).is_file()
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe: a path, or the name of one in configs/.
+    """Return the file of a recipe, given its path or its name in configs/.
 
     Raises:
         InputError: there is no such recipe.
@@ -65,25 +65,25 @@ def find_recipe(name: str) -> Path:
         return Path(name)
     if name in recipe_names():
         return Path(str(resources.files("shardstep.configs"))) / f"{name}.yaml"
-    raise InputError(f"no recipe {name!r}: neither a file nor one of ours; {neighbours(name, recipe_names())}")
+    raise InputError(f"no recipe {name!r}: neither a file nor a built-in recipe; {neighbours(name, recipe_names())}")
 
 
-def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = None) -> Loaded:
+def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = None) -> LoadedRecipe:
     """Read a recipe and apply overrides of the form section.key=value.
 
     Args:
         name: a path, or the name of a recipe in configs/.
-        overrides: the last word.
-        device: cpu or cuda, for what the recipe says of this kind alone; it comes before the overrides.
+        overrides: they take precedence over the file.
+        device: cpu or cuda, to apply the file's part for this device, before the overrides.
 
     Raises:
-        InputError: the recipe cannot be found, or is not YAML. What is wrong inside it comes back as problems.
+        InputError: the recipe does not exist, or is not YAML. Problems inside it are returned in `problems`.
     """
     path, overrides = find_recipe(name), list(overrides)
-    loaded = Loaded(Recipe(), source=name)
+    loaded = LoadedRecipe(Recipe(), source=name)
     config = OmegaConf.structured(Recipe)
     for node in (config, *(config[section] for section in _SECTIONS)):
-        OmegaConf.set_readonly(node, False)  # as the sections of a frozen dataclass are
+        OmegaConf.set_readonly(node, False)  # OmegaConf makes the sections of frozen dataclasses read-only
 
     written = _read_yaml(path)
     on_device = {part: written.pop(part) for part in _ON_DEVICE if part in written}
@@ -96,7 +96,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
         loaded.for_device = partial(load_recipe, name, overrides)
 
     settings = [_split_override(text, loaded.problems) for text in overrides]
-    # Names first: what the recipe says about the old choice is dropped, what the command line says is for the new.
+    # Names first: a new name drops the recipe's options of the old one, and the command line's options are for the new.
     settings.sort(key=lambda setting: setting[1] != "name")
     for section, key, value in settings:
         if section in OPEN_SECTIONS and key == "name":
@@ -109,12 +109,12 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise InputError(f"{path}: {first_line(error)}") from None
     assert isinstance(recipe, Recipe)
-    loaded.recipe = _with_places(recipe, path.stem)
+    loaded.recipe = _with_default_paths(recipe, path.stem)
     return loaded
 
 
-def _with_places(recipe: Recipe, default_name: str) -> Recipe:
-    """The recipe with the name and the folders that it leaves open."""
+def _with_default_paths(recipe: Recipe, default_name: str) -> Recipe:
+    """Fill in the name and the folders that the recipe leaves empty."""
     name = recipe.run.name or default_name
     folder = f"data/{source_name(recipe.data.source or 'cifar10')}"
     run = dataclasses.replace(recipe.run, name=name, dir=recipe.run.dir or f"runs/{name}")
@@ -125,23 +125,23 @@ def _with_places(recipe: Recipe, default_name: str) -> Recipe:
 
 
 def source_name(source: str) -> str:
-    """What to call a source of images: cifar10, digits, synthetic-N, or as its folder or archive is called."""
+    """Return a short name for a source of images: cifar10, digits, synthetic-N, or that of its folder or archive."""
     name = os.path.basename(os.path.abspath(os.path.expanduser(source)))
     return re.sub(r"\.(tar|tar\.gz|tgz)$", "", name).replace(":", "-")
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """A recipe as YAML that load_recipe reads."""
+    """Format a recipe as YAML that load_recipe can read."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, default_flow_style=None, width=110)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe so that load_recipe gives it back."""
-    write_whole(path, recipe_text(recipe).encode())
+    """Write a recipe to a file that load_recipe can read."""
+    write_atomically(path, recipe_text(recipe).encode())
 
 
 def _apply(config: DictConfig, written: Any, problems: list[str]) -> None:
-    """Put sections into a recipe. An open section is replaced, unless it gives no name: then it adds to what is there."""
+    """Apply sections to a config. An open section replaces the old one if it has a name; otherwise its keys are added."""
     if not isinstance(written, dict):
         problems.append(f"it must hold sections (train, optimizer, ...), not {written!r}")
         return
@@ -171,7 +171,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _split_override(text: str, problems: list[str]) -> tuple[str, str, Any]:
-    """Split "section.key=value"; the value is YAML, as OmegaConf reads it (1e-3 is a number)."""
+    """Split "section.key=value" and parse the value as YAML, as OmegaConf does (1e-3 is a number)."""
     name, equals, value = text.partition("=")
     section, dot, key = name.partition(".")
     if not (equals and dot and key):
@@ -182,7 +182,7 @@ def _split_override(text: str, problems: list[str]) -> tuple[str, str, Any]:
         problems.append(f"{section} is not a section; {neighbours(section, _SECTIONS)}")
         return "", "", None
     if _takes_text(section, key):
-        return section, key, value  # as it is: YAML would read a run named 007 as 7
+        return section, key, value  # not parsed: YAML would read a run named 007 as 7
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -199,7 +199,7 @@ def _takes_text(section: str, key: str) -> bool:
     return any(option.name == key and option.type is str for option in dataclasses.fields(section_class))
 
 
-def _change_name(config: DictConfig, section: str, name: str, loaded: Loaded) -> None:
+def _change_name(config: DictConfig, section: str, name: str, loaded: LoadedRecipe) -> None:
     if "${" in name:
         loaded.problems.append(f"{section}.name={name} is not a name")
         return

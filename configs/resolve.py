@@ -1,4 +1,4 @@
-"""Recipe to ResolvedRecipe: every choice that a recipe may leave to `auto`, made once for a run."""
+"""Recipe to ResolvedRecipe: every key that a recipe may leave at `auto` gets its value, once for a run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ class ResolvedTrainConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class ResolvedRecipe(Recipe):
-    """A recipe whose choices are made; what config.yaml holds."""
+    """A recipe without `auto`, as in a run's config.yaml."""
 
     data: ResolvedDataConfig = field(default_factory=ResolvedDataConfig)
     train: ResolvedTrainConfig = field(default_factory=ResolvedTrainConfig)
@@ -44,7 +44,7 @@ class ResolvedRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Choices:
-    """The keys that a recipe may leave to `auto`, as rank 0 has chosen them for all ranks."""
+    """Values that rank 0 chose for all ranks, for the keys that a recipe may leave at `auto`."""
 
     mode: DataMode
     device: Device
@@ -60,11 +60,11 @@ CHOICES = (
     ("train", "memory_format"),
     ("train", "convolutions"),
 )
-"""Section and key of what a recipe may leave to `auto`."""
+"""Section and key of each value that a recipe may leave at `auto`."""
 
 
 def resolve(recipe: Recipe, choices: Choices) -> ResolvedRecipe:
-    """Put the choices of a run into its recipe, which stays as it is."""
+    """Return the recipe with the choices of a run filled in."""
     train_keys = {key: getattr(choices, key) for section, key in CHOICES if section == "train"}
     data = ResolvedDataConfig(**_shallow(recipe.data) | {"mode": choices.mode})
     train = ResolvedTrainConfig(**_shallow(recipe.train) | train_keys)
@@ -80,7 +80,7 @@ def as_resolved(recipe: Recipe) -> ResolvedRecipe:
 
 
 def with_keys(recipe: Recipe, **sections: Mapping[str, object]) -> Recipe:
-    """A copy of a recipe with other values of some keys: `with_keys(recipe, run={"resume": "never"})`."""
+    """Return a copy of a recipe with some keys changed: `with_keys(recipe, run={"resume": "never"})`."""
     changed: dict[str, Any] = {
         name: dataclasses.replace(getattr(recipe, name), **keys) for name, keys in sections.items()
     }

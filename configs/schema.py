@@ -1,8 +1,8 @@
 """The recipe: every key that a YAML file or a command line can set, with its meaning and unit.
 
-Sections whose choices have arguments of their own (model, loss, optimizer, schedule, average, and each entry of
-data.augment) are open mappings with a `name`; the other keys are the keyword arguments of the function that carries this
-name, and components.py checks them against its signature.
+The sections model, loss, optimizer, schedule and average, and each entry of data.augment, are open mappings with a `name`;
+their other keys are the keyword arguments of the function with this name, and components.py checks them against its
+signature. `shardstep keys` prints the docstrings of the fields.
 """
 
 from dataclasses import dataclass, field
@@ -18,20 +18,22 @@ Views = Literal["plain", "mirror", "mirror_translate"]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run lives and what makes it reproducible."""
+    """Where the run is stored, and what makes it reproducible."""
 
     dir: str = ""
-    """Folder of the run; empty means runs/<run.name>."""
+    """Folder of the run. Empty: runs/<run.name>."""
     name: str = ""
-    """Name of the run; empty means the recipe's name."""
+    """Name of the run. Empty: the name of the recipe."""
     seed: int = 0
-    """Seeds initial weights, sample order, augmentation and dropout. Of these, dropout alone depends on the rank, too."""
+    """Seed of initial weights, sample order, augmentation and dropout. Only dropout also depends on the rank."""
     resume: Literal["if_available", "must", "never"] = "if_available"
-    """When run.dir holds a run: go on with it, insist on one, or begin anew. never: what a launcher restarts goes on."""
+    """What to do if run.dir already holds a run. if_available: resume it; must: resume it, or fail if there is none;
+    never: start a new run, except after a restart by the launcher, which resumes."""
     allow_changes: list[str] = field(default_factory=list)
-    """Keys, such as optimizer.lr, in which the recipe may differ from that of the run it goes on with, or data.test."""
+    """Keys, such as optimizer.lr, whose values may differ from those of the run that is resumed; data.test allows another
+    test set."""
     hang_timeout: Optional[float] = 600  # noqa: UP045
-    """Seconds: if a rank makes no progress for so long, the run ends and writes the stacks of all; null waits for ever."""
+    """Seconds without progress of a rank after which the run ends and writes the stacks of all ranks; null waits forever."""
 
 
 @dataclass(frozen=True)
@@ -39,75 +41,85 @@ class DataConfig:
     """Which samples, in which order, and how they are prepared."""
 
     train: str = ""
-    """Folder of the training shards; empty means data/<name of the source>/train, without one data/cifar10/train."""
+    """Folder of the training shards. Empty: data/<name of data.source>/train, or data/cifar10/train without a source."""
     test: str = ""
-    """Folder of the test shards; empty means data/<name of the source>/test, without one data/cifar10/test."""
+    """Folder of the test shards. Empty: data/<name of data.source>/test, or data/cifar10/test without a source."""
     source: Optional[str] = None  # noqa: UP045 - OmegaConf reads the field on Python 3.10 too
-    """What missing shards are made from, each split for itself: cifar10, digits, synthetic:N, a folder, an archive. Where
-    there are shards it is not used."""
+    """Source that missing shards are written from, each split separately: cifar10, digits, synthetic:N, a folder or an
+    archive. Not used for shards that exist."""
     mode: Literal["auto", DataMode] = "auto"
-    """resident: decoded once, kept in RAM or on the device; stream: read from the shards; auto: resident if it fits."""
+    """Where images are read from. resident: decoded once, kept in RAM or on the device; stream: the shards; auto: resident
+    if the images fit."""
     workers: int = 2
-    """Reader threads per rank in stream mode; 0 reads in the training thread."""
+    """Number of reader threads per rank in stream mode; 0 reads in the training thread."""
     augment: list[Any] = field(default_factory=list)
-    """Batch transforms, in order: names (keys of datasets/augment.py's TRANSFORMS), or mappings of a name and arguments."""
+    """Batch transforms, in order: names, or mappings of a name and options, such as [flip, {name: translate, pixels: 2}].
+    The names are the keys of TRANSFORMS in datasets/augment.py."""
     normalize: Any = "manifest"
-    """manifest (the training set's mean and std), none (0..1), or {mean: [...], std: [...]} on the 0..1 scale."""
+    """Normalisation of pixel values: manifest (mean and std of the training set), none (0..1), or {mean: [...], std: [...]}
+    on the 0..1 scale."""
     resize: Optional[int] = None  # noqa: UP045
-    """Pixels: the shorter side is scaled to this, then the centre square is cut out. Null keeps the images' size."""
+    """Pixels that the shorter side is scaled to before the centre square is cut out; null keeps the size of the images."""
     lanes: int = 1
-    """Places of the shuffled line that are read in turn; see datasets/order.py."""
+    """Number of equal parts of the shuffled order that are read in turn, one sample each; see datasets/order.py."""
     window_shards: Union[int, str] = "auto"  # noqa: UP007
-    """Shards whose samples are shuffled together; all is an exact uniform shuffle; auto: all, or as many as hold 4 GB."""
+    """Number of shards whose samples are shuffled together. all: an exact uniform shuffle; auto: all if the data set has at
+    most 4 GB, else as many shards as hold 4 GB."""
     last_batch: Literal["short", "drop"] = "short"
-    """What becomes of an epoch's last global batch when it is not full: train on it as it is, or leave it out."""
+    """What to do with an epoch's last global batch if it is not full: short trains on it, drop leaves it out."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How much, how precisely, on what."""
+    """The amount of training, its precision and its hardware."""
 
     global_batch_size: Union[int, str] = 128  # noqa: UP007
-    """Samples per optimizer step over all ranks and micro-steps; full is the whole training set."""
+    """Samples per optimizer step, over all ranks and micro-steps; full is the entire training set."""
     duration: str = "10 epochs"
-    """Length of training, in epochs (fractions allowed) or steps."""
+    """Length of training in epochs (fractions allowed) or steps, such as 8.5 epochs or 200 steps."""
     precision: Literal["auto", Precision] = "auto"
-    """Of the forward and backward pass; see also weights. auto: bf16 or fp16 on a GPU, the faster of bf16, fp32 on a CPU."""
+    """Number format of the forward and backward pass; train.weights sets that of the weights. auto: bf16 or fp16 on a GPU,
+    the faster of bf16 and fp32 on a CPU."""
     memory_format: Literal["auto", MemoryFormat] = "auto"
-    """Layout of images and convolution weights. auto: on a GPU channels_last, on a CPU measured with the precision."""
+    """Layout of images and convolution weights. auto: channels_last on a GPU, measured with the precision on a CPU."""
     convolutions: Literal["auto", Convolutions] = "auto"
-    """How those of 3x3 and stride 1 train on a CPU, in layers where it should be faster: by winograd (needs a C compiler), or
-    weight gradients in bf16 by unfold, both rounded otherwise than torch's; direct: torch's. auto: direct on a GPU, with
-    compile, and in contiguous; else winograd if it wins when precision or memory_format is measured, and in bf16 unfold
-    where the processor has units."""
+    """Algorithm of 3x3 convolutions with stride 1 on a CPU, in layers where it should be faster. direct: torch's; winograd
+    (needs a C compiler) and unfold (weight gradients in bf16) round differently. auto: direct on a GPU, with compile, and if
+    contiguous; else winograd if measured as faster with auto precision or memory_format, unfold in bf16 on bf16 units."""
     max_micro_batch: int = 2048
-    """Samples: the largest batch per rank per backward. The number of micro-steps per step follows from it."""
+    """Samples in the largest batch of one rank in one backward pass. The number of micro-steps per step follows from it."""
     clip_norm: Optional[float] = None  # noqa: UP045
-    """Largest 2-norm of the whole gradient; longer ones are scaled down to it."""
+    """Largest 2-norm of the gradient of all parameters together; a larger gradient is scaled down to it. null: no limit."""
     clip_value: Optional[float] = None  # noqa: UP045
-    """Largest absolute value of a gradient's element; others are cut to it."""
+    """Largest absolute value of a gradient element; larger ones are cut to it. null: no limit."""
     device: Literal["auto", Device] = "auto"
-    """auto is cuda where there is one."""
+    """Kind of device to train on; auto is cuda if there is a GPU, else cpu."""
     world_size: Optional[int] = None  # noqa: UP045
     """Number of ranks that must come up; null accepts any number."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """When a loss is NaN or infinite: end the run, or leave out that step; skip looks at every step, stop at log steps."""
+    """What to do when a loss is NaN or infinite. stop: end the run (checked at log steps); skip: leave out the step (checked
+    at every step, gradients too)."""
     max_skipped_steps: int = 10
-    """With on_nan=skip: the run ends at one more."""
+    """Number of steps that train.on_nan=skip may leave out; one more ends the run."""
     timeout_s: float = 1800
     """Seconds that a rank waits for the others in a collective before it gives up."""
     weights: Literal["fp32", "half"] = "fp32"
-    """half keeps weights, gradients and optimizer in the format of train.precision, all but batch norm; no scaler."""
+    """Number format of weights, gradients and optimizer state: fp32, or half for that of train.precision, except in batch
+    norm and without a loss scaler."""
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
-    """torch.compile's mode for the training pass, compiled before the first step; the last two use CUDA graphs on a GPU."""
+    """Mode of torch.compile for the training pass, compiled before the first step; none does not compile. reduce-overhead
+    and max-autotune use CUDA graphs on a GPU."""
     all_reduce: Literal["buckets", "flat"] = "buckets"
-    """How ranks share gradients: DDP's buckets, on their way during the backward pass; flat: all at once, after it."""
+    """Collectives that average the gradients. buckets: DDP's, during the backward pass; flat: a single one after it."""
     compress: Literal["none", "bf16", "fp16", "powersgd"] = "none"
-    """How gradients travel between ranks; pays on slow networks, and ranks then agree less closely. none is exact."""
+    """Compression of gradients between ranks, for slow networks; different numbers of ranks then agree less closely. none
+    is exact."""
     max_wall_s: Optional[float] = None  # noqa: UP045
-    """Seconds of training, without evaluations, that end the run if duration does not; not with cosine, linear, one_cycle."""
+    """Seconds of training, without evaluations, after which the run ends even if train.duration is not reached; not with the
+    schedules cosine, linear and one_cycle. null: no limit."""
     profile: str = ""
-    """Steps to leave a profile of in the run's folder, such as "steps 10-20"; empty for none. They are slower than others."""
+    """Range of steps to profile, such as steps 10-20; the profile is written to the run's folder. Empty: none. Profiled
+    steps are slower."""
 
 
 @dataclass(frozen=True)
@@ -115,48 +127,50 @@ class EvalConfig:
     """Evaluation on the test set."""
 
     every: str = "1 epochs"
-    """Time between evaluations; there is always one at the end."""
+    """Interval between evaluations, in epochs or steps; there is always one at the end."""
     batch_size: int = 500
-    """Samples per rank and forward pass. Does not change the result."""
+    """Samples per rank and forward pass; does not change the result."""
     views: Views = "plain"
-    """Test-time augmentation. mirror: the mean over an image and its mirror image; mirror_translate: half that, and half the
-    mean over both shifted twice."""
+    """Test-time augmentation. plain: none; mirror: the mean over an image and its mirror image; mirror_translate: half of
+    that plus half of the mean over both, shifted twice."""
     sure_above: Optional[float] = None  # noqa: UP045
-    """Probability: images whose plain view gives a class that much get no further views; null gives them to all."""
+    """Probability: an image whose plain view gives one class a higher one gets no further views; null gives all views to all
+    images."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saved states."""
+    """Saved states of training."""
 
     every: str = "1 epochs"
-    """Time between checkpoints; there is always one at the end."""
+    """Interval between checkpoints, in epochs or steps; there is always one at the end."""
     keep: int = 2
-    """Number of newest checkpoints that stay on disk, beside the one with the best evaluation."""
+    """Number of newest checkpoints to keep, in addition to the one with the best evaluation."""
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is written down."""
+    """Metrics and where they go."""
 
     every: str = "50 steps"
-    """Time between train lines in metrics.jsonl. Ranks reduce their sums on these steps only."""
+    """Interval between train lines in metrics.jsonl, in epochs or steps. Ranks reduce their sums only at these steps."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases: disabled, offline (files in the run folder, to be synced later), or online."""
+    """Weights & Biases: disabled, offline (files in the run's folder, to sync later), or online."""
     wandb_project: str = "shardstep"
     """Project in Weights & Biases."""
     wandb_entity: Optional[str] = None  # noqa: UP045
     """Team or user in Weights & Biases; null is your default one."""
     wandb_tags: list[str] = field(default_factory=list)
-    """Tags in Weights & Biases."""
+    """Tags of the run in Weights & Biases."""
     sample_keys: bool = False
-    """Write what each rank consumes to samples-rankN.jsonl: epoch, step, position and key of every sample."""
+    """Whether each rank writes the samples it consumes to samples-rankN.jsonl: epoch, step, position and key."""
     grad_norm: bool = False
-    """Give train lines the 2-norm of the global batch's gradient, before clipping. Reads every gradient at each step."""
+    """Whether train lines have the 2-norm of the global batch's gradient before clipping; reads all gradients every step."""
     wandb_artifacts: Literal["none", "weights", "checkpoints"] = "none"
-    """Files for Weights & Biases: none, the final weights, or these and every checkpoint."""
+    """Files to upload to Weights & Biases: none, weights (the final ones), or checkpoints (the final weights and every
+    checkpoint)."""
     tensorboard: bool = False
-    """Write the curves for TensorBoard, too, below tensorboard/ in the run's folder."""
+    """Whether to write the curves for TensorBoard as well, to tensorboard/ in the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -166,15 +180,17 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
-    """name (of trainer/models/__init__.py's MODELS, or torchvision/<name>), that model's options, and `sync_batch_norm`."""
+    """Model: `name` (a key of MODELS in trainer/models/__init__.py, or torchvision/<name>), its options, and
+    `sync_batch_norm`."""
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "cross_entropy"})
-    """name (a key of trainer/optim/losses.py's LOSSES), that loss's options, and `reduction` (mean or sum)."""
+    """Loss: `name` (a key of LOSSES in trainer/optim/losses.py), its options, and `reduction` (mean or sum)."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    """name (see trainer/optim/optimizers.py), its arguments, `groups`, and `decay_biases_and_norms` (false spares them)."""
+    """Optimizer: `name` (see trainer/optim/optimizers.py), its arguments, `groups`, and
+    `decay_biases_and_norms` (false exempts them from weight decay)."""
     schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
-    """name (a key of trainer/optim/schedules.py's SCHEDULES), that schedule's options, and `warmup`."""
+    """Learning rate schedule: `name` (a key of SCHEDULES in trainer/optim/schedules.py), its options, and `warmup`."""
     average: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
-    """name (none, ema, lookahead: see trainer/optim/average.py) and that average's options."""
+    """Average of weights: `name` (none, ema, lookahead; see trainer/optim/average.py) and its options."""
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -182,4 +198,4 @@ class Recipe:
 
 
 OPEN_SECTIONS = ("model", "loss", "optimizer", "schedule", "average")
-"""The sections that hold a name and the options of what it names."""
+"""Sections that hold a `name` and the options that come with it."""

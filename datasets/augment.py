@@ -1,9 +1,8 @@
-"""Batch transforms on uint8 pixels, on the device that the batch is on.
+"""Batch transforms on uint8 pixels, on the device of the batch.
 
-Each takes images of shape (batch, height, width, channels) and Draws, and returns such images, of the same size but for
-`shrink`; the images it was given may be changed.
-What happens to a sample depends on (seed, epoch, its global position or its id), never on the batch or rank it is in. Keyword
-arguments are the transform's options in a recipe: `data.augment=[flip, {name: translate, pixels: 2}]`.
+Each takes images of shape (batch, height, width, channels) and Draws, and returns images of the same shape, except for
+`shrink`; it may change its input. The result for a sample depends on (seed, epoch, its global position or its id), never
+on its batch or rank. Keyword arguments are options in a recipe: `data.augment=[flip, {name: translate, pixels: 2}]`.
 """
 
 import math
@@ -21,25 +20,25 @@ Transform = Callable[[Tensor, Draws], Tensor]
 
 
 def flip(images: Tensor, draws: Draws, *, probability: float = 0.5) -> Tensor:
-    """Mirror left and right with the given probability."""
+    """Mirror images horizontally with the given probability."""
     return _mirror(images, draws.uniform()[:, 0] < probability)
 
 
 def alternating_flip(images: Tensor, draws: Draws) -> Tensor:
-    """Mirror a random half of the images in the even epochs, and the other half in the odd ones.
+    """Mirror a random half of the images in even epochs, and the other half in odd epochs.
 
-    Any two epochs in a row hold every image both ways. Jordan 2024, arXiv 2404.00498, section 3.6.
+    Any two consecutive epochs contain every image both ways. Jordan 2024, arXiv 2404.00498, section 3.6.
     """
     return _mirror(images, (draws.uniform_by_sample()[:, 0] < 0.5) ^ bool(draws.epoch % 2))
 
 
 def translate(images: Tensor, draws: Draws, *, pixels: int = 4) -> Tensor:
-    """Shift by up to `pixels` in each direction; what comes in at the edges is mirrored (reflect padding)."""
+    """Shift images by up to `pixels` in each direction, with reflect padding."""
     batch_size, height, width, channels = images.shape
     shift = draws.integers(2 * pixels + 1, columns=2)
     padded = _reflect_pad(images, pixels)
-    # From its first pixel on, a window is one run of bytes, with the padding of its rows in between: an overlapping
-    # view whose rows are all possible runs lets index_select copy each image's run at memory speed.
+    # A window is one run of bytes, with the padding of its rows in between: in an overlapping view whose rows are all
+    # possible runs, index_select copies each image's run at memory speed.
     per_image, per_row, per_pixel, _ = padded.stride()
     run = height * per_row
     runs = padded.as_strided((padded.untyped_storage().nbytes() - run + 1, run), (1, 1))
@@ -52,7 +51,7 @@ def translate(images: Tensor, draws: Draws, *, pixels: int = 4) -> Tensor:
 
 
 def cutout(images: Tensor, draws: Draws, *, size: int = 8) -> Tensor:
-    """Blacken a square of side `size` around a random pixel, cut off at the edges. DeVries 2017, arXiv 1708.04552."""
+    """Blacken a square of side `size` around a random pixel, clipped at the edges. DeVries 2017, arXiv 1708.04552."""
     _, height, width, _ = images.shape
     rows = torch.arange(height, device=images.device) - draws.integers(height) + size // 2  # (B, H)
     columns = torch.arange(width, device=images.device) - draws.integers(width) + size // 2  # (B, W)
@@ -63,14 +62,14 @@ def cutout(images: Tensor, draws: Draws, *, size: int = 8) -> Tensor:
 def shrink(images: Tensor, draws: Draws, *, size: int, epochs: int) -> Tensor:
     """Scale images to `size` x `size` pixels in the first `epochs` epochs, which then take a fraction of the time.
 
-    Bilinear with antialiasing. Put it last: what comes behind would work on fewer pixels. Images that are as small already
-    stay as they are, so that several of it, the smallest first, raise the size as training goes on, as Howard 2018 and Page
-    2018 do.
+    Bilinear with antialiasing. Put it last: transforms after it would work on fewer pixels. Images that are already as
+    small stay as they are, so that several of these transforms, the smallest size first, raise the size during training,
+    as in Howard 2018 and Page 2018.
     """
     if draws.epoch >= epochs or images.shape[1] * images.shape[2] <= size**2:
         return images
     values = images.permute(0, 3, 1, 2)
-    if images.device.type != "cpu":  # torch interpolates bytes on CPUs only
+    if images.device.type != "cpu":  # torch interpolates uint8 only on CPUs
         values = values.float()
     small = functional.interpolate(values, (size, size), mode="bilinear", antialias=True)
     if small.dtype != torch.uint8:
@@ -109,7 +108,7 @@ TRANSFORMS: dict[str, Callable[..., Tensor]] = {
 
 
 def build_transforms(sections: Sequence[dict[str, Any]]) -> list[Transform]:
-    """The transforms that a recipe's checked data.augment lists."""
+    """Build the transforms of a recipe's checked data.augment."""
     return [
         partial(TRANSFORMS[section["name"]], **{key: section[key] for key in section if key != "name"})
         for section in sections
@@ -117,7 +116,7 @@ def build_transforms(sections: Sequence[dict[str, Any]]) -> list[Transform]:
 
 
 def smallest_side(section: dict[str, Any]) -> int:
-    """The smallest height and width in pixels that a transform can work on."""
+    """Return the smallest height and width in pixels that a transform accepts."""
     if section["name"] == "translate":
         return int(section["pixels"]) + 1
     return int(section["size"]) if section["name"] == "shrink" else 1
@@ -126,20 +125,20 @@ def smallest_side(section: dict[str, Any]) -> int:
 def _mirror(images: Tensor, chosen: Tensor) -> Tensor:
     if images.device.type != "cpu":
         return torch.where(chosen.view(-1, 1, 1, 1), images.flip(2), images)
-    # A CPU is faster when it touches the chosen images only; on a GPU the host would have to wait for their number.
+    # A CPU is faster if it touches only the chosen images; on a GPU that would need a sync, to learn how many there are.
     rows = chosen.nonzero()[:, 0]
-    # NumPy writes an image back as one run of bytes, torch's index_copy_ byte by byte: 0.05 and 1.8 ms for 256 of 32x32.
+    # NumPy writes an image back as one run of bytes, torch's index_copy_ byte by byte: 0.05 ms, not 1.8, for 256 of 32x32.
     images.numpy()[rows.numpy()] = images.index_select(0, rows).flip(2).numpy()
     return images
 
 
 def _reflect_pad(images: Tensor, pad: int) -> Tensor:
     batch_size, height, width, channels = images.shape
-    # One image more than needed: the last window's run of bytes ends past the last image.
+    # One extra image: the last window's run of bytes ends past the last image.
     padded = images.new_empty(batch_size + 1, height + 2 * pad, width + 2 * pad, channels)[:batch_size]
     padded[:, pad : pad + height, pad : pad + width] = images
     inner = padded[:, pad : pad + height]
-    for distance in range(1, pad + 1):  # columns first, then whole rows, corners included
+    for distance in range(1, pad + 1):  # columns first, then rows with the corners
         inner[:, :, pad - distance] = inner[:, :, pad + distance]
         inner[:, :, pad + width - 1 + distance] = inner[:, :, pad + width - 1 - distance]
     for distance in range(1, pad + 1):
@@ -149,16 +148,16 @@ def _reflect_pad(images: Tensor, pad: int) -> Tensor:
 
 
 def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """float64 (channels,) each: pixels from 0 to 255 times the scale plus the shift are (pixels / 255 - mean) / std."""
+    """Return scale and shift, float64 (channels,): pixels (0 to 255) * scale + shift = (pixels / 255 - mean) / std."""
     scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
     return scale, -torch.tensor(mean, dtype=torch.float64) * 255 * scale
 
 
 class Normalize:
-    """uint8 pixels (batch, height, width, channels) to (value / 255 - mean) / std, as a (B, C, H, W) view of them.
+    """Normalisation of uint8 pixels (batch, height, width, channels): (value / 255 - mean) / std, as a (B, C, H, W) view.
 
-    The view has the strides of torch.channels_last. Work goes in parts that fit a core's cache: the conversion is bound
-    by memory, and a whole batch in float32 would travel three times.
+    The view has the strides of torch.channels_last. The batch is converted in parts that fit a core's cache: the work is
+    bound by memory, and the entire batch in float32 would cross it three times.
     """
 
     _PART_BYTES = 1 << 20
@@ -168,7 +167,7 @@ class Normalize:
     ):
         """`mean`, `std`: per channel on the 0..1 scale; `image_shape`: (height, width, channels)."""
         scale, shift = scale_and_shift(mean, std)
-        # One number per value of an image: an inner loop over 3 channels would not be vectorised.
+        # One value per pixel and channel: an inner loop over 3 channels would not be vectorised.
         pixels = image_shape[0] * image_shape[1]
         self._scale = scale.float().repeat(pixels).to(device)
         self._shift = shift.float().repeat(pixels).to(device)
@@ -177,14 +176,14 @@ class Normalize:
     def __call__(self, images: Tensor) -> Tensor:
         values = torch.empty(images.shape, dtype=torch.float32, device=images.device)
         part = self._part or max(len(images), 1)
-        numbers = math.prod(images.shape[1:])  # fewer than prepared for, if the images were shrunk
+        numbers = math.prod(images.shape[1:])  # fewer than self._scale has, if the images were shrunk
         scale, shift = self._scale[:numbers], self._shift[:numbers]
         for target, source in zip(values.flatten(1).split(part), images.flatten(1).split(part), strict=True):
-            target.copy_(source)  # a conversion of its own: addcmul on two types would make a copy first
+            target.copy_(source)  # a separate conversion: addcmul on two types would make a copy first
             torch.addcmul(shift, target, scale, out=target)
         return values.permute(0, 3, 1, 2)
 
     def undo(self, images: Tensor) -> Tensor:
-        """Normalised images (B, C, H, W) back to uint8 pixels (B, H, W, C), cut at 0 and 255."""
+        """Convert normalised images (B, C, H, W) back to uint8 pixels (B, H, W, C), clamped to 0..255."""
         values = (images.permute(0, 2, 3, 1).flatten(1) - self._shift) / self._scale
         return values.round().clamp(0, 255).to(torch.uint8).view(images.permute(0, 2, 3, 1).shape)

@@ -1,16 +1,16 @@
-"""Reader to batches: positions of the global order in, micro-batches of this rank out, equally many on every rank.
+"""Reader to batches: positions of the global order in, micro-batches of this rank out, the same number on every rank.
 
-Global batch k of an epoch is positions [k B, (k + 1) B); the last one is short. Each rank takes a contiguous share of
-it, in pieces of at most max_micro_batch samples. All ranks get the same number of pieces: a rank that has no samples
-left gets empty ones, so that no rank waits for another in a collective.
+Global batch k of an epoch is positions [k B, (k + 1) B); the last one may be shorter. Each rank takes a contiguous share
+of it, in pieces of at most max_micro_batch samples. All ranks get the same number of pieces: a rank that has no samples
+left gets empty ones, so that no rank waits forever for another in a collective.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import count, islice, tee
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from shardstep.datasets.rng import Draws
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank feeds to one forward and backward pass.
+    """The input of one rank's forward and backward pass.
 
     Attributes:
         images: float32 (batch, channels, height, width), normalised, on the device.
@@ -41,9 +41,9 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One optimizer step's samples: `size` of them over all ranks, from `position` of `epoch` on.
+    """The samples of one optimizer step: `size` of them over all ranks, starting at `position` of `epoch`.
 
-    `micro_batches` yields this rank's part and is to be used up before the next global batch is asked for.
+    `micro_batches` yields this rank's share; exhaust it before you ask for the next global batch.
     """
 
     epoch: int
@@ -55,7 +55,7 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class OrderConfig:
-    """What the global order depends on; the number of ranks is not among it."""
+    """The inputs of the global order. The number of ranks is not among them."""
 
     samples_per_shard: list[int]
     seed: int
@@ -65,17 +65,18 @@ class OrderConfig:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A micro-batch before it is read."""
+    """The positions of a micro-batch that is not read yet."""
 
     epoch: int
+    order: EpochOrder
     start: int
     stop: int
 
 
 def micro_pieces(size: int, rank: int, world_size: int, max_micro_batch: int) -> list[tuple[int, int]]:
-    """This rank's part of a global batch of `size` samples: [start, stop) per micro-step, as many on every rank.
+    """Return this rank's share of a global batch of `size` samples: [start, stop) per micro-step, as many on every rank.
 
-    10 samples on 3 ranks, at most 2 each time: rank 0 takes (0, 2) (2, 3), rank 1 (3, 5) (5, 6), rank 2 (6, 8) (8, 10).
+    10 samples on 3 ranks, at most 2 at a time: rank 0 takes (0, 2) (2, 3), rank 1 (3, 5) (5, 6), rank 2 (6, 8) (8, 10).
     """
     begin, end = size * rank // world_size, size * (rank + 1) // world_size
     largest = -(-size // world_size)  # the largest share of any rank
@@ -83,115 +84,91 @@ def micro_pieces(size: int, rank: int, world_size: int, max_micro_batch: int) ->
     return [(min(begin + offset, end), min(begin + offset + step, end)) for offset in range(0, largest, step)]
 
 
+@dataclass(eq=False)
 class TrainBatches:
-    """Endless batches of a training set, from any position on."""
+    """Endless batches of a training set, starting at any position.
 
-    def __init__(
-        self,
-        reader: Reader,
-        order: OrderConfig,
-        *,
-        global_batch_size: int,
-        samples_per_epoch: int,
-        rank: int,
-        world_size: int,
-        max_micro_batch: int,
-        transforms: Sequence[Transform],
-        normalize: Normalize,
-        memory_format: torch.memory_format,
-        device: torch.device,
-        workers: int,
-    ):
-        """
-        Args:
-            reader: where pixels come from.
-            order: what decides which sample is where.
-            global_batch_size: samples per optimizer step over all ranks.
-            samples_per_epoch: where an epoch ends: all samples, or fewer if the last batch is dropped.
-            rank, world_size: this rank's place.
-            max_micro_batch: most samples of one rank in one pass.
-            transforms, normalize: what happens to a batch on the device.
-            memory_format: of the images.
-            device: where the batches are to be.
-            workers: threads that read ahead; 0 reads when asked.
-        """
-        self._reader = reader
-        self._order = order
-        self._global_batch_size = global_batch_size
-        self._samples_per_epoch = samples_per_epoch
-        self._rank = rank
-        self._world_size = world_size
-        self._max_micro_batch = max_micro_batch
-        self._transforms = transforms
-        self._normalize = normalize
-        self._memory_format = memory_format
-        self._device = device
-        self._workers = workers
-        self._epoch_order: EpochOrder | None = None
-        self._epoch = -1
-        self._announced: set[tuple[int, int]] = set()
-        self.wait_s = 0.0
-        """Seconds spent waiting for and preparing data since the start."""
-        self.to_device_s, self.augment_s = 0.0, 0.0
-        """Parts of it: handing batches to the device, and transforming them; as the host sees it."""
+    Attributes:
+        reader: reads the pixels.
+        order: determines which sample is at which position.
+        global_batch_size: samples per optimizer step over all ranks.
+        samples_per_epoch: all samples, or fewer if the last batch is dropped.
+        rank, world_size: of this process.
+        max_micro_batch: largest number of samples of one rank in one pass.
+        transforms, normalize: applied to a batch on the device.
+        memory_format: of the images.
+        device: where the batches go.
+        workers: threads that read ahead; 0 reads in the calling thread.
+        wait_s: seconds spent waiting for data and preparing it since the start.
+        to_device_s, augment_s: parts of wait_s: copying batches to the device, and transforming them; host time.
+    """
+
+    reader: Reader
+    order: OrderConfig
+    global_batch_size: int
+    samples_per_epoch: int
+    rank: int
+    world_size: int
+    max_micro_batch: int
+    transforms: Sequence[Transform]
+    normalize: Normalize
+    memory_format: torch.memory_format
+    device: torch.device
+    workers: int
+    wait_s: float = field(default=0.0, init=False)
+    to_device_s: float = field(default=0.0, init=False)
+    augment_s: float = field(default=0.0, init=False)
+    _announced: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     def from_position(self, epoch: int, position: int) -> Iterator[GlobalBatch]:
-        """Yield global batches for ever, starting at a position of an epoch."""
-        micro_batches = self._prepared(read_ahead(self._pieces(epoch, position), self._read, self._workers))
-        for batch_epoch, start, size in self._global_batches(epoch, position):
-            steps = len(micro_pieces(size, self._rank, self._world_size, self._max_micro_batch))
-            yield GlobalBatch(batch_epoch, start, size, steps, islice(micro_batches, steps))
+        """Yield global batches forever, starting at a position of an epoch."""
+        ahead, planned = tee(self._plan(epoch, position))  # reading is ahead of the batches that are yielded
+        reads = read_ahead((piece for *_, pieces in ahead for piece in pieces), self._read, self.workers)
+        for batch_epoch, start, size, pieces in planned:
+            yield GlobalBatch(batch_epoch, start, size, len(pieces), self._prepared(islice(reads, len(pieces))))
 
-    def _global_batches(self, epoch: int, position: int) -> Iterator[tuple[int, int, int]]:
-        while True:
-            for start in range(position, self._samples_per_epoch, self._global_batch_size):
-                yield epoch, start, min(self._global_batch_size, self._samples_per_epoch - start)
-            epoch, position = epoch + 1, 0
-
-    def _pieces(self, epoch: int, position: int) -> Iterator[_Piece]:
-        for batch_epoch, batch_start, size in self._global_batches(epoch, position):
-            for start, stop in micro_pieces(size, self._rank, self._world_size, self._max_micro_batch):
-                yield _Piece(batch_epoch, batch_start + start, batch_start + stop)
+    def _plan(self, first_epoch: int, position: int) -> Iterator[tuple[int, int, int, list[_Piece]]]:
+        """Yield each global batch as its epoch, position, size, and this rank's pieces of it."""
+        config = self.order
+        for epoch in count(first_epoch):
+            order = EpochOrder(config.samples_per_shard, config.seed, epoch, config.lanes, config.window_shards)
+            self._announced.clear()
+            for start in range(position, self.samples_per_epoch, self.global_batch_size):
+                size = min(self.global_batch_size, self.samples_per_epoch - start)
+                places = micro_pieces(size, self.rank, self.world_size, self.max_micro_batch)
+                yield epoch, start, size, [_Piece(epoch, order, start + begin, start + end) for begin, end in places]
+            position = 0
 
     def _read(self, piece: _Piece) -> Callable[[], tuple[_Piece, np.ndarray, Tensor, Tensor]]:
-        """The reading of one piece, as a task. Ids are computed here: the order's cache belongs to one thread."""
-        order = self._order_of(piece.epoch)
-        sample_ids = order.slice(piece.start, piece.stop)
-        for lane, block in order.blocks(piece.start, piece.stop):
+        """Return a task that reads one piece. The ids are computed here: the order's cache belongs to one thread."""
+        sample_ids = piece.order.slice(piece.start, piece.stop)
+        for lane, block in piece.order.blocks(piece.start, piece.stop):
             for upcoming in (block, block + 1):
                 if (lane, upcoming) not in self._announced:
                     self._announced.add((lane, upcoming))
-                    self._reader.will_need(order.shards_of(lane, upcoming))
-        return lambda: (piece, sample_ids, *self._reader.read(sample_ids))
+                    self.reader.will_need(piece.order.shards_of(lane, upcoming))
+        return lambda: (piece, sample_ids, *self.reader.read(sample_ids))
 
-    def _order_of(self, epoch: int) -> EpochOrder:
-        if epoch != self._epoch or self._epoch_order is None:
-            order = self._order
-            self._epoch_order = EpochOrder(order.samples_per_shard, order.seed, epoch, order.lanes, order.window_shards)
-            self._epoch = epoch
-            self._announced.clear()
-        return self._epoch_order
-
-    def _prepared(self, pieces: Iterator[tuple[_Piece, np.ndarray, Tensor, Tensor]]) -> Iterator[MicroBatch]:
-        while True:
-            began = time.perf_counter()
-            piece, sample_ids, images, labels = next(pieces)
+    def _prepared(self, reads: Iterator[tuple[_Piece, np.ndarray, Tensor, Tensor]]) -> Iterator[MicroBatch]:
+        began = time.perf_counter()
+        for piece, sample_ids, images, labels in reads:
             read = time.perf_counter()
-            images = images.to(self._device, non_blocking=True)
-            labels = labels.to(self._device, non_blocking=True)
+            images = images.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
             on_device = time.perf_counter()
-            if self._transforms and len(images):
-                positions = torch.arange(piece.start, piece.stop, device=self._device)
-                ids = torch.from_numpy(sample_ids).to(self._device, non_blocking=True)
-                draws = Draws(self._order.seed, piece.epoch, positions, ids)
-                for transform in self._transforms:
+            if self.transforms and len(images):
+                positions = torch.arange(piece.start, piece.stop, device=self.device)
+                ids = torch.from_numpy(sample_ids).to(self.device, non_blocking=True)
+                draws = Draws(self.order.seed, piece.epoch, positions, ids)
+                for transform in self.transforms:
                     images = transform(images, draws)
-            images = self._normalize(images).contiguous(memory_format=self._memory_format)
+            images = self.normalize(images).contiguous(memory_format=self.memory_format)
             ready = time.perf_counter()
             self.wait_s += ready - began
             self.to_device_s += on_device - read
             self.augment_s += ready - on_device
             yield MicroBatch(images, labels, np.arange(piece.start, piece.stop), sample_ids)
+            began = time.perf_counter()
 
 
 def test_batches(
@@ -206,27 +183,23 @@ def test_batches(
     device: torch.device,
     workers: int,
 ) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-    """Images, labels and sample ids of this rank's part of a test set: samples rank, rank + world_size, ... in order.
+    """Yield images, labels and ids of this rank's test samples: rank, rank + world_size, ... in order.
 
-    Every rank yields the same number of batches, so that the ranks can agree on something between them; a rank that
-    has one sample less ends with a batch that is shorter, or empty.
+    Every rank yields the same number of batches, so that ranks can communicate between batches; a rank with one sample
+    less ends with a shorter or empty batch.
     """
     mine = np.arange(rank, num_samples, world_size)
     largest = -(-num_samples // world_size)
     parts = (mine[start : start + batch_size] for start in range(0, largest, batch_size))
-
-    def task(ids: np.ndarray) -> Callable[[], tuple[np.ndarray, Tensor, Tensor]]:
-        return lambda: (ids, *reader.read(ids))
-
-    for ids, images, labels in read_ahead(parts, task, workers):
+    for ids, images, labels in read_ahead(parts, lambda ids: lambda: (ids, *reader.read(ids)), workers):
         pixels = normalize(images.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
         yield pixels, labels.to(device, non_blocking=True), ids
 
 
 def read_ahead(items: Iterator, task_of: Callable, workers: int) -> Iterator:
-    """The results of `task_of(item)()`, in order; threads work on the next ones while the caller uses the last.
+    """Yield the results of `task_of(item)()` in order; threads compute the next ones while the caller uses the last.
 
-    An error of a task is raised when its result is due. Closing the iterator waits for the tasks that have begun.
+    An error in a task is raised when its result is due. Closing the iterator waits for the tasks that have begun.
     """
     if workers == 0:
         for item in items:

@@ -1,7 +1,7 @@
 """Bytes of an image file to an array of pixels, and back.
 
-OpenCV's decoders are the fastest that are well kept, and they release the interpreter's lock, so that threads decode
-side by side. It is imported when the first image is decoded.
+OpenCV's decoders are the fastest that are well maintained, and they release the GIL, so that threads decode in parallel.
+OpenCV is imported when the first image is decoded.
 """
 
 from functools import lru_cache
@@ -16,8 +16,8 @@ EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 def _cv2() -> Any:
     import cv2
 
-    cv2.setNumThreads(0)  # parallelism is ours: one image per thread
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it would print, decode() raises
+    cv2.setNumThreads(0)  # we decode one image per thread
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # decode() raises instead
     return cv2
 
 
@@ -37,10 +37,10 @@ def decode(data: bytes, mode: str) -> np.ndarray:
 
     Args:
         data: the file.
-        mode: "RGB", "L", or "UNCHANGED" for one or three channels as the file has them. Transparency is dropped.
+        mode: "RGB", "L", or "UNCHANGED" for one or three channels, as in the file. Transparency is dropped.
 
     Returns:
-        uint8, shape (height, width, channels). An orientation mark of a camera is not followed.
+        uint8, shape (height, width, channels). The EXIF orientation is ignored.
 
     Raises:
         ValueError: the bytes are not an 8-bit image.
@@ -50,7 +50,7 @@ def decode(data: bytes, mode: str) -> np.ndarray:
     cv2 = _cv2()
     try:
         pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), _flag(mode))
-    except cv2.error as error:  # an absurd size, say
+    except cv2.error as error:  # for example, an absurd size
         raise ValueError(f"not an image that can be decoded ({error.err})") from None
     if pixels is None:
         raise ValueError("not an image that can be decoded")
@@ -58,7 +58,7 @@ def decode(data: bytes, mode: str) -> np.ndarray:
         raise ValueError(f"{8 * pixels.itemsize} bits per channel; only 8 are supported")
     if pixels.ndim == 2:
         return pixels[:, :, np.newaxis]
-    if mode == "UNCHANGED":  # comes in OpenCV's own order of channels, perhaps with transparency
+    if mode == "UNCHANGED":  # in OpenCV's channel order, possibly with transparency
         return cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB)
     return pixels
 
@@ -71,15 +71,10 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return data.tobytes()
 
 
-def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Scale the shorter side to `size`, cut out the centre. uint8, shape (size, size, channels)."""
-    return resize_to_cover(pixels, size, size)
-
-
 def resize_to_cover(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale an image until it just covers a frame, cut out its centre. uint8, shape (height, width, channels).
+    """Scale an image until it just covers a frame and crop the centre. uint8, shape (height, width, channels).
 
-    Shrinking averages areas, enlarging is bilinear.
+    Downscaling averages areas, upscaling is bilinear.
     """
     own_height, own_width, channels = pixels.shape
     if (own_height, own_width) == (height, width):

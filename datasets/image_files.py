@@ -1,4 +1,4 @@
-"""Image files anywhere to pixels of one shape: found in folders, decoded, scaled and cropped as a data set's images are."""
+"""Image files outside a data set: finds them in folders, and decodes, scales and crops them like a data set's images."""
 
 import os
 from pathlib import Path
@@ -8,14 +8,14 @@ import numpy as np
 from shardstep.datasets.decode import EXTENSIONS, decode, resize_to_cover
 
 FOUND = (*EXTENSIONS, "bmp", "gif", "tif", "tiff", "ppm", "pgm")
-"""File name extensions that count as images in a folder; a file that is named itself may have any."""
+"""File name extensions of images in a folder; a file that is given by name may have any."""
 
 
 def find_image_files(path: Path) -> list[Path]:
-    """A file itself, or the image files in a folder and those below it, by name; hidden ones are left out.
+    """Return the given file, or the image files in and below a folder, sorted; hidden files are skipped.
 
     Raises:
-        ValueError: there is no such file or folder, or the folder holds no image.
+        ValueError: the file or folder does not exist, or the folder holds no image.
     """
     if not path.is_dir():
         if not path.exists():
@@ -29,18 +29,18 @@ def find_image_files(path: Path) -> list[Path]:
 
 
 def read_image_file(path: Path, mode: str, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Read an image of any size and kind.
+    """Read an image of any size and format.
 
     Args:
         path: of the file.
-        mode: "RGB" or "L", as the data set has its images.
-        image_shape: (height, width, channels): it is scaled until it covers that, and its centre is cut out.
+        mode: "RGB" or "L", like the data set's images.
+        image_shape: (height, width, channels): the image is scaled until it covers this, and its centre is cropped.
 
     Returns:
-        uint8, of that shape. An orientation mark of a camera is not followed, as in a data set.
+        uint8, of that shape. The EXIF orientation is ignored, as in a data set.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
     try:
         data = path.read_bytes()

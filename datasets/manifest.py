@@ -1,4 +1,4 @@
-"""What a folder of shards holds: manifest.json and index, written once, checked at every opening.
+"""The description of a folder of shards: manifest.json and index, written once, checked whenever it is opened.
 
 manifest.json   classes, counts, image shape, mean and std, how it was made; name, size and SHA-256 of every file
 index           20 bytes a sample: shard, offset / 512, size, label, crc32 (five little-endian uint32)
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import write_atomically
+from shardstep.configs.text import count
 from shardstep.datasets.tar import BLOCK, read_members
 
 MANIFEST_NAME = "manifest.json"
@@ -27,7 +28,7 @@ INDEX_DTYPE = np.dtype([("shard", "<u4"), ("block", "<u4"), ("size", "<u4"), ("l
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: `bytes` and `sha256` of the file, and how many samples it holds."""
+    """One tar: size and SHA-256 of the file, and the number of its samples."""
 
     name: str
     bytes: int
@@ -40,17 +41,17 @@ class Manifest:
     """The contents of manifest.json.
 
     Attributes:
-        classes: names; the index is the label.
+        classes: class names; the index is the label.
         samples: number of samples.
         samples_per_class: in the order of `classes`.
         image_mode: "RGB", or "L" when every image is greyscale.
-        image_shape: (channels, height, width), or None when sizes differ (then data.resize is needed).
-        encodings: file name extensions that occur, such as ["png"].
+        image_shape: (channels, height, width), or None if sizes differ (then data.resize is needed).
+        encodings: file name extensions of the images, such as ["png"].
         mean, std: per channel over all pixels, on the 0..1 scale.
         made: how the shards were made.
-        shards: in the order that sample ids count through.
+        shards: in the order of the sample ids.
         index_sha256: of the index file.
-        fingerprint: SHA-256 over all of the above; names this data set in caches, checkpoints and summaries.
+        fingerprint: SHA-256 over all of the above; identifies this data set in caches, checkpoints and summaries.
     """
 
     classes: list[str]
@@ -73,7 +74,7 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Of all shards together."""
+        """Total size of all shards."""
         return sum(shard.bytes for shard in self.shards)
 
     def computed_fingerprint(self) -> str:
@@ -82,22 +83,22 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest, index: bytes) -> None:
-    """Write index and manifest.json; the manifest last, so that a folder without it is no data set."""
-    write_whole(folder / INDEX_NAME, index)
-    write_whole(folder / MANIFEST_NAME, manifest_bytes(manifest))
+    """Write index and manifest.json; the manifest last, because a folder without one is not a data set."""
+    write_atomically(folder / INDEX_NAME, index)
+    write_atomically(folder / MANIFEST_NAME, manifest_bytes(manifest))
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """The content of manifest.json."""
+    """Return the content of manifest.json."""
     content = asdict(manifest) | {"fingerprint": manifest.computed_fingerprint()}
     return json.dumps(content, indent=1).encode() + b"\n"
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
-    """Read the text of a manifest.json.
+    """Parse the text of a manifest.json.
 
     Raises:
-        InputError: it is not one, is damaged, or is of a later version.
+        InputError: it is not a manifest, is damaged, or has a later format version.
     """
     try:
         content = json.loads(text)
@@ -112,21 +113,21 @@ def parse_manifest(text: str, where: str) -> Manifest:
     if manifest.fingerprint != fingerprint:
         raise InputError(
             f"{where} is damaged: its content does not match its fingerprint. Write the shards again, or, if you trust "
-            f"them, make it anew with `shardstep shards index DIR --force --classes NAME,NAME,...`"
+            f"them, recreate it with `shardstep shards index DIR --force --classes NAME,NAME,...`"
         )
     return manifest
 
 
 def parse_index(data: bytes, manifest: Manifest, where: str) -> np.ndarray:
-    """Read the bytes of an index; INDEX_DTYPE, shape (samples,).
+    """Parse the bytes of an index; INDEX_DTYPE, shape (samples,).
 
     Raises:
-        InputError: it is not the index that the manifest was written with.
+        InputError: it is not the index that was written with the manifest.
     """
     if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
         raise InputError(
             f"{where} is damaged: its SHA-256 is not the one in {MANIFEST_NAME}. Write the shards again, or, if you trust "
-            f"them, make both anew with {_index_command(Path(where).parent, manifest)}"
+            f"them, recreate both with {_index_command(Path(where).parent, manifest)}"
         )
     if len(data) != manifest.samples * INDEX_DTYPE.itemsize:
         raise InputError(
@@ -140,7 +141,7 @@ def parse_index(data: bytes, manifest: Manifest, where: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """A data set on a local disk, opened: manifest and index are whole, every shard is there in its full size."""
+    """An open data set on a local disk: manifest and index are intact, every shard exists and has its size."""
 
     path: Path
     manifest: Manifest
@@ -159,14 +160,14 @@ class ShardFolder:
         return self.path / self.manifest.shards[shard].name
 
     def key(self, sample_id: int) -> str:
-        """The WebDataset key of a sample, from its header in the tar."""
+        """Return the WebDataset key of a sample, from its header in the tar."""
         entry = self.index[sample_id]
         place = int(entry["block"]) * BLOCK
         with self.shard_path(int(entry["shard"])).open("rb") as file:
             file.seek(place - BLOCK)
             header = file.read(BLOCK)
         name = header[:100].partition(b"\0")[0].decode(errors="replace")
-        if len(name) >= 99 or "?" in name or header[345:346] != b"\0":  # the rest may be in a header of its own
+        if len(name) >= 99 or "?" in name or header[345:346] != b"\0":  # the full name may be in a separate header
             members = read_members(self.shard_path(int(entry["shard"])))
             name = next((member.name for member in members if member.offset == place), name)
         return split_name(name)[0]
@@ -176,26 +177,26 @@ def open_shards(path: str | Path) -> ShardFolder:
     """Open a folder of shards; sizes are checked now, contents (crc32) when samples are read.
 
     Raises:
-        InputError: the folder is missing, empty, half written, or a file is missing or not of its size.
+        InputError: the folder is missing, empty or incomplete, or a file is missing or has the wrong size.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise InputError(
-            f"no shards in {folder}: there is no such folder. Write them with `shardstep shards write`, "
-            f"or let a recipe make them with data.source"
+            f"no shards in {folder}: the folder does not exist. Write them with `shardstep shards write`, "
+            f"or let a recipe write them with data.source"
         )
     if not (folder / MANIFEST_NAME).is_file():
         tars = len(list(folder.glob("*.tar")))
         remedy = (
             f"index them with `shardstep shards index {folder}`" if tars else "write some with `shardstep shards write`"
         )
-        raise InputError(f"no data set in {folder}: {tars} tar files and no {MANIFEST_NAME}; {remedy}")
+        raise InputError(f"no data set in {folder}: {count(tars, 'tar file')} and no {MANIFEST_NAME}; {remedy}")
     manifest = parse_manifest((folder / MANIFEST_NAME).read_text(errors="replace"), str(folder / MANIFEST_NAME))
     problems = [problem for shard in manifest.shards if (problem := size_problem(folder / shard.name, shard.bytes))]
     if problems:
         raise InputError.from_problems(f"{folder} does not match its manifest", problems)
     if not (folder / INDEX_NAME).is_file():
-        raise InputError(f"{folder / INDEX_NAME} is missing. Make it anew with {_index_command(folder, manifest)}")
+        raise InputError(f"{folder / INDEX_NAME} is missing. Recreate it with {_index_command(folder, manifest)}")
     index = parse_index((folder / INDEX_NAME).read_bytes(), manifest, str(folder / INDEX_NAME))
     if manifest.samples == 0:
         raise InputError(f"{folder} holds no samples")
@@ -208,7 +209,7 @@ def _index_command(folder: Path, manifest: Manifest) -> str:
 
 
 def size_problem(path: Path, expected: int) -> str | None:
-    """What is wrong with a shard's presence or size, if anything is."""
+    """Check that a shard exists and has its size; return the problem, if any."""
     if not path.is_file():
         return f"{path.name} is missing"
     size = path.stat().st_size
@@ -218,7 +219,7 @@ def size_problem(path: Path, expected: int) -> str | None:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's key and extension, as WebDataset splits them: at the first dot of the last path component."""
+    """Split a member's name into key and extension as WebDataset does: at the first dot of the last path component."""
     folder, slash, base = name.rpartition("/")
     key, _, extension = base.partition(".")
     return folder + slash + key, extension.lower()

@@ -6,8 +6,8 @@
     position p            lane p mod L, place p div L; the samples of a block are permuted
 
 With one lane and the window `all` this is an exact uniform permutation. With a window, reading touches L x W shards at
-a time. Any slice costs a cumulative sum over the shards and the permutations of the blocks that it touches, so a run
-can start anywhere. Global batch k of an epoch is positions [k B, (k + 1) B), whatever the number of ranks.
+a time. A slice costs a cumulative sum over the shards and the permutations of the blocks that it touches, so a run can
+start anywhere. Global batch k of an epoch is positions [k B, (k + 1) B), for any number of ranks.
 """
 
 from bisect import bisect_right
@@ -18,14 +18,14 @@ import numpy as np
 from shardstep.datasets.rng import permutation
 
 ORDER_VERSION = 1
-WINDOW_ALL_BYTES = 4 * 10**9  # data sets up to this size are shuffled as a whole
-_SHARDS, _SAMPLES = 0, 1  # the streams of random numbers: which shard comes where, which sample of a block comes where
+WINDOW_ALL_BYTES = 4 * 10**9  # data sets up to this size are shuffled completely
+_SHARDS, _SAMPLES = 0, 1  # streams of random numbers: the order of the shards, the order of the samples in a block
 
 
 def window_of(setting: int | str, total_bytes: int, num_shards: int) -> int | None:
-    """data.window_shards ("auto", "all" or a number) as a number of shards; None is all.
+    """Convert data.window_shards ("auto", "all" or a number) to a number of shards; None is all.
 
-    The default depends on the data set alone: as many shards as hold 4 GB.
+    "auto" depends only on the data set: as many shards as hold 4 GB.
     """
     if isinstance(setting, int):
         return setting
@@ -35,7 +35,7 @@ def window_of(setting: int | str, total_bytes: int, num_shards: int) -> int | No
 
 
 class EpochOrder:
-    """The order of one epoch. Sample ids count through the shards as the manifest lists them."""
+    """The order of one epoch. Sample ids number the samples in the order of the manifest's shards."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class EpochOrder:
             samples_per_shard: number of samples in each shard, in manifest order.
             seed: the run's seed.
             epoch: number of the epoch, from 0.
-            lanes: L, at least 1; more lanes than samples leave the rest empty.
+            lanes: L, at least 1; lanes beyond the number of samples are empty.
             window_shards: W, at least 1; None is all.
         """
         counts = np.asarray(samples_per_shard, dtype=np.int64)
@@ -59,15 +59,17 @@ class EpochOrder:
         self._lanes = lanes
         self._window_shards = window_shards or max(len(counts), 1)
         self._shard_order = permutation(len(counts), self._key, (_SHARDS, 0, 0))
-        # Where each shard begins: in the manifest's order, and on the permuted line.
+        # The start of each shard in the manifest's order, and on the permuted line.
         self._first_id = np.concatenate([[0], np.cumsum(counts)])
         self._line = np.concatenate([[0], np.cumsum(counts[self._shard_order])])
-        self._ends: list[int] = self._line.tolist()  # for single places: a search in an array takes ten times as long
-        # A batch touches one block per lane, the next batch mostly the same ones.
+        self._ends: list[int] = (
+            self._line.tolist()
+        )  # for single places, where a search in an array takes ten times as long
+        # A batch touches one block per lane, and the next batch mostly touches the same blocks.
         self._block = lru_cache(maxsize=lanes + 1)(self._permuted_block)
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """Sample ids at the global positions [start, stop). int64, shape (stop - start,)."""
+        """Return the sample ids at the global positions [start, stop). int64, shape (stop - start,)."""
         assert 0 <= start <= stop <= self.num_samples, (start, stop, self.num_samples)
         ids = np.empty(stop - start, dtype=np.int64)
         for lane in range(min(self._lanes, self.num_samples)):
@@ -78,23 +80,19 @@ class EpochOrder:
         return ids
 
     def blocks(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """The (lane, block) pairs that the global positions [start, stop) fall into."""
+        """Return the (lane, block) pairs of the global positions [start, stop)."""
         found = []
         for lane in range(min(self._lanes, self.num_samples)):
             first = start + (lane - start) % self._lanes
             if first < stop:
                 begin = self._lane_start(lane)
                 last = begin + (stop - 1 - lane) // self._lanes
-                found += [
-                    (lane, block)
-                    for block in range(
-                        self._block_at(lane, begin + first // self._lanes), self._block_at(lane, last) + 1
-                    )
-                ]
+                blocks = range(self._block_at(lane, begin + first // self._lanes), self._block_at(lane, last) + 1)
+                found += [(lane, block) for block in blocks]
         return found
 
     def shards_of(self, lane: int, block: int) -> list[int]:
-        """Manifest indices of the shards that a block's samples lie in; empty past the lane's last block."""
+        """Return the manifest indices of the shards of a block's samples; empty past the lane's last block."""
         begin, end = self._block_bounds(lane, block)
         if begin >= end:
             return []
@@ -115,12 +113,12 @@ class EpochOrder:
     def _permuted_block(self, lane: int, block: int) -> np.ndarray:
         begin, end = self._block_bounds(lane, block)
         line = np.arange(begin, end)
-        slots = np.searchsorted(self._line, line, side="right") - 1  # which shard of the line
+        slots = np.searchsorted(self._line, line, side="right") - 1  # the sample's place among the permuted shards
         ids = self._first_id[self._shard_order[slots]] + line - self._line[slots]
         return ids[permutation(end - begin, self._key, (_SAMPLES, lane, block))]
 
     def _lane_start(self, lane: int) -> int:
-        # The first N mod L lanes hold one sample more, so that position p = place x L + lane has no holes.
+        # The first N mod L lanes hold one sample more, so that position p = place x L + lane has no gaps.
         size, extra = divmod(self.num_samples, self._lanes)
         return lane * size + min(lane, extra)
 

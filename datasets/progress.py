@@ -1,4 +1,4 @@
-"""A progress bar for work that is counted: live on a terminal, two plain lines elsewhere. Goes to stderr."""
+"""A progress bar for countable work, on stderr: live on a terminal, two plain lines elsewhere."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def is_drawable(console: Console) -> bool:
-    """Whether there is a terminal to draw on. FORCE_COLOR and the like make none of a file, and NO_COLOR wants none."""
+    """Check that a console is a terminal and NO_COLOR is unset. FORCE_COLOR does not turn a file into a terminal."""
     return console.file.isatty() and not console.is_dumb_terminal and not os.environ.get("NO_COLOR")
 
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show the progress of `total` units; the block calls what it is given with the number of units just done."""
+    """Show the progress of `total` units; call the function it yields with the number of units just done."""
     console = Console(stderr=True, highlight=False)
     start = time.perf_counter()
     if not is_drawable(console):

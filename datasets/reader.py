@@ -1,6 +1,6 @@
-"""Sample ids to pixels, straight from the shards: index, pread, check, decode. Any thread can read any batch.
+"""Sample ids to pixels, directly from the shards: index, pread, check, decode. Any thread can read any batch.
 
-A Reader is what batches are made with; resident.py has the other one. Both return the same bytes for the same ids.
+Batches read through a Reader: the one here, or the one in resident.py. Both return the same bytes for the same ids.
 """
 
 import os
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.decode import decode, resize_and_crop
+from shardstep.datasets.decode import decode, resize_to_cover
 from shardstep.datasets.manifest import ShardFolder
 from shardstep.datasets.tar import BLOCK
 
 _MOST_OPEN_SHARDS = 256  # a data set may have more shards than a process may have open files
-_ADVISE_BYTES = 128 << 10  # Linux reads no more than the device's read-ahead, by default this, for one piece of advice
+_ADVISE_BYTES = 128 << 10  # Linux reads at most the device's read-ahead, by default 128 KiB, per call of posix_fadvise
 
 
 class Reader(Protocol):
@@ -29,16 +29,16 @@ class Reader(Protocol):
     """(height, width, channels) of every image."""
 
     def read(self, sample_ids: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Pixels uint8 (batch, height, width, channels) and labels int64 (batch,)."""
+        """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,)."""
         ...
 
     def will_need(self, shards: list[int]) -> None:
-        """Hint that these shards are about to be read."""
+        """Announce that these shards are about to be read."""
         ...
 
 
 class _OpenFile:
-    """A file descriptor that lives as long as somebody reads from it, in whatever thread."""
+    """A file descriptor that stays open as long as any thread refers to it."""
 
     def __init__(self, path: Path):
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -56,7 +56,7 @@ class _OpenFile:
 
 
 class StreamReader:
-    """Reads images from their shards, each checked against size and crc32 of the index."""
+    """A reader of images from shards; checks each against the size and crc32 in the index."""
 
     def __init__(self, shards: ShardFolder, resize: int | None = None):
         """
@@ -65,7 +65,7 @@ class StreamReader:
             resize: side of the square that images are scaled and cropped to; None keeps their size.
 
         Raises:
-            InputError: the images differ in size and there is no `resize`.
+            InputError: the images differ in size and `resize` is None.
         """
         self._shards = shards
         self._resize = resize
@@ -78,25 +78,25 @@ class StreamReader:
             channels, height, width = manifest.image_shape
             self.image_shape = (height, width, channels)
         else:
-            raise InputError(f"the images in {shards.path} differ in size: give data.resize, such as data.resize=224")
+            raise InputError(f"the images in {shards.path} differ in size: set data.resize, such as data.resize=224")
 
     def read(self, sample_ids: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Pixels uint8 (batch, height, width, channels) and labels int64 (batch,) of some samples, in their order.
+        """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,), in the order of the ids.
 
         Raises:
-            InputError: a sample is damaged, or its image is not of the size in the manifest.
+            InputError: a sample is damaged, or its image does not have the size in the manifest.
         """
         pixels = np.empty((len(sample_ids), *self.image_shape), dtype=np.uint8)
-        rows = np.argsort(sample_ids)  # in the order in which they lie on the disk
+        rows = np.argsort(sample_ids)  # in their order on disk
         for row, sample_id in zip(rows.tolist(), sample_ids[rows].tolist(), strict=True):
             pixels[row] = self._decode(sample_id)
         return torch.from_numpy(pixels), self._labels[torch.from_numpy(sample_ids)]
 
     def read_bytes(self, sample_id: int) -> bytes:
-        """The image file of a sample, as it was written.
+        """Return the image file of a sample.
 
         Raises:
-            InputError: it is not what was written.
+            InputError: its bytes are not those that were written.
         """
         shard, block, size, _, crc32 = self._shards.index[sample_id].item()
         data = self._open(shard).read(size, block * BLOCK)
@@ -108,7 +108,7 @@ class StreamReader:
         return data
 
     def will_need(self, shards: list[int]) -> None:
-        """Ask the kernel to read these shards ahead: without it, a cold disk serves one small read at a time."""
+        """Ask the kernel to read these shards ahead; otherwise a cold disk serves one small read at a time."""
         for shard in shards:
             self._open(shard).read_ahead()
 
@@ -119,11 +119,11 @@ class StreamReader:
         except ValueError as error:
             raise InputError(f"{self._name(sample_id)}: {error}") from None
         if self._resize is not None:
-            pixels = resize_and_crop(pixels, self._resize)
+            pixels = resize_to_cover(pixels, self._resize, self._resize)
         if pixels.shape != self.image_shape:
             raise InputError(
                 f"{self._name(sample_id)} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the manifest says "
-                f"{self.image_shape[1]}x{self.image_shape[0]}. Give data.resize to make them equal"
+                f"{self.image_shape[1]}x{self.image_shape[0]}. Set data.resize to make them equal"
             )
         return pixels
 

@@ -1,6 +1,6 @@
-"""A data set decoded once: one array of pixels per node, memory-mapped by its ranks, or copied to their device.
+"""A data set decoded once: one array of pixels per node, which ranks memory-map or copy to their device.
 
-The array lies in the cache folder under the data set's fingerprint; another data set, or another size, is another file.
+The array is a file in the cache folder, named after the data set's fingerprint and the image size.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.cache import cache_folder, node_lock
+from shardstep.configs.file_lock import file_lock
+from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.manifest import ShardFolder
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.reader import StreamReader
@@ -22,7 +23,7 @@ _DECODE_TOGETHER = 500  # images per task of the pool
 
 
 class ResidentReader:
-    """Reads images from an array in memory, on any device."""
+    """A reader of images from an array in memory, on any device."""
 
     def __init__(self, pixels: Tensor, labels: Tensor):
         """`pixels`: uint8 (samples, height, width, channels); `labels`: int64 (samples,), on the same device."""
@@ -32,51 +33,51 @@ class ResidentReader:
         self.image_shape = (height, width, channels)
 
     def read(self, sample_ids: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Pixels uint8 (batch, height, width, channels) and labels int64 (batch,) of some samples, in their order."""
+        """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,), in the order of the ids."""
         ids = torch.from_numpy(sample_ids).to(self._pixels.device, non_blocking=True)
         return self._pixels.index_select(0, ids), self._labels.index_select(0, ids)
 
     def will_need(self, shards: list[int]) -> None:
-        """Nothing to do: all is in memory."""
+        """Do nothing: everything is in memory."""
 
 
 def decoded_bytes(shards: ShardFolder, resize: int | None) -> int | None:
-    """Size of the decoded array, or None when the images have no common size."""
+    """Return the size of the decoded array, or None if the images differ in size."""
     shape = (shards.manifest.channels, resize, resize) if resize else shards.manifest.image_shape
     return None if shape is None else shards.manifest.samples * int(np.prod(shape))
 
 
 def load_resident(shards: ShardFolder, resize: int | None, device: torch.device) -> ResidentReader:
-    """Decode a data set, or map what an earlier run has decoded, and place it on the device.
+    """Decode a data set, or map the array of an earlier run, and put it on the device.
 
     Raises:
-        InputError: a sample is damaged, or the cache folder cannot be written.
+        InputError: a sample is damaged, or the cache folder is not writable.
     """
     stream = StreamReader(shards, resize)
     shape = (shards.manifest.samples, *stream.image_shape)
     path = cache_folder() / f"{shards.manifest.fingerprint}-{'x'.join(map(str, stream.image_shape))}.u8"
     try:
-        with node_lock(path.with_suffix(".lock")):
-            if not _is_whole(path, shape):
+        with file_lock(path.with_suffix(".lock")):
+            if not _is_intact(path, shape):
                 try:
                     _decode_all(stream, shape, path, str(shards.path))
                 finally:
                     path.with_suffix(".partial").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
-            f"the decoded images cannot be kept in {path.parent} ({error}): point SHARDSTEP_CACHE at a "
+            f"the decoded images cannot be written to {path.parent} ({error}): point SHARDSTEP_CACHE at a "
             f"folder with {np.prod(shape):,} free bytes, or use data.mode=stream"
         ) from None
-    # Copy on write: the pages are shared, and torch is not handed memory that it must not write to.
+    # Copy on write: ranks share the pages, and torch gets writable memory, as it expects.
     pixels = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", shape=shape))
     labels = torch.from_numpy(shards.labels)
     return ResidentReader(pixels.to(device), labels.to(device))
 
 
 def _decode_all(stream: StreamReader, shape: tuple[int, ...], path: Path, name: str) -> None:
-    partial = path.with_suffix(".partial")  # under the lock, so a leftover is nobody's
+    partial = path.with_suffix(".partial")  # we hold the lock, so no other process uses a leftover
     with partial.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))  # a full disk is an error now, not a signal later
+        os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))  # a full disk raises here, instead of a SIGBUS later
     pixels = np.memmap(partial, dtype=np.uint8, mode="r+", shape=shape)
 
     def decode(start: int) -> int:
@@ -95,8 +96,8 @@ def _decode_all(stream: StreamReader, shape: tuple[int, ...], path: Path, name: 
     partial.replace(path)
 
 
-def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether the array is what was decoded: a disk that filled up, or a hand that slipped, is not trained on."""
+def _is_intact(path: Path, shape: tuple[int, ...]) -> bool:
+    """Check that the array is complete and unchanged since it was decoded."""
     digest = path.with_suffix(".sha256")
     if not (path.is_file() and digest.is_file() and path.stat().st_size == int(np.prod(shape))):
         return False

@@ -1,8 +1,8 @@
-"""Random numbers that depend on where they are used, never on what was drawn before.
+"""Random numbers that depend on where they are used, never on earlier draws.
 
 On the host: permutations from NumPy's raw Philox 4x64-10 words (Salmon et al. 2011, SC '11). Only raw words are used: the
-methods of numpy.random.Generator may give other numbers in another version. On the images' device: `Draws`, a hash of
-(seed, epoch, position, stream). Any rank computes any sample's numbers alone, and a resumed run needs no generator's state.
+methods of numpy.random.Generator may change their stream between versions. On the images' device: `Draws`, a hash of
+(seed, epoch, position, stream). Any rank can compute any sample's numbers, and a resumed run needs no generator state.
 """
 
 from typing import TYPE_CHECKING
@@ -18,12 +18,12 @@ WORD = 2**64
 
 
 def philox_words(count: int, key: tuple[int, int], counter: tuple[int, int, int]) -> np.ndarray:
-    """The first `count` words of the Philox stream that `key` and `counter` name.
+    """Return the first `count` words of the Philox stream with this key and counter.
 
     Args:
-        count: how many words.
+        count: number of words.
         key: two 64-bit words, here always (seed, epoch).
-        counter: three 64-bit words that tell streams with the same key apart.
+        counter: three 64-bit words that distinguish streams with the same key.
 
     Returns:
         uint64 array of shape (count,).
@@ -34,12 +34,12 @@ def philox_words(count: int, key: tuple[int, int], counter: tuple[int, int, int]
 
 
 def permutation(count: int, key: tuple[int, int], counter: tuple[int, int, int]) -> np.ndarray:
-    """A uniformly distributed permutation of range(count): the order of `count` random words. int64, shape (count,)."""
+    """Return a uniformly random permutation of range(count), the argsort of `count` random words. int64, shape (count,)."""
     return np.argsort(philox_words(count, key, counter), kind="stable").astype(np.int64)
 
 
 def derived_seed(*words: int) -> int:
-    """A 63-bit seed that depends on every one of some words, such as (seed, step, rank)."""
+    """Return a 63-bit seed that depends on every word, such as seed, step and rank."""
     mixed = 0
     for word in words:
         mixed = mix(mixed ^ (word % WORD))
@@ -47,7 +47,7 @@ def derived_seed(*words: int) -> int:
 
 
 def mix(word: int) -> int:
-    """One step of splitmix64: a 64-bit word whose every bit depends on every bit of `word`."""
+    """Take one step of splitmix64: every bit of the result depends on every bit of `word`."""
     word = (word + GOLDEN) % WORD
     word = ((word ^ (word >> 30)) * MIX_1) % WORD
     word = ((word ^ (word >> 27)) * MIX_2) % WORD
@@ -62,7 +62,7 @@ class Draws:
     """
 
     def __init__(self, seed: int, epoch: int, positions: "Tensor", sample_ids: "Tensor"):
-        """`positions`, `sample_ids`: int64, shape (batch,), on the device where the numbers are needed."""
+        """`positions`, `sample_ids`: int64, shape (batch,), on the device that needs the numbers."""
         self.epoch = epoch
         self._seed = seed
         self._positions = positions
@@ -70,19 +70,19 @@ class Draws:
         self._stream = 0
 
     def uniform(self, columns: int = 1) -> "Tensor":
-        """float64 in [0, 1), shape (batch, columns). Each call takes the next stream."""
+        """Draw float64 in [0, 1), shape (batch, columns). Each call uses the next stream."""
         return self._uniform(self._positions, self.epoch, columns)
 
     def uniform_by_sample(self, columns: int = 1) -> "Tensor":
-        """The same, keyed by (seed, sample id, stream): a sample draws the same number in every epoch."""
+        """Draw as uniform(), keyed by (seed, sample id, stream): a sample gets the same number in every epoch."""
         return self._uniform(self._sample_ids, -1, columns)
 
     def integers(self, bound: int, columns: int = 1) -> "Tensor":
-        """int64 in [0, bound), shape (batch, columns)."""
+        """Draw int64 in [0, bound), shape (batch, columns)."""
         return (self.uniform(columns) * bound).long()
 
     def _uniform(self, index: "Tensor", epoch: int, columns: int) -> "Tensor":
-        import torch  # not above: the order of samples is computed without it, in a fraction of a second
+        import torch  # here: `shards order` runs without it, in a fraction of a second
 
         start = mix(mix(mix(self._seed) ^ (epoch % WORD)) ^ self._stream)
         self._stream += 1
@@ -97,7 +97,7 @@ def _mix_words(words: "Tensor") -> "Tensor":
 
 
 def _shift_right(words: "Tensor", bits: int) -> "Tensor":
-    # int64 >> copies the sign bit; the mask makes it the shift of an unsigned word
+    # int64 >> copies the sign bit; the mask makes it an unsigned shift
     return (words >> bits) & (2 ** (64 - bits) - 1)
 
 

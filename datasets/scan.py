@@ -1,8 +1,8 @@
-"""Tars to a manifest and an index: everything is read, hashed and decoded once.
+"""Tars to a manifest and an index: every byte is read and hashed, every image decoded, once.
 
-The same code serves the shards that we write and tars that others wrote: <key>.<image> beside <key>.cls, a label in
-decimal digits. A shard that is not whole, a sample without its label, a label out of range or an image that cannot be
-decoded is an error that names the sample.
+The same code handles the shards that shardstep writes and tars written elsewhere: <key>.<image> beside <key>.cls, a label
+in decimal digits. A damaged shard, a sample without its label, a label out of range or an image that cannot be decoded is
+an error that names the sample.
 """
 
 import hashlib
@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import file_sha256
+from shardstep.configs.text import count
 from shardstep.datasets.decode import EXTENSIONS, decode
 from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, split_name, write_manifest
 from shardstep.datasets.tar import BLOCK, Member, read_members
 
-MOST_NAMED = 20  # problems in one message
-_COUNT_TOGETHER = 250  # images: fewer, larger array operations
+MOST_NAMED = 20  # problems listed in one message
+_COUNT_TOGETHER = 250  # images per histogram update, for fewer and larger array operations
 
 
 @dataclass
 class _ShardScan:
-    """What one shard holds. The histograms count pixel values, so that mean and std are exact in any order."""
+    """The content of one shard. The histograms count pixel values, so that mean and std are exact in any order."""
 
     shard: Shard
     entries: np.ndarray
@@ -49,14 +51,14 @@ def index_shards(
     """Read every tar in a folder and write its manifest.json and index.
 
     Args:
-        folder: where the tars are; their names in sorted order give the sample ids.
-        made: for the manifest: how the shards were made.
+        folder: holds the tars; sample ids number the samples in the sorted order of the tars' names.
+        made: how the shards were made, for the manifest.
         classes: names by label; None takes `former_classes`, else the numbers from 0 to the largest label.
         advance: called with the number of samples just read.
-        former_classes: names that are kept if they are enough for the labels.
+        former_classes: names to keep if there are enough for the labels.
 
     Raises:
-        InputError: there are no shards, or some are damaged or incomplete; all problems are named.
+        InputError: there are no shards, or some are damaged or incomplete; the message lists the problems.
     """
     paths = sorted(folder.glob("*.tar"))
     if not paths:
@@ -72,9 +74,11 @@ def index_shards(
     if not problems and classes is not None and entries["label"].max() >= len(classes):
         problems.append(f"label {entries['label'].max()} is out of range: there are {len(classes)} classes")
     if not problems and classes is None and entries["label"].max() >= len(entries):
-        problems.append(f"the largest label is {entries['label'].max()}, with {len(entries)} samples: name the classes")
+        problems.append(
+            f"the largest label is {entries['label'].max()}, with {count(len(entries), 'sample')}: give the class names"
+        )
     if not problems and classes is not None and (len(set(classes)) < len(classes) or "" in classes):
-        problems.append("class names must be different from each other, and not empty")
+        problems.append("class names must be unique and not empty")
     if problems:
         raise InputError.from_problems(f"{folder} cannot be indexed", problems, MOST_NAMED)
 
@@ -82,9 +86,7 @@ def index_shards(
         classes = [str(label) for label in range(int(entries["label"].max()) + 1)]
     colour, grey = sum(scan.colour for scan in scans), sum(scan.grey for scan in scans)
     is_grey = not np.any(colour)
-    histogram = np.asarray(
-        grey if is_grey else colour + grey
-    )  # a grey image among coloured ones counts in each channel
+    histogram = np.asarray(grey if is_grey else colour + grey)  # grey images among coloured ones count in each channel
     mean, std = _mean_and_std(histogram)
     sizes = set().union(*(scan.sizes for scan in scans))
     channels = 1 if is_grey else 3
@@ -106,15 +108,6 @@ def index_shards(
     return manifest
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
-
-
 def _scan(number: int, path: Path, advance: Callable[[int], None]) -> _ShardScan:
     scan = _ShardScan(Shard(path.name, path.stat().st_size, "", 0), np.empty(0, dtype=INDEX_DTYPE), [])
     try:
@@ -129,7 +122,7 @@ def _scan(number: int, path: Path, advance: Callable[[int], None]) -> _ShardScan
             data = os.pread(file.fileno(), member.size, member.offset)
             label = _label(os.pread(file.fileno(), labels[key].size, labels[key].offset))
             if label is None:
-                scan.problems.append(f"{path.name}: {key}.cls is not a label: it must be a whole number from 0")
+                scan.problems.append(f"{path.name}: {key}.cls is not a label: it must be an integer from 0")
                 label = 0
             entries[row] = number, member.offset // BLOCK, member.size, label, zlib.crc32(data)
             try:
@@ -146,16 +139,16 @@ def _scan(number: int, path: Path, advance: Callable[[int], None]) -> _ShardScan
 
 
 def _pair(path: Path, scan: _ShardScan) -> tuple[dict[str, Member], dict[str, Member]]:
-    """Images and labels of a shard by key, in the order of the images; what has no partner becomes a problem."""
+    """Return images and labels of a shard by key, in the order of the images; one without the other is a problem."""
     images: dict[str, Member] = {}
     labels: dict[str, Member] = {}
     for member in read_members(path):
         key, extension = split_name(member.name)
         kind = images if extension in EXTENSIONS else labels if extension == "cls" else None
         if kind is None:
-            continue  # other parts of a sample, such as .json, do no harm
+            continue  # other parts of a sample, such as .json, are ignored
         if key in kind:
-            scan.problems.append(f"{path.name}: {member.name} is there twice")
+            scan.problems.append(f"{path.name}: {member.name} occurs twice")
         kind[key] = member
         if kind is images:
             scan.encodings.add("jpg" if extension == "jpeg" else extension)
@@ -181,7 +174,7 @@ def _count(images: list[np.ndarray], scan: _ShardScan) -> None:
 
 
 def _mean_and_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
-    """Per channel on the 0..1 scale, from counts of the 256 pixel values; shape (channels, 256)."""
+    """Compute mean and std per channel on the 0..1 scale, from counts of the 256 pixel values; shape (channels, 256)."""
     values = np.arange(256) / 255
     total = histogram.sum(axis=1)
     mean = (histogram * values).sum(axis=1) / total

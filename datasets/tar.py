@@ -1,7 +1,7 @@
-"""A strict reader of tar headers: a path in, the place of every member out, an error for anything that is not whole.
+"""A strict reader of tar headers: a path in, the place of every member out, an error for any damage.
 
-Python's tarfile ends quietly at a damaged header or a cut, and a shard with half its samples looks complete. Here every
-header's checksum must hold, every member must lie inside the file, and nothing but zeros may follow the last one.
+Python's tarfile stops silently at a damaged header or a cut, and a shard with half its samples looks complete. Here every
+header's checksum must match, every member must lie inside the file, and only zeros may follow the last one.
 Formats: ustar, GNU long names, and pax headers for path and size (POSIX.1-2001, "pax Interchange Format").
 """
 
@@ -26,10 +26,10 @@ class Member:
 
 
 def read_members(path: Path) -> Iterator[Member]:
-    """Yield the regular files of an uncompressed tar in the order in which they lie there.
+    """Yield the regular files of an uncompressed tar, in their order in the archive.
 
     Raises:
-        InputError: the archive is cut, damaged, compressed, or not a tar; the message gives the place.
+        InputError: the archive is cut off, damaged, compressed, or not a tar; the message gives the byte.
     """
     total = path.stat().st_size
     with path.open("rb") as file:
@@ -71,7 +71,7 @@ def _read_members(file: BinaryIO, total: int, path: str) -> Iterator[Member]:
 
 
 def _checksum_holds(header: bytes) -> bool:
-    # The sum of all bytes of the header, with its own eight bytes taken as spaces.
+    # The sum of all bytes of the header, with the checksum's eight bytes counted as spaces.
     stored = header[148:156].partition(b"\0")[0].strip()
     if not stored or not all(48 <= digit < 56 for digit in stored):
         return False
@@ -101,7 +101,7 @@ def _text(data: bytes, path: str, position: int) -> str:
 
 
 def _check_end(file: BinaryIO, path: str) -> None:
-    """After the first block of zeros there must be nothing else: a header that was lost would hide what follows it."""
+    """Check that only zeros follow the first block of zeros: a lost header would hide the members after it."""
     place = file.tell()
     while chunk := file.read(1 << 20):
         if any(chunk):

@@ -1,4 +1,4 @@
-"""Every byte of a data set against its manifest: names each bad file, and the samples in it that are damaged."""
+"""Verification of a data set: every byte against the manifest; reports each corrupt file and the damaged samples in it."""
 
 import os
 import zlib
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import file_sha256
 from shardstep.datasets.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -17,7 +18,6 @@ from shardstep.datasets.manifest import (
     size_problem,
     split_name,
 )
-from shardstep.datasets.scan import file_sha256
 from shardstep.datasets.tar import BLOCK, read_members
 
 
@@ -29,10 +29,10 @@ def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None)
         advance: called with the number of samples just checked.
 
     Returns:
-        One line per problem; empty when all is as it was written.
+        One line per problem; empty if every byte is as it was written.
 
     Raises:
-        InputError: there is no readable manifest to compare with.
+        InputError: the manifest is missing or damaged.
     """
     manifest_path = folder / MANIFEST_NAME
     if not manifest_path.is_file():
@@ -61,20 +61,19 @@ def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None)
             problems.append(wrong_size)
         if path.is_file():
             digest = file_sha256(path)
-            if digest == shard.sha256:
-                pass
-            elif digest in by_hash:
+            if digest != shard.sha256 and digest in by_hash:
                 problems.append(f"{shard.name} holds the bytes of {by_hash[digest]}: they were swapped or copied")
-            elif not wrong_size:
-                problems.append(f"{shard.name} is damaged: its SHA-256 is not the one in the manifest")
-            if digest != shard.sha256 and digest not in by_hash and shards is not None:
-                problems += [f"{shard.name}: {what}" for what in _damage_inside(shards, number)]
+            elif digest != shard.sha256:
+                if not wrong_size:
+                    problems.append(f"{shard.name} is damaged: its SHA-256 is not the one in the manifest")
+                if shards is not None:
+                    problems += [f"{shard.name}: {damage}" for damage in _damage_inside(shards, number)]
         advance(shard.samples)
     return problems
 
 
 def _damage_inside(shards: ShardFolder, shard: int) -> list[str]:
-    """Which samples of a damaged shard are affected; if none is, where the damage lies."""
+    """Find the samples of a damaged shard that are affected; if there are none, where the damage is."""
     path, damage = shards.shard_path(shard), []
     with path.open("rb") as file:
         for number, entry in enumerate(shards.index[shards.index["shard"] == shard]):
@@ -100,4 +99,4 @@ def _damage_inside(shards: ShardFolder, shard: int) -> list[str]:
                     damage.append(f"the label of sample {key} (byte {member.offset}) is damaged")
     except InputError as error:
         damage.append(f"its structure is damaged: {error}")
-    return damage or ["no image or label is affected: the damage lies in a header or the padding"]
+    return damage or ["no image or label is affected: the damage is in a header or the padding"]

@@ -1,6 +1,6 @@
-"""A source to a folder of shards: encoded by threads, shuffled, written under another name, then renamed.
+"""A source to a folder of shards: shuffled, encoded by threads, written under a temporary name, then renamed.
 
-The same source and options give the same bytes. A crash leaves a hidden folder that no reader takes for a data set.
+The same source and options give the same bytes. A crash leaves a hidden folder that no reader mistakes for a data set.
 """
 
 import errno
@@ -17,13 +17,16 @@ from typing import Literal
 import numpy as np
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.cache import node_lock, sync_to_disk
+from shardstep.configs.file_lock import file_lock
+from shardstep.configs.files import sync_to_disk
+from shardstep.configs.text import count
 from shardstep.datasets.decode import EXTENSIONS, decode, encode_png
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.rng import permutation
 from shardstep.datasets.scan import MOST_NAMED, index_shards
-from shardstep.datasets.sources import Source, listed, open_source
+from shardstep.datasets.sources import open_source
+from shardstep.datasets.sources.source import Source, listed
 
 BadImages = Literal["refuse", "skip"]
 SAMPLES_PER_SHARD = 1000
@@ -44,24 +47,24 @@ def write_shards(
     """Write one split of a source as WebDataset shards with a manifest and an index.
 
     Args:
-        source: see datasets/sources.py.
+        source: a name or path, see datasets/sources/__init__.py.
         split: "train" or "test".
-        out: folder to make; it must not hold anything yet.
+        out: folder to create; if it exists, it must be empty.
         samples_per_shard: samples per tar; the last one holds the rest.
-        seed: of the shuffle. Shards sorted by class would spoil every windowed order.
-        limit: how many images to choose, by the seed and as many of each class as there can be; None takes all.
-        bad_images: whether files that cannot be decoded are an error, or are left out and named on stderr.
-        classes_of: a data set whose classes are taken, in its order, whether or not there are images of each.
+        seed: of the shuffle. Shards sorted by class would ruin every windowed order.
+        limit: number of images to choose by the seed, balanced over the classes; None takes all.
+        bad_images: whether files that cannot be decoded are an error, or are left out and listed on stderr.
+        classes_of: a data set whose classes to use, in its order, whether or not there are images of each.
 
     Raises:
-        InputError: the source or images of it cannot be read, it has a class that is not in `classes_of`, or `out` is taken.
+        InputError: the source or images of it cannot be read, it has a class that `classes_of` lacks, or `out` is not empty.
     """
     if samples_per_shard < 1:
         raise InputError(f"{samples_per_shard} samples per shard: write at least 1")
     if limit is not None and limit < 1:
         raise InputError(f"a limit of {limit} images: choose at least 1")
     out = out.expanduser().resolve()
-    with node_lock(out.parent / f".{out.name}.lock"):
+    with file_lock(out.parent / f".{out.name}.lock"):
         images = open_source(source, split)
         if classes_of is not None:
             images = images.in_classes(open_shards(classes_of).manifest.classes, str(classes_of))
@@ -69,39 +72,40 @@ def write_shards(
 
 
 def balanced_choice(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """Numbers of `limit` images, chosen by a seed, equally many of each class or one more; of one that is too small, all.
+    """Return the numbers of `limit` images, chosen by a seed, with class sizes that differ by at most one.
 
-    Choices of the same seed are nested: a smaller one is a part of a larger one.
+    A class that is too small for that is chosen completely. Choices of the same seed are nested: a smaller one is part of
+    a larger one.
 
     Raises:
         InputError: there are fewer images.
     """
     if limit > len(labels):
-        raise InputError(f"a limit of {limit:,} images, but there are {len(labels):,}: leave it out to write all")
+        raise InputError(f"a limit of {limit:,} images, but there are {len(labels):,}: omit it to write all")
     shuffled = permutation(len(labels), (seed, 0), (1, 0, 0))
     shuffled = shuffled[np.argsort(labels[shuffled], kind="stable")]  # class by class
     begins = np.searchsorted(labels[shuffled], labels[shuffled])
-    turn = np.arange(len(labels)) - begins  # of an image in its class
-    return np.sort(shuffled[np.argsort(turn, kind="stable")[:limit]])  # first turns of all classes, then second ones
+    turn = np.arange(len(labels)) - begins  # place of an image in its class
+    return np.sort(shuffled[np.argsort(turn, kind="stable")[:limit]])  # first the first image of each class, and so on
 
 
 def make_missing_shards(source: str, split: str, out: Path) -> bool:
-    """Write the shards unless another process of this node has, or is about to. True if this call wrote them.
+    """Write the shards unless they exist or another process of this node writes them; return whether this call did.
 
     Raises:
-        InputError: the source cannot be read, does not tell its splits apart, or `out` is taken.
+        InputError: the source cannot be read or does not separate its splits, or `out` is not empty.
     """
     if (out / MANIFEST_NAME).is_file():
         return False
     out = out.expanduser().resolve()
-    with node_lock(out.parent / f".{out.name}.lock"):
+    with file_lock(out.parent / f".{out.name}.lock"):
         if (out / MANIFEST_NAME).is_file():
             return False
         images = open_source(source, split)
         if not images.has_splits:
             raise InputError(
                 f"data.source={source} has no train/ and test/ folders: both sets would hold the same images. "
-                f"Write each with `shardstep shards write --source ...` from a folder of its own"
+                f"Write each set from a separate folder with `shardstep shards write --source ...`"
             )
         _write_locked(images, source, split, out)
         return True
@@ -126,29 +130,29 @@ def _write_locked(
         )
     if limit is not None:
         images = images.only(balanced_choice(images.labels, limit, seed))
-    count = len(images.labels)
+    total = len(images.labels)
     for suffix, files in images.ignored.items():
-        print(f"left out: {files:,} files with {suffix}; kept are {', '.join(EXTENSIONS)}", file=sys.stderr)
-    # Under this node's lock, so a leftover of this name is nobody's.
+        print(f"left out: {count(files, 'file')} with {suffix}; supported: {', '.join(EXTENSIONS)}", file=sys.stderr)
+    # We hold this node's lock, so no other process uses a leftover of this name.
     partial = out.parent / f".{out.name}.{platform.node()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with progress_bar(f"writing {out}", count, "images") as advance:
-            order = permutation(count, (seed, 0), (0, 0, 0))
+        with progress_bar(f"writing {out}", total, "images") as advance:
+            order = permutation(total, (seed, 0), (0, 0, 0))
             bad = _write_tars(images, order, partial, split, samples_per_shard, advance)
-            if bad and (bad_images == "refuse" or len(bad) == count):
+            if bad and (bad_images == "refuse" or len(bad) == total):
                 raise InputError.from_problems(
-                    f"{source} has images that cannot be used (mend or remove them, or leave them out with "
+                    f"{source} has images that cannot be used (fix or remove them, or leave them out with "
                     f"`shardstep shards write --bad-images skip`)",
                     bad,
                     MOST_NAMED,
                 )
         if bad:
-            print(f"left out: {len(bad):,} of {count:,} images", *bad, sep="\n  - ", file=sys.stderr)
+            print(f"left out: {len(bad):,} of {total:,} images", *bad, sep="\n  - ", file=sys.stderr)
         made = {"source": images.description, "split": split, "seed": seed, "samples_per_shard": samples_per_shard}
         made |= ({} if limit is None else {"limit": limit}) | ({"left_out": len(bad)} if bad else {})
-        with progress_bar(f"checking {out}", count - len(bad), "images") as advance:
+        with progress_bar(f"checking {out}", total - len(bad), "images") as advance:
             manifest = index_shards(partial, made, images.classes, advance)
         emptied = [images.classes[label] for label in np.unique(images.labels) if not manifest.samples_per_class[label]]
         if emptied:
@@ -158,7 +162,7 @@ def _write_locked(
         partial.replace(out)
         sync_to_disk(out.parent)
     except OSError as error:
-        if error.errno in _NO_ROOM:  # the system does not say where, or names a file that is removed below
+        if error.errno in _NO_ROOM:  # the error has no filename, or that of a file that is removed below
             raise OSError(error.errno, error.strerror, str(out)) from None
         raise
     finally:
@@ -169,7 +173,7 @@ def _write_locked(
 def _write_tars(
     images: Source, order: np.ndarray, folder: Path, split: str, samples_per_shard: int, advance: Callable[[int], None]
 ) -> list[str]:
-    """Write the images that can be decoded; returns what is wrong with the others, in the order of the source."""
+    """Write the images that can be decoded; return the problems of the others, in the order of the source."""
     from webdataset import TarWriter
 
     bad: dict[int, str] = {}
@@ -184,7 +188,7 @@ def _write_tars(
 
     width = max(6, len(str(len(order) - 1)))
     for shard, rows in groupby(enumerate(good_images()), lambda row: row[0] // samples_per_shard):
-        # mtime 0 and no names of users: the same input gives the same bytes
+        # mtime 0 and no user names: the same input gives the same bytes
         with TarWriter(str(folder / f"{split}-{shard:06d}.tar"), encoder=False, mtime=0) as tar:
             for row, (number, data) in rows:
                 label = str(images.labels[number]).encode()
@@ -193,7 +197,7 @@ def _write_tars(
 
 
 def _encoded(images: Source, order: np.ndarray) -> Iterator[bytes | ValueError]:
-    """The image files in order, or what is wrong with them; threads en- and decode, a bounded number of tasks ahead."""
+    """Yield the image files in order, or their problems; threads encode and decode a bounded number of tasks ahead."""
 
     def encode(number: int) -> bytes | ValueError:
         content = images.read(number)

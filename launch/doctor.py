@@ -17,7 +17,7 @@ import textwrap
 from typing import Any
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.load import Loaded, is_override, load_recipe, recipe_names
+from shardstep.configs.load import LoadedRecipe, is_override, load_recipe, recipe_names
 from shardstep.launch.cli import FAILED, leave
 from shardstep.launch.cli import run as run_command
 from shardstep.trainer.distributed import launch_env
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     return FAILED if report.errors else 0
 
 
-def _load(name: str, overrides: list[str]) -> Loaded | InputError:
+def _load(name: str, overrides: list[str]) -> LoadedRecipe | InputError:
     """The recipe. That there is none is bad input where one process asks; in a launch it may be the trouble of one host."""
     try:
         return load_recipe(name, overrides)

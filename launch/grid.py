@@ -1,4 +1,4 @@
-"""Grids of values: `--over KEY=A,B,...` options to the overrides of each combination, and to names for them."""
+"""Grids of values: `--over KEY=A,B,...` options to the overrides of each combination, and a name for each."""
 
 import itertools
 import re
@@ -8,10 +8,10 @@ from shardstep.configs.errors import InputError
 
 
 def points_of(over: Sequence[str]) -> list[list[str]]:
-    """The grid of `KEY=A,B,...` options: a list of overrides for each combination.
+    """Return the grid of `KEY=A,B,...` options: a list of overrides for each combination.
 
     Raises:
-        InputError: one is not of that form.
+        InputError: an option does not have that form.
     """
     axes = []
     for text in over:
@@ -24,7 +24,7 @@ def points_of(over: Sequence[str]) -> list[list[str]]:
 
 
 def _split(values: str) -> list[str]:
-    """At commas, but for those in brackets; [""] where brackets do not match."""
+    """Split at the commas outside brackets; [""] if brackets do not match."""
     parts, depth = [""], 0
     for character in values:
         depth += (character in "[{") - (character in "]}")
@@ -38,13 +38,13 @@ def _split(values: str) -> list[str]:
 
 
 def names_of(points: Sequence[Sequence[str]]) -> list[str]:
-    """A name for each point, of its values: different ones, and fit for folders."""
+    """Return a unique name for each point, made of its values and safe as a folder name."""
     names = ["-".join(file_name(setting.partition("=")[2]) for setting in point) for point in points]
-    if len(set(names)) < len(names):  # values that differ in nothing that a folder's name may hold
+    if len(set(names)) < len(names):  # values that differ only in characters that file_name removes
         names = [f"{number}-{name}" for number, name in enumerate(names)]
     return names
 
 
 def file_name(text: str) -> str:
-    """A text with nothing in it that a file's name or a log's pattern could mistake."""
+    """Return the text without characters that are special in file names or in Slurm's patterns for log names."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_.-")[:64] or "shardstep"

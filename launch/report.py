@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import check_output_file, write_whole
+from shardstep.configs.files import check_output_file, write_atomically
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         for reason in one.left_out:
             print(f"{one.record.folder}: left out: {reason}")
     content = report_page(analyses, datetime.now().astimezone()).encode()
-    write_whole(out, content)
+    write_atomically(out, content)
     print(f"{out}: {len(analyses)} run{'s' * (len(analyses) > 1)}, {len(content) / 1000:,.0f} kB in one file")
     return 0
 

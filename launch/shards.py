@@ -11,13 +11,18 @@ shardstep shards order DIR --seed S --epoch E [--start P --count N --lanes L --w
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
+from shardstep.configs.errors import InputError
+from shardstep.configs.text import count
 from shardstep.launch.cli import run as run_command
+
+if TYPE_CHECKING:
+    from shardstep.datasets.manifest import Manifest
 
 
 def main(arguments: list[str]) -> int:
-    """Do what the subcommand says; returns the exit code."""
+    """Run the subcommand and return the exit code."""
     args = _parser().parse_args(arguments)
     return {"write": _write, "verify": _verify, "info": _info, "index": _index, "order": _order}[args.command](args)
 
@@ -27,75 +32,68 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="shardstep shards", description="Write, check and inspect data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
-    write = commands.add_parser("write", help="make shards from a source of images")
+    write = commands.add_parser("write", help="write shards from a source of images")
     write.add_argument(
         "--source",
         required=True,
         help="cifar10, digits, synthetic:N, a folder of <class>/<file>, a .tar of one, or CIFAR-10's own archive",
     )
     write.add_argument("--split", choices=["train", "test"], default="train", help="(default: train)")
-    write.add_argument("--out", type=Path, required=True, help="folder to make")
+    write.add_argument("--out", type=Path, required=True, help="folder to create")
     write.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="(default: %(default)s)")
-    write.add_argument("--seed", type=int, default=0, help="of the shuffle, and of --limit's choice (default: 0)")
+    write.add_argument("--seed", type=int, default=0, help="seed of the shuffle and of --limit's choice (default: 0)")
     write.add_argument(
-        "--limit", type=int, metavar="N", help="write N images, equally many of each class (default: all)"
+        "--limit", type=int, metavar="N", help="write N images, balanced over the classes (default: all)"
     )
     write.add_argument(
         "--classes-of",
         type=Path,
         metavar="DIR",
-        help="take the classes of this data set (default: those of the source)",
+        help="use the classes of this data set (default: those of the source)",
     )
     write.add_argument(
         "--bad-images",
         choices=get_args(BadImages),
         default="refuse",
-        help="files that cannot be decoded: an error, or left out and named (default: refuse)",
+        help="treat files that cannot be decoded as an error, or skip and list them (default: refuse)",
     )
     for name, what in (("verify", "compare every byte with the manifest"), ("info", "print counts, classes and sizes")):
         commands.add_parser(name, help=what).add_argument("dir", type=Path)
-    index = commands.add_parser("index", help="make manifest.json and index for tars that are there")
+    index = commands.add_parser("index", help="write manifest.json and index for existing tars")
     index.add_argument("dir", type=Path)
     index.add_argument(
         "--classes",
-        help="names by label, separated by commas (default: those of the manifest that --force replaces, else the numbers)",
+        help="class names by label, separated by commas (default: those of the manifest that --force replaces, else numbers)",
     )
-    index.add_argument("--force", action="store_true", help="replace a manifest that is there")
+    index.add_argument("--force", action="store_true", help="replace an existing manifest")
     order = commands.add_parser("order", help="print position and key of samples in the global order")
     order.add_argument("dir", type=Path)
-    order.add_argument("--seed", type=int, default=0, help="of the run (default: 0)")
-    order.add_argument("--epoch", type=int, default=0, help="from 0 (default: 0)")
+    order.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
+    order.add_argument("--epoch", type=int, default=0, help="epoch, from 0 (default: 0)")
     order.add_argument("--start", type=int, default=0, help="first position (default: 0)")
-    order.add_argument("--count", type=int, help="positions (default: to the end of the epoch)")
-    order.add_argument("--lanes", type=int, default=1, help="(default: 1)")
-    order.add_argument("--window-shards", default="auto", help="a number, all, or auto (default: auto)")
+    order.add_argument("--count", type=int, help="number of positions (default: to the end of the epoch)")
+    order.add_argument("--lanes", type=int, default=1, help="data.lanes of the run (default: 1)")
+    order.add_argument(
+        "--window-shards", default="auto", help="data.window_shards: a number, all, or auto (default: auto)"
+    )
     return parser
 
 
 def _write(args: argparse.Namespace) -> int:
     from shardstep.datasets.write import write_shards
 
-    manifest = write_shards(
-        args.source,
-        args.split,
-        args.out,
-        args.samples_per_shard,
-        args.seed,
-        args.limit,
-        args.bad_images,
-        args.classes_of,
-    )
-    print(f"{args.out}: {manifest.samples:,} images in {len(manifest.shards)} shards, {manifest.bytes:,} bytes")
+    sizes = (args.samples_per_shard, args.seed, args.limit)
+    manifest = write_shards(args.source, args.split, args.out, *sizes, args.bad_images, args.classes_of)
+    print(f"{args.out}: {_size(manifest)}, {manifest.bytes:,} bytes")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from shardstep.configs.errors import InputError
     from shardstep.datasets.verify import verify_shards
 
     problems = verify_shards(args.dir)
     if problems:
-        raise InputError.from_problems(f"{args.dir} is not as it was written", problems)
+        raise InputError.from_problems(f"{args.dir} has changed since it was written", problems)
     print(f"{args.dir}: every byte is as it was written")
     return 0
 
@@ -105,49 +103,43 @@ def _info(args: argparse.Namespace) -> int:
 
     manifest = open_shards(args.dir).manifest
     size = "x".join(map(str, reversed(manifest.image_shape[1:]))) if manifest.image_shape else "of several sizes"
-    print(f"samples      {manifest.samples:,} in {len(manifest.shards)} shards, {manifest.bytes:,} bytes")
+    print(f"samples      {manifest.samples:,} in {count(len(manifest.shards), 'shard')}, {manifest.bytes:,} bytes")
     print(f"images       {size}, {manifest.image_mode}, {'/'.join(manifest.encodings)}")
-    print(f"mean         {_numbers(manifest.mean)}")
-    print(f"std          {_numbers(manifest.std)}")
+    print("mean        ", *(f"{value:.4f}" for value in manifest.mean))
+    print("std         ", *(f"{value:.4f}" for value in manifest.std))
     print(f"made         {', '.join(f'{key} {value}' for key, value in manifest.made.items())}")
     print(f"fingerprint  {manifest.fingerprint}")
     print(f"classes      {len(manifest.classes)}")
-    for name, count in zip(manifest.classes, manifest.samples_per_class, strict=True):
-        print(f"  {count:>10,}  {name}")
+    for name, samples in zip(manifest.classes, manifest.samples_per_class, strict=True):
+        print(f"  {samples:>10,}  {name}")
     return 0
 
 
 def _index(args: argparse.Namespace) -> int:
-    from shardstep.configs.errors import InputError
     from shardstep.datasets.manifest import MANIFEST_NAME, parse_manifest
     from shardstep.datasets.scan import index_shards
-    from shardstep.datasets.sources import WRITTEN_ELSEWHERE
+    from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE
 
     if not args.dir.is_dir():
         raise InputError(f"{args.dir} is not a folder")
     path = args.dir / MANIFEST_NAME
     if path.exists() and not args.force:
-        raise InputError(
-            f"{args.dir} has a {MANIFEST_NAME}, against which its shards can be verified; --force replaces it"
-        )
+        raise InputError(f"{args.dir} already has a {MANIFEST_NAME} to verify its shards against; --force replaces it")
     classes = args.classes.split(",") if args.classes else None
     former_classes = None
     if path.exists() and classes is None:
         try:
             former_classes = parse_manifest(path.read_text(errors="replace"), str(path)).classes
         except InputError:
-            print(
-                f"{path} is damaged: the names of its classes are not kept, give them with --classes", file=sys.stderr
-            )
+            print(f"{path} is damaged: its class names are lost, give them with --classes", file=sys.stderr)
     manifest = index_shards(args.dir, {"source": WRITTEN_ELSEWHERE}, classes, former_classes=former_classes)
-    print(f"{args.dir}: {manifest.samples:,} images in {len(manifest.shards)} shards, {len(manifest.classes)} classes")
+    print(f"{args.dir}: {_size(manifest)}, {count(len(manifest.classes), 'class', 'classes')}")
     if former_classes and manifest.classes[: len(former_classes)] != former_classes:
-        print(f"{args.dir}: the former names of classes are too few, and were not kept", file=sys.stderr)
+        print(f"{args.dir}: the old manifest has too few class names; they were not kept", file=sys.stderr)
     return 0
 
 
 def _order(args: argparse.Namespace) -> int:
-    from shardstep.configs.errors import InputError
     from shardstep.datasets.manifest import open_shards
     from shardstep.datasets.order import EpochOrder, window_of
 
@@ -155,7 +147,7 @@ def _order(args: argparse.Namespace) -> int:
     samples = shards.manifest.samples
     stop = samples if args.count is None else args.start + args.count
     if not 0 <= args.start <= stop <= samples:
-        raise InputError(f"positions {args.start} to {stop} do not lie in an epoch of {samples} samples")
+        raise InputError(f"positions {args.start} to {stop} are outside an epoch of {samples} samples")
     if args.lanes < 1 or args.epoch < 0 or args.seed < 0:
         raise InputError("--lanes must be at least 1, --epoch and --seed at least 0")
     if args.window_shards.isdecimal() and int(args.window_shards) > 0:
@@ -169,8 +161,8 @@ def _order(args: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(values: list[float]) -> str:
-    return " ".join(f"{value:.4f}" for value in values)
+def _size(manifest: "Manifest") -> str:
+    return f"{count(manifest.samples, 'image')} in {count(len(manifest.shards), 'shard')}"
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def spoil_weights(run: Path, name: str) -> None:
     """Make a tensor of a finished run's weights NaN, as if training had."""
     from safetensors.torch import load_file, save_file
 
-    from shardstep.datasets.scan import file_sha256
+    from shardstep.configs.files import file_sha256
 
     path, summary = run / "model.safetensors", json.loads((run / "summary.json").read_text())
     weights = load_file(path)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardstep.configs.errors import InputError, NonFiniteError, TrainingFailed
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import write_atomically
 from shardstep.trainer import loop
 from shardstep.trainer.checkpoints.checkpoint import write_weights
 from shardstep.trainer.checkpoints.checkpoint_files import newest_intact
@@ -187,7 +187,7 @@ def _tell_job_script(run: Run) -> None:
         return
     steps = run.state.progress.step - run.state.starts[-1]["step"]
     try:
-        write_whole(path, f"{steps} {'person' if run.requests.by_person else 'signal'}\n".encode())
+        write_atomically(path, f"{steps} {'person' if run.requests.by_person else 'signal'}\n".encode())
     except OSError as error:
         run.display.warn(f"{path} could not be written, so the job will not be requeued: {error}")
 

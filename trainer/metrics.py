@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shardstep.configs.durations import Duration
 from shardstep.configs.errors import NonFiniteError
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import write_atomically
 from shardstep.trainer.distributed.collectives import gather_rows, reduce_sums
 from shardstep.trainer.evaluation import Evaluation
 from shardstep.trainer.machine import resident_bytes
@@ -274,7 +274,7 @@ def cut_lines(path: Path, step: int, evaluation_due: bool) -> None:
         again = evaluation_due and content.get("kind") == "eval" and content["step"] == step
         if content.get("step", math.inf) <= step and not again:
             kept.append(line + "\n")
-    write_whole(path, "".join(kept).encode())
+    write_atomically(path, "".join(kept).encode())
 
 
 def _last_lines(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

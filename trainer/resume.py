@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from shardstep.configs.durations import Duration
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import partial_of, write_whole
+from shardstep.configs.files import partial_of, write_atomically
 from shardstep.configs.load import load_recipe, save_recipe
 from shardstep.configs.resolve import CHOICES, ResolvedRecipe, with_keys
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
@@ -208,7 +208,7 @@ def claim(
             if aside:
                 display.note(f"moved the old run in {run_dir.path} to {aside}")
             save_recipe(recipe, run_dir.config_path)
-            write_whole(run_dir.train_manifest_path, manifest_bytes(train))
+            write_atomically(run_dir.train_manifest_path, manifest_bytes(train))
             checkpoint_files.sweep(run_dir.checkpoints_path)
             checkpoint_files.set_aside(run_dir.checkpoints_path, state.progress.step)
             for lines in run_dir.path.glob("*.jsonl"):

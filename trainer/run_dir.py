@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shardstep.configs.load import Loaded, load_recipe
+from shardstep.configs.load import LoadedRecipe, load_recipe
 from shardstep.trainer.checkpoints.checkpoint_files import WEIGHTS, list_checkpoints
 from shardstep.trainer.checkpoints.lock import is_held
 from shardstep.trainer.monitoring.metric_tail import MetricTail
@@ -87,7 +87,7 @@ class RunDir:
         return self.config_path.is_file()
 
     @property
-    def config(self) -> Loaded:
+    def config(self) -> LoadedRecipe:
         """The resolved recipe, as it was read.
 
         Raises:

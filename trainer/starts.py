@@ -4,7 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import write_atomically
 from shardstep.trainer import machine
 from shardstep.trainer.origin import commit, hardware
 from shardstep.trainer.run import Run
@@ -33,6 +33,6 @@ def write_start(run: Run, arguments: list[str]) -> None:
         "total_steps": run.plan.total_steps,
     }
     try:
-        write_whole(path, (json.dumps([*run.dir.starts[:known], start], indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps([*run.dir.starts[:known], start], indent=1) + "\n").encode())
     except OSError as error:
         run.display.warn(f"{path} could not be written, so reports will not show the hardware: {error}")

@@ -3,8 +3,7 @@
 import json
 from typing import Any
 
-from shardstep.configs.files import write_whole
-from shardstep.datasets.scan import file_sha256
+from shardstep.configs.files import file_sha256, write_atomically
 from shardstep.trainer.distributed.ddp import exposed_communication_s
 from shardstep.trainer.evaluation import Evaluation
 from shardstep.trainer.run import Run
@@ -57,5 +56,5 @@ def write_summary(
             "fingerprint": manifest.fingerprint,
         },
     }
-    write_whole(run.dir.summary_path, (json.dumps(summary, indent=1) + "\n").encode())
+    write_atomically(run.dir.summary_path, (json.dumps(summary, indent=1) + "\n").encode())
     return summary

@@ -9,7 +9,7 @@ from typing import Any
 from shardstep.configs.components import convert, resolve_options
 from shardstep.configs.durations import duration_problems
 from shardstep.configs.errors import InputError
-from shardstep.configs.load import Loaded
+from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.augment import TRANSFORMS
 from shardstep.trainer import models
@@ -22,7 +22,7 @@ from shardstep.trainer.optim import average, losses, optimizers, schedules
 _LARGEST_SIDE = 16_384  # pixels: one image with three channels of floats takes 3 GB
 
 
-def validate_recipe(loaded: Loaded) -> Recipe:
+def validate_recipe(loaded: LoadedRecipe) -> Recipe:
     """Resolve every option of a recipe for this machine's device, and check what needs neither data nor ranks.
 
     Raises:

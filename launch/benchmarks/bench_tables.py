@@ -19,7 +19,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, TextIO
 
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import write_atomically
 
 _OTHER_LIBRARIES = ("lightning", "litdata", "mosaicml-streaming", "numpy", "opencv-python-headless", "pillow")
 _WORTH_TELLING = 3  # seconds of a repeat: then one wants to know how long the rest will take
@@ -170,7 +170,7 @@ def report(command: str, tables: Iterable[Table], json_path: str | None) -> None
             print(_machine_line(found), file=out)
         found["tables"].append(as_json(table))
         if json_path not in (None, "-"):
-            write_whole(Path(json_path), (json.dumps(found, indent=1) + "\n").encode())
+            write_atomically(Path(json_path), (json.dumps(found, indent=1) + "\n").encode())
         print_table(table, out)
         out.flush()
     if json_path == "-":

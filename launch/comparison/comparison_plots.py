@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import write_atomically
 from shardstep.launch.comparison.results import EXPLODED, Variant
 from shardstep.launch.comparison.significance import mean_interval
 
@@ -45,7 +45,7 @@ class Plot:
             for path in pngs:
                 picture = io.BytesIO()
                 figure.savefig(picture, format="png", dpi=110, facecolor="white")
-                write_whole(path, picture.getvalue())
+                write_atomically(path, picture.getvalue())
             plt.close(figure)
         text = content.getvalue()
         return text[text.index("<svg") :]  # without the XML head, which has no place inside a page

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import write_atomically
 from shardstep.configs.text import table
 from shardstep.launch.comparison.comparison_page import ComparisonReport, document, page
 from shardstep.launch.comparison.comparison_plots import PLOTS
@@ -32,19 +32,19 @@ def write_report(comparison: Comparison, variants: list[Variant], doc: Path | No
     text = "\n".join([*table(answer.columns, answer.rows), "", *said])
     print(f"\n{text}\n")
     written = [folder / "table.txt", folder / "results.json", folder / "report.html"]
-    write_whole(written[0], f"{text}\n".encode())
+    write_atomically(written[0], f"{text}\n".encode())
     content = results(comparison, variants, target, answer)
-    write_whole(written[1], (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(written[1], (json.dumps(content, indent=1) + "\n").encode())
     drawn: dict[str, str] = {}
     for name in answer.plots:
         stem = f"{doc.stem}-{name}" if doc else ""
         places = [folder / f"{name}.png", *([doc.with_name(f"{stem}.png")] if doc else [])]
         drawn[name] = PLOTS[name].draw(variants, target, places)  # PNG files, and SVG as text
         written += places
-    write_whole(written[2], page(answer, drawn).encode())
+    write_atomically(written[2], page(answer, drawn).encode())
     if doc:
         pictures = {name: f"{doc.stem}-{name}.png" for name in answer.plots}
-        write_whole(doc, document(answer, pictures).encode())
+        write_atomically(doc, document(answer, pictures).encode())
         written.append(doc)
     return written
 

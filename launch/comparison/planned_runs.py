@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import check_output_file, write_whole
+from shardstep.configs.files import check_output_file, write_atomically
 from shardstep.configs.load import load_recipe, recipe_text
 from shardstep.configs.schema import Recipe
 from shardstep.launch.comparison.pool import Task, share_of_run, visible_gpus
@@ -181,7 +181,7 @@ class Comparison:
     def save(self) -> None:
         """Write down what is compared, so that a later command can see whether it means the same."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / PLAN_NAME, (json.dumps(self.record(), indent=1) + "\n").encode())
+        write_atomically(self.folder / PLAN_NAME, (json.dumps(self.record(), indent=1) + "\n").encode())
 
     def check_share(self) -> None:
         """Refuse to run more where a budget of time would mean another amount of work.

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; an option's output file is refused before the work, where it cannot be written."""
+"""Files are written completely or not at all; an output file that cannot be written is refused before the work."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import check_output_file, write_whole
+from shardstep.configs.files import check_output_file, write_atomically
 
 
 def test_an_output_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_an_output_file_that_cannot_be_written_is_refused(tmp_path: Path) -> Non
         check_output_file("--out", tmp_path / "nowhere" / "new.html")
 
 
-def test_a_full_disk_is_told_with_the_file_and_leaves_no_part_of_it(
+def test_a_full_disk_is_reported_with_the_file_and_leaves_no_partial_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
@@ -27,7 +27,7 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_no_part_of_it(
     (tmp_path / "page.html").write_text("before")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
-        write_whole(tmp_path / "page.html", b"after")
+        write_atomically(tmp_path / "page.html", b"after")
     assert caught.value.filename == str(tmp_path / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert (tmp_path / "page.html").read_text() == "before"

@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.load import Loaded, load_recipe, recipe_names, save_recipe
+from shardstep.configs.load import LoadedRecipe, load_recipe, recipe_names, save_recipe
 from shardstep.configs.schema import Recipe
 from shardstep.trainer.validate import validate_recipe
 
 
-def load(tmp_path: Path, text: str, *overrides: str) -> Loaded:
+def load(tmp_path: Path, text: str, *overrides: str) -> LoadedRecipe:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     return load_recipe(str(path), overrides)
@@ -112,8 +112,8 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         ("data.normalize=foo", "data.normalize=foo must be"),
         ("data.normalize={mean: [1, 2], std: [1, 2]}", "mean and std must both have 1 or 3 numbers"),
         ("data.normalize={mean: [0], std: [0]}", "every std finite and above 0"),
-        ("data.augment=flip", "data.augment: flip is no list: write [flip]"),
-        ("model.hidden=64", "model.hidden: 64 is no list: write [64]"),
+        ("data.augment=flip", "data.augment: flip is not a list: write [flip]"),
+        ("model.hidden=64", "model.hidden: 64 is not a list: write [64]"),
         ("data.augment=[flop]", "data.augment[0].name=flop is unknown; did you mean flip?"),
         ("data.augment=[{name: translate, pixel: 3}]", "pixel is not an option of translate; did you mean pixels?"),
         ("data.augment=[flip, alternating_flip]", "flip undoes"),
@@ -219,12 +219,14 @@ def test_every_key_is_documented() -> None:
 
     from shardstep.configs import schema
 
-    for node in ast.parse(inspect.getsource(schema)).body:
+    source = inspect.getsource(schema)
+    for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name != "Recipe":
             body = node.body[1:]
             for field, text in zip(body[::2], body[1::2], strict=True):
                 assert isinstance(field, ast.AnnAssign)
                 assert isinstance(text, ast.Expr)
+                assert len(ast.get_source_segment(source, text).splitlines()) <= 3, ast.unparse(field)
 
 
 DEVICES = """

@@ -91,7 +91,7 @@ def test_a_resident_image_is_written_as_seldom_as_it_can_be(resident: ResidentRe
 
 def test_the_operations_of_a_resident_batch_hardly_depend_on_its_size(resident: ResidentReader) -> None:
     small, large = (read_one(batches(resident, [1024], size)).operations for size in (32, 512))
-    # Normalisation goes in parts of 85 images: 7 parts in place of 1, of two operations each
+    # Normalisation goes in parts of 85 images: 7 parts instead of 1, of two operations each
     assert large - small <= 6 * 2
     assert large < 130
 
@@ -147,7 +147,7 @@ def test_the_python_calls_of_a_streamed_image(shards: Path) -> None:
     assert calls["c_call"] <= 10 * 101 + 30
 
 
-def test_the_kernel_is_told_of_every_byte_in_pieces_that_it_heeds(
+def test_the_kernel_is_advised_of_every_byte_in_pieces_that_it_honours(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     advised: list[tuple[int, int]] = []

@@ -26,19 +26,19 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
-def test_whole_data_passes(folder: Path) -> None:
+def test_intact_data_passes(folder: Path) -> None:
     assert verify_shards(folder) == []
 
 
 def test_every_flipped_byte_is_found(folder: Path) -> None:
     path = folder / "train-000002.tar"
-    whole, random = path.read_bytes(), np.random.default_rng(0)
-    for place in random.integers(0, len(whole), 150).tolist():
+    intact, random = path.read_bytes(), np.random.default_rng(0)
+    for place in random.integers(0, len(intact), 150).tolist():
         flip(path, place)
         problems = verify_shards(folder)
         assert problems, place
         assert all(problem.startswith("train-000002.tar") for problem in problems)
-        path.write_bytes(whole)
+        path.write_bytes(intact)
 
 
 def test_a_flipped_image_byte_names_the_sample(folder: Path) -> None:
@@ -151,14 +151,14 @@ def test_an_unknown_shard_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["manifest.json", "index"])
 def test_a_damaged_manifest_or_index(folder: Path, name: str) -> None:
-    whole = (folder / name).read_bytes()
-    for place in range(0, len(whole), max(1, len(whole) // 60)):
+    intact = (folder / name).read_bytes()
+    for place in range(0, len(intact), max(1, len(intact) // 60)):
         flip(folder / name, place)
         try:
             with pytest.raises(InputError, match=name):
                 open_shards(folder)
         finally:
-            (folder / name).write_bytes(whole)
+            (folder / name).write_bytes(intact)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "index"])

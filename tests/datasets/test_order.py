@@ -30,7 +30,7 @@ def test_slices_are_parts_of_the_whole(
     start = data.draw(st.integers(0, total))
     stop = data.draw(st.integers(start, total))
     whole = EpochOrder(shards, seed, epoch, num_lanes, window).slice(0, total)
-    part = EpochOrder(shards, seed, epoch, num_lanes, window).slice(start, stop)  # anew: no memory of the start
+    part = EpochOrder(shards, seed, epoch, num_lanes, window).slice(start, stop)  # a new object: never saw the start
     assert part.tolist() == whole[start:stop].tolist()
 
 
@@ -77,7 +77,7 @@ def test_lanes_take_turns() -> None:
 
 
 def test_far_into_a_big_epoch_is_cheap() -> None:
-    # 1e8 samples: a slice permutes one block of 4 shards, not the whole; counted through the words that are drawn
+    # 1e8 samples: a slice permutes one block of 4 shards, not all of it; counted through the words that are drawn
     order = EpochOrder([10_000] * 10_000, seed=1, epoch=1, window_shards=4)
     ids = order.slice(73_000_000, 73_001_024)
     assert len(set(ids.tolist())) == 1024

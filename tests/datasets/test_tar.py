@@ -44,19 +44,19 @@ def test_folders_and_links_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_every_truncation_is_found(tmp_path: Path) -> None:
-    whole = write_tar(tmp_path / "x.tar", {"a.png": b"1" * 700, "a.cls": b"3"}).read_bytes()
+    intact = write_tar(tmp_path / "x.tar", {"a.png": b"1" * 700, "a.cls": b"3"}).read_bytes()
     end = 512 + 1024 + 512 + 512 + 512  # two members and the first block of zeros
     for length in range(0, end, 64):
-        (tmp_path / "cut.tar").write_bytes(whole[:length])
+        (tmp_path / "cut.tar").write_bytes(intact[:length])
         with pytest.raises(InputError, match="cut off"):
             list(read_members(tmp_path / "cut.tar"))
 
 
 def test_every_flipped_header_byte_is_found(tmp_path: Path) -> None:
-    whole = write_tar(tmp_path / "x.tar", {"a.png": b"1" * 700, "a.cls": b"3"}).read_bytes()
+    intact = write_tar(tmp_path / "x.tar", {"a.png": b"1" * 700, "a.cls": b"3"}).read_bytes()
     for start in (0, 1536):
         for place in range(start, start + 512):
-            damaged = bytearray(whole)
+            damaged = bytearray(intact)
             damaged[place] ^= 0x10
             (tmp_path / "bad.tar").write_bytes(damaged)
             if start + 148 <= place < start + 156:

@@ -98,7 +98,7 @@ def test_images_of_different_sizes_need_resize(tmp_path: Path) -> None:
         path.write_bytes(png(77, size=size))
     assert write_shards(str(tmp_path / "tree"), "train", tmp_path / "out").image_shape is None
     opened = open_shards(tmp_path / "out")
-    with pytest.raises(InputError, match="differ in size: give data.resize"):
+    with pytest.raises(InputError, match="differ in size: set data.resize"):
         StreamReader(opened)
     pixels, _ = StreamReader(opened, resize=4).read(np.arange(2))
     assert pixels.shape == (2, 4, 4, 3)
@@ -144,7 +144,9 @@ def test_a_class_that_the_other_set_has_not(tmp_path: Path) -> None:
     write_shards(str(tmp_path / "tree"), "train", tmp_path / "train")
     (tmp_path / "tree" / "test" / "b_cat").rename(tmp_path / "tree" / "test" / "c_cow")
     (tmp_path / "tree" / "test" / "d_empty").mkdir()
-    with pytest.raises(InputError, match="train has no class c_cow, only a_dog, b_cat: leave images of others out"):
+    with pytest.raises(
+        InputError, match="train has no class c_cow, only a_dog, b_cat: remove the images of other classes"
+    ):
         write_shards(str(tmp_path / "tree"), "test", tmp_path / "test", classes_of=tmp_path / "train")
     assert not (tmp_path / "test").exists()
 
@@ -166,7 +168,7 @@ def test_bad_images_are_named_as_in_the_source_and_leave_nothing_behind(tmp_path
     with pytest.raises(InputError) as raised:
         write_shards(str(source), "train", tmp_path / "out")
     headline, *lines = str(raised.value).splitlines()
-    assert headline.startswith(f"{source} has images that cannot be used (mend or remove them")
+    assert headline.startswith(f"{source} has images that cannot be used (fix or remove them")
     assert lines == [
         "  - train/a_dog/3.png: not an image that can be decoded",
         "  - train/b_cat/0.jpg: not an image that can be decoded: it is empty",
@@ -309,11 +311,11 @@ def test_transparency_is_dropped(tmp_path: Path) -> None:
 
 
 def test_a_huge_label_without_class_names(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the largest label is 3000000, with 1 samples: name the classes"):
+    with pytest.raises(InputError, match="the largest label is 3000000, with 1 sample: give the class names"):
         index_shards(foreign(tmp_path / "x", a={"1.png": png(1), "1.cls": b"3000000"}), {})
 
 
-def test_long_keys_are_whole(tmp_path: Path) -> None:
+def test_long_keys_are_complete(tmp_path: Path) -> None:
     import tarfile as tarfiles
 
     names = [f"{'x' * 90}/{'y' * 40}{number}" for number in range(2)]
@@ -352,6 +354,6 @@ def test_a_limit_writes_so_many_of_the_same_images(tmp_path: Path) -> None:
     write_shards("synthetic:200", "train", tmp_path / "all", samples_per_shard=30)
     few, every = (open_shards(tmp_path / name) for name in ("few", "all"))
     assert set(few.index["crc32"].tolist()) < set(every.index["crc32"].tolist())
-    for limit, told in ((0, "choose at least 1"), (201, "but there are 200: leave it out")):
-        with pytest.raises(InputError, match=told):
+    for limit, expected in ((0, "choose at least 1"), (201, "but there are 200: omit it")):
+        with pytest.raises(InputError, match=expected):
             write_shards("synthetic:200", "train", tmp_path / "none", limit=limit)

@@ -171,11 +171,11 @@ def test_shards_commands(tmp_path: Path) -> None:
     assert sorted(line.split()[1] for line in whole) == [f"{number:06d}" for number in range(25)]
     result = shards("order", "set", "--start", "20", "--count", "6")
     assert result.returncode == 2
-    assert "do not lie in an epoch of 25 samples" in result.stderr
+    assert "are outside an epoch of 25 samples" in result.stderr
     (tmp_path / "set" / "train-000001.tar").unlink()
     result = shards("verify", "set")
     assert result.returncode == 2
-    assert result.stderr == "error: set is not as it was written: train-000001.tar is missing\n"
+    assert result.stderr == "error: set has changed since it was written: train-000001.tar is missing\n"
     assert shards("index", "set").returncode == 2  # the manifest is what the shards can be checked against
     assert shards("index", "set", "--force").returncode == 0
     assert "15 in 2 shards" in shards("info", "set").stdout
@@ -184,7 +184,7 @@ def test_shards_commands(tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text().replace("class3", "class4"))
     result = shards("index", "set", "--force")
     assert result.returncode == 0
-    assert "manifest.json is damaged: the names of its classes are not kept" in result.stderr
+    assert "manifest.json is damaged: its class names are lost" in result.stderr
     assert "class" not in shards("info", "set").stdout.partition("\nclasses")[2]
 
 
@@ -205,7 +205,7 @@ def test_names_that_are_too_few_are_not_kept_and_that_is_told(
 ) -> None:
     for shard, options, told in (
         ("a", ["--classes", "cat"], ""),
-        ("b", [], "the former names of classes are too few, and were not kept"),
+        ("b", [], "the old manifest has too few class names; they were not kept"),
         ("c", [], ""),  # numbers go on
     ):
         write_tar(

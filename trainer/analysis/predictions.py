@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shardstep.configs.files import write_whole
+from shardstep.configs.files import file_sha256, write_atomically
 from shardstep.datasets.batches import test_batches
 from shardstep.datasets.progress import progress_bar
-from shardstep.datasets.scan import file_sha256
 from shardstep.trainer.analysis.trained_model import TrainedModel
 from shardstep.trainer.models.views import predict
 
@@ -122,7 +121,7 @@ def _write(found: Predictions, cache: Path, key: list[str], tell: Callable[[str]
     stream = io.BytesIO()
     np.savez_compressed(stream, key=np.array(key), **{name: getattr(found, name) for name in _ARRAYS})
     try:
-        write_whole(cache, stream.getvalue())
+        write_atomically(cache, stream.getvalue())
     except OSError as error:
         tell(f"{cache} could not be written, the predictions are made anew next time: {error.strerror}")
 

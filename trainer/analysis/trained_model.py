@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import file_sha256
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved
 from shardstep.datasets.augment import Normalize
 from shardstep.datasets.manifest import Manifest, ShardFolder, open_shards, parse_manifest
 from shardstep.datasets.reader import StreamReader
-from shardstep.datasets.scan import file_sha256
 from shardstep.trainer import data
 from shardstep.trainer.checkpoints.checkpoint import load_weights
 from shardstep.trainer.checkpoints.checkpoint_files import AVERAGE, WEIGHTS, newest_intact, problems_of

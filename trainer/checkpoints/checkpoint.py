@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from shardstep.configs.durations import Progress
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import write_whole
-from shardstep.datasets.cache import sync_to_disk
+from shardstep.configs.files import sync_to_disk, write_atomically
 from shardstep.trainer.checkpoints.checkpoint_files import (
     AVERAGE,
     BUFFERS,
@@ -136,7 +135,7 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 def write_weights(module: nn.Module, path: Path) -> None:
     """Write a model's weights as safetensors."""
-    write_whole(path, safetensors.torch.save(weights(module)))
+    write_atomically(path, safetensors.torch.save(weights(module)))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from shardstep.datasets.scan import file_sha256
+from shardstep.configs.files import file_sha256
 
 FORMAT = 2
 WEIGHTS, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.pt"

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.load import Loaded, recipe_text
+from shardstep.configs.load import LoadedRecipe, recipe_text
 from shardstep.configs.schema import Recipe, TrainConfig
 from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest
@@ -88,7 +88,7 @@ class DoctorReport:
 
 
 @contextlib.contextmanager
-def check_up(loaded: Loaded | InputError, is_named: bool, timeout_s: float) -> Iterator[DoctorReport]:
+def check_up(loaded: LoadedRecipe | InputError, is_named: bool, timeout_s: float) -> Iterator[DoctorReport]:
     """Look at this process and its machine, meet the others, and try what can be tried; with the report, until all have it.
 
     Args:
@@ -135,7 +135,7 @@ def check_up(loaded: Loaded | InputError, is_named: bool, timeout_s: float) -> I
 # --- alone ------------------------------------------------------------------------------------------------------------
 
 
-def _look(loaded: Loaded | InputError, is_named: bool) -> tuple[Recipe | None, RankReport, dict[str, Any]]:
+def _look(loaded: LoadedRecipe | InputError, is_named: bool) -> tuple[Recipe | None, RankReport, dict[str, Any]]:
     """What this process can tell by itself; the facts are those of its machine."""
     launch = launch_env.launch_variables(os.environ)
     findings = place_findings(launch)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch  # noqa: F401  loaded first, so that our libraries share its OpenMP threads, if it brings a libgomp.so.1
 
-from shardstep.datasets.cache import cache_folder, sync_to_disk
+from shardstep.configs.files import sync_to_disk
+from shardstep.datasets.cache import cache_folder
 
 _OPTIONS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 _OTHERS_MAY_WRITE = 0o022

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.cache import cache_folder, node_lock
-from shardstep.datasets.scan import file_sha256
+from shardstep.configs.file_lock import file_lock
+from shardstep.configs.files import file_sha256
+from shardstep.datasets.cache import cache_folder
 from shardstep.trainer.models.layers import Activation, Pool, Pooling, activation_layer
 
 PREFIX = "torchvision/"
@@ -304,7 +305,7 @@ def _downloaded(name: str) -> dict[str, Tensor]:
     kept = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
     digest = re.search(r"-([0-9a-f]{8,})\.", kept.name)
     try:
-        with node_lock(cache_folder() / "weights"):  # one download per node; torch keeps the file
+        with file_lock(cache_folder() / "weights"):  # one download per node; torch keeps the file
             if kept.is_file() and digest and not file_sha256(kept).startswith(digest[1]):
                 kept.unlink()  # torch checks the hash only while it downloads
             found = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)

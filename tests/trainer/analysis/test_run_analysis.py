@@ -152,7 +152,7 @@ def test_a_folder_that_cannot_be_written_is_no_mistake(run: Path, monkeypatch: p
     def refuse(path: Path, content: bytes) -> None:
         raise OSError(30, os.strerror(30))
 
-    monkeypatch.setattr("shardstep.trainer.analysis.predictions.write_whole", refuse)
+    monkeypatch.setattr("shardstep.trainer.analysis.predictions.write_atomically", refuse)
     found = analyse_run(read_record(run), "cpu")
     assert found.predictions is not None
     assert found.left_out == [

@@ -125,10 +125,10 @@ def test_a_run_that_has_come_and_gone_meanwhile_is_not_put_aside(shards: Path, t
 
 
 def test_a_process_may_come_back_to_its_folder(tmp_path: Path) -> None:
-    told: list[str] = []
-    assert lock.hold(tmp_path, told.append)
-    assert not lock.hold(tmp_path, told.append)
-    assert not told
+    warnings: list[str] = []
+    assert lock.hold(tmp_path, warnings.append)
+    assert not lock.hold(tmp_path, warnings.append)
+    assert not warnings
 
 
 def test_patience_waits_for_the_holder_to_end(tmp_path: Path) -> None:
@@ -145,11 +145,11 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    told: list[str] = []
-    assert lock.hold(tmp_path, told.append)
-    assert not lock.hold(tmp_path, told.append)
-    assert len(told) == 1
-    assert "cannot be locked (No locks available)" in told[0]
+    warnings: list[str] = []
+    assert lock.hold(tmp_path, warnings.append)
+    assert not lock.hold(tmp_path, warnings.append)
+    assert len(warnings) == 1
+    assert "cannot be locked (No locks available)" in warnings[0]
 
 
 # --- restarts ---------------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_a_glance_at_the_lock_refuses_no_run(tmp_path: Path) -> None:
     (tmp_path / lock.LOCK_NAME).touch()
     assert not lock.is_held(tmp_path)
     glance = (tmp_path / lock.LOCK_NAME).open()
-    fcntl.flock(glance, fcntl.LOCK_SH)  # as is_held() does, a little longer
+    fcntl.flock(glance, fcntl.LOCK_SH)  # as is_held() does, for a little longer
     threading.Timer(0.01, glance.close).start()
     assert lock.hold(tmp_path, warn=pytest.fail)
     assert lock.is_held(tmp_path)

@@ -1,0 +1,105 @@
+"""Where images come from: the name of a source or a path in, a Source out, with one module for each kind.
+
+datasets/write.py, launch/shards.py and trainer/data.py import this package; it imports nothing that writes or reads shards,
+except manifest.py.
+
+cifar10         $CIFAR10_SOURCE, else torchvision's download
+digits          the 8x8 digits inside scikit-learn
+synthetic:N     N images that a model can learn, generated from a seed
+a folder        SRC/<split>/<class>/<file> or SRC/<class>/<file>
+a .tar of one   the same layout inside
+CIFAR-10's own archives, python or binary, packed (.tar.gz) or unpacked
+"""
+
+import os
+from pathlib import Path
+
+from shardstep.configs.errors import InputError
+from shardstep.datasets.manifest import Manifest
+from shardstep.datasets.sources.cifar10 import (
+    CIFAR10_CLASSES,
+    download_cifar10,
+    is_cifar10_tar,
+    read_cifar10_archive,
+    read_cifar10_folder,
+)
+from shardstep.datasets.sources.digits import DIGIT_CLASSES, DIGITS, read_digits
+from shardstep.datasets.sources.image_folder import open_image_folder
+from shardstep.datasets.sources.image_tar import open_image_tar
+from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE, Source
+from shardstep.datasets.sources.synthetic import make_synthetic
+
+
+def open_source(source: str, split: str) -> Source:
+    """Find the images of one split.
+
+    Args:
+        source: one of the names above, or a path.
+        split: "train" or "test".
+
+    Raises:
+        InputError: there is no such source, or it cannot be read.
+    """
+    if source == "cifar10":
+        return _open_cifar10(split)
+    if source == "digits":
+        return read_digits(split)
+    if source.startswith("synthetic:"):
+        return make_synthetic(source, split)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise InputError(
+            f"no source {source!r}: neither cifar10, digits, synthetic:N, nor a folder or archive that exists"
+        )
+    return _open_path(path, split)
+
+
+def surely_differs(source: str, manifest: Manifest, split: str) -> bool:
+    """Check by names alone whether shards certainly hold other images than a source, which may no longer exist."""
+    made_from, classes = str(manifest.made.get("source")), manifest.classes
+    made_here = made_from == DIGITS or made_from.startswith("synthetic:")
+    if source == "digits":
+        return made_from != DIGITS and (made_here or classes != DIGIT_CLASSES)
+    if source.startswith("synthetic:"):
+        count = source.removeprefix("synthetic:").lstrip("0")
+        return made_from not in (f"synthetic:{count}", WRITTEN_ELSEWHERE)
+    if source == "cifar10":
+        return made_here or (classes != CIFAR10_CLASSES and not os.environ.get("CIFAR10_SOURCE"))
+    return made_here or not _shares_a_class(os.path.join(os.path.expanduser(source), split), classes)
+
+
+def _shares_a_class(folder: str, classes: list[str]) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return not {entry.name for entry in entries if entry.is_dir()}.isdisjoint(classes)
+    except OSError:  # an archive, or the source no longer exists
+        return True
+
+
+def _open_cifar10(split: str) -> Source:
+    given = os.environ.get("CIFAR10_SOURCE")
+    if not given:
+        return _open_path(download_cifar10(), split)
+    if not Path(given).exists():
+        raise InputError(f"CIFAR10_SOURCE={given} does not exist")
+    try:
+        return _open_path(Path(given), split)
+    except InputError as error:
+        raise InputError(f"CIFAR10_SOURCE={given}: {error}") from None
+
+
+def _open_path(path: Path, split: str) -> Source:
+    if path.is_dir():
+        source = read_cifar10_folder(path, split)
+        if source:
+            return source
+        # A folder with one tar per split, or with a packed archive, stands for its content.
+        for name in (f"{split}.tar", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"):
+            if (path / name).is_file():
+                return _open_path(path / name, split)
+        return open_image_folder(path, split)
+    if path.name.endswith((".tar.gz", ".tgz")) or (path.suffix == ".tar" and is_cifar10_tar(path)):
+        return read_cifar10_archive(path, split)
+    if path.suffix == ".tar":
+        return open_image_tar(path, split)
+    raise InputError(f"{path} is neither a folder nor a .tar or .tar.gz archive")

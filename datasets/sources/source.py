@@ -1,0 +1,74 @@
+"""Source: the labelled images that every kind of source provides, read one at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from shardstep.configs.errors import InputError
+from shardstep.datasets.decode import EXTENSIONS
+
+SPLITS = ("train", "test")
+WRITTEN_ELSEWHERE = "tars written elsewhere"  # in a manifest, instead of a Source's description
+
+
+@dataclass(frozen=True)
+class Source:
+    """Labelled images, read one at a time.
+
+    Attributes:
+        description: what this is, for the manifest, without paths of this machine.
+        classes: class names; the index is the label.
+        labels: one label per image.
+        read: returns the bytes of an image's file, or its pixels as uint8 (height, width, channels), by its number.
+        name: returns how messages refer to an image, by its number.
+        has_splits: whether train and test are separate; if not, every split holds all images.
+        ignored: files that are not images in a supported format: their number by suffix.
+        empty_folders: class folders without an image in a supported format.
+    """
+
+    description: str
+    classes: list[str]
+    labels: np.ndarray
+    read: Callable[[int], bytes | np.ndarray]
+    name: Callable[[int], str]
+    has_splits: bool = True
+    ignored: dict[str, int] = field(default_factory=dict)
+    empty_folders: list[str] = field(default_factory=list)
+
+    def extension(self, number: int) -> str:
+        """Return the file name extension of an image; pixels become PNG."""
+        suffix = PurePosixPath(self.name(number)).suffix.lstrip(".").lower()
+        return suffix if suffix in EXTENSIONS else "png"
+
+    def only(self, numbers: np.ndarray) -> "Source":
+        """Return a source of the images with these numbers, in this order."""
+        return replace(
+            self,
+            labels=self.labels[numbers],
+            read=lambda number: self.read(int(numbers[number])),
+            name=lambda number: self.name(int(numbers[number])),
+        )
+
+    def in_classes(self, classes: list[str], owner: str) -> "Source":
+        """Return the same images, labelled by the class list of another data set, `owner`, which may have more classes.
+
+        Raises:
+            InputError: the list lacks a class of these images.
+        """
+        label_of = {name: label for label, name in enumerate(classes)}
+        unknown = [name for name in self.classes if name not in label_of]
+        if unknown:
+            raise InputError(
+                f"{owner} has no class {listed(unknown)}, only {listed(classes)}: remove the images of other classes "
+                f"from this source, or write {owner} again with some of them"
+            )
+        new_labels = np.array([label_of[name] for name in self.classes], dtype=np.int64)
+        return replace(self, classes=list(classes), labels=new_labels[self.labels], empty_folders=[])
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    """Format names for a message: all of them, or the first few and how many more there are."""
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
