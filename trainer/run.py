@@ -151,7 +151,10 @@ def assemble(
     trackers = Trackers([], display.warn, display.note, request.has_come)
     if world.is_main_process:
         facts = partial(facts_of, world.device, world.num_processes)
-        trackers = start_trackers(recipe, folder, state, facts, display.warn, display.note, request.has_come)
+        trackers = start_trackers(
+            recipe, folder, run_dir.metrics_path, [run_dir.weights_path, run_dir.config_path], state, facts,
+            display.warn, display.note, request.has_come,
+        )  # fmt: skip
         listeners.append(trackers.log)
     saver = Saver(
         run_dir.checkpoints_path, recipe.checkpoint.keep, display.warn, state.best, [display.saved, trackers.saved]
