@@ -115,8 +115,8 @@ def test_reliability_bars_have_their_heights() -> None:
 
 def test_confusion_cells_are_shares_of_the_label() -> None:
     chart = confusion_chart(np.array([[3, 1], [0, 0]]), ["cat", "dog & wolf"])
-    assert "cat taken for cat: 3 (75.0%)" in chart
-    assert "cat taken for dog &amp; wolf: 1 (25.0%)" in chart
+    assert "cat predicted as cat: 3 (75.0%)" in chart
+    assert "cat predicted as dog &amp; wolf: 1 (25.0%)" in chart
     assert chart.count("<rect") == 2  # cells without samples are not drawn
     ElementTree.fromstring(chart)
 
@@ -162,6 +162,6 @@ def test_a_page_of_many_classes_stays_small(finished_run: Path) -> None:
     bins = reliability(predictions.confidence, predictions.correct)
     text = report_page([RunAnalysis(record, predictions=predictions, bins=bins)], datetime(2026, 1, 1))
     assert "Accuracy of the 30 worst of 300 classes" in text
-    assert "Most often taken wrongly: kind " in text
+    assert "Most frequent mistakes: kind " in text
     assert "confusion matrix" not in text  # 90,000 cells
     assert len(text) < 60_000
