@@ -25,7 +25,7 @@ from shardstep.trainer.stopping.stop_requests import STOP_FILE
 _POLL_S = 1.0
 # A run without a new line is reported after this time, or three times that between its last two lines if that is longer.
 _QUIET_S = 60.0
-_SETTLING_S = 5.0  # without a new line before a summary from before a restart, or a lock that nobody holds, is believed
+_GRACE_S = 5.0  # without a new line before a summary from before a restart, or a lock that nobody holds, is believed
 _CODES: dict[State, int] = {"finished": 0, "stopped": STOPPED, "preempted": STOPPED, "failed": FAILED}
 
 
@@ -76,7 +76,7 @@ def _follow(watched: "Watched", display: Display) -> int:
     display.start(status.total_steps, status.step, status.share_done)
     while True:
         lines = watched.lines.new()
-        if watched.lines.begun_anew:
+        if watched.lines.restarted:
             display.status.forget()
             for line in lines:  # shown before
                 display.status.take(line)
@@ -136,7 +136,7 @@ class Watched:
             InputError: its summary is damaged.
         """
         self.run.read_summary()
-        return self.run.state(newest_step=step, settling_s=_SETTLING_S)
+        return self.run.state(newest_step=step, grace_s=_GRACE_S)
 
     def closing(self, state: State, step: int) -> str:
         """Describe the end of a run that has ended."""

@@ -146,7 +146,7 @@ class RunDir:
         """Return a reader of the lines that come to metrics.jsonl: from its start, or from its present end."""
         return MetricTail(self.metrics_path, begin_at)
 
-    def state(self, newest_step: int | None = None, settling_s: float = 0.0) -> State:
+    def state(self, newest_step: int | None = None, grace_s: float = 0.0) -> State:
         """Return the state of the run.
 
         A summary counts if it was written after the last start, which rewrites config.yaml, and after the last line of
@@ -154,7 +154,7 @@ class RunDir:
 
         Args:
             newest_step: of the last line of metrics.jsonl, where it is known; else the file is read.
-            settling_s: a run whose files changed less than so many seconds ago does not count as killed.
+            grace_s: a run whose files changed less than so many seconds ago does not count as killed.
         """
         summary = self.summary
         if newest_step is None:
@@ -162,7 +162,7 @@ class RunDir:
         has_ended = bool(summary) and summary.get("step", newest_step) >= newest_step
         begun_s = modified_s(self.config_path)
         if not has_ended or modified_s(self.summary_path) < begun_s:
-            if is_held(self.path) or time.time() - max(begun_s, modified_s(self.metrics_path)) < settling_s:
+            if is_held(self.path) or time.time() - max(begun_s, modified_s(self.metrics_path)) < grace_s:
                 return "running"
             if not has_ended:
                 return "killed"

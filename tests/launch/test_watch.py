@@ -1,4 +1,4 @@
-"""A run seen from outside, by its folder: while it goes on, when it starts again, and when it has ended."""
+"""Watch a run by its folder: while it trains, when it starts again, and when it has ended."""
 
 import json
 import os
@@ -202,11 +202,11 @@ def test_lines_are_followed_through_a_cut(finished: Path, tmp_path: Path) -> Non
     with path.open("a") as file:
         file.write(text(3)[20:])
     assert [found["step"] for found in lines.new()] == [3]
-    assert not lines.begun_anew
+    assert not lines.restarted
     (tmp_path / "other").write_text(text(1, 11, 12, 13))  # cut, and longer than before by now
     (tmp_path / "other").rename(path)
     assert [found["step"] for found in lines.new()] == [1, 11, 12, 13]
-    assert lines.begun_anew
+    assert lines.restarted
     assert late.new() == []
     with path.open("a") as file:
         file.write(text(14))

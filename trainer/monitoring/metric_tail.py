@@ -30,7 +30,7 @@ class MetricTail:
         self._offset, self._file_id = 0, None
         self._gaps_s: deque[float] = deque(maxlen=_RECENT)
         self._last_s: float | None = None
-        self.begun_anew = False  # whether the lines of the last call are from a file that was cut
+        self.restarted = False  # whether the lines of the last call are from a file that was cut
         place = self._stat()
         if place and begin_at == "end":
             self._offset, self._file_id = place.st_size, place.st_ino
@@ -41,12 +41,12 @@ class MetricTail:
         Raises:
             InputError: another version of shardstep wrote them.
         """
-        self.begun_anew = False
+        self.restarted = False
         place = self._stat()
         if place is None:
             return []
         if place.st_size < self._offset or self._file_id not in (None, place.st_ino):
-            self.begun_anew = True
+            self.restarted = True
             self._offset = 0 if self._begin_at == "start" else place.st_size
         self._file_id = place.st_ino
         try:

@@ -171,7 +171,7 @@ def start_trackers(
         metrics: its metrics.jsonl.
         model_files: that a finished run leaves, for the artifact of the model.
         state: has the id in Weights & Biases of a resumed run, or gets that of a new one.
-        facts: returns those of code and hardware, for what is kept beside the recipe; called if they are needed.
+        facts: returns the facts of code and hardware that go with the config; called if they are needed.
         warn, tell, stop_requested: as in Trackers.
     """
     trackers: list[Tracker] = []

@@ -19,6 +19,7 @@ from shardstep.trainer.analysis.predictions import Predictions
 from shardstep.trainer.analysis.run_analysis import RunAnalysis
 from shardstep.trainer.analysis.run_record import read_record
 from shardstep.trainer.monitoring.pictures import draw_curves, training_extras
+from shardstep.trainer.run_dir import State
 from tests.conftest import ROOT
 
 
@@ -150,6 +151,22 @@ def test_what_only_the_training_loss_has_is_said(
         "training batch, with label smoothing of 0.1", "test set, without",
         "training batch", "test set",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("state", "summary", "shown"),
+    [
+        ("finished", {"status": "finished"}, "finished"),
+        ("failed", {"status": "failed", "failure": "lost_rank"}, "failed (lost rank) at step 8 of 8"),
+        ("failed", {"status": "failed"}, "failed at step 8 of 8"),  # of an earlier version
+        ("stopped", {"status": "preempted", "stopped_by": "person"}, "stopped at step 8 of 8"),
+    ],
+)
+def test_the_state_of_a_run_is_on_its_page(
+    state: State, summary: dict[str, str], shown: str, finished_run: Path
+) -> None:
+    record = replace(read_record(finished_run), state=state, summary=summary)
+    assert f'<span class="status {state}">{shown}</span>' in report_page([RunAnalysis(record)], datetime(2026, 1, 1))
 
 
 def test_a_page_of_many_classes_stays_small(finished_run: Path) -> None:

@@ -49,7 +49,7 @@ class Series:
 def line_chart(
     series: Sequence[Series], x_name: str, title: str, percent: bool = False, from_zero: bool = False
 ) -> Html | None:
-    """Draw a chart of lines, with title and legend; its y axis is logarithmic where values differ by more than 30 times.
+    """Draw a chart of lines, or None without any value. Its y axis is logarithmic where values differ more than 30 times.
 
     Args:
         series: those without a value are left out.
@@ -57,9 +57,6 @@ def line_chart(
         title: of the y axis, with its unit.
         percent: whether values are shares, to be shown in per cent.
         from_zero: whether the y axis begins at 0.
-
-    Returns:
-        None if there is no value at all.
     """
     series = [one for one in series if any(y is not None for _, y in one.points)]
     if not series:
@@ -168,13 +165,13 @@ def confusion_chart(confusion: np.ndarray, classes: Sequence[str]) -> Html:
     longest = min(max(len(name) for name in classes), 12)
     left = 10 + _CHARACTER * longest
     top = 18 + 0.75 * _CHARACTER * longest
-    named = [name if len(name) <= 12 else name[:11] + "…" for name in classes]
+    shown = [name if len(name) <= 12 else name[:11] + "…" for name in classes]
     cells: list[Html] = []
     for row in range(count):
         center = top + cell * (row + 0.5)
-        cells.append(tag("text", named[row], x=left - 6, y=center + 4, class_="end"))
+        cells.append(tag("text", shown[row], x=left - 6, y=center + 4, class_="end"))
         slanted = f"rotate(-45 {left + cell * (row + 0.5):.6g} {top - 6:.6g})"
-        cells.append(tag("text", named[row], x=left + cell * (row + 0.5), y=top - 6, transform=slanted))
+        cells.append(tag("text", shown[row], x=left + cell * (row + 0.5), y=top - 6, transform=slanted))
         for column in range(count):
             value = float(share[row, column])
             if not value:
