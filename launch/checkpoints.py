@@ -3,7 +3,7 @@
     shardstep checkpoints list RUN_DIR
     shardstep checkpoints verify RUN_DIR
 
-`verify` reads every byte and names what is damaged; it ends with 2 if anything is.
+`verify` reads every byte and reports what is damaged; it exits with 2 if anything is.
 """
 
 import argparse
@@ -12,32 +12,34 @@ from datetime import datetime
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.text import count
 from shardstep.launch.cli import run as run_command
-from shardstep.trainer.checkpoints.checkpoint_files import list_checkpoints, problems_of, read_manifest
+from shardstep.trainer.checkpoints.checkpoint_files import problems_of, read_manifest
+from shardstep.trainer.run_dir import RunDir
 
 
 def main(arguments: list[str]) -> int:
-    """List or verify; returns the exit code."""
+    """List or verify; return the exit code."""
     parser = argparse.ArgumentParser(prog="shardstep checkpoints", description="List and verify a run's checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (("list", "steps, sizes and times"), ("verify", "read every byte against the manifests")):
         commands.add_parser(name, help=what).add_argument("run", type=Path, help="a run's folder")
     args = parser.parse_args(arguments)
 
-    folder = args.run / "checkpoints"
-    found = list_checkpoints(folder)
-    if not found:
-        cause = "" if folder.is_dir() else f": {args.run} is no run's folder"
-        raise InputError(f"there is no checkpoint in {folder}{cause}")
+    run = RunDir(args.run)
+    if not run.checkpoints:
+        cause = "" if run.checkpoints_path.is_dir() else f": {args.run} is not a run's folder"
+        raise InputError(f"there is no checkpoint in {run.checkpoints_path}{cause}")
     damaged = []
-    for path in found:
+    for path in run.checkpoints:
         problems = problems_of(path) if args.command == "verify" else []
         damaged += [f"{path}: {problem}" for problem in problems]
-        print(
-            f"{path.name}  {_figures(path)}{'  damaged' if problems else '  whole' if args.command == 'verify' else ''}"
-        )
+        verdict = "" if args.command == "list" else "  damaged" if problems else "  intact"
+        print(f"{path.name}  {_figures(path)}{verdict}")
     if damaged:
-        raise InputError.from_problems(f"{folder} has damage, which a resumed run will pass over", damaged)
+        raise InputError.from_problems(
+            f"{run.checkpoints_path} has damaged checkpoints, which a resumed run skips", damaged
+        )
     return 0
 
 
@@ -48,8 +50,7 @@ def _figures(path: Path) -> str:
         return str(error)
     total = sum(size for size, _ in manifest["files"].values())
     written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "seconds")
-    ranks = manifest["world_size"]
-    return f"{total / 1e6:8,.1f} MB  {written}  {ranks} rank{'s' * (ranks > 1)}"
+    return f"{total / 1e6:8,.1f} MB  {written}  {count(manifest['world_size'], 'rank')}"
 
 
 if __name__ == "__main__":

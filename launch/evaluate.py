@@ -3,8 +3,8 @@
     shardstep evaluate RUN_DIR_OR_CHECKPOINT [--data DIR]
     torchrun --nproc-per-node 2 launch/evaluate.py RUN_DIR_OR_CHECKPOINT [--data DIR]
 
-Of a run that has not finished it takes the newest whole checkpoint, and says so. The last line of stdout is one JSON object:
-loss, accuracy, top5, samples, world_size; a loss that is no number is null.
+For a run that has not finished it uses the newest intact checkpoint, and says so. The last line of stdout is one JSON object:
+loss, accuracy, top5, samples, world_size; a loss that is NaN or infinite is null.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from shardstep.launch.cli import run as run_command
 
 
 def main(arguments: list[str]) -> int:
-    """Evaluate; returns the exit code."""
+    """Evaluate; return the exit code."""
     parser = argparse.ArgumentParser(prog="shardstep evaluate", description="Evaluate a run's weights on a test set.")
     parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
-    parser.add_argument("--data", help="test shards; by default those of the run")
+    parser.add_argument("--data", help="test shards (default: those of the run)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     args = parser.parse_args(arguments)
 
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     samples, num_classes = test.manifest.samples, len(trained.manifest.classes)
     batches = data.make_test_batches(recipe, accelerator, reader, samples, trained.normalize)
     result = evaluate(accelerator, model, batches, trained.objective, samples, num_classes, recipe.eval)
-    assert result is not None  # nothing asks it to stop
+    assert result is not None  # no stop can be requested
     if accelerator.is_main_process:
         print(
             json.dumps(

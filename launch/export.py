@@ -1,10 +1,10 @@
-"""Write a run's model for use elsewhere, load it again, and compare it with the original on real images.
+"""Export a run's model, load it again, and compare it with the original on real images.
 
     shardstep export RUN_DIR_OR_CHECKPOINT --format safetensors|torch_export|onnx [--out FILE] [--data DIR]
 
-The file takes uint8 pixels (batch, channels, height, width): normalisation is inside it; its metadata say the rest, under the
-key `shardstep`. It is written only if the largest difference of any output is within a tolerance, which is printed; else the
-exit code is 1. onnx needs the extra `export`.
+The model takes uint8 pixels (batch, channels, height, width) and normalises them; the file's metadata describe its use,
+under the key `shardstep`. It is written only if the largest difference of any output is within a tolerance, which is printed;
+else the exit code is 1. onnx needs the extra `export`.
 """
 
 import argparse
@@ -13,17 +13,18 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file
+from shardstep.configs.text import count
 from shardstep.launch.cli import FAILED, leave
 from shardstep.launch.cli import run as run_command
 
 
 def main(arguments: list[str]) -> int:
-    """Export; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="shardstep export", description="Write a run's model for use elsewhere.")
+    """Export; return the exit code."""
+    parser = argparse.ArgumentParser(prog="shardstep export", description="Export a run's model for use elsewhere.")
     parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("--format", choices=["safetensors", "torch_export", "onnx"], required=True)
     parser.add_argument("--out", type=Path, help="the file (default: exported.<suffix>, in the run's folder)")
-    parser.add_argument("--data", help="shards of images to compare on; by default the run's test set")
+    parser.add_argument("--data", help="shards of images to compare on (default: the run's test set)")
     args = parser.parse_args(arguments)
 
     from shardstep.trainer.analysis.export_formats import FORMATS, ExportFailed, export
@@ -39,13 +40,13 @@ def main(arguments: list[str]) -> int:
         raise InputError(f"--out={out} must end in {suffix} for --format={args.format}")
     check_output_file("--out", out)
     if out.resolve() == trained.weights:
-        raise InputError(f"--out={out} holds the weights of the run itself: give another name")
+        raise InputError(f"--out={out} would overwrite the weights of the run: give another name")
     try:
         test, reader = trained.open_test_set(args.data)
     except InputError as error:
-        cure = "another --data" if args.data else "--data"
+        remedy = "another --data" if args.data else "--data"
         raise InputError(
-            f"there are no images to compare on, and what is not compared is not exported: {error}. Give {cure}"
+            f"there are no images to compare the exported model on, so it is not written: {error}. Give {remedy}"
         ) from None
     try:
         found = export(trained, args.format, out, reader, test.manifest.samples)
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> int:
         return FAILED
     print(
         f"{out}: {out.stat().st_size / 1e6:.2f} MB; loaded again, its outputs differ from the original's by at most "
-        f"{found.largest:.2g} on {found.images} images of {args.data or trained.recipe.data.test} "
+        f"{found.largest:.2g} on {count(found.images, 'image')} of {args.data or trained.recipe.data.test} "
         f"({found.allowed:.2g} is allowed)"
     )
     return 0

@@ -2,8 +2,8 @@
 
     shardstep predict RUN_DIR_OR_CHECKPOINT FILES_OR_FOLDERS ... [--top K] [--json] [--grid PICTURE] [--device auto|cpu|cuda]
 
-Images of any size and kind are prepared as the run's own were. What cannot be read is named on stderr, and the rest goes on;
-the exit code is 2 if nothing could be read. With --json, each line of stdout is an object: file, prediction, confidence, top.
+Images of any size and kind are prepared as the run's own were. Files that cannot be read are reported on stderr and skipped;
+the exit code is 2 if none could be read. With --json, each line of stdout is an object: file, prediction, confidence, top.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file
+from shardstep.configs.text import count
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 
@@ -22,26 +23,26 @@ _NAME_WIDTH = 48  # of a table's column; a longer name makes its own line longer
 
 
 def main(arguments: list[str]) -> int:
-    """Predict; returns the exit code."""
+    """Predict; return the exit code."""
     parser = argparse.ArgumentParser(prog="shardstep predict", description="Predict the classes of image files.")
     parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images, or folders of them")
-    parser.add_argument("--top", type=int, default=3, metavar="K", help="classes to tell of each image (default: 3)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
+    parser.add_argument("--top", type=int, default=3, metavar="K", help="classes to print per image (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of the table")
     parser.add_argument(
         "--grid", type=Path, metavar="PICTURE", help="draw the images with their predictions, such as a.png"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     args = parser.parse_args(arguments)
     if args.top < 1:
-        raise InputError(f"--top={args.top} is no number of classes: give 1 or more")
+        raise InputError(f"--top={args.top} is not a number of classes: give 1 or more")
 
     import numpy as np
 
     from shardstep.datasets.image_files import find_image_files
     from shardstep.trainer.analysis.file_predictions import predict_files
     from shardstep.trainer.analysis.trained_model import open_trained_model, unfinished_note
-    from shardstep.trainer.monitoring.picture_grid import FORMATS, draw_picture_grid
+    from shardstep.trainer.monitoring.pictures import FORMATS, draw_grid
 
     if args.grid and args.grid.suffix.lstrip(".").lower() not in FORMATS:
         raise InputError(f"--grid={args.grid} must end in one of {', '.join(FORMATS)}")
@@ -53,45 +54,47 @@ def main(arguments: list[str]) -> int:
         print(note, file=sys.stderr, flush=True)
     if trained.objective.reconstructs:
         raise InputError(
-            f"{args.run} reconstructs images: it has no classes to predict. `shardstep report` shows what it does"
+            f"{args.run} reconstructs images: it has no classes to predict. `shardstep report` shows its reconstructions"
         )
     classes = trained.manifest.classes
 
     left_out = 0
 
-    def unreadable(path: Path, reason: str) -> None:
+    def leave_out(path: Path, reason: str) -> None:
         nonlocal left_out
         left_out += 1
-        print(f"left out: {_shown(path)}: {reason}", file=sys.stderr, flush=True)
+        print(f"left out: {_printable(path)}: {reason}", file=sys.stderr, flush=True)
 
     files: list[Path] = []
     for path in args.files:
         try:
             files += find_image_files(path)
         except ValueError as error:
-            unreadable(path, str(error))
-    width = min(_NAME_WIDTH, max((len(_shown(path)) for path in files), default=0))
-    count, drawn = 0, list[tuple[np.ndarray, str]]()
-    for found in predict_files(trained, files, args.top, unreadable):
-        count += 1
+            leave_out(path, str(error))
+    width = min(_NAME_WIDTH, max((len(_printable(path)) for path in files), default=0))
+    predicted, drawn, captions = 0, list[np.ndarray](), list[str]()
+    for found in predict_files(trained, files, args.top, leave_out):
+        predicted += 1
         top = [(classes[label], share) for label, share in found.top]
         if math.isnan(top[0][1]):
-            raise InputError(f"{args.run}: its outputs are not numbers, as those of a run that has diverged")
+            raise InputError(f"{args.run}: its outputs are NaN or infinite, as those of a run that has diverged")
         if args.json:
             print(json.dumps(_object(found.path, top)), flush=True)
         else:
             columns = (f"{name} {100 * share:.1f} %" for name, share in top)
-            print(f"{_shown(found.path):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}")
+            print(f"{_printable(found.path):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}")
         if args.grid and len(drawn) < _MOST_IN_GRID:
-            drawn.append((found.pixels, f"{_shown(Path(found.path.name))[-24:]}\n{top[0][0]} {top[0][1]:.0%}"))
-    if not count:
+            drawn.append(found.pixels)
+            captions.append(f"{_printable(Path(found.path.name))[-24:]}\n{top[0][0]} {top[0][1]:.0%}")
+    if not predicted:
         raise InputError(f"nothing could be predicted: {left_out} of {left_out} could not be read")
     if args.grid:
-        draw_picture_grid(drawn, args.grid)
-        part = (
-            f"the first {len(drawn)} of {count} images" if len(drawn) < count else f"{count} image{'s' * (count > 1)}"
+        draw_grid(drawn, captions, args.grid)
+        images = count(predicted, "image")
+        print(
+            f"{args.grid}: {images if len(drawn) == predicted else f'the first {len(drawn)} of {images}'}",
+            file=sys.stderr,
         )
-        print(f"{args.grid}: {part}", file=sys.stderr)
     return 0
 
 
@@ -104,8 +107,8 @@ def _object(path: Path, top: list[tuple[str, float]]) -> dict[str, object]:
     }
 
 
-def _shown(path: Path) -> str:
-    """A path that can be printed, whatever bytes are in it: none of them speaks to the terminal."""
+def _printable(path: Path) -> str:
+    """Escape a path for the terminal: bytes that are not UTF-8, and control characters."""
     text = str(path).encode(errors="backslashreplace").decode()
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 

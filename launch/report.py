@@ -2,8 +2,8 @@
 
     shardstep report RUN ... [--out FILE] [--device auto|cpu|cuda]
 
-The page is one file: it needs no network and runs no script. What a model says of its test set is computed the first time and
-kept in the run's folder as predictions.npz. Running, stopped and failed runs have a page too; what cannot be shown is named.
+The page is one file: it needs no network and runs no script. The predictions for the test set are computed once and kept in
+the run's folder. Running, stopped and failed runs have a page too; it says what could not be shown, and why.
 """
 
 import argparse
@@ -13,16 +13,17 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file, write_atomically
+from shardstep.configs.text import count
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 
 
 def main(arguments: list[str]) -> int:
-    """Make the page; returns the exit code."""
+    """Make the page; return the exit code."""
     parser = argparse.ArgumentParser(prog="shardstep report", description="Make one HTML page of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument(
-        "--out", type=Path, help="the page (default: report.html, in the run's folder if there is one run only)"
+        "--out", type=Path, help="the page (default: report.html, in the run's folder if there is only one)"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     args = parser.parse_args(arguments)
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     for folder in args.runs:
         first = first_named.setdefault(folder.resolve(), folder)
         if first is not folder:
-            problems.append(f"{first} and {folder} are one folder: give each run once")
+            problems.append(f"{first} and {folder} are the same folder: give each run once")
             continue
         try:
             records.append(read_record(folder))
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
             print(f"{one.record.folder}: left out: {reason}")
     content = report_page(analyses, datetime.now().astimezone()).encode()
     write_atomically(out, content)
-    print(f"{out}: {len(analyses)} run{'s' * (len(analyses) > 1)}, {len(content) / 1000:,.0f} kB in one file")
+    print(f"{out}: {count(len(analyses), 'run')}, {len(content) / 1000:,.0f} kB in one file")
     return 0
 
 

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.monitoring.display import Display
     from shardstep.trainer.validate import validate_recipe
 
-    display = Display(enabled=launch_env.is_first_rank(), goes_on=True)
+    display = Display(enabled=launch_env.is_first_rank(), drops_output=True)
     recipe = validate_recipe(loaded)
     for note in loaded.notes:
         display.note(note)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from accelerate import Accelerator, PartialState
 
@@ -143,7 +142,7 @@ def assemble(
         accelerator, recipe and the others: as Run has them.
     """
     world, folder, share_done = accelerator.state, run_dir.path, lambda: plan.share_done(state.progress, state.train_s)
-    trackers = _start_trackers(world, recipe, folder, state, display, stop_signal)
+    trackers = _start_trackers(world, recipe, run_dir, state, display, stop_signal)
     saver = Saver(
         run_dir.checkpoints_path, recipe.checkpoint.keep, display.warn, state.best, [display.saved, trackers.saved]
     )
@@ -185,7 +184,7 @@ def assemble(
 def _start_trackers(
     world: PartialState,
     recipe: ResolvedRecipe,
-    folder: Path,
+    run_dir: RunDir,
     state: TrainState,
     display: Display,
     stop_signal: StopSignal,
@@ -193,7 +192,10 @@ def _start_trackers(
     if not world.is_main_process:
         return Trackers([], display.warn, display.note, stop_signal.has_arrived)
     facts = partial(facts_of, world.device, world.num_processes)
-    return start_trackers(recipe, folder, state, facts, display.warn, display.note, stop_signal.has_arrived)
+    return start_trackers(
+        recipe, run_dir.path, run_dir.metrics_path, [run_dir.weights_path, run_dir.config_path], state, facts,
+        display.warn, display.note, stop_signal.has_arrived,
+    )  # fmt: skip
 
 
 def _note_early_outlook(time_limit: TimeLimit, display: Display) -> None:

@@ -1,4 +1,4 @@
-"""RunDir: the files of a run's folder, how to read them, and the state of the run. No other module knows their names.
+"""RunDir: the files in a run's folder, how to read them, and the state of the run. Only this module knows their names.
 
 config.yaml                  the resolved recipe, rewritten by every start
 train_manifest.json          classes, mean and std of the training set
@@ -9,7 +9,7 @@ summary.json                 how the last start ended
 model.safetensors            the final weights
 predictions.npz              the model's predictions for the test set, kept for reports
 STOP, SAVE                   requests: stop the run, save its state
-hang-rank0.txt, ...          stacks of a run that has hung
+hang-rank0.txt, ...          stacks of a hung run
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, load_recipe
 from shardstep.trainer.checkpoints.checkpoint_files import WEIGHTS, list_checkpoints
 from shardstep.trainer.checkpoints.lock import is_held
@@ -26,12 +27,12 @@ from shardstep.trainer.monitoring.metric_tail import MetricTail
 from shardstep.trainer.monitoring.status import Line, parse_line
 
 State = Literal["running", "stopped", "preempted", "killed", "failed", "finished"]
-"""Of a run. stopped: by a person, preempted: by a signal, both with the state saved; killed: ended without a summary."""
+"""Of a run. stopped: by a user; preempted: by a signal; both with the state saved. killed: it ended without a summary."""
 Status = Literal["finished", "preempted", "failed"]
-"""What summary.json says of the last start; preempted: stopped on request, with its state saved."""
+"""How summary.json says that the last start ended; preempted: stopped on request, with its state saved."""
 Failure = Literal["nonfinite", "hang", "input", "memory", "checkpoint", "lost_rank", "error"]
-"""Why a run failed: NaN or infinite losses, a rank that hung, bad data, too little memory, a state that could not be saved at
-a stop, another rank's end, or any other error."""
+"""Why a run failed: NaN or infinite losses, a hung rank, bad data, out of memory, a state that could not be saved at a stop,
+another rank's end, or any other error."""
 STATUSES: tuple[Status, ...] = ("finished", "preempted", "failed")
 
 
@@ -102,65 +103,75 @@ class RunDir:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The summary of the last start that ended; empty where there is none that can be read."""
-        found = _read_json(self.summary_path)
-        return found if isinstance(found, dict) else {}
+        """The summary of the last start that ended; empty where there is none, or it is damaged."""
+        with contextlib.suppress(InputError):
+            return self.read_summary()
+        return {}
+
+    def read_summary(self) -> dict[str, Any]:
+        """Read the summary of the last start that ended; empty where there is none.
+
+        Raises:
+            InputError: it is damaged, or of another version of shardstep.
+        """
+        try:
+            found = json.loads(self.summary_path.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError):
+            found = None
+        if isinstance(found, dict) and found.get("status") in STATUSES and isinstance(found.get("step", 0), int):
+            return found
+        raise InputError(f"{self.summary_path} is damaged, or of another version of shardstep")
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """The starts of the run, oldest first; empty where they were not written, or cannot be read."""
-        found = _read_json(self.starts_path)
-        return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
+        """The starts of the run, oldest first; empty where they are missing or damaged."""
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(self.starts_path.read_text())
+            return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
+        return []
 
     def metrics(self) -> list[Line]:
-        """The intact lines of metrics.jsonl, in their order; the last one of a killed run may be cut."""
-        try:
-            texts = self.metrics_path.read_text(errors="replace").splitlines()
-        except OSError:
-            return []
-        return [line for text in texts if (line := parse_line(text))]
+        """Return the intact lines of metrics.jsonl, in their order."""
+        return [line for line in self.read_metrics() if line]
+
+    def read_metrics(self) -> list[Line | None]:
+        """Read metrics.jsonl, in its order; None for a damaged line, as the last one of a killed run may be."""
+        with contextlib.suppress(OSError):
+            return [parse_line(text) for text in self.metrics_path.read_text(errors="replace").splitlines()]
+        return []
 
     def tail(self, begin_at: Literal["start", "end"]) -> MetricTail:
-        """The lines of metrics.jsonl as they come: from its start, or from its present end."""
+        """Return a reader of the lines that come to metrics.jsonl: from its start, or from its present end."""
         return MetricTail(self.metrics_path, begin_at)
 
-    def state(self, newest_step: int | None = None, settling_s: float = 0.0) -> State:
-        """The state of the run.
+    def state(self, newest_step: int | None = None, grace_s: float = 0.0) -> State:
+        """Return the state of the run.
 
         A summary counts if it was written after the last start, which rewrites config.yaml, and after the last line of
-        metrics.jsonl; or if nobody is in the folder and no step was taken after it.
+        metrics.jsonl; or if no process holds the folder and no step was taken after it.
 
         Args:
             newest_step: of the last line of metrics.jsonl, where it is known; else the file is read.
-            settling_s: a run whose files changed less than so many seconds ago is not taken for killed.
+            grace_s: a run whose files changed less than so many seconds ago does not count as killed.
         """
-        summary, step = self.summary, self.summary.get("step")
+        summary = self.summary
         if newest_step is None:
             newest_step = max((line["step"] for line in self.metrics() if isinstance(line.get("step"), int)), default=0)
-        has_ended = summary.get("status") in STATUSES and (not isinstance(step, int) or step >= newest_step)
+        has_ended = bool(summary) and summary.get("step", newest_step) >= newest_step
         begun_s = modified_s(self.config_path)
-        if has_ended and modified_s(self.summary_path) >= begun_s:
-            return _end_of(summary)
-        if is_held(self.path) or time.time() - max(begun_s, modified_s(self.metrics_path)) < settling_s:
-            return "running"
-        return _end_of(summary) if has_ended else "killed"
-
-
-def _end_of(summary: dict[str, Any]) -> State:
-    if summary["status"] == "preempted" and summary.get("stopped_by") == "person":
-        return "stopped"
-    return summary["status"]
+        if not has_ended or modified_s(self.summary_path) < begun_s:
+            if is_held(self.path) or time.time() - max(begun_s, modified_s(self.metrics_path)) < grace_s:
+                return "running"
+            if not has_ended:
+                return "killed"
+        by_user = summary["status"] == "preempted" and summary.get("stopped_by") == "person"
+        return "stopped" if by_user else summary["status"]
 
 
 def modified_s(path: Path) -> float:
-    """When a file last changed, in seconds since the epoch; 0 where there is none."""
+    """Return when a file last changed, in seconds since the epoch; 0 where there is none."""
     with contextlib.suppress(OSError):
         return path.stat().st_mtime
     return 0.0
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

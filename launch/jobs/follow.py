@@ -1,4 +1,4 @@
-"""A submitted job, shown until it ends: its state in Slurm, and the progress of its run."""
+"""Follow a submitted job until it ends: print its state in Slurm, and the progress of its run."""
 
 import subprocess
 import sys
@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 from shardstep.launch.cli import FAILED, INTERRUPTED
-from shardstep.trainer.monitoring.metric_tail import MetricTail
 from shardstep.trainer.monitoring.status import describe_line
+from shardstep.trainer.run_dir import RunDir
 
 _POLL_S = 2.0
 _PROGRESS_S = 10.0  # between lines about training steps; evaluations always get one
-_MOST_SILENCE = 15  # looks at Slurm without an answer: its controller may be restarting
+_MOST_SILENCE = 15  # questions to Slurm without an answer: its controller may be restarting
 _ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT",
@@ -22,14 +22,15 @@ def follow(job_id: str, folder: Path | None) -> int:
     """Print each change of a job's state and its run's metrics until it has ended; Ctrl-C leaves the job alone.
 
     Args:
-        job_id: as sbatch told it.
-        folder: of the run; None for an array, whose tasks' states are shown.
+        job_id: as sbatch printed it.
+        folder: of the run; None for an array, whose tasks' states are printed.
 
     Returns:
         0 if the job completed, its own exit code if it had one, else 1.
     """
-    told, shown_s, silence = "", 0.0, 0
-    lines = MetricTail(folder, begin_at="end") if folder else None
+    printed, printed_s, silence = "", 0.0, 0
+    run = RunDir(folder) if folder else None
+    lines = run.tail(begin_at="end") if run else None
     try:
         while True:
             tasks = _tasks(job_id)
@@ -38,23 +39,29 @@ def follow(job_id: str, folder: Path | None) -> int:
                 time.sleep(_POLL_S)
                 continue
             state = describe(tasks)
-            if state != told:
-                print(f"{time.strftime('%H:%M:%S')}  {state}", flush=True)
-                told = state
+            if state != printed:
+                _print(state)
+                printed = state
             for line in lines.new() if lines else ():
-                if line["kind"] == "eval" or time.monotonic() - shown_s > _PROGRESS_S:
-                    shown_s = time.monotonic()
-                    print(f"{time.strftime('%H:%M:%S')}  {describe_line(line)}", flush=True)
+                if line["kind"] == "eval" or time.monotonic() - printed_s > _PROGRESS_S:
+                    printed_s = time.monotonic()
+                    _print(describe_line(line))
             if not tasks or all(task["JobState"] in _ENDED for task in tasks):
+                if run and run.is_run:
+                    _print(f"the run in {folder}: {run.state()}")
                 return exit_code(tasks)
             time.sleep(_POLL_S)
     except KeyboardInterrupt:
-        print(f"\nno longer following; job {job_id} goes on. `scancel {job_id}` saves and ends it", file=sys.stderr)
+        print(f"\nno longer following; job {job_id} continues. `scancel {job_id}` saves and ends it", file=sys.stderr)
         return INTERRUPTED
 
 
+def _print(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
 def describe(tasks: list[dict[str, str]]) -> str:
-    """The state of a job, or of the tasks of an array, in a few words."""
+    """Describe the state of a job, or of the tasks of an array, in a few words."""
     if not tasks:
         return "Slurm no longer knows this job"
     if len(tasks) == 1:
@@ -69,7 +76,7 @@ def describe(tasks: list[dict[str, str]]) -> str:
 
 
 def exit_code(tasks: list[dict[str, str]]) -> int:
-    """Of the first task that did not complete; 0 if all did, 1 if nothing is known."""
+    """Return the exit code of the first task that did not complete; 0 if all did, 1 if nothing is known."""
     if not tasks:
         return FAILED
     for task in tasks:
@@ -79,7 +86,7 @@ def exit_code(tasks: list[dict[str, str]]) -> int:
 
 
 def _tasks(job_id: str) -> list[dict[str, str]]:
-    """What Slurm knows of a job: a mapping for each task of an array, or one."""
+    """Ask Slurm about a job: a mapping for each task of an array, or one."""
     result = subprocess.run(["scontrol", "-o", "show", "job", job_id], capture_output=True, text=True)
     if result.returncode:
         return []

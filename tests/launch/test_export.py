@@ -29,7 +29,7 @@ def test_a_run_and_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert "is not finished" not in capsys.readouterr().out
     (run / "summary.json").unlink()
     assert main([str(run), "--format", "safetensors"]) == 0
-    assert f"{run} is not finished: this is its checkpoint step-00000008\n" in capsys.readouterr().out
+    assert f"{run} is not finished: using its checkpoint step-00000008\n" in capsys.readouterr().out
     with safe_open(run / "exported.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["shardstep"])["weights"] == "the checkpoint step-00000008"
 
@@ -39,7 +39,7 @@ def test_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run_command(main, [str(run), *weights, "--out", str(tmp_path / "a.pt2")]) == 2
     assert "must end in .safetensors" in capsys.readouterr().err
     assert run_command(main, [str(run), *weights, "--out", str(run / "model.safetensors")]) == 2
-    assert "holds the weights of the run itself" in capsys.readouterr().err
+    assert "would overwrite the weights of the run" in capsys.readouterr().err
     assert run_command(main, [str(tmp_path), *weights]) == 2
     assert "is neither a run's folder nor a checkpoint" in capsys.readouterr().err
     content = yaml.safe_load((run / "config.yaml").read_text())
@@ -47,9 +47,7 @@ def test_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (run / "config.yaml").write_text(yaml.safe_dump(content))
     assert run_command(main, [str(run), *weights]) == 2
     message = capsys.readouterr().err
-    assert (
-        "there are no images to compare on, and what is not compared is not exported: no shards in nowhere" in message
-    )
+    assert "no images to compare the exported model on, so it is not written: no shards in nowhere" in message
     assert message.count("\n") == 1
     assert run_command(main, [str(run), *weights, "--data", test_set]) == 0
 

@@ -86,7 +86,7 @@ def test_training_goes_on_where_its_output_cannot(output: str, reason: str, shar
     command = f"set -o pipefail; {shlex.quote(str(BIN / 'shardstep'))} train {shlex.quote(str(recipe))} {output}"
     result = start("bash", "-c", command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count(f"standard output cannot be written, training goes on without: {reason}") == 1
+    assert result.stderr.count(f"standard output cannot be written, training continues without: {reason}") == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
 
 
@@ -128,10 +128,10 @@ def test_evaluate_prints_one_object_last(shards: Path, tmp_path: Path, reference
     flip_a_bit(tmp_path / "run" / "model.safetensors")
     result = start(str(BIN / "shardstep"), "evaluate", str(tmp_path / "run"), cwd=tmp_path)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "model.safetensors is damaged: its sha256 is another" in result.stderr
+    assert "model.safetensors is damaged: its sha256 is not that in the summary" in result.stderr
     (tmp_path / "run" / "summary.json").unlink()
     result = start(str(BIN / "shardstep"), "evaluate", str(tmp_path / "run"), cwd=tmp_path)
-    assert "is not finished: this is its checkpoint step-" in result.stdout
+    assert "is not finished: using its checkpoint step-" in result.stdout
     assert json.loads(result.stdout.splitlines()[-1])["accuracy"] == found["accuracy"]
     for path in (tmp_path, tmp_path / "nowhere"):
         result = start(str(BIN / "shardstep"), "evaluate", str(path), cwd=tmp_path)

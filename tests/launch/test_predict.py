@@ -73,7 +73,7 @@ def test_nothing_to_read_is_bad_input(finished_run: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--top", "0"], "--top=0 is no number of classes"),
+        (["--top", "0"], "--top=0 is not a number of classes"),
         (["--grid", "a.doc"], "--grid=a.doc must end in one of png"),
         (["--grid", "no/where/a.png"], "there is no folder"),
         (["--device", "cuda"], "there is no CUDA device here"),
@@ -114,7 +114,7 @@ def test_names_that_cannot_be_printed_or_are_formulas(
 def test_a_run_that_has_diverged(finished_run: Path, images: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path / "run")
     spoil_weights(tmp_path / "run", "head.weight")
-    with pytest.raises(InputError, match="its outputs are not numbers"):
+    with pytest.raises(InputError, match="its outputs are NaN or infinite"):
         main([str(tmp_path / "run"), str(images), "--json"])
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_has_not_finished(
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("summary.json"))
     assert main([str(run), str(images), "--json"]) == 0
-    assert capsys.readouterr().err == f"{run} is not finished: this is its checkpoint step-00000008\n"
+    assert capsys.readouterr().err == f"{run} is not finished: using its checkpoint step-00000008\n"
     assert main([str(run / "checkpoints" / "step-00000004"), str(images), "--json"]) == 0
     assert "finished" not in capsys.readouterr().err
 

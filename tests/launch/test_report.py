@@ -71,8 +71,8 @@ def test_several_runs_have_what_differs_on_top(pages: dict[str, Path]) -> None:
 def test_a_run_that_has_only_just_begun(pages: dict[str, Path]) -> None:
     text = pages["new"].read_text()
     assert "killed" in text
-    assert "curves: metrics.jsonl cannot be read" in text
-    assert "has neither model.safetensors nor a whole checkpoint yet" in text
+    assert "curves: metrics.jsonl is missing, or holds no intact line yet" in text
+    assert "has neither model.safetensors nor an intact checkpoint yet" in text
     assert "<h2>How to repeat it</h2>" in text
 
 
@@ -101,7 +101,7 @@ def test_bad_input_is_one_line_each(
     (tmp_path / "link").symlink_to(finished_run)
     for again in (f"{finished_run}/../{finished_run.name}", str(tmp_path / "link")):
         assert run_command(main, [str(finished_run), again, "--out", str(tmp_path / "a.html")]) == 2
-        told = f"error: no report: {finished_run} and {again} are one folder: give each run once\n"
+        told = f"error: no report: {finished_run} and {again} are the same folder: give each run once\n"
         assert capsys.readouterr().err == told
     assert run_command(main, [str(finished_run), "--out", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err

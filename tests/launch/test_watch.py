@@ -1,4 +1,4 @@
-"""A run seen from outside, by its folder: while it goes on, when it starts again, and when it has ended."""
+"""Watch a run by its folder: while it trains, when it starts again, and when it has ended."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from shardstep.launch.cli import run
 from shardstep.launch.watch import Watched, main
-from shardstep.trainer.monitoring.metric_tail import MetricTail
+from shardstep.trainer.run_dir import RunDir
 from tests.launch.test_launch import BIN
 from tests.runs import read_lines, train_ranks, write_recipe
 from tests.trainer.monitoring.test_display import slowly
@@ -53,7 +53,7 @@ def watch(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tu
     ("status", "code", "words"),
     [
         ("finished", 0, "the run finished"),
-        ("preempted", 85, "was stopped, and can go on"),
+        ("preempted", 85, "was stopped, and can be resumed"),
         ("failed", 1, "the run failed"),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_run_before_its_first_line(folder: Path, capsys: pytest.CaptureFixture
     ("name", "content", "expected"),
     [
         ("config.yaml", None, "holds no run: it has no config.yaml"),
-        ("config.yaml", "", "config.yaml is not whole: it names no model"),
+        ("config.yaml", "", "config.yaml is incomplete: it has no model"),
         ("config.yaml", "model: {name: mlp", "cannot be read as YAML"),
         ("config.yaml", "train: {batch: 3}", "train.batch is not a key"),
         ("summary.json", '{"status": "fini', "summary.json is damaged"),
@@ -149,7 +149,7 @@ def test_a_summary_from_before_a_restart_is_not_believed(folder: Path) -> None:
     assert (
         watched.state(step=8) == "preempted"
     )  # nobody is there, and it was not old for long: nothing came of the restart
-    assert watched.state(step=9) == "gone"  # it went on, and left no word
+    assert watched.state(step=9) == "killed"  # it went on, and left no summary
 
 
 def test_silence_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,19 +194,19 @@ def test_lines_are_followed_through_a_cut(finished: Path, tmp_path: Path) -> Non
     def text(*steps: int) -> str:
         return "".join(json.dumps(line | {"step": step}) + "\n" for step in steps)
 
-    lines = MetricTail(tmp_path, begin_at="start")
+    lines = RunDir(tmp_path).tail(begin_at="start")
     assert lines.new() == []
     path.write_text(text(1, 2) + text(3)[:20])  # a line that is still being written
     assert [found["step"] for found in lines.new()] == [1, 2]
-    late = MetricTail(tmp_path, begin_at="end")
+    late = RunDir(tmp_path).tail(begin_at="end")
     with path.open("a") as file:
         file.write(text(3)[20:])
     assert [found["step"] for found in lines.new()] == [3]
-    assert not lines.begun_anew
+    assert not lines.restarted
     (tmp_path / "other").write_text(text(1, 11, 12, 13))  # cut, and longer than before by now
     (tmp_path / "other").rename(path)
     assert [found["step"] for found in lines.new()] == [1, 11, 12, 13]
-    assert lines.begun_anew
+    assert lines.restarted
     assert late.new() == []
     with path.open("a") as file:
         file.write(text(14))
@@ -245,7 +245,7 @@ def test_a_real_run_is_followed_through_a_kill_to_its_end(shards: Path, tmp_path
     time.sleep(1)
     watchers[1].send_signal(signal.SIGINT)
     assert watchers[1].wait(30) == 130
-    until("the run goes on")
+    until("the run continues")
     assert run_process.poll() is None
     run_process.kill()
     run_process.wait()

@@ -1,4 +1,4 @@
-"""A run's folder: one vocabulary for the state of a run, from files as a run leaves them."""
+"""RunDir: one vocabulary for the state of a run, and what its files hold."""
 
 import fcntl
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from shardstep.configs.errors import InputError
 from shardstep.trainer.checkpoints.lock import LOCK_NAME
 from shardstep.trainer.run_dir import RunDir, State
 
@@ -61,7 +62,7 @@ def test_a_locked_folder_is_running_unless_its_summary_is_of_this_start(tmp_path
 def test_a_run_that_moved_just_now_is_not_taken_for_killed(tmp_path: Path) -> None:
     run = make_run(tmp_path, 4, None, 0)
     os.utime(run.metrics_path)
-    assert run.state(settling_s=60) == "running"
+    assert run.state(grace_s=60) == "running"
     assert run.state() == "killed"
 
 
@@ -74,3 +75,13 @@ def test_what_cannot_be_read_is_empty(tmp_path: Path) -> None:
     run.metrics_path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
     assert (run.summary, run.starts) == ({}, [])
     assert [line["step"] for line in run.metrics()] == [1]
+    assert [line is None for line in run.read_metrics()] == [False, True]
+
+
+@pytest.mark.parametrize("text", ["[1", "[1]", '{"status": "splendid"}', '{"status": "failed", "step": "4"}'])
+def test_a_damaged_summary_is_an_error_for_those_who_ask(text: str, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.read_summary() == {}  # there is none
+    run.summary_path.write_text(text)
+    with pytest.raises(InputError, match=r"summary.json is damaged, or of another version"):
+        run.read_summary()

@@ -1,4 +1,4 @@
-"""Read what a run has left: its model on its test set, predictions, exports, pages.
+"""Analyse a run from its folder: its model on its test set, predictions, exports, pages.
 
 For launch/; the training path does not import it.
 """

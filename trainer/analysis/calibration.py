@@ -1,4 +1,4 @@
-"""Confidences and whether they were right, to how far a model's confidence can be trusted. Pure."""
+"""Calibration: how far a model's confidence can be trusted, from confidences and correctness. Pure."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ NUM_BINS = 15  # as in Guo et al. 2017
 
 @dataclass(frozen=True)
 class Bin:
-    """The samples whose confidence lies in (lower, upper]: how many, their mean confidence, and the share that is right."""
+    """The samples with a confidence in (lower, upper]: their number, mean confidence and accuracy."""
 
     lower: float
     upper: float
@@ -19,11 +19,11 @@ class Bin:
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, num_bins: int = NUM_BINS) -> list[Bin]:
-    """Samples by confidence, in bins of equal width; those without samples are left out.
+    """Bin samples by confidence, in bins of equal width; leave out those without samples.
 
     Args:
         confidence: (N,), probability of the predicted class.
-        correct: bool (N,), whether it was the label.
+        correct: bool (N,), whether that class is the label.
         num_bins: over 0..1.
     """
     place = np.clip(np.ceil(confidence.astype(np.float64) * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
@@ -41,6 +41,6 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, num_bins: int = NUM
 
 
 def expected_calibration_error(bins: list[Bin]) -> float:
-    """Mean distance of accuracy and confidence over the bins, by their samples. Guo et al. 2017, arXiv 1706.04599, eq. 3."""
+    """Return the mean distance of accuracy and confidence over the samples. Guo et al. 2017, arXiv 1706.04599, eq. 3."""
     total = sum(part.samples for part in bins)
     return sum(part.samples * abs(part.accuracy - part.confidence) for part in bins) / total

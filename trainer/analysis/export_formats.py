@@ -1,8 +1,8 @@
-"""A trained model to a file for use elsewhere, which is loaded again and compared with the original on real images.
+"""Export a trained model to a file, load the file again and compare it with the original on real images.
 
 Every exported model takes uint8 pixels (batch, channels, height, width), 0 to 255, in the order RGB or grey: scaling and
-normalisation are inside it (safetensors holds weights alone, and the numbers for both beside them). It returns what the
-model returns. What a file needs to be used is in its metadata, as JSON under the key `shardstep`.
+normalisation are inside it (safetensors holds weights only, and the numbers for both in its metadata). It returns what the
+model returns. A description of its use is in its metadata, as JSON under the key `shardstep`.
 """
 
 import copy
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.text import count
 from shardstep.datasets.augment import scale_and_shift
 from shardstep.datasets.reader import Reader
 from shardstep.trainer.analysis.trained_model import TrainedModel
@@ -30,19 +31,19 @@ from shardstep.trainer.models import build_model
 
 KEY = "shardstep"  # of the metadata in each file
 TOLERANCE = 1e-4  # of the largest output, or of 1 if that is smaller
-_COMPARED_BATCHES = (1, 3, 60, 64)  # images of the test set; sizes differ, because any must work
+_COMPARED_BATCHES = (1, 3, 60, 64)  # images of the test set; any batch size must work
 _ONNX_NEEDS = ("onnx", "onnxruntime", "onnxscript")
 
 Loaded = Callable[[Tensor], Tensor]
-"""A file that was loaded again: uint8 pixels (B, C, H, W) to outputs, on the CPU."""
+"""A model that was loaded from a file: uint8 pixels (B, C, H, W) to outputs, on the CPU."""
 
 
 class ExportFailed(RuntimeError):
-    """The model cannot be written in this format, or what was written is not the same model."""
+    """The model cannot be written in this format, or the written one differs from it."""
 
 
 class WithNormalize(nn.Module):
-    """A model that takes uint8 pixels: (B, C, H, W), 0 to 255, to whatever it returns."""
+    """A module that takes uint8 pixels (B, C, H, W), 0 to 255, around one that takes normalised images."""
 
     scale: Tensor
     shift: Tensor
@@ -61,7 +62,7 @@ class WithNormalize(nn.Module):
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file: how its name ends, how it is written, and how it is loaded again without the run."""
+    """A file format: the end of its name, how it is written, and how it is loaded without the run."""
 
     suffix: str
     write: Callable[[TrainedModel, Path], None]
@@ -70,7 +71,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a loaded file is from the original: the largest difference of any output, and what is allowed."""
+    """The difference of a loaded file from the original: the largest of any output, and the largest allowed."""
 
     largest: float
     allowed: float
@@ -78,7 +79,7 @@ class Comparison:
 
 
 def describe(trained: TrainedModel) -> dict[str, Any]:
-    """What is needed to use an exported model, as it goes into the file's metadata."""
+    """Describe the use of an exported model, for the file's metadata."""
     height, width, channels = trained.image_shape
     mean, std = mean_and_std(trained.recipe.data, trained.manifest)
     outputs = {"nll": "log-probabilities of the classes"}.get(
@@ -105,7 +106,7 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
 
 
 def export(trained: TrainedModel, name: str, path: Path, reader: Reader, num_samples: int) -> Comparison:
-    """Write a model, load the file again and compare it with the original. The file appears only if they are the same.
+    """Write a model, load the file again and compare it with the original. The file appears only if they agree.
 
     Args:
         trained: on the CPU.
@@ -116,7 +117,7 @@ def export(trained: TrainedModel, name: str, path: Path, reader: Reader, num_sam
 
     Raises:
         InputError: the libraries for this format are missing, or the images cannot be read.
-        ExportFailed: the model cannot be written in this format, or the outputs of what was written differ too much.
+        ExportFailed: the model cannot be written in this format, or the outputs of the loaded file differ too much.
     """
     missing = [library for library in _ONNX_NEEDS if name == "onnx" and util.find_spec(library) is None]
     if missing:
@@ -124,12 +125,12 @@ def export(trained: TrainedModel, name: str, path: Path, reader: Reader, num_sam
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of exporters about their own insides
+            warnings.simplefilter("ignore")  # exporters warn about their internals
             FORMATS[name].write(trained, partial)
             found = compare(trained, FORMATS[name].load(partial), reader, num_samples)
-        if not found.largest <= found.allowed:  # NaN is not
+        if not found.largest <= found.allowed:  # also for NaN
             raise ExportFailed(
-                f"{name}: loaded again, the outputs differ by up to {found.largest:.3g} on {found.images} images; "
+                f"{name}: loaded again, the outputs differ by up to {found.largest:.3g} on {count(found.images, 'image')}; "
                 f"{found.allowed:.3g} is allowed. No file was written"
             )
         partial.replace(path)

@@ -1,4 +1,4 @@
-"""A trained model and image files to the classes that it sees in them, one file after the other."""
+"""Predict the classes of image files with a trained model."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ _WORKERS = 2
 
 @dataclass(frozen=True)
 class FilePrediction:
-    """What a model sees in a file.
+    """The prediction for an image file.
 
     Attributes:
         path: of the file.
-        pixels: uint8 (height, width, channels), as the model was given them.
+        pixels: uint8 (height, width, channels), as the model gets them.
         top: numbers and probabilities of the most probable classes, the most probable first.
     """
 
@@ -31,36 +31,36 @@ class FilePrediction:
 
 
 def predict_files(
-    trained: TrainedModel, files: list[Path], top: int, unreadable: Callable[[Path, str], None]
+    trained: TrainedModel, files: list[Path], top: int, leave_out: Callable[[Path, str], None]
 ) -> Iterator[FilePrediction]:
-    """Predict image files, in their order; some are read while the model looks at those before.
+    """Predict image files, in their order; the next ones are read while the model runs.
 
     Args:
         trained: a model that classifies.
         files: of any size and kind of image.
-        top: how many classes are told of each, at most all.
-        unreadable: told of each file that is left out, and why.
+        top: how many classes to return for each, at most all.
+        leave_out: called with each file that cannot be read, and why.
     """
     groups = (files[start : start + _BATCH] for start in range(0, len(files), _BATCH))
     for group in read_ahead(groups, lambda group: lambda: [(path, _read(trained, path)) for path in group], _WORKERS):
-        whole = []
+        images = []
         for path, read in group:
             if isinstance(read, str):
-                unreadable(path, read)
+                leave_out(path, read)
             else:
-                whole.append((path, read))
-        if not whole:
+                images.append((path, read))
+        if not images:
             continue
-        pixels = torch.from_numpy(np.stack([image for _, image in whole]))
+        pixels = torch.from_numpy(np.stack([image for _, image in images]))
         with torch.inference_mode():
             outputs = trained.module(trained.normalize(pixels.to(trained.device))).float()  # (B, K)
             shares, classes = outputs.softmax(dim=1).topk(min(top, outputs.shape[1]), dim=1)
-        for (path, image), row, probabilities in zip(whole, classes.tolist(), shares.tolist(), strict=True):
+        for (path, image), row, probabilities in zip(images, classes.tolist(), shares.tolist(), strict=True):
             yield FilePrediction(path, image, list(zip(row, probabilities, strict=True)))
 
 
 def _read(trained: TrainedModel, path: Path) -> np.ndarray | str:
-    """The pixels of a file, or why there are none."""
+    """Read the pixels of a file, or say why they cannot be read."""
     try:
         return read_image_file(path, trained.manifest.image_mode, trained.image_shape)
     except ValueError as error:

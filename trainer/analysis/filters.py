@@ -1,4 +1,4 @@
-"""The first layer of a model as pictures: what each of its units looks for."""
+"""Draw the weights of a model's first layer, a picture for each unit."""
 
 import numpy as np
 import torch
@@ -8,14 +8,14 @@ MOST_FILTERS = 64
 
 
 def first_filters(module: nn.Module, image_shape: tuple[int, int, int]) -> np.ndarray | str:
-    """The weights of the first layer, of its first units if there are many.
+    """Return the weights of the first layer as pictures, of its first units if there are many.
 
     Args:
         module: the model.
         image_shape: (height, width, channels) of the images that it takes.
 
     Returns:
-        uint8 (units, height, width, 1 or 3): middle grey is 0, each unit on its own scale. Or, in words, why there are none.
+        uint8 (units, height, width, 1 or 3): middle grey is 0, each unit has its own scale. Or the reason why there are none.
     """
     layer = next((layer for layer in module.modules() if next(layer.parameters(recurse=False), None) is not None), None)
     height, width, channels = image_shape
@@ -24,9 +24,9 @@ def first_filters(module: nn.Module, image_shape: tuple[int, int, int]) -> np.nd
     elif isinstance(layer, nn.Linear) and layer.in_features == height * width * channels:
         weights = layer.weight.view(-1, channels, height, width)  # the models flatten (B, C, H, W)
     else:
-        return f"the first layer is a {type(layer).__name__}, whose weights are no pictures" if layer else "no weights"
+        return f"the first layer is a {type(layer).__name__}, whose weights are not images" if layer else "no weights"
     if weights.shape[1] not in (1, 3):
-        return f"the first layer looks at {weights.shape[1]} channels, which are no colours"
+        return f"the first layer takes {weights.shape[1]} channels, which are not colors"
     return _pictures(weights.detach()[:MOST_FILTERS].float().cpu())
 
 

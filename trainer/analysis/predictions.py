@@ -1,4 +1,4 @@
-"""A trained model and a test set to what it says of each sample: computed once, kept beside the run, never trained again."""
+"""Predict every sample of a test set with a trained model: computed once, kept in the run's folder."""
 
 import contextlib
 import io
@@ -17,21 +17,20 @@ from shardstep.datasets.progress import progress_bar
 from shardstep.trainer.analysis.trained_model import TrainedModel
 from shardstep.trainer.models.views import predict
 
-PREDICTIONS_NAME = "predictions.npz"
 _VERSION = "2"
 _ARRAYS = ("labels", "predicted", "confidence", "errors")
-# What NumPy and zipfile raise for one flipped byte, wherever it is: RuntimeError for a method or a password it seems to ask.
+# What NumPy and zipfile raise for one flipped byte, wherever it is; RuntimeError: it seems to ask for a method or a password.
 _DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of each sample of a test set, in the order of the manifest.
+    """A model's predictions for a test set, in the order of the manifest.
 
     Attributes:
         labels: int64 (N,).
         predicted: int64 (N,), the class with the highest output; empty for reconstruction, like `confidence`.
-        confidence: float32 (N,), the softmax of that output, which is the mean of the views that the recipe evaluates with.
+        confidence: float32 (N,), the softmax of that output, which is the mean over the views of the recipe's evaluation.
         errors: float32 (N,), each sample's loss if the model reconstructs images, else empty.
     """
 
@@ -51,25 +50,25 @@ class Predictions:
         return float(self.correct.mean())
 
     def confusion(self, num_classes: int) -> np.ndarray:
-        """int64 (classes, classes); row: label, column: prediction."""
+        """Count samples, int64 (classes, classes); row: label, column: prediction."""
         counts = np.bincount(self.labels * num_classes + self.predicted, minlength=num_classes**2)
         return counts.reshape(num_classes, num_classes)
 
     def most_confident_mistakes(self, count: int) -> np.ndarray:
-        """Ids of the samples that the model is most sure of and wrong about, the surest first."""
+        """Return the ids of the mistakes with the highest confidence, the highest first."""
         wrong = np.flatnonzero(~self.correct)
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")][:count]
 
 
 def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], None]) -> Predictions:
-    """Predict every sample of a run's test set, or take what an earlier call has kept.
+    """Predict every sample of a run's test set, or return the predictions that an earlier call has kept.
 
-    Where the test set is gone, what was kept of these weights still counts.
+    Where the test set is gone, those kept for these weights are returned.
 
     Args:
         trained: the model.
-        cache: file that the predictions are kept in; a folder that cannot be written is no mistake.
-        tell: told when they cannot be kept.
+        cache: file that the predictions are kept in; a folder that cannot be written is no error.
+        tell: called with a message when they cannot be kept.
 
     Raises:
         InputError: the test set cannot be read, and nothing is kept.
@@ -123,18 +122,18 @@ def _write(found: Predictions, cache: Path, key: list[str], tell: Callable[[str]
     try:
         write_atomically(cache, stream.getvalue())
     except OSError as error:
-        tell(f"{cache} could not be written, the predictions are made anew next time: {error.strerror}")
+        tell(f"{cache} could not be written, the predictions will be computed again: {error.strerror}")
 
 
 def _read(cache: Path, made_with: list[str], fingerprint: str | None = None) -> Predictions | None:
-    """What was kept with this key on this test set, or on whichever it was; None if there is nothing, or no whole file."""
+    """Read the predictions kept with this key for this test set, or for any; None if there are none, or they are damaged."""
     with contextlib.suppress(*_DAMAGED):
         file = np.load(io.BytesIO(cache.read_bytes()))  # no pickle: arrays of numbers and text
         *key, kept_of = file["key"].tolist()
         found = Predictions(**{name: file[name] for name in _ARRAYS})
         lengths = [len(getattr(found, name)) for name in _ARRAYS]
         samples = lengths[0]
-        whole = lengths in ([samples, samples, samples, 0], [samples, 0, 0, samples])  # classes, or reconstructions
-        if whole and key == made_with and fingerprint in (None, kept_of):
+        intact = lengths in ([samples, samples, samples, 0], [samples, 0, 0, samples])  # classes, or reconstructions
+        if intact and key == made_with and fingerprint in (None, kept_of):
             return found
     return None

@@ -1,4 +1,4 @@
-"""A run's record to all that a report shows of it: what its model says of the test set, and its filters."""
+"""Analyse a run for a report: its model's predictions for the test set, mistakes, calibration and filters."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,7 +11,7 @@ from shardstep.datasets.decode import resize_to_cover
 from shardstep.datasets.reader import StreamReader
 from shardstep.trainer.analysis.calibration import Bin, reliability
 from shardstep.trainer.analysis.filters import first_filters
-from shardstep.trainer.analysis.predictions import PREDICTIONS_NAME, Predictions, predict_test_set
+from shardstep.trainer.analysis.predictions import Predictions, predict_test_set
 from shardstep.trainer.analysis.run_record import RunRecord
 from shardstep.trainer.analysis.trained_model import TrainedModel, open_trained_model
 
@@ -21,7 +21,7 @@ _THUMBNAIL = 112  # pixels: the longer side of an image in a page
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image (H, W, C) uint8 that the model is wrong about."""
+    """A test image (H, W, C) uint8 that the model classifies wrongly."""
 
     pixels: np.ndarray
     label: int
@@ -31,7 +31,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A test image (H, W, C) uint8, what the model makes of it, and its loss."""
+    """A test image (H, W, C) uint8, its reconstruction by the model, and the loss."""
 
     original: np.ndarray
     reconstruction: np.ndarray
@@ -40,14 +40,14 @@ class Reconstruction:
 
 @dataclass
 class RunAnalysis:
-    """All that a report shows of one run.
+    """What a report shows of one run.
 
     Attributes:
-        record: what the folder tells.
-        weights: which weights the rest is about; empty where there are none.
+        record: the content of its folder.
+        weights: which weights the rest belongs to; empty where there are none.
         predictions: over the test set.
         bins: of the reliability diagram.
-        mistakes: those that the model is most confident of.
+        mistakes: those with the highest confidence.
         reconstructions: those with the largest error, if the model reconstructs.
         filters: of the first layer, uint8 (units, height, width, channels).
         left_out: what cannot be shown, and why.
@@ -76,7 +76,7 @@ class RunAnalysis:
 
     @property
     def per_class_accuracy(self) -> list[float | None]:
-        """Of each class: that of the predictions, else of the last evaluation; empty where there was none."""
+        """The accuracy on each class by the predictions, else by the last evaluation; empty where there was none."""
         confusion = self.confusion
         if confusion is not None:
             rows = zip(np.diag(confusion).tolist(), confusion.sum(axis=1).tolist(), strict=True)
@@ -86,14 +86,14 @@ class RunAnalysis:
 
 
 def analyse_run(record: RunRecord, device: Literal["auto", "cpu", "cuda"]) -> RunAnalysis:
-    """Look at a run. What its model says of the test set is computed once and kept in the run's folder."""
+    """Analyse a run. The predictions for the test set are computed once and kept in the run's folder."""
     found = RunAnalysis(record, left_out=list(record.left_out))
     if record.manifest is None:
         return found
     try:
         trained = open_trained_model(record.folder, device)
     except InputError as error:
-        found.left_out.append(f"what the model says of the test set, and its filters: {error}")
+        found.left_out.append(f"predictions for the test set, and filters: {error}")
         return found
     found.weights = trained.which
     filters = first_filters(trained.module, trained.image_shape)
@@ -101,18 +101,18 @@ def analyse_run(record: RunRecord, device: Literal["auto", "cpu", "cuda"]) -> Ru
         found.left_out.append(f"filters: {filters}")
     else:
         found.filters = filters
-    _look_at_test_set(found, trained)
+    _analyse_test_set(found, trained)
     return found
 
 
-def _look_at_test_set(found: RunAnalysis, trained: TrainedModel) -> None:
+def _analyse_test_set(found: RunAnalysis, trained: TrainedModel) -> None:
     try:
-        predictions = predict_test_set(trained, found.record.folder / PREDICTIONS_NAME, found.left_out.append)
-    except (InputError, OSError) as error:  # of a run that goes on, and has deleted that checkpoint meanwhile
-        found.left_out.append(f"what the model says of the test set: {error}")
+        predictions = predict_test_set(trained, found.record.run_dir.predictions_path, found.left_out.append)
+    except (InputError, OSError) as error:  # a run that is still training may have deleted that checkpoint
+        found.left_out.append(f"predictions for the test set: {error}")
         return
     if not (np.isfinite(predictions.confidence).all() and np.isfinite(predictions.errors).all()):
-        found.left_out.append("what the model says of the test set: its outputs are not all numbers")
+        found.left_out.append("predictions for the test set: some outputs are NaN or infinite")
         return
     found.predictions = predictions
     if not found.record.reconstructs:

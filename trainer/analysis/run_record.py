@@ -1,11 +1,10 @@
-"""A run's folder to what it tells: recipe, curves, summary, starts. Reads files, computes nothing, needs no data set.
+"""Read a run's folder for a report: recipe, curves, summary, starts. Computes nothing, needs no data set.
 
-Works for runs that are finished, running, stopped, failed or killed. What a folder does not tell, or not any more, becomes a
-line in `left_out`; only what is no run at all is an error.
+Works for runs in any state. What is missing or cannot be read becomes a line in `left_out`; only a folder that holds no run
+is an error.
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,36 +12,42 @@ from typing import Any
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import Recipe
-from shardstep.datasets.manifest import Manifest, parse_manifest
-from shardstep.trainer.monitoring.status import Line, parse_line
+from shardstep.datasets.manifest import Manifest
+from shardstep.trainer.analysis.trained_model import read_train_manifest
+from shardstep.trainer.monitoring.status import Line
 from shardstep.trainer.optim.losses import RECONSTRUCTION
 from shardstep.trainer.run_dir import RunDir, State
 
 
 @dataclass
 class RunRecord:
-    """What a run's folder tells.
+    """The content of a run's folder.
 
     Attributes:
-        folder: of the run.
+        run_dir: of the run.
         recipe: as it was used.
-        status: finished, running, preempted, failed, or killed: it ended without a word.
+        state: of the run.
         train, evaluations: the lines of metrics.jsonl, in their order.
         summary: summary.json, empty where there is none.
         starts: of each start, command, hardware and versions.
         manifest: of the training set; None where it was not written.
-        left_out: what cannot be told, and why.
+        left_out: what cannot be shown, and why.
     """
 
-    folder: Path
+    run_dir: RunDir
     recipe: Recipe
-    status: State
+    state: State
     train: list[Line]
     evaluations: list[Line]
     summary: dict[str, Any]
     starts: list[dict[str, Any]]
     manifest: Manifest | None
     left_out: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run_dir.path
 
     @property
     def reconstructs(self) -> bool:
@@ -52,8 +57,7 @@ class RunRecord:
     @property
     def last(self) -> Line:
         """The last line of metrics.jsonl; empty where there is none."""
-        lines = [*self.train, *self.evaluations]
-        return max(lines, key=lambda line: line["step"]) if lines else {}
+        return max([*self.train, *self.evaluations], key=lambda line: line["step"], default={})
 
     @property
     def last_evaluation(self) -> Line:
@@ -61,21 +65,26 @@ class RunRecord:
         return self.evaluations[-1] if self.evaluations else {}
 
     @property
+    def last_start(self) -> dict[str, Any]:
+        """The last start; empty where none was written."""
+        return self.starts[-1] if self.starts else {}
+
+    @property
     def hardware(self) -> dict[str, Any]:
-        """That of the last start; empty where it was not written."""
-        return _mapping(self.starts[-1].get("hardware")) if self.starts else {}
+        """The hardware of the last start; empty where it was not written."""
+        return _mapping(self.last_start.get("hardware"))
 
     @property
     def versions(self) -> dict[str, str]:
-        """Those of the last start; empty where they were not written."""
-        return _mapping(self.starts[-1].get("versions")) if self.starts else {}
+        """The versions of the last start; empty where they were not written."""
+        return _mapping(self.last_start.get("versions"))
 
 
 def read_record(folder: Path) -> RunRecord:
     """Read a run's folder.
 
     Raises:
-        InputError: it is none, or its config.yaml cannot be read.
+        InputError: it holds no run, or its config.yaml cannot be read.
     """
     run_dir = RunDir(folder)
     if not folder.exists():
@@ -91,25 +100,32 @@ def read_record(folder: Path) -> RunRecord:
             f"{run_dir.config_path.name} was written by another version of shardstep, these of its keys are not shown: "
             f"{'; '.join(loaded.problems)}"
         )
-    lines = _read_lines(run_dir.metrics_path, left_out)
-    summary = _read_summary(run_dir.summary_path, left_out)
+    lines, summary, manifest = _read_lines(run_dir, left_out), {}, None
+    try:
+        summary = run_dir.read_summary()
+    except InputError as error:
+        left_out.append(f"the summary: {error}")
     if not run_dir.starts:
-        left_out.append("hardware, versions and command: the run has no starts.json that can be read")
+        left_out.append(f"hardware, versions and command: {run_dir.starts_path.name} is missing or damaged")
+    try:
+        manifest = read_train_manifest(run_dir)
+    except InputError as error:
+        left_out.append(f"the data set, and the model's predictions for it: {error}")
     return RunRecord(
-        folder=folder,
+        run_dir=run_dir,
         recipe=loaded.recipe,
-        status=run_dir.state(),
+        state=run_dir.state(newest_step=max((line["step"] for line in lines), default=0)),
         train=[line for line in lines if line["kind"] == "train"],
         evaluations=[line for line in lines if line["kind"] == "eval"],
         summary=summary,
         starts=run_dir.starts,
-        manifest=_read_manifest(run_dir.train_manifest_path, left_out),
+        manifest=manifest,
         left_out=left_out,
     )
 
 
 def check_comparable(records: list[RunRecord]) -> None:
-    """Check that runs can stand side by side.
+    """Check that runs can be shown side by side.
 
     Raises:
         InputError: they are of different tasks: other classes, or one classifies and another reconstructs.
@@ -124,28 +140,26 @@ def check_comparable(records: list[RunRecord]) -> None:
         raise InputError.from_problems("runs of different tasks cannot be compared, report on each alone", problems)
 
 
-def flat_recipe(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as section.key -> value."""
-    return {
-        f"{section}.{key}": value
-        for section, content in dataclasses.asdict(recipe).items()
-        for key, value in content.items()
-    }
-
-
 def differing_keys(recipes: list[Recipe]) -> dict[str, list[Any]]:
-    """The keys in which recipes differ, and the value of each; None where a recipe has no such key.
+    """Return the keys in which recipes differ, and the value of each recipe; None where it has no such key.
 
-    Where a run lies and what it is called is not among them.
+    Leaves out run.dir and run.name.
     """
-    flat = [flat_recipe(recipe) for recipe in recipes]
+    flat = [
+        {
+            f"{section}.{key}": value
+            for section, content in dataclasses.asdict(recipe).items()
+            for key, value in content.items()
+        }
+        for recipe in recipes
+    ]
     keys = [key for key in {key: None for one in flat for key in one} if key not in ("run.dir", "run.name")]
     values = {key: [one.get(key) for one in flat] for key in keys}
     return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
 
 
 def number(line: Line, key: str) -> float | None:
-    """A finite number of a line; None where it has none."""
+    """Return a finite number of a line; None where it has none."""
     value = line.get(key)
     usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if usable else None  # type: ignore[arg-type] # a number, by the line above
@@ -158,49 +172,17 @@ def _task(record: RunRecord) -> str:
     return f"has {len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
 
 
-def _read_lines(path: Path, left_out: list[str]) -> list[Line]:
-    try:
-        texts = path.read_text(errors="replace").splitlines()
-    except OSError as error:
-        left_out.append(f"curves: {path.name} cannot be read ({error.strerror})")
-        return []
-    lines = [content for text in texts if (content := _parse(text))]
-    strange = len(texts) - len(lines)
-    if texts and not _parse(texts[-1]):
-        strange -= 1  # the last line of a run that is being written, or was killed, may be cut
-    if strange:
-        left_out.append(f"{strange} of {len(texts)} lines of {path.name}: they are damaged, or of another version")
+def _read_lines(run_dir: RunDir, left_out: list[str]) -> list[Line]:
+    found, name = run_dir.read_metrics(), run_dir.metrics_path.name
+    lines = [line for line in found if line and None not in (number(line, "step"), number(line, "epoch"))]
+    damaged = len(found) - len(lines)
+    if found and not (lines and found[-1] is lines[-1]):
+        damaged -= 1  # the last line of a run that is being written, or was killed, may be cut
+    if damaged:
+        left_out.append(f"{damaged} of {len(found)} lines of {name}: they are damaged, or of another version")
     if not lines:
-        left_out.append(f"curves: {path.name} holds no whole line yet")
+        left_out.append(f"curves: {name} is missing, or holds no intact line yet")
     return lines
-
-
-def _parse(text: str) -> Line | None:
-    line = parse_line(text)
-    return line if line and number(line, "step") is not None and number(line, "epoch") is not None else None
-
-
-def _read_summary(path: Path, left_out: list[str]) -> dict[str, Any]:
-    if not path.exists():
-        return {}  # of a run that has not ended
-    try:
-        summary = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        left_out.append(f"the summary: {path.name} cannot be read ({str(error).splitlines()[0]})")
-        return {}
-    return _mapping(summary)
-
-
-def _read_manifest(path: Path, left_out: list[str]) -> Manifest | None:
-    try:
-        return parse_manifest(path.read_text(), str(path))
-    except OSError as error:
-        left_out.append(
-            f"the data set and all that the model says of it: {path.name} cannot be read ({error.strerror})"
-        )
-    except InputError as error:
-        left_out.append(f"the data set and all that the model says of it: {error}")
-    return None
 
 
 def _mapping(value: Any) -> dict[str, Any]:

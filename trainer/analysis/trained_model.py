@@ -1,4 +1,4 @@
-"""A run or one of its checkpoints to a trained model, with all that images go through before they reach it."""
+"""Open a run or one of its checkpoints as a trained model, with the preparation of its images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +33,9 @@ class TrainedModel:
         manifest: of the training set.
         image_shape: (height, width, channels) of the images that the model takes.
         module: in evaluation mode, in fp32, on the device.
-        normalize: uint8 pixels (B, H, W, C) to what the model takes.
-        objective: what it was trained for.
-        device: where it is.
+        normalize: uint8 pixels (B, H, W, C) to the input of the model.
+        objective: that it was trained for.
+        device: of the module.
     """
 
     run_dir: RunDir
@@ -50,7 +50,7 @@ class TrainedModel:
 
     @property
     def which(self) -> str:
-        """Of a run's weights: "the final weights", or which checkpoint's."""
+        """A name for the weights: "the final weights", or which checkpoint."""
         return (
             "the final weights"
             if self.weights.parent == self.run_dir.path
@@ -58,7 +58,7 @@ class TrainedModel:
         )
 
     def open_test_set(self, folder: str | None = None) -> tuple[ShardFolder, StreamReader]:
-        """The run's test set, or another one of the same task.
+        """Open the run's test set, or another one of the same task.
 
         Raises:
             InputError: it cannot be opened, or is of another task.
@@ -70,10 +70,10 @@ class TrainedModel:
 
 
 def open_trained_model(path: Path, device: torch.device | Literal["auto", "cpu", "cuda"] = "auto") -> TrainedModel:
-    """Open a run's folder, or a checkpoint of one. Needs no test set.
+    """Open the model of a run's folder, or of one of its checkpoints. Needs no test set.
 
     Raises:
-        InputError: it is neither, has no intact weights, was written by another version, or there is no such device.
+        InputError: the path is neither, has no intact weights, was written by another version, or there is no such device.
     """
     weights, run_dir = find_weights(path)
     recipe = read_recipe(run_dir)
@@ -103,7 +103,7 @@ def open_trained_model(path: Path, device: torch.device | Literal["auto", "cpu",
 
 
 def read_recipe(run_dir: RunDir) -> ResolvedRecipe:
-    """The recipe of a run, validated.
+    """Read the recipe of a run, validated.
 
     Raises:
         InputError: it cannot be read, or is of another version.
@@ -112,7 +112,7 @@ def read_recipe(run_dir: RunDir) -> ResolvedRecipe:
 
 
 def read_train_manifest(run_dir: RunDir) -> Manifest:
-    """The manifest of a run's training set.
+    """Read the manifest of a run's training set.
 
     Raises:
         InputError: it cannot be read.
@@ -125,9 +125,9 @@ def read_train_manifest(run_dir: RunDir) -> Manifest:
 
 
 def find_weights(path: Path) -> tuple[Path, RunDir]:
-    """The weights of a run's folder or of one of its checkpoints, and the run's folder.
+    """Find the weights of a run's folder or of one of its checkpoints, and the run's folder.
 
-    Those of a folder are the final ones if the run is finished, else those of its newest intact checkpoint.
+    The weights of a folder are the final ones if the run is finished, else those of its newest intact checkpoint.
 
     Raises:
         InputError: there are none, or they are damaged.
@@ -141,35 +141,36 @@ def find_weights(path: Path) -> tuple[Path, RunDir]:
     if run_dir.path != resolved:
         problems = problems_of(resolved, only=(WEIGHTS, AVERAGE))
         if problems:
-            raise InputError(f"{path} is not whole: {'; '.join(problems)}")
+            raise InputError(f"{path} is damaged: {'; '.join(problems)}")
         return resolved / WEIGHTS, run_dir
     final, summary = run_dir.weights_path, run_dir.summary
     is_final = final.is_file() and summary.get("status") == "finished"
     claimed = summary.get("weights_sha256")  # runs of earlier versions have none
     if is_final and claimed and file_sha256(final) != claimed:
         raise InputError(
-            f"{final} is damaged: its sha256 is another. The newest in {run_dir.checkpoints_path} has the same weights"
+            f"{final} is damaged: its sha256 is not that in the summary. The newest checkpoint in "
+            f"{run_dir.checkpoints_path} has the same weights"
         )
-    newest, passed_over = (None, []) if is_final else newest_intact(run_dir.checkpoints_path)
+    newest, damaged = (None, []) if is_final else newest_intact(run_dir.checkpoints_path)
     if newest:
         return newest / WEIGHTS, run_dir
     if final.is_file():
         return final, run_dir
-    damaged = f", and what is there is damaged: {'; '.join(passed_over)}" if passed_over else " yet"
-    raise InputError(f"{path} has neither {WEIGHTS} nor a whole checkpoint{damaged}")
+    cause = f": {'; '.join(damaged)}" if damaged else " yet"
+    raise InputError(f"{path} has neither {WEIGHTS} nor an intact checkpoint{cause}")
 
 
 def unfinished_note(path: Path, weights: Path) -> str | None:
-    """What to say where the weights found for a run's folder are those of a checkpoint; None where they are not."""
+    """Say that the weights found for a run's folder are those of a checkpoint; None where they are not."""
     run_dir = RunDir(path.resolve())
     if not run_dir.is_run or weights.parent == run_dir.path:
         return None
     cause = "has lost its final weights" if run_dir.summary.get("status") == "finished" else "is not finished"
-    return f"{path} {cause}: this is its checkpoint {weights.parent.name}"
+    return f"{path} {cause}: using its checkpoint {weights.parent.name}"
 
 
 def find_device(name: str) -> torch.device:
-    """auto, cpu or cuda to a device; auto is cuda where there is one.
+    """Return the device of a name: cpu, cuda, or auto, which is cuda where there is one.
 
     Raises:
         InputError: there is no such device.

@@ -1,4 +1,4 @@
-"""Show a run while it trains: terminal, timing, profiles, pictures, Weights & Biases, TensorBoard.
+"""Report on a run while it trains: terminal, timing, profiles, pictures, Weights & Biases, TensorBoard.
 
 Imports distributed/, checkpoints/ and stopping/, never the training path.
 """

@@ -1,8 +1,7 @@
-"""What the person at the terminal sees: notes, a calm live area on a terminal, timed lines elsewhere. Rank 0 only.
+"""The output of a run: notes, a live area on a terminal, timed lines elsewhere. Only rank 0 prints.
 
-Where output is no terminal, as in a batch job's log, or NO_COLOR is set, there are plain lines: one with every evaluation,
-and one about training every ten seconds. Where figures are logged more rarely, lines after 10, 20, 40, ... seconds without
-any say how far training is.
+In a batch job's log, or where NO_COLOR is set, it prints plain lines: one for every evaluation, and one about training every
+ten seconds. Where metrics are logged more rarely, lines after 10, 20, 40, ... seconds without any give the progress.
 """
 
 import contextlib
@@ -28,23 +27,23 @@ _REDRAWN_PER_S = 2
 
 
 class _Output:
-    """A stream that goes on when its disk is full or its reader has left: what is written then is lost."""
+    """A stream that drops text when its disk is full or its reader has left, instead of raising."""
 
     def __init__(self, stream: TextIO, tell: Callable[[str], None] | None = None):
         """
         Args:
-            stream: what is written to.
-            tell: told of the first failure.
+            stream: to write to.
+            tell: called with a message about the first failure.
         """
         self._stream, self._tell = stream, tell
 
     def write(self, text: str) -> int:
-        """Write, or lose the text."""
+        """Write the text, or drop it."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Pass on what is written, or lose it."""
+        """Flush the stream, or drop its text."""
         self._try(self._stream.flush)
 
     def __getattr__(self, name: str) -> Any:
@@ -56,31 +55,31 @@ class _Output:
         except OSError as error:
             tell, self._tell = self._tell, None
             if tell:
-                tell(f"standard output cannot be written, training goes on without: {error.strerror or error}")
+                tell(f"standard output cannot be written, training continues without: {error.strerror or error}")
 
 
 class Display:
     """Output of a run. On ranks other than 0 every method does nothing."""
 
-    def __init__(self, enabled: bool, goes_on: bool = False):
+    def __init__(self, enabled: bool, drops_output: bool = False):
         """
         Args:
             enabled: on rank 0.
-            goes_on: whether text that cannot be written is left out, rather than an error: training is worth more than it.
+            drops_output: whether text that cannot be written is dropped, instead of an error that ends training.
         """
         self._enabled = enabled
-        output, errors = (_Output(sys.stdout, self.warn), _Output(sys.stderr)) if goes_on else (None, None)
+        output, errors = (_Output(sys.stdout, self.warn), _Output(sys.stderr)) if drops_output else (None, None)
         self._console = Console(highlight=False, file=cast(TextIO | None, output))
         self._errors = Console(highlight=False, file=cast(TextIO | None, errors), stderr=True)
         self._live: Live | None = None
         self._last_plain_s = -float("inf")  # when the last line about training was printed
         self._last_said_s = 0.0  # when anything was
-        self._patience_s = _PLAIN_INTERVAL_S  # after which a line without figures says how far training is
+        self._patience_s = _PLAIN_INTERVAL_S  # after which a line without metrics gives the progress
         self._remark = ""
         self.status = Status()
 
     def note(self, text: str = "", indent: int = 0) -> None:
-        """Print a line; what a terminal has no room for goes below it, indented by as many columns."""
+        """Print a line; on a terminal it is wrapped, and the lines below are indented by as many columns."""
         if self._enabled:
             if indent and self._console.file.isatty():
                 below = indent * " "
@@ -95,11 +94,11 @@ class Display:
             (self._console if self._live else self._errors).print(f"warning: {text}", markup=False, soft_wrap=True)
 
     def tell(self, text: str) -> None:
-        """Print to stderr, on any rank: what this rank alone knows."""
+        """Print to stderr, on any rank: what only this rank knows."""
         (self._console if self._live else self._errors).print(text, markup=False, soft_wrap=True)
 
     def start(self, total_steps: int | None, done_steps: int, share_done: float) -> None:
-        """Open the live area, if there is a terminal for it; the arguments are as in Status."""
+        """Open the live area, on a terminal; the arguments are as in Status."""
         self.status.total_steps, self.status.step, self.status.share_done = total_steps, done_steps, share_done
         self._last_said_s = time.monotonic()
         if self._enabled and is_drawable(self._console):
@@ -107,10 +106,10 @@ class Display:
                 get_renderable=self._area, console=self._console, refresh_per_second=_REDRAWN_PER_S, transient=True
             )
             self._live.start()
-            self._console.show_cursor(True)  # a run that is killed could not bring it back
+            self._console.show_cursor(True)  # a killed run could not show it again
 
     def advance(self, step: int) -> None:
-        """Note that a step is done; drawn when it is time, or a line where there is no terminal and no other for a while."""
+        """Note that a step is done; the live area draws it, elsewhere a line is printed after a while without any."""
         self.status.step = step
         if self._enabled and not self._live and time.monotonic() - self._last_said_s >= self._patience_s:
             self._patience_s *= 2
@@ -127,15 +126,15 @@ class Display:
             self._timed(describe_line(line))
 
     def saved(self, path: Path) -> None:
-        """Note a checkpoint that is whole, by its folder."""
+        """Note a complete checkpoint, by its folder."""
         with contextlib.suppress(OSError):  # it may be deleted by now
             self.status.saved(int(path.name.removeprefix("step-")), path.stat().st_mtime)
 
     def remark(self, what: str, since_s: float = 0.0) -> None:
-        """Show something below the figures for as long as it is true, and since when; once where there is no terminal.
+        """Show a remark below the metrics while it is true, and for how long it has been; once where there is no terminal.
 
         Args:
-            what: empty when it is true no longer.
+            what: empty when it is no longer true.
             since_s: seconds.
         """
         said, self._remark = self._remark, f"{what} {duration(since_s)}" if what else ""

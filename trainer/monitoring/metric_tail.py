@@ -1,4 +1,4 @@
-"""What a run appends to its metrics.jsonl, as it comes: for those who follow a run through the file system."""
+"""Follow a run through the file system: the lines of its metrics.jsonl, as they are appended."""
 
 import os
 from collections import deque
@@ -13,40 +13,40 @@ _NEEDED = {
     "train": _BOTH | {"lr", "samples_per_s", "data_wait_share", "memory_mb", "left_s"},
     "eval": _BOTH | {"train_accuracy", "wall_s"},
 }
-"""What is shown of a line of each kind."""
+"""The keys of a line of each kind that are printed."""
 _RECENT = 20  # lines: enough for an evaluation to be among them, as a rule
 
 
 class MetricTail:
-    """The lines of a run's metrics.jsonl, whole ones only."""
+    """A reader of the lines that are appended to a run's metrics.jsonl; complete lines only."""
 
     def __init__(self, path: Path, begin_at: Literal["start", "end"]):
         """
         Args:
             path: the file, which may come later.
-            begin_at: whether the lines that are there already count, and those that a restarted run kept.
+            begin_at: start to return the present lines too, and those that a restarted run has kept; end for new ones only.
         """
         self._path, self._begin_at = path, begin_at
         self._offset, self._file_id = 0, None
         self._gaps_s: deque[float] = deque(maxlen=_RECENT)
         self._last_s: float | None = None
-        self.begun_anew = False  # whether the lines of the last call are those of a file that was cut
+        self.restarted = False  # whether the lines of the last call are from a file that was cut
         place = self._stat()
         if place and begin_at == "end":
             self._offset, self._file_id = place.st_size, place.st_ino
 
     def new(self) -> list[dict[str, Any]]:
-        """The lines since the last call. A file that was cut, as a restarted run does, begins again, or at its end.
+        """Return the lines since the last call. A file that a restarted run has cut is read from its start again, or its end.
 
         Raises:
             InputError: another version of shardstep wrote them.
         """
-        self.begun_anew = False
+        self.restarted = False
         place = self._stat()
         if place is None:
             return []
         if place.st_size < self._offset or self._file_id not in (None, place.st_ino):
-            self.begun_anew = True
+            self.restarted = True
             self._offset = 0 if self._begin_at == "start" else place.st_size
         self._file_id = place.st_ino
         try:
@@ -55,26 +55,21 @@ class MetricTail:
                 content = file.read()
         except OSError:
             return []
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        lines = [line for text in whole.splitlines() if (line := self._read(text))]
+        complete = content[: content.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        lines = [line for text in complete.splitlines() if (line := self._read(text))]
         for line in lines:
             self._gaps_s.append(line["time"] - (self._last_s or line["time"]))
             self._last_s = line["time"]
         return lines
 
     def usual_gap_s(self) -> float:
-        """The longest time from one of the last lines to the next."""
+        """Return the longest time between two of the last lines."""
         return max(self._gaps_s, default=0.0)
-
-    def moved_at_s(self) -> float:
-        """When the file last changed, in seconds since the epoch; 0 where there is none."""
-        place = self._stat()
-        return place.st_mtime if place else 0.0
 
     def _read(self, text: bytes) -> dict[str, Any] | None:
         line = parse_line(text)
-        if line is None:  # the file was cut and has grown again since the last look
+        if line is None:  # the file was cut and has grown again since the last call
             return None
         missing = _NEEDED[line["kind"]] - line.keys()
         if missing:

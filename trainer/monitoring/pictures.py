@@ -1,6 +1,9 @@
-"""Pictures of a run: curves, confusion matrix, test images with predictions or reconstructions."""
+"""Pictures: curves, confusion matrix, grids of images with captions."""
 
 import json
+import math
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,13 @@ from torch import Tensor
 
 from shardstep.configs.schema import Recipe
 
-GRID_ROWS, GRID_COLUMNS = 4, 8
+FORMATS = ("png", "jpg", "jpeg", "pdf", "svg", "webp")
+GRID_ROWS, GRID_COLUMNS = 4, 8  # of the test images of a finished run
 _MOST_NAMED_CLASSES = 30  # more class names than this do not fit along an axis
 
 
 def draw_curves(metrics_path: Path, picture: Path, extras: str) -> None:
-    """Draw loss and accuracy against epochs from a metrics.jsonl; `extras` are in the training loss alone."""
+    """Draw loss and accuracy against epochs from a metrics.jsonl; only the training loss has the `extras`."""
     plt = pyplot()
     lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     has_accuracy = any(line["accuracy"] is not None for line in lines)
@@ -67,48 +71,61 @@ def draw_predictions(
     classes: list[str],
     picture: Path,
 ) -> None:
-    """Draw test images (N, H, W, C) uint8 with prediction and confidence; wrong ones are red and name the label too."""
-    captions = []
+    """Draw test images (N, H, W, C) uint8 with prediction and confidence; mistakes are red and have the label too."""
+    captions, colors = [], []
     for prediction, label, confidence in zip(predictions, labels, confidences, strict=True):
         mistake = "" if prediction == label else f"\nnot {classes[label]}"
-        captions.append((f"{classes[prediction]} {confidence:.0%}{mistake}", "crimson" if mistake else "black"))
-    _draw_grid(pixels, captions, picture)
+        captions.append(f"{classes[prediction]} {confidence:.0%}{mistake}")
+        colors.append("crimson" if mistake else "black")
+    draw_grid(pixels.numpy(), captions, picture, colors)
 
 
 def draw_reconstructions(originals: Tensor, reconstructions: Tensor, picture: Path) -> None:
     """Draw images (N, H, W, C) uint8, each with its reconstruction to the right of it."""
     pairs = torch.stack([originals, reconstructions], dim=1).flatten(0, 1)  # (2 N, H, W, C), in turn
-    _draw_grid(pairs, [("original", "black"), ("reconstructed", "black")] * len(originals), picture)
+    draw_grid(pairs.numpy(), ["original", "reconstructed"] * len(originals), picture)
 
 
-def _draw_grid(pixels: Tensor, captions: list[tuple[str, str]], picture: Path) -> None:
-    """Draw images (N, H, W, C) uint8, each below its caption and color."""
+def draw_grid(
+    images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], picture: Path, colors: Sequence[str] = ()
+) -> None:
+    """Draw images (H, W, C) uint8 in rows, each below its caption, in its color or in black.
+
+    Raises:
+        OSError: the picture cannot be written.
+    """
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(13, 8), layout="constrained")
-    axis.set(xlim=(0, GRID_COLUMNS), ylim=(GRID_ROWS, 0), aspect="equal")
+    rows = math.ceil(len(images) / GRID_COLUMNS)
+    columns = GRID_COLUMNS if rows > 1 else max(2, len(images))
+    figure, axis = plt.subplots(figsize=(1.625 * columns, 1.625 * rows), layout="constrained")
+    axis.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal")
     axis.axis("off")
-    for place, (image, (caption, color)) in enumerate(zip(pixels.numpy(), captions, strict=True)):
+    for place, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(place, GRID_COLUMNS)
-        shown = image.squeeze(-1) if image.shape[2] == 1 else image
+        shown = pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels
         extent = (column + 0.15, column + 0.85, row + 0.95, row + 0.25)  # left, right, bottom, top
         axis.imshow(shown, cmap="gray", vmin=0, vmax=255, extent=extent)
-        axis.text(column + 0.5, row + 0.22, caption, ha="center", va="bottom", fontsize=9, color=color)
-    figure.savefig(picture, dpi=120)
+        color = colors[place] if colors else "black"
+        middle = {"ha": "center", "va": "bottom", "fontsize": 8, "color": color}
+        axis.text(column + 0.5, row + 0.22, caption, parse_math=False, **middle)  # a $ in a name is not a formula
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks
+        figure.savefig(picture, dpi=120)
     plt.close(figure)
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, imported when the first picture is drawn."""
+    """Import matplotlib.pyplot, when the first picture is drawn."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no display is needed, nor touched
+    matplotlib.use("Agg")  # needs no display
     from matplotlib import pyplot
 
     return pyplot
 
 
 def training_extras(recipe: Recipe) -> str:
-    """Label smoothing and auxiliary heads, such as "label smoothing of 0.1"; empty where both losses are the same."""
+    """Say what only the training loss has, such as "label smoothing of 0.1"; empty where both losses are the same."""
     smoothing, weight = recipe.loss.get("label_smoothing"), recipe.model.get("auxiliary_weight")
     parts = [f"label smoothing of {smoothing:g}"] if smoothing else []
     parts += [f"{weight:g} times the loss of auxiliary heads"] if weight else []

@@ -1,4 +1,4 @@
-"""train.profile: what the processor and the GPU do in a few steps, by torch's profiler, one file per rank."""
+"""train.profile: record a few steps with torch's profiler, one file per rank."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _MOST_ALLOCATIONS = 100_000  # in a snapshot: several KB each
 
 
 def parse_steps(text: str) -> tuple[int, int] | None:
-    """The first and last step of train.profile, such as "steps 10-20" or "step 10"; None where it is empty.
+    """Parse the first and last step of train.profile, such as "steps 10-20" or "step 10"; None where it is empty.
 
     Raises:
         InputError: it is of another form.
@@ -24,7 +24,7 @@ def parse_steps(text: str) -> tuple[int, int] | None:
         return None
     match = _PATTERN.fullmatch(text.strip())
     if not match:
-        raise InputError(f'{text!r} names no steps to profile; write "steps 10-20"')
+        raise InputError(f'{text!r} is not a range of steps to profile; write "steps 10-20"')
     first, last = int(match[1]), int(match[2] or match[1])
     if not 1 <= first <= last:
         raise InputError(f"{text!r}: steps count from 1, and the last must not come before the first")
@@ -32,11 +32,11 @@ def parse_steps(text: str) -> tuple[int, int] | None:
 
 
 class Profiler:
-    """Watches the steps that were asked for, from before their data is read; without any, does nothing.
+    """Profiles the steps of train.profile, from before their data is read; without any, does nothing.
 
-    Leaves in `folder`, by rank: trace-rankN.json.gz, a Chrome trace for Perfetto or chrome://tracing; operations-rankN.txt,
+    Writes to `folder`, by rank: trace-rankN.json.gz, a Chrome trace for Perfetto or chrome://tracing; operations-rankN.txt,
     a table by operation, the longest first; and of memory, on a GPU memory-rankN.pickle, a snapshot for
-    pytorch.org/memory_viz, on a CPU memory-rankN.txt, the same table with those first that took most.
+    pytorch.org/memory_viz, on a CPU memory-rankN.txt, the same table with the largest first.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class Profiler:
             steps: first and last.
             folder: for the files; made when it is needed.
             rank: of this process.
-            on_gpu: whether to watch one.
-            note: told what was written, or why not.
+            on_gpu: whether to profile a GPU.
+            note: called with what was written, or why not.
         """
         self._steps, self._folder, self._rank, self._on_gpu, self._note = steps, folder, rank, on_gpu, note
         self._profile: Any = None
 
     def begin_step(self, step: int) -> None:
-        """A step begins: that of the profile, or the one after it."""
+        """Start the profile before its first step, and end it after its last."""
         if self._steps is None:
             return
         first, last = self._steps
@@ -64,7 +64,7 @@ class Profiler:
             self.end()
 
     def end(self) -> None:
-        """Write what was seen, or say that nothing was. A full disk does not hurt the run."""
+        """Write the profile, or say that there is none. A full disk does not fail the run."""
         if self._profile is None:
             if self._steps is not None:
                 self._note(f"no profile: steps {self._steps[0]}-{self._steps[1]} were not among those of this start")
@@ -84,7 +84,7 @@ class Profiler:
                 table = operations.table(sort_by="self_cpu_memory_usage", row_limit=_MOST_ROWS)
                 (self._folder / f"memory-rank{self._rank}.txt").write_text(table + "\n")
         except OSError as error:
-            self._note(f"the profile could not be written, training goes on: {error}")
+            self._note(f"the profile could not be written, training continues: {error}")
         else:
             self._note(f"the profile is in {self._folder}: open trace-rank{self._rank}.json.gz at ui.perfetto.dev")
         if self._on_gpu:

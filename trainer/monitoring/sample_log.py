@@ -1,4 +1,4 @@
-"""Which samples a rank consumed: the evidence for "the same samples at every step, for any number of ranks"."""
+"""Log the samples that a rank consumes: the evidence for "the same samples at every step, for any number of ranks"."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ class SampleLog:
         self._shards = shards
 
     def watch(self, batch: GlobalBatch, step: int) -> GlobalBatch:
-        """The same batch, whose samples are written down as they are consumed; `step` is the one they lead to."""
+        """Return the same batch, which logs its samples as they are consumed; `step` is the one they lead to."""
         return dataclasses.replace(batch, micro_batches=self._watched(batch, step))
 
     def _watched(self, batch: GlobalBatch, step: int) -> Iterator[MicroBatch]:

@@ -1,4 +1,4 @@
-"""What is known of a run that goes on: lines of metrics.jsonl in, text for terminals and logs out. No torch here."""
+"""Status: the progress of a run from lines of metrics.jsonl, as text for terminals and logs. No torch here."""
 
 import json
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ _NO_CURVES = ("step", "time", "total_steps", "share_done", "left_s")
 
 
 def parse_line(text: str | bytes) -> Line | None:
-    """A line of metrics.jsonl; None if it is no whole one: the last line of a killed run may be cut."""
+    """Parse a line of metrics.jsonl; None if it is damaged: the last line of a killed run may be cut."""
     try:
         line = json.loads(text)
     except ValueError:
@@ -23,14 +23,14 @@ def parse_line(text: str | bytes) -> Line | None:
 
 @dataclass
 class Status:
-    """The newest figures of a run.
+    """The newest metrics of a run.
 
     Attributes:
-        total_steps, step: how long it is and how far it has come; 0 while that is not known, and a length of None where
-            time may end it before.
-        share_done: how much of the run was done at the last line, 0 to 1.
+        total_steps, step: its length and its present step; 0 while they are not known. A length of None: time may end it
+            before.
+        share_done: the share of the run that was done at the last line, 0 to 1.
         train, evaluation: the last line of each kind; empty before the first.
-        saved_step, saved_at_s: the last checkpoint, and when it was whole, in seconds since the epoch.
+        saved_step, saved_at_s: the last checkpoint, and when it was saved, in seconds since the epoch.
     """
 
     total_steps: int | None = 0
@@ -48,10 +48,10 @@ class Status:
         else:
             self.evaluation = line
         self.step, self.total_steps = line["step"], line["total_steps"]
-        self.share_done = line.get("share_done", 0.0)  # lines of older versions have none, but a length
+        self.share_done = line.get("share_done", 0.0)  # lines of older versions lack it, but have a length
 
     def forget(self) -> None:
-        """The run has begun again: what it had learnt may not be true any more."""
+        """Forget the metrics of a run that has started again."""
         self.step, self.share_done, self.train, self.evaluation = 0, 0.0, {}, {}
 
     def saved(self, step: int, at_s: float) -> None:
@@ -60,11 +60,11 @@ class Status:
 
     @property
     def share(self) -> float:
-        """How much of the run is done now, 0 to 1; where its length is not known, at the last line."""
+        """The share of the run that is done now, 0 to 1; where its length is not known, at the last line."""
         return min(1.0, self.step / self.total_steps) if self.total_steps else self.share_done
 
     def place(self, now_s: float) -> str:
-        """How far the run has come, and how long it will still take."""
+        """Say how far the run has come, and how long it will still take."""
         if self.total_steps == 0:
             return "starting"
         parts = [f"{self.share:4.0%}  step {self.step:,}{'' if self.total_steps is None else f'/{self.total_steps:,}'}"]
@@ -73,7 +73,7 @@ class Status:
         return "  ".join(parts)
 
     def _left_s(self, now_s: float) -> float:
-        """At the pace of the last train line, by the steps since; by the clock where they, or the length, are not known."""
+        """Scale the last train line's time left by the steps since; by the clock where they, or the length, are not known."""
         line = self.train
         if line["total_steps"] is None or self.step <= line["step"]:
             return max(0.0, line["left_s"] - (now_s - line["time"]))
@@ -81,36 +81,36 @@ class Status:
         return float(line["left_s"]) * steps_left / max(1, line["total_steps"] - line["step"])
 
     def rows(self, now_s: float) -> list[str]:
-        """How well it learns, and how fast it works: two rows, each within 80 columns."""
+        """Write two rows, each within 80 columns: loss, accuracy and lr; speed, memory and checkpoint."""
         train, evaluation = self.train, self.evaluation
-        learns, works = ["before the first log step"], []
+        quality, speed = ["before the first log step"], []
         if train:
-            learns = [_loss(train), _accuracy(train), f"rate {train['lr']:.3g}"]
-            works = [*_speed(train), f"{train['memory_mb']:,} MB"]
+            quality = [_loss(train), _accuracy(train), f"lr {train['lr']:.3g}"]
+            speed = [*_speed(train), f"{train['memory_mb']:,} MB"]
         if evaluation:
             score = evaluation["accuracy"]
             shown = _loss(evaluation) if score is None else f"{score:.2%}"
-            learns.append(f"test {shown} (step {evaluation['step']:,})")
+            quality.append(f"test {shown} (step {evaluation['step']:,})")
         if self.saved_step is not None:
-            works.append(f"saved step {self.saved_step:,}, {duration(max(0.0, now_s - self.saved_at_s))} ago")
-        return ["  ".join(filter(None, learns)), "  ".join(works)]
+            speed.append(f"saved step {self.saved_step:,}, {duration(max(0.0, now_s - self.saved_at_s))} ago")
+        return ["  ".join(filter(None, quality)), "  ".join(speed)]
 
 
 def describe_line(line: Line) -> str:
-    """A line of metrics.jsonl on one line."""
+    """Describe a line of metrics.jsonl on one line."""
     if line["kind"] == "eval":
         score, before = line["accuracy"], line["train_accuracy"]
         shown = "" if score is None else f"accuracy {score:.2%} (train {_percent(before)})"
         parts = [f"epoch {line['epoch']:<5.4g} step {_of(line)}", f"test {_loss(line)}", shown]
         return "  ".join(filter(None, [*parts, f"{line['wall_s']:.0f} s"]))
-    parts = [f"epoch {line['epoch']:<5.4g} {_loss(line)}", _accuracy(line), *_speed(line), f"rate {line['lr']:.3g}"]
+    parts = [f"epoch {line['epoch']:<5.4g} {_loss(line)}", _accuracy(line), *_speed(line), f"lr {line['lr']:.3g}"]
     return "  ".join(
         filter(None, [*parts, f"step {_of(line)}", f"{line['memory_mb']:,} MB", f"{duration(line['left_s'])} left"])
     )
 
 
 def scalars_of(line: Line) -> dict[str, float]:
-    """The numbers of a line that make a curve, as trackers name them: <kind>/<name>."""
+    """Return the numbers of a line that make a curve, by their name in trackers: <kind>/<name>."""
     return {
         f"{line['kind']}/{key}": value
         for key, value in line.items()
@@ -119,19 +119,19 @@ def scalars_of(line: Line) -> dict[str, float]:
 
 
 def pictures_of(folder: Path) -> list[Path]:
-    """The pictures that a finished run has left."""
+    """List the pictures of a finished run."""
     return sorted(folder.glob("*.png"))
 
 
 def length(train: TrainConfig) -> str:
-    """How long a run is to be."""
+    """Describe the length of a run."""
     return train.duration if train.max_wall_s is None else f"{train.max_wall_s:g} s of training, or {train.duration}"
 
 
 def _loss(line: Line) -> str:
     if line["loss"] is not None:
         return f"loss {line['loss']:.4f}"
-    return "step left out" if line.get("skipped_steps") else "loss is no number"
+    return "step skipped" if line.get("skipped_steps") else "loss is NaN or infinite"
 
 
 def _accuracy(line: Line) -> str:

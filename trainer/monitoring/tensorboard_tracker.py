@@ -1,4 +1,4 @@
-"""TensorBoard: a run's figures as event files below its folder."""
+"""TensorBoard: a run's metrics as event files in its folder."""
 
 import dataclasses
 import json
@@ -18,31 +18,31 @@ _FLUSHED_S = 20  # between writes to disk
 class TensorBoardTracker:
     """A Tracker: train and evaluation lines as <kind>/<name>, the config as text, the pictures at the end.
 
-    A run that goes on writes its events anew from metrics.jsonl, which has exactly what happened: a killed process leaves
-    events of steps that are taken again, and others unwritten. A TensorBoard that looks on is told to drop what it had.
+    A resumed run writes its events anew from metrics.jsonl, which has exactly what happened: a killed process leaves events
+    of steps that are taken again, and others unwritten. An open TensorBoard drops what it had.
     """
 
     name = "TensorBoard"
     sends_files = False
 
-    def __init__(self, recipe: Recipe, folder: Path, facts: Line):
+    def __init__(self, recipe: Recipe, folder: Path, metrics: Path, facts: Line):
         """
         Args:
             recipe: as the run's config.
             folder: of the run.
+            metrics: its metrics.jsonl.
             facts: of code and hardware, beside it.
         """
-        self._recipe, self._folder, self._facts = recipe, folder, facts
+        self._recipe, self._folder, self._metrics, self._facts = recipe, folder, metrics, facts
         self._events = folder / "tensorboard"
         self._writer: Any = None
         self._past: list[str] = []
 
     def start(self) -> None:
-        """Open a new file of events in place of those from before."""
+        """Open a new event file, and delete those of earlier starts."""
         from torch.utils.tensorboard import SummaryWriter  # a second: only where it is wanted
 
-        lines = self._folder / "metrics.jsonl"
-        self._past = lines.read_text().splitlines() if lines.is_file() else []
+        self._past = self._metrics.read_text().splitlines() if self._metrics.is_file() else []
         old = list(self._events.glob("events.out.tfevents.*"))
         for path in old:
             path.unlink()
@@ -51,7 +51,7 @@ class TensorBoardTracker:
         self._text("facts", self._facts)
 
     def catch_up(self) -> None:
-        """Write the lines of the run's past."""
+        """Write the lines of earlier starts."""
         for line in self._past:
             self.log(json.loads(line))
 
@@ -61,7 +61,7 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, line["step"], walltime=line.get("time"))  # older versions wrote none
 
     def saved(self, path: Path) -> None:
-        """Checkpoints stay where they are."""
+        """Do nothing: checkpoints stay where they are."""
 
     def finish(self, summary: Line, failed: bool) -> None:
         """Write pictures and summary, and close the file."""
@@ -75,7 +75,7 @@ class TensorBoardTracker:
         self._writer.close()
 
     def note(self) -> str:
-        """How to look at it."""
+        """Say how to open the curves."""
         return f"curves: tensorboard --logdir {shlex.quote(str(self._events))}"
 
     def _text(self, name: str, content: Line) -> None:

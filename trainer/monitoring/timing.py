@@ -1,7 +1,7 @@
-"""Where the time of a run goes: seconds by activity, on rank 0, from the start of its process.
+"""Timer: seconds of a run by activity, on rank 0, from the start of its process.
 
-A mark reads the host's clock, in a third of a microsecond. A GPU works behind the host's back: there, one step in fifty
-also leaves events in the device's own queue, which are read when they have passed. Nothing ever waits for the device.
+A mark reads the host's clock, in a third of a microsecond. A GPU runs asynchronously: there, one step in fifty also records
+CUDA events, which are read when they have passed. Nothing ever waits for the device.
 """
 
 import time
@@ -12,8 +12,8 @@ import torch
 
 Activity = Literal["data", "forward", "backward", "communication", "optimizer", "evaluation", "checkpoint", "other"]
 _ON_DEVICE: tuple[Activity, ...] = ("forward", "backward", "communication", "optimizer")
-_SAMPLED_STEPS = 50  # one of so many, on a GPU
-# Of each fifty. The first steps hold what happens once: kernels are loaded, cuDNN tries some, the optimizer gets its state.
+_SAMPLED_STEPS = 50  # one of so many is sampled, on a GPU
+# Of each fifty. The first steps do one-time work: they load kernels, cuDNN tries some, the optimizer creates its state.
 _SAMPLED_STEP = 10
 
 _NAMES = {
@@ -31,7 +31,7 @@ _NAMES = {
 
 
 class Timer:
-    """Gives the time since the last mark to what was done in it."""
+    """Attributes the time since the last mark to an activity."""
 
     def __init__(self, device_type: str):
         """`device_type`: cpu or cuda."""
@@ -40,16 +40,16 @@ class Timer:
         self.steps = 0
         self._device_s: dict[str, float] = dict.fromkeys(_ON_DEVICE, 0.0)
         self._sampled = 0
-        self._events: list[tuple[Activity, Any]] | None = None  # of the step under way, if it is a sample
-        self._pending: list[tuple[Activity, Any]] = []  # of a sample that the device is still at
+        self._events: list[tuple[Activity, Any]] | None = None  # of the present step, if it is sampled
+        self._pending: list[tuple[Activity, Any]] = []  # of a sampled step that the device has not finished
         self._mark = time.perf_counter()
 
     def start(self) -> None:
-        """Begin to count."""
+        """Begin to measure."""
         self._mark = time.perf_counter()
 
     def mark(self, activity: Activity) -> None:
-        """What has passed since the last mark went into an activity."""
+        """Attribute the time since the last mark to an activity."""
         now = time.perf_counter()
         self.seconds[activity] += now - self._mark
         self._mark = now
@@ -57,7 +57,7 @@ class Timer:
             self._events.append((activity, _recorded_event()))
 
     def begin_step(self) -> None:
-        """A training step begins; what was before it is no part of it."""
+        """Begin a training step; the time before it is no part of it."""
         self.mark("other")
         if self._on_gpu:
             self._pending, self._events = self._events or self._pending, None
@@ -67,7 +67,7 @@ class Timer:
         self.steps += 1
 
     def _read_events(self) -> None:
-        """Read a sample, once the device has come to its end."""
+        """Read the events of a sampled step, once the device has finished it."""
         if not self._pending or not self._pending[-1][1].query():
             return
         self._sampled += 1
@@ -77,18 +77,18 @@ class Timer:
         self._pending = []
 
     def time_s(self, to_device_s: float, augment_s: float, exposed_s: float | None) -> dict[str, float]:
-        """Seconds by activity, as they stand in summary.json; `total` is their sum.
+        """Return seconds by activity, as in summary.json; `total` is their sum.
 
         Args:
-            to_device_s, augment_s: parts of the time that went into data.
-            exposed_s: what a backward pass waited for the other ranks' gradients on average, after its own were there; None
+            to_device_s, augment_s: parts of the time of data.
+            exposed_s: mean time that a backward pass waits for the other ranks' gradients after its own are ready; None
                 with one rank.
         """
         found = dict(self.seconds)
         total = sum(found.values())
-        if self._sampled:  # the host's times of these are those of giving orders
+        if self._sampled:  # the host only measures the launch of kernels
             device = {name: value / self._sampled * self.steps for name, value in self._device_s.items()}
-            # A sample may be slower than most, and the device works on while the host reads data: no more than there was.
+            # A sampled step may be slower than most, and the device computes while the host reads data: limit to the total.
             left_s = total - sum(found[name] for name in ("data", "evaluation", "checkpoint"))
             scale = min(1.0, left_s / max(sum(device.values()), 1e-9))
             found |= {name: scale * value for name, value in device.items()}
@@ -103,7 +103,7 @@ class Timer:
 
 
 def time_table(time_s: dict[str, float]) -> list[str]:
-    """The lines of a table of what Timer.time_s returns, without what took no time worth a word."""
+    """Write a table of what Timer.time_s returns, without activities that took less than 0.1 %."""
     total = max(time_s["total"], 1e-9)
     rows = [
         f"  {name:<18}{time_s[key]:>9,.1f} s {time_s[key] / total:>6.1%}"

@@ -19,6 +19,7 @@ from shardstep.trainer.analysis.predictions import Predictions
 from shardstep.trainer.analysis.run_analysis import RunAnalysis
 from shardstep.trainer.analysis.run_record import read_record
 from shardstep.trainer.monitoring.pictures import draw_curves, training_extras
+from shardstep.trainer.run_dir import State
 from tests.conftest import ROOT
 
 
@@ -115,8 +116,8 @@ def test_reliability_bars_have_their_heights() -> None:
 
 def test_confusion_cells_are_shares_of_the_label() -> None:
     chart = confusion_chart(np.array([[3, 1], [0, 0]]), ["cat", "dog & wolf"])
-    assert "cat taken for cat: 3 (75.0%)" in chart
-    assert "cat taken for dog &amp; wolf: 1 (25.0%)" in chart
+    assert "cat predicted as cat: 3 (75.0%)" in chart
+    assert "cat predicted as dog &amp; wolf: 1 (25.0%)" in chart
     assert chart.count("<rect") == 2  # cells without samples are not drawn
     ElementTree.fromstring(chart)
 
@@ -152,6 +153,22 @@ def test_what_only_the_training_loss_has_is_said(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("state", "summary", "shown"),
+    [
+        ("finished", {"status": "finished"}, "finished"),
+        ("failed", {"status": "failed", "failure": "lost_rank"}, "failed (lost rank) at step 8 of 8"),
+        ("failed", {"status": "failed"}, "failed at step 8 of 8"),  # of an earlier version
+        ("stopped", {"status": "preempted", "stopped_by": "person"}, "stopped at step 8 of 8"),
+    ],
+)
+def test_the_state_of_a_run_is_on_its_page(
+    state: State, summary: dict[str, str], shown: str, finished_run: Path
+) -> None:
+    record = replace(read_record(finished_run), state=state, summary=summary)
+    assert f'<span class="status {state}">{shown}</span>' in report_page([RunAnalysis(record)], datetime(2026, 1, 1))
+
+
 def test_a_page_of_many_classes_stays_small(finished_run: Path) -> None:
     record, count = read_record(finished_run), 300
     assert record.manifest is not None
@@ -162,6 +179,6 @@ def test_a_page_of_many_classes_stays_small(finished_run: Path) -> None:
     bins = reliability(predictions.confidence, predictions.correct)
     text = report_page([RunAnalysis(record, predictions=predictions, bins=bins)], datetime(2026, 1, 1))
     assert "Accuracy of the 30 worst of 300 classes" in text
-    assert "Most often taken wrongly: kind " in text
+    assert "Most frequent mistakes: kind " in text
     assert "confusion matrix" not in text  # 90,000 cells
     assert len(text) < 60_000

@@ -15,10 +15,11 @@ import yaml
 from shardstep.configs.errors import InputError
 from shardstep.configs.resolve import with_keys
 from shardstep.trainer.analysis.filters import first_filters
-from shardstep.trainer.analysis.predictions import PREDICTIONS_NAME, Predictions, predict_test_set
+from shardstep.trainer.analysis.predictions import Predictions, predict_test_set
 from shardstep.trainer.analysis.run_analysis import analyse_run
 from shardstep.trainer.analysis.run_record import read_record
 from shardstep.trainer.analysis.trained_model import find_weights, open_trained_model
+from shardstep.trainer.run_dir import RunDir
 from tests.runs import spoil_weights, train_ranks, write_recipe
 
 
@@ -64,22 +65,22 @@ def test_the_surest_mistakes_come_first() -> None:
 
 def test_predictions_are_made_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = open_trained_model(run, "cpu")
-    first = predict_test_set(trained, run / PREDICTIONS_NAME, pytest.fail)
+    first = predict_test_set(trained, RunDir(run).predictions_path, pytest.fail)
     calls = []
     trained.module.register_forward_hook(lambda *_: calls.append(1))
-    again = predict_test_set(trained, run / PREDICTIONS_NAME, pytest.fail)
+    again = predict_test_set(trained, RunDir(run).predictions_path, pytest.fail)
     assert not calls
     assert np.array_equal(again.confidence, first.confidence)
-    (run / PREDICTIONS_NAME).write_bytes((run / PREDICTIONS_NAME).read_bytes()[:500])  # damaged: made anew
-    predict_test_set(trained, run / PREDICTIONS_NAME, pytest.fail)
+    RunDir(run).predictions_path.write_bytes(RunDir(run).predictions_path.read_bytes()[:500])  # damaged: made anew
+    predict_test_set(trained, RunDir(run).predictions_path, pytest.fail)
     assert calls
     calls.clear()
     other = open_trained_model(run / "checkpoints" / "step-00000004", "cpu")  # other weights: made anew
-    assert predict_test_set(other, run / PREDICTIONS_NAME, pytest.fail).confidence[0] != first.confidence[0]
+    assert predict_test_set(other, RunDir(run).predictions_path, pytest.fail).confidence[0] != first.confidence[0]
 
 
 def test_predictions_are_of_the_views_that_the_recipe_evaluates_with(run: Path) -> None:
-    trained, cache = open_trained_model(run, "cpu"), run / PREDICTIONS_NAME
+    trained, cache = open_trained_model(run, "cpu"), RunDir(run).predictions_path
     plain = predict_test_set(trained, cache, pytest.fail)
     trained = replace(trained, recipe=with_keys(trained.recipe, eval={"views": "mirror"}))
     mirror = predict_test_set(trained, cache, pytest.fail)  # not what is kept
@@ -97,7 +98,7 @@ def test_predictions_are_of_the_views_that_the_recipe_evaluates_with(run: Path) 
 
 
 def test_damaged_predictions_are_made_anew(run: Path) -> None:
-    trained, cache = open_trained_model(run, "cpu"), run / PREDICTIONS_NAME
+    trained, cache = open_trained_model(run, "cpu"), RunDir(run).predictions_path
     found = predict_test_set(trained, cache, pytest.fail)
     whole = cache.read_bytes()
     calls = []
@@ -120,7 +121,7 @@ def flipped(content: bytes, place: int) -> bytes:
 
 @pytest.mark.parametrize("cut", [("confidence",), ("labels", "predicted", "confidence")])
 def test_predictions_of_another_number_of_samples_are_made_anew(run: Path, cut: tuple[str, ...]) -> None:
-    trained, cache = open_trained_model(run, "cpu"), run / PREDICTIONS_NAME
+    trained, cache = open_trained_model(run, "cpu"), RunDir(run).predictions_path
     predict_test_set(trained, cache, pytest.fail)
     kept = dict(np.load(cache))
     np.savez_compressed(cache, **kept | {name: kept[name][:-1] for name in cut})
@@ -132,7 +133,7 @@ def test_a_test_set_that_is_gone(run: Path) -> None:
     move_test_set(run, "nowhere")
     found = analyse_run(read_record(run), "cpu")
     (told,) = found.left_out
-    assert told.startswith("what the model says of the test set: no shards in nowhere")
+    assert told.startswith("predictions for the test set: no shards in nowhere")
     assert found.per_class_accuracy == found.record.last_evaluation["per_class_accuracy"]
     assert found.filters is not None
 
@@ -156,7 +157,7 @@ def test_a_folder_that_cannot_be_written_is_no_mistake(run: Path, monkeypatch: p
     found = analyse_run(read_record(run), "cpu")
     assert found.predictions is not None
     assert found.left_out == [
-        f"{run / PREDICTIONS_NAME} could not be written, the predictions are made anew next time: Read-only file system"
+        f"{RunDir(run).predictions_path} could not be written, the predictions will be computed again: Read-only file system"
     ]
 
 
@@ -167,13 +168,12 @@ def test_weights_of_a_run_that_is_not_finished(run: Path) -> None:
     newest = run / "checkpoints" / "step-00000008" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     assert find_weights(run)[0].parent.name == "step-00000004"  # the newest that is whole
-    with pytest.raises(InputError, match=r"step-00000008 is not whole: model\.safetensors has"):
+    with pytest.raises(InputError, match=r"step-00000008 is damaged: model\.safetensors has"):
         find_weights(newest.parent)
     shutil.rmtree(run / "checkpoints")
     found = analyse_run(read_record(run), "cpu")
     assert found.left_out == [
-        f"what the model says of the test set, and its filters: {run} has neither model.safetensors nor a whole "
-        f"checkpoint yet"
+        f"predictions for the test set, and filters: {run} has neither model.safetensors nor an intact checkpoint yet"
     ]
 
 
@@ -191,7 +191,7 @@ def test_a_run_of_an_older_format_is_shown_as_far_as_it_goes(run: Path) -> None:
 def test_weights_that_are_no_numbers_are_told(run: Path) -> None:
     spoil_weights(run, "head.weight")
     found = analyse_run(read_record(run), "cpu")
-    assert found.left_out == ["what the model says of the test set: its outputs are not all numbers"]
+    assert found.left_out == ["predictions for the test set: some outputs are NaN or infinite"]
     assert found.predictions is None
 
 
@@ -234,5 +234,5 @@ def test_filters_of_a_linear_layer_have_the_shape_of_the_image() -> None:
 
 def test_layers_without_pictures_say_why() -> None:
     lstm = torch.nn.LSTM(4, 4)
-    assert first_filters(lstm, (8, 8, 3)) == "the first layer is a LSTM, whose weights are no pictures"
-    assert "looks at 5 channels" in str(first_filters(torch.nn.Conv2d(5, 2, 3), (8, 8, 3)))
+    assert first_filters(lstm, (8, 8, 3)) == "the first layer is a LSTM, whose weights are not images"
+    assert "takes 5 channels" in str(first_filters(torch.nn.Conv2d(5, 2, 3), (8, 8, 3)))

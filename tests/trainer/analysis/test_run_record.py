@@ -1,4 +1,4 @@
-"""What a run's folder tells, whole or not."""
+"""The record of a run's folder, intact or not."""
 
 import fcntl
 import json
@@ -22,7 +22,7 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
 
 def test_a_finished_run(finished_run: Path) -> None:
     record = read_record(finished_run)
-    assert record.status == "finished"
+    assert record.state == "finished"
     assert record.left_out == []
     assert [line["step"] for line in record.train] == [2, 4, 6, 8]
     assert [line["step"] for line in record.evaluations] == [4, 8]
@@ -35,20 +35,20 @@ def test_a_finished_run(finished_run: Path) -> None:
     assert record.starts[0]["step"] == 0
 
 
-def test_status(run: Path) -> None:
+def test_state(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     for status in ("preempted", "failed"):
         (run / "summary.json").write_text(json.dumps(summary | {"status": status}))
-        assert read_record(run).status == status
+        assert read_record(run).state == status
     (run / "summary.json").write_text(json.dumps(summary | {"status": "preempted", "step": 4}))
-    assert read_record(run).status == "killed"  # it went on after step 4, and ended without a word
+    assert read_record(run).state == "killed"  # it went on after step 4, and ended without a word
     (run / "summary.json").unlink()
     record = read_record(run)
-    assert (record.status, record.left_out) == ("killed", [])
+    assert (record.state, record.left_out) == ("killed", [])
     with (run / LOCK_NAME).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert read_record(run).status == "running"
-    assert read_record(run).status == "killed"
+        assert read_record(run).state == "running"
+    assert read_record(run).state == "killed"
 
 
 def test_a_cut_last_line_is_no_damage(run: Path) -> None:
@@ -73,7 +73,7 @@ def test_each_missing_or_damaged_file_is_one_line(run: Path) -> None:
         "config.yaml was written by another version",
         "run.patience is not a key",
         "3 of 9 lines of metrics.jsonl: they are damaged, or of another version",
-        "the summary: summary.json cannot be read",
+        "summary.json is damaged, or of another version of shardstep",
         "hardware, versions and command",
         "train_manifest.json is damaged",
     ):
@@ -83,9 +83,9 @@ def test_each_missing_or_damaged_file_is_one_line(run: Path) -> None:
     for name in ("metrics.jsonl", "summary.json", "starts.json", "train_manifest.json"):
         (run / name).unlink()
     record = read_record(run)
-    assert record.status == "killed"
-    assert any("curves: metrics.jsonl cannot be read (No such file or directory)" in line for line in record.left_out)
-    assert any("train_manifest.json cannot be read (No such file" in line for line in record.left_out)
+    assert record.state == "killed"
+    assert any("curves: metrics.jsonl is missing, or holds no intact line yet" in line for line in record.left_out)
+    assert any("train_manifest.json cannot be read: No such file" in line for line in record.left_out)
 
 
 def test_what_is_no_run(run: Path, tmp_path: Path) -> None:

@@ -78,16 +78,16 @@ def test_what_is_not_known_is_left_out() -> None:
     line = LONGEST_TRAIN | {"loss": None, "accuracy": None, "skipped_steps": 1}
     status = Status()
     status.take(line)
-    assert status.rows(0.0)[0] == "step left out  rate 0.000123"
+    assert status.rows(0.0)[0] == "step skipped  lr 0.000123"
     assert "accuracy" not in describe_line(LONGEST_EVAL | {"accuracy": None})
 
 
 def test_the_last_lines_of_a_run_that_diverged() -> None:
     status = Status()
     for line in (LONGEST_TRAIN, LONGEST_EVAL):
-        assert "loss is no number" in describe_line(line | {"loss": None, "accuracy": None})
+        assert "loss is NaN or infinite" in describe_line(line | {"loss": None, "accuracy": None})
         status.take(line | {"loss": None, "accuracy": None})
-    assert "test loss is no number" in status.rows(0.0)[0]
+    assert "test loss is NaN or infinite" in status.rows(0.0)[0]
 
 
 def slowly(folder: Path, step_s: float = 0.2) -> Path:
@@ -132,7 +132,7 @@ def test_a_terminal_has_a_live_area_that_leaves_no_trace(shards: Path, tmp_path:
     drawn = [line for line in shown if "━" in line]
     assert 3 <= len(drawn) <= 30  # two a second, however many steps
     assert any(re.search(r"━ +\d+%  step \d/8  epoch \d[.\d]*  \d+ s left", line) for line in drawn)
-    assert any(re.match(r"loss \d.* accuracy .* rate 0.05", line) for line in shown)
+    assert any(re.match(r"loss \d.* accuracy .* lr 0.05", line) for line in shown)
     assert any(re.match(r".*images/s  data wait \d+%  [\d,]+ MB  saved step \d, \d s ago", line) for line in shown)
     assert max(map(len, drawn)) <= COLUMNS
     head = shown[next(place for place, line in enumerate(shown) if line.startswith("  world")) :]
@@ -171,7 +171,7 @@ def assert_plain(output: str) -> None:
     timed = [line for line in lines if re.match(r"\d\d:\d\d:\d\d  epoch", line)]
     # of 8 train lines within 10 s the first, and two evaluations: each once
     assert [line.split("  ")[1].split(" ")[1] for line in timed if "test loss" in line] == ["1", "2"]
-    assert re.search(r"loss .*images/s  data wait \d+%  rate 0.05  step 1/8  \d+ MB  \d+ s left", timed[0])
+    assert re.search(r"loss .*images/s  data wait \d+%  lr 0.05  step 1/8  \d+ MB  \d+ s left", timed[0])
     assert len(timed) == 3
 
 

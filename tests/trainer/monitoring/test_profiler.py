@@ -57,7 +57,7 @@ def test_a_profile_to_the_end_of_the_run_is_written(shards: Path, tmp_path: Path
 def test_a_profile_that_cannot_be_written_does_not_hurt_the_run(shards: Path, tmp_path: Path) -> None:
     ((code, out, _),) = run_ranks(1, without_disk, str(write_recipe(tmp_path, shards)))
     assert code == 0
-    assert "the profile could not be written, training goes on: No space left" in out
+    assert "the profile could not be written, training continues: No space left" in out
     assert "done: test accuracy" in out
 
 
@@ -83,10 +83,10 @@ def test_steps(text: str, expected: tuple[int, int] | None) -> None:
     ("text", "expected"),
     [
         ("10-20", 'write "steps 10-20"'),
-        ("epochs 1-2", "names no steps"),
+        ("epochs 1-2", "is not a range of steps"),
         ("steps 20-10", "the last must not come before"),
         ("steps 0-3", "steps count from 1"),
-        ("steps -1", "names no steps"),
+        ("steps -1", "is not a range of steps"),
     ],
 )
 def test_other_texts_are_refused(text: str, expected: str, shards: Path, tmp_path: Path) -> None:

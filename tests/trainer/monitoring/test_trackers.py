@@ -17,7 +17,7 @@ import pytest
 from shardstep.configs.load import load_recipe
 from shardstep.trainer.monitoring import trackers as module
 from shardstep.trainer.monitoring.trackers import Trackers
-from shardstep.trainer.monitoring.wandb_tracker import WandbTracker
+from shardstep.trainer.monitoring.wandb_tracker import WandbTracker, read_records, sync_note
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, train_until, write_recipe
 from tests.trainer.monitoring.test_display import slowly
@@ -120,7 +120,7 @@ def test_a_finished_run_has_time_to_send_its_files(monkeypatch: pytest.MonkeyPat
 )
 def test_wandb_sends_files_if_it_is_asked_to(mode: str, artifacts: str, sends: bool, tmp_path: Path) -> None:
     recipe = load_recipe("digits", [f"log.wandb={mode}", f"log.wandb_artifacts={artifacts}"]).recipe
-    assert WandbTracker(recipe, tmp_path, {}).sends_files == sends
+    assert WandbTracker(recipe, tmp_path, tmp_path / "metrics.jsonl", [], {}).sends_files == sends
 
 
 def test_a_request_to_stop_ends_the_sending_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_a_tracker_that_cannot_keep_up_is_left_out(monkeypatch: pytest.MonkeyPat
     for step in range(100):
         trackers.log({"step": step})
     assert len(warnings) == 1
-    assert "takes nothing any more" in warnings[0]
+    assert "no longer takes lines" in warnings[0]
     released.set()
     trackers.finish({"status": "finished"})
     assert len(slow.lines) <= 6
@@ -161,7 +161,7 @@ def test_a_tracker_that_raises_is_told_of_once(place: str) -> None:
     for step in range(5):
         trackers.log({"step": step})
     trackers.finish({"status": "finished"})
-    assert warnings == ["recorder failed (gone), and is left out from here on; metrics.jsonl has everything"]
+    assert warnings == ["recorder failed (gone), and gets no more lines; metrics.jsonl has everything"]
 
 
 def test_a_tracker_that_does_not_start_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,8 +316,6 @@ def test_wandb_holds_code_hardware_pictures_and_files(
     assert len([path for path in staged if path.is_file()]) >= 3  # they stay with the run until they are sent
 
     assert f"wandb sync {piece.parent}" in out  # told at the end
-    from shardstep.trainer.monitoring.wandb_file import sync_note
-
     piece.with_name(f"{piece.name}.synced").touch()  # as wandb does
     assert sync_note(tmp_path / "run") == ""
 
@@ -341,20 +339,15 @@ def in_folder(folder: str, recipe: str) -> tuple[int, str, str]:
 
 def artifacts(piece: Path) -> list[tuple[str, set[str]]]:
     """Name and files of each artifact that an offline file holds."""
-    from wandb.proto import wandb_internal_pb2
-
-    from shardstep.trainer.monitoring.wandb_file import _records
-
     found = []
-    for content in _records(piece.read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(content)  # type: ignore[attr-defined]
-        request = record.request.log_artifact.artifact
-        artifact = record.artifact if record.artifact.name else request
-        if artifact.name:
-            contents = {entry.path for entry in artifact.manifest.contents}
-            if artifact.manifest.manifest_file_path:
-                contents |= set(json.loads(Path(artifact.manifest.manifest_file_path).read_text()))
-            found.append((artifact.name, contents))
+    for record in read_records(piece):
+        request = record.get("request", {}).get("log_artifact", {}).get("artifact", {})
+        if artifact := record.get("artifact") or request:
+            manifest = artifact["manifest"]
+            contents = {entry["path"] for entry in manifest.get("contents", [])}
+            if "manifest_file_path" in manifest:
+                contents |= set(json.loads(Path(manifest["manifest_file_path"]).read_text()))
+            found.append((artifact["name"], contents))
     return found
 
 
@@ -363,7 +356,9 @@ def test_a_run_outlives_the_service_of_wandb(name: str, shards: Path, tmp_path: 
     """Killed, it takes nothing more; frozen, it never answers again."""
     recipe = write_recipe(tmp_path, shards, log={"wandb": "offline"})
     script = slowly(tmp_path)
-    script.write_text("from shardstep.trainer import tracking\ntracking._FINISH_S = 2.0\n" + script.read_text())
+    script.write_text(
+        "from shardstep.trainer.monitoring import trackers\ntrackers._FINISH_S = 2.0\n" + script.read_text()
+    )
     with (tmp_path / "output").open("w") as file:  # no pipe: the service would hold it open
         process = subprocess.Popen([sys.executable, str(script), str(recipe)], stdout=file, stderr=file)
     lines = tmp_path / "run" / "metrics.jsonl"

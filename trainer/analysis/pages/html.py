@@ -1,4 +1,4 @@
-"""Elements of an HTML page from Python values, everything escaped; and the page that holds them, complete in one file."""
+"""HTML elements from Python values, everything escaped, and a page of them that is complete in one file."""
 
 import base64
 from html import escape
@@ -8,7 +8,7 @@ import numpy as np
 
 from shardstep.datasets.decode import encode_png
 
-# Nothing is fetched and nothing is run, whatever a class or a run is called.
+# The browser fetches nothing and runs nothing, whatever a class or a run is called.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -19,11 +19,11 @@ class Html(str):
 
 
 Child = str | None
-"""Html as it is, other text to be escaped, or nothing."""
+"""Html, other text to be escaped, or nothing."""
 
 
 def tag(name: str, *children: Child, **attributes: str | float | None) -> Html:
-    """An element, of HTML or SVG.
+    """Make an element, of HTML or SVG.
 
     Args:
         name: such as "div".
@@ -41,12 +41,12 @@ def tag(name: str, *children: Child, **attributes: str | float | None) -> Html:
 
 
 def join(*children: Child) -> Html:
-    """Elements and text, one after the other."""
+    """Join elements and text."""
     return Html("".join(child if isinstance(child, Html) else escape(child) for child in children if child is not None))
 
 
 def table(head: list[Child], rows: list[list[Child]]) -> Html:
-    """A table that scrolls by itself where it is too wide; the first column names the rows."""
+    """Make a table that scrolls where it is too wide; the first column has the names of the rows."""
     written_head = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head))) if head else None
     written_rows = (
         tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)) for first, *rest in rows
@@ -55,14 +55,14 @@ def table(head: list[Child], rows: list[list[Child]]) -> Html:
 
 
 def picture(pixels: np.ndarray, description: str, class_: str | None = None) -> Html:
-    """An image in the page, from uint8 pixels (height, width, 1 or 3)."""
+    """Make an image that is part of the page, from uint8 pixels (height, width, 1 or 3)."""
     data = base64.b64encode(encode_png(pixels)).decode()
     height, width = pixels.shape[:2]
     return tag("img", src=f"data:image/png;base64,{data}", alt=description, width=width, height=height, class_=class_)
 
 
 def page(title: str, *body: Child) -> str:
-    """A whole document."""
+    """Make a complete document."""
     style = resources.files("shardstep.trainer.analysis.pages").joinpath("style.css").read_text()
     head = tag(
         "head",

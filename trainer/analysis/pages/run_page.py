@@ -1,4 +1,4 @@
-"""Runs to one page: how they went, what their models say of the test set, where they ran, and how to repeat them."""
+"""The page of one or more runs: results, curves, predictions for the test set, hardware, and how to repeat them."""
 
 import shlex
 import statistics
@@ -41,12 +41,12 @@ def _percent(share: float) -> str:
 def _time(seconds: float) -> str:
     if seconds < 100:
         return _unbroken(f"{seconds:.1f} s")
-    whole = round(seconds)
-    return _unbroken(f"{whole // 60} min {whole % 60} s" if whole < 3600 else duration(seconds))
+    rounded = round(seconds)
+    return _unbroken(f"{rounded // 60} min {rounded % 60} s" if rounded < 3600 else duration(seconds))
 
 
 def _unbroken(figure: str) -> str:
-    """With spaces at which no line ends."""
+    """Replace spaces by those at which no line breaks."""
     return figure.replace(" ", "\N{NO-BREAK SPACE}")
 
 
@@ -59,7 +59,7 @@ def _bytes(count: float) -> str:
 
 
 def _labels(records: list[RunRecord]) -> list[str]:
-    """A short name of each run that no other has."""
+    """Name each run, as shortly as the names are unique."""
     for name_of in (lambda record: record.recipe.run.name, lambda record: record.folder.resolve().name):
         names = [name_of(record) or record.folder.resolve().name for record in records]
         if len(set(names)) == len(names):
@@ -72,11 +72,11 @@ def _dot(color: int, label: str) -> Html:
 
 
 def report_page(analyses: list[RunAnalysis], made: datetime) -> str:
-    """The page of one run, or of several side by side.
+    """Make the page of one run, or of several side by side.
 
     Args:
         analyses: at least one; all of one task.
-        made: when, for the foot of the page.
+        made: the time, for the foot of the page.
     """
     labels = _labels([one.record for one in analyses])
     title = labels[0] if len(analyses) == 1 else f"{len(analyses)} runs side by side"
@@ -105,7 +105,7 @@ def _head(one: RunAnalysis) -> Html:
     recipe, manifest = one.record.recipe, one.record.manifest
     parts = [
         f"{recipe.model.get('name')}",
-        f"{recipe.optimizer.get('name')}, rate {recipe.optimizer.get('lr')}",
+        f"{recipe.optimizer.get('name')}, lr {recipe.optimizer.get('lr')}",
         f"batch {recipe.train.global_batch_size}",
         length(recipe.train),
         f"{manifest.samples:,} training images ({manifest.made.get('source', 'unknown source')})" if manifest else None,
@@ -114,11 +114,13 @@ def _head(one: RunAnalysis) -> Html:
 
 
 def _status(record: RunRecord) -> Html:
-    step, total = record.last.get("step"), record.starts[-1].get("total_steps") if record.starts else None
-    reached = f" at step {step:,}{f' of {total:,}' if total else ''}" if step is not None else ""
-    return tag(
-        "span", record.status + ("" if record.status == "finished" else reached), class_=f"status {record.status}"
-    )
+    """Write the state of a run: with the failure, if it failed, and its step, unless it is finished."""
+    state, failure = record.state, record.summary.get("failure")
+    text: str = f"{state} ({str(failure).replace('_', ' ')})" if failure and state == "failed" else state
+    step, total = record.last.get("step"), record.last_start.get("total_steps")
+    if step is not None and state != "finished":
+        text += f" at step {step:,}{f' of {total:,}' if total else ''}"
+    return tag("span", text, class_=f"status {state}")
 
 
 def _tiles(one: RunAnalysis) -> Html:
@@ -149,7 +151,7 @@ def _comparison(analyses: list[RunAnalysis], labels: list[str]) -> Html:
 
 
 def _marked(figure: "_Figure", analyses: list[RunAnalysis]) -> list[Child]:
-    """A figure of each run, the best in bold."""
+    """Write a figure of each run, the best in bold."""
     values = [figure.value(one) for one in analyses]
     known = [value for value in values if value is not None]
     best = [figure.best(known)] if figure.best and len(known) > 1 else []
@@ -159,7 +161,7 @@ def _marked(figure: "_Figure", analyses: list[RunAnalysis]) -> list[Child]:
 
 @dataclass(frozen=True)
 class _Figure:
-    """What a run is judged by: its value and how it is written; `best` says which of several is."""
+    """A result of a run: its value and how it is written; `best` chooses the best of several."""
 
     name: str
     value: Callable[[RunAnalysis], float | None]
@@ -181,12 +183,12 @@ def _rate(one: RunAnalysis) -> float | None:
 
 
 def _parameters(one: RunAnalysis) -> float | None:
-    return number(one.record.starts[-1], "parameters") if one.record.starts else None
+    return number(one.record.last_start, "parameters")
 
 
 _FIGURES = [
     _Figure("test accuracy", lambda one: number(one.record.last_evaluation, "accuracy"), _percent, max),
-    _Figure("among the top five", lambda one: number(one.record.last_evaluation, "top5"), _percent, max),
+    _Figure("top-5 accuracy", lambda one: number(one.record.last_evaluation, "top5"), _percent, max),
     _Figure("test loss", lambda one: number(one.record.last_evaluation, "loss"), "{:.4f}".format, min),
     _Figure("calibration error", _calibration_error, _percent, min),
     _Figure("training and evaluation", _seconds, _time),
@@ -220,9 +222,7 @@ def _curves(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
     drawn = [chart for chart in charts if chart]
     if not drawn:
         return None
-    said = (
-        "Bold: test set. Thin: single training batches. Dashed: training samples since the last evaluation, averaged."
-    )
+    said = "Bold: test set. Thin: single training batches. Dashed: mean over the training samples since the last evaluation."
     said = said if alone else "Bold: test set. Thin: single training batches."
     for one, label in zip(analyses, labels, strict=True):
         extras = training_extras(one.record.recipe)
@@ -232,7 +232,7 @@ def _curves(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
 
 
 def _pairs(analyses: list[RunAnalysis], labels: list[str], key: str) -> list[Series]:
-    """Training and test set of each run; of one run also the training mean between evaluations."""
+    """Return the training and test curves of each run; of a single run also the training mean between evaluations."""
     series = []
     for color, (one, label) in enumerate(zip(analyses, labels, strict=True)):
         batches, test = _points(one.record.train, key), _points(one.record.evaluations, key)
@@ -265,7 +265,7 @@ def _points(lines: list[Line], key: str) -> list[Point]:
     return [(line["epoch"], number(line, key)) for line in lines]
 
 
-# --- what the models say of the test set ------------------------------------------------------------------------------
+# --- predictions for the test set -------------------------------------------------------------------------------------
 
 
 def _classes(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
@@ -275,7 +275,7 @@ def _classes(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
 
 
 def _bars(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
-    """Accuracy of each class; where there are many, of those that are learnt worst."""
+    """Draw the accuracy of each class; where there are many, of the worst."""
     known = [(color, one.per_class_accuracy) for color, one in enumerate(analyses) if one.per_class_accuracy]
     if not known:
         return None
@@ -314,18 +314,19 @@ def _confusion(one: RunAnalysis) -> Html | None:
     drawn = confusion_chart(confusion, one.classes) if len(one.classes) <= _MOST_CLASSES_IN_MATRIX else None
     return join(
         tag(
-            "figcaption", "Rows: label, columns: prediction, per cent of the label. Mistakes have a scale of their own."
+            "figcaption",
+            "Rows: label, columns: prediction, per cent of the label. Mistakes have their own color scale.",
         ),
         drawn,
-        tag("p", f"Most often taken wrongly: {said}.", class_="quiet") if said else tag("p", "No mistakes."),
+        tag("p", f"Most frequent mistakes: {said}.", class_="quiet") if said else tag("p", "No mistakes."),
     )
 
 
 def _confidence(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
     drawn = [*_side_by_side(analyses, labels, _reliability), *_side_by_side(analyses, labels, _mistakes)]
     said = (
-        "A model that knows how sure it is reaches the diagonal: of what it claims with 80 % confidence, 80 % is right. "
-        "The calibration error is the mean distance to it over all samples; the grey bars say where the samples are."
+        "A calibrated model is on the diagonal: of its predictions with 80 % confidence, 80 % are correct. The calibration "
+        "error is the mean distance from the diagonal over all samples; the grey bars show how many samples are where."
     )
     return _section("Confidence", said, drawn)
 
@@ -336,8 +337,8 @@ def _reliability(one: RunAnalysis) -> Html | None:
         return None
     claimed = float(predictions.confidence.mean(dtype=float))
     said = (
-        f"Calibration error {_percent(expected_calibration_error(one.bins))}: claims {_percent(claimed)} on average, is "
-        f"right in {_percent(predictions.accuracy)} of {len(predictions.labels):,} samples."
+        f"Calibration error {_percent(expected_calibration_error(one.bins))}: mean confidence {_percent(claimed)}, "
+        f"accuracy {_percent(predictions.accuracy)} on {len(predictions.labels):,} samples."
     )
     return join(tag("figcaption", said), reliability_chart(one.bins))
 
@@ -348,16 +349,16 @@ def _mistakes(one: RunAnalysis) -> Html | None:
     figures = []
     for mistake in one.mistakes:
         label, predicted = one.classes[mistake.label], one.classes[mistake.predicted]
-        said = f"{label}, taken for {predicted}"
+        said = f"{label}, predicted as {predicted}"
         caption = join(tag("b", predicted), f" {mistake.confidence:.0%}", tag("br"), f"is {label}")
         figures.append(tag("figure", picture(mistake.pixels, said), caption))
-    said = "The most confident mistakes, as the model sees them."
+    said = "The mistakes with the highest confidence, as the model sees the images."
     return join(tag("figcaption", said), tag("div", *figures, class_="gallery"))
 
 
 def _reconstructions(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
     drawn = _side_by_side(analyses, labels, _reconstruction_gallery)
-    said = "The test images with the largest errors, each followed by what the model makes of it."
+    said = "The test images with the largest errors, each followed by its reconstruction."
     return _section("Worst reconstructions", said, drawn)
 
 
@@ -371,9 +372,7 @@ def _reconstruction_gallery(one: RunAnalysis) -> Html | None:
 
 def _filters(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
     drawn = _side_by_side(analyses, labels, _filter_gallery)
-    said = (
-        "What the units of the first layer look for: their weights, grey where they are 0, each on a scale of its own."
-    )
+    said = "The weights of the units of the first layer: grey is 0, each unit has its own scale."
     return _section("First layer", said, drawn)
 
 
@@ -387,7 +386,7 @@ def _filter_gallery(one: RunAnalysis) -> Html | None:
 def _side_by_side(
     analyses: list[RunAnalysis], labels: list[str], draw: Callable[[RunAnalysis], Html | None]
 ) -> list[Html]:
-    """A card of each run that has something to show; the run is named where there are several."""
+    """Draw a card for each run that has something to show, with the run's name where there are several."""
     cards = []
     for color, (one, label) in enumerate(zip(analyses, labels, strict=True)):
         content = draw(one)
@@ -403,7 +402,7 @@ def _section(title: str, said: str, cards: list[Html]) -> Html | None:
     return join(tag("h2", title), tag("p", said, class_="quiet"), tag("div", *cards, class_="grid two"))
 
 
-# --- where it ran, and how to repeat it -------------------------------------------------------------------------------
+# --- hardware, and how to repeat the run ------------------------------------------------------------------------------
 
 
 def _time_and_hardware(analyses: list[RunAnalysis], labels: list[str]) -> Html:
@@ -441,7 +440,7 @@ def _facts(one: RunAnalysis) -> dict[str, Child]:
         "memory": _bytes(hardware["memory_bytes"]) if "memory_bytes" in hardware else None,
         "system": hardware.get("system"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or None,
-        "code": record.starts[-1].get("code") if record.starts else None,
+        "code": record.last_start.get("code"),
         "data": f"{record.recipe.data.mode}; training set {record.manifest.fingerprint[:12]}"
         if record.manifest
         else None,
@@ -451,23 +450,23 @@ def _facts(one: RunAnalysis) -> dict[str, Child]:
 
 
 def _ranks(record: RunRecord) -> int | None:
-    return record.summary.get("world_size") or (record.starts[-1].get("world_size") if record.starts else None)
+    return record.summary.get("world_size") or record.last_start.get("world_size")
 
 
 def _starts(record: RunRecord) -> str | None:
     if not record.starts:
         return None
-    told = [
+    written = [
         f"{str(start.get('time', 'unknown time')).replace('T', ' ')} at step {start.get('step', '?')}"
         for start in record.starts
     ]
-    shown = told if len(told) <= 4 else [told[0], "…", *told[-2:]]
-    return "; ".join(shown) if len(told) == 1 else f"{len(told)}: {'; '.join(shown)}"
+    shown = written if len(written) <= 4 else [written[0], "…", *written[-2:]]
+    return "; ".join(shown) if len(written) == 1 else f"{len(written)}: {'; '.join(shown)}"
 
 
 def _recipes(analyses: list[RunAnalysis], labels: list[str]) -> Html:
     cards = _side_by_side(analyses, labels, _recipe)
-    said = "The recipe has every option as it was used; the same order of samples and the same random numbers follow from it."
+    said = "The recipe has every option as it was used, and determines the order of samples and all random numbers."
     return _section("How to repeat it", said, cards) or Html()
 
 
@@ -477,11 +476,11 @@ def _recipe(one: RunAnalysis) -> Html:
     again = f"runs/{record.folder.resolve().name}-again"
     nproc = f" --nproc {ranks}" if ranks > 1 else ""
     command = f"shardstep train config.yaml run.dir={shlex.quote(again)} run.resume=never{nproc}"
-    typed = record.starts[-1].get("command") if record.starts else None
+    typed = record.last_start.get("command")
     source = record.manifest.made.get("source") if record.manifest else None
     return join(
         tag("p", "With the recipe below as config.yaml", f" and data made from {source}" if source else None, ":"),
         tag("pre", command),
-        join(tag("p", "As it was typed:"), tag("pre", str(typed))) if typed else None,
+        join(tag("p", "The original command:"), tag("pre", str(typed))) if typed else None,
         tag("details", tag("summary", "config.yaml"), tag("pre", recipe_text(record.recipe))),
     )
