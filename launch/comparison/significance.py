@@ -115,7 +115,7 @@ def sentences(groups: Mapping[str, Sequence[float]], runs: Mapping[str, int] | N
     real = [pair for pair in differences if pair.is_real]
     seeds = sorted({len(values) for values in several.values()})
     counts = " to ".join(map(str, seeds[:: max(len(seeds) - 1, 1)]))
-    said = [
+    lines = [
         f"{len(real)} of {len(differences)} pairs differ significantly on this test set at {CONFIDENCE:.0%} confidence "
         f"(Welch's t test over {counts} seeds each, Holm's correction over all pairs)."
     ]
@@ -125,19 +125,19 @@ def sentences(groups: Mapping[str, Sequence[float]], runs: Mapping[str, int] | N
         if beaten:
             beaten.sort(key=lambda pair: pair.difference)
             others = ", ".join(f"{pair.worse} by {_points(pair)}" for pair in beaten)
-            said.append(f"{name} is better than {others}.")
+            lines.append(f"{name} is better than {others}.")
     best = ranked[0]
     equals = [pair.worse for pair in differences if pair.better == best and not pair.is_real]
     if equals:
         equals.sort(key=ranked.index)
-        said.append(f"{best} has the highest mean, but these runs cannot tell it apart from {_and(equals)}.")
+        lines.append(f"{best} has the highest mean, but these runs cannot tell it apart from {_and(equals)}.")
     for name, total in (runs or {}).items():
         if name in several and len(several[name]) < total:
-            said.append(f"Only {len(several[name])} of {total} runs of {name} finished; its comparisons use those.")
+            lines.append(f"Only {len(several[name])} of {total} runs of {name} finished; its comparisons use those.")
     single = [name for name in groups if name not in several]
     if single:
-        said.append(f"{_and(single)} cannot be compared: fewer than two runs finished.")
-    return said
+        lines.append(f"{_and(single)} cannot be compared: fewer than two runs finished.")
+    return lines
 
 
 def _points(pair: Difference) -> str:
