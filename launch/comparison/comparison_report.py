@@ -98,18 +98,8 @@ def default_target(variants: list[Variant]) -> float | None:
 
 
 def _columns(target: float | None, tune: str) -> list[str]:
-    reaching = "target" if target is None else f"{100 * target:.4g} %"
-    return [
-        "variant",
-        "n",
-        "accuracy %",
-        "s/epoch",
-        "epochs",
-        f"s to {reaching}",
-        "steps",
-        "B/param",
-        tune.rpartition(".")[2],
-    ]
+    reaching, key = "target" if target is None else f"{100 * target:.4g} %", tune.rpartition(".")[2]
+    return ["variant", "n", "accuracy %", "s/epoch", "epochs", f"s to {reaching}", "steps", "B/param", key]
 
 
 def _row(variant: Variant, target: float | None) -> list[str]:

@@ -1,6 +1,8 @@
 """Intervals and tests against published tables and values worked out by hand."""
 
 import math
+import subprocess
+import sys
 from statistics import variance
 
 import pytest
@@ -93,3 +95,8 @@ def test_one_seed_says_nothing() -> None:
     assert sentences({"a": [0.9], "b": [0.1]}) == [
         "No difference can be called real: that needs at least two variants with two seeds each."
     ]
+
+
+def test_scipy_is_imported_only_for_a_report() -> None:
+    code = "import sys, shardstep.launch.compare; print('scipy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
