@@ -1,15 +1,15 @@
-"""Text for people: counted nouns, durations, tables. Pure; every module prints these in the same form."""
+"""Formatting of counts, durations and tables for people. Pure; every module uses it, so that output looks alike."""
 
 from collections.abc import Sequence
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
-    """A number with its noun: "1 rank", "2 ranks", "1,000 images", "3 boxes" with plural="boxes"."""
+    """Format a number with its noun: "1 rank", "2 ranks", "1,000 images", "3 boxes" with plural="boxes"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "45 s", "12 min", "4 h 0 min"."""
+    """Format seconds: "45 s", "12 min", "4 h 0 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], gap: str = " ") -> list[str]:
-    """Lines of a table under its columns: the first column to the left, the others to the right."""
+    """Format a table as lines, with the first column left-aligned and the others right-aligned."""
     widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
     lines = [
         gap.join(

@@ -1,4 +1,4 @@
-"""Measure the loaders, the training step and the start, each beside plain alternatives in the same session.
+"""Measure the loaders, the training step and the start against plain alternatives in the same session.
 
     shardstep bench loader [--images DIR] [--clock cpu]
     shardstep bench step [--batches SIZE ...]
@@ -8,9 +8,9 @@
     shardstep bench record [RECIPE [section.key=value ...]]
     shardstep bench scaling [--cluster NAME] [--workload NAME] [--gpus N,N]
 
-All take --repeats N and --json, for which all but scaling want a path, or - for stdout. Each is a module of
-launch/benchmarks/ with `add_options(parser)` and `measure(args, folder)`, which gives tables. An alternative that is
-not installed is left out, with a word.
+All take --repeats N and --json; except for scaling, --json takes a path, or - for stdout. Each is a module of
+launch/benchmarks/ with `add_options(parser)` and `measure(args, folder)`, which returns tables. An alternative that is not
+installed is left out with a note.
 """
 
 import argparse
@@ -26,33 +26,33 @@ from shardstep.launch.cli import run as run_command
 
 BENCHMARKS = {
     "loader": "images per second of the loaders, on one core",
-    "step": "the trainer against a bare PyTorch loop, on the article's net",
-    "convolutions": "single ones by each method of train.convolutions, on a CPU",
-    "checkpoint": "steps with and without a checkpoint every 50 of them",
+    "step": "the trainer against a bare PyTorch loop on the article's net",
+    "convolutions": "single layers by each method of train.convolutions, on a CPU",
+    "checkpoint": "steps with and without a checkpoint every 50 steps",
     "startup": "from the command to the first optimizer step",
-    "record": "a recipe with one seed after another, timed as speed records are",
+    "record": "a recipe with several seeds, timed like a speed record",
 }
 
 
 def main(arguments: list[str]) -> int:
-    """Run a benchmark and print its tables; returns the exit code."""
+    """Run a benchmark and print its tables; return the exit code."""
     parser = argparse.ArgumentParser(prog="shardstep bench", description="Measure against plain alternatives.")
     commands = parser.add_subparsers(dest="command", required=True)
     modules = {name: import_module(f"shardstep.launch.benchmarks.bench_{name}") for name in BENCHMARKS}
     for name, what in BENCHMARKS.items():
         command = commands.add_parser(name, help=what, description=modules[name].__doc__)
         command.add_argument("--repeats", "--runs", type=whole_number, default=7, help="(default: %(default)s)")
-        command.add_argument("--json", metavar="PATH", help="write the figures there as JSON; - is stdout")
+        command.add_argument("--json", metavar="PATH", help="write the figures to this file as JSON; - is stdout")
         modules[name].add_options(command)
     bench_scaling.add_arguments(
-        commands.add_parser("scaling", help="what more ranks give: measured here, and by a model of a cluster")
+        commands.add_parser("scaling", help="the speedup of more ranks: measured here, and predicted for a cluster")
     )
     args, left = parser.parse_known_args(arguments)
-    if left and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in left)):
+    if left and not (hasattr(args, "overrides") and all("=" in text and not text.startswith("-") for text in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
-    if left:  # argparse takes positional arguments before options only
+    if left:  # argparse accepts positional arguments only before options
         args.overrides += left
-    if args.command == "scaling":  # a model beside the figures: no table of works
+    if args.command == "scaling":  # prints a model beside the figures, not tables
         return bench_scaling.main(args)
     if args.json not in (None, "-"):
         check_output_file("--json", Path(args.json))

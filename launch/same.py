@@ -1,8 +1,8 @@
-"""Show that a recipe trains the same on any number of ranks: same losses, gradients and weights, step by step.
+"""Check that a recipe trains the same on any number of ranks: same losses, gradients and weights, step by step.
 
     shardstep same RECIPE [section.key=value ...] --ranks 1,2,4 [--steps 25] [--tolerance 1e-5]
 
-Exit code 0 if no difference is above the tolerance, 1 if one is.
+Exit code 0 if no difference exceeds the tolerance, 1 otherwise.
 """
 
 import argparse
@@ -16,31 +16,32 @@ from typing import Any
 from shardstep.configs.errors import InputError, TrainingFailed
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import Recipe
-from shardstep.configs.text import table
+from shardstep.configs.text import count, table
 from shardstep.launch.cli import BAD_INPUT, FAILED, leave
 from shardstep.launch.cli import run as run_command
-from shardstep.launch.comparison.results import last_complaint, read_lines
+from shardstep.launch.comparison.results import last_complaint
 from shardstep.launch.ranks import TRAIN_SCRIPT
 from shardstep.trainer.distributed import launch_env
+from shardstep.trainer.run_dir import RunDir
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far two runs are apart: largest relative differences, and the first step beyond the tolerance, if any."""
+    """The largest relative differences of two runs, and the first step at which one exceeds the tolerance, if any."""
 
     loss: float
     grad_norm: float
     weights: float
-    parts_at: int | None
+    differs_at: int | None
 
     @property
     def largest(self) -> float:
-        """Of the three."""
+        """The largest of the three."""
         return max(self.loss, self.grad_norm, self.weights)
 
 
 def main(arguments: list[str]) -> int:
-    """Train on each number of ranks and compare; returns the exit code."""
+    """Train on each number of ranks and compare; return the exit code."""
     args = _parser().parse_intermixed_args(arguments)
     worlds = _check(args)
     recipe = load_recipe(args.recipe, args.overrides)
@@ -52,50 +53,50 @@ def main(arguments: list[str]) -> int:
         first, *others = worlds
         gaps = {ranks: compare(folders[first], folders[ranks], args.tolerance) for ranks in others}
         reasons = _reasons(folders[first])
-    columns = ["ranks", "loss", "gradient norm", "weights", "parts at step"]
+    columns = ["ranks", "loss", "gradient norm", "weights", "differs at step"]
     rows = [
-        [str(ranks), *(f"{value:.1e}" for value in (gap.loss, gap.grad_norm, gap.weights)), str(gap.parts_at or "-")]
+        [str(ranks), *(f"{value:.1e}" for value in (gap.loss, gap.grad_norm, gap.weights)), str(gap.differs_at or "-")]
         for ranks, gap in gaps.items()
     ]
-    print(f"largest relative differences from {_ranks(first)} over {args.steps} steps")
+    print(f"largest relative differences from {count(first, 'rank')} over {count(args.steps, 'step')}")
     print("\n".join(table(columns, rows)))
     apart = [ranks for ranks, gap in gaps.items() if not gap.largest <= args.tolerance]
     if not apart:
         print(f"the same on {', '.join(map(str, worlds))} ranks, to {args.tolerance:g}")
         return 0
-    for text in [f"not the same: {_ranks(ranks)} differ by more than {args.tolerance:g}" for ranks in apart] + reasons:
+    for text in [
+        f"not the same: {count(ranks, 'rank')} differ by more than {args.tolerance:g}" for ranks in apart
+    ] + reasons:
         print(text)
     return FAILED
 
 
 def compare(reference: Path, other: Path, tolerance: float) -> Gap:
-    """How far the run in `other` is from the one in `reference`, by their folders.
+    """Compare the run in the folder `other` with the one in `reference`.
 
-    Loss and gradient norm are compared at each step, each parameter's tensor at the end: the 2-norm of the difference over
-    that of the reference's.
+    Loss and gradient norm are compared at each step, each parameter at the end: the 2-norm of the difference relative to the
+    2-norm of the reference.
     """
     one, two = _train_lines(reference), _train_lines(other)
-    parts_at, largest = None, {"loss": 0.0, "grad_norm": 0.0}
+    differs_at, largest = None, {"loss": 0.0, "grad_norm": 0.0}
     for step in sorted(one | two):
         for key in largest:
             gap = _relative(one.get(step, {}).get(key), two.get(step, {}).get(key))
             largest[key] = max(largest[key], gap)
-            if gap > tolerance and parts_at is None:
-                parts_at = step
-    return Gap(largest["loss"], largest["grad_norm"], _weight_gap(reference, other), parts_at)
+            if gap > tolerance and differs_at is None:
+                differs_at = step
+    return Gap(largest["loss"], largest["grad_norm"], _weight_gap(reference, other), differs_at)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="shardstep same", description="Show that a recipe trains the same on any number of ranks."
+        prog="shardstep same", description="Check that a recipe trains the same on any number of ranks."
     )
     add = parser.add_argument
     add("recipe", help="a YAML file, or the name of a recipe")
     add("overrides", nargs="*", metavar="section.key=value", help="such as model.dropout=0")
-    add(
-        "--ranks", default="1,2", metavar="N,N,...", help="the first is compared with all others (default: %(default)s)"
-    )
-    add("--steps", type=int, default=25, help="to train (default: %(default)s)")
+    add("--ranks", default="1,2", metavar="N,N,...", help="compare the first with all others (default: %(default)s)")
+    add("--steps", type=int, default=25, help="optimizer steps to train (default: %(default)s)")
     add("--tolerance", type=float, default=1e-5, help="largest relative difference (default: %(default)s)")
     return parser
 
@@ -113,49 +114,49 @@ def _check(args: argparse.Namespace) -> list[int]:
     if launch_env.is_launched():
         problems.append("same starts ranks itself: leave out torchrun, accelerate launch and srun")
     if problems:
-        raise InputError.from_problems("nothing was begun", problems)
+        raise InputError.from_problems("nothing was started", problems)
     return list(dict.fromkeys(worlds))
 
 
 def _overrides(recipe: Recipe, steps: int) -> list[str]:
-    """Make runs of some steps that can be compared: in one format, which a measurement must not choose anew each time."""
-    settled = [
+    """Return overrides for short runs that can be compared: `auto`, which each run would measure again, is fixed."""
+    fixed = [
         f"train.{key}={value}"
         for key, value in (("precision", "fp32"), ("memory_format", "contiguous"))
         if getattr(recipe.train, key) == "auto"
     ]
     rare = [f"{key}.every={steps} steps" for key in ("eval", "checkpoint")]
     return [
-        *settled, *rare, f"train.duration={steps} steps", "train.world_size=null", "train.max_wall_s=null",
+        *fixed, *rare, f"train.duration={steps} steps", "train.world_size=null", "train.max_wall_s=null",
         "log.every=1 steps", "log.grad_norm=true", "log.wandb=disabled",
     ]  # fmt: skip
 
 
 def _train(recipe: str, overrides: list[str], ranks: int, place: Path) -> Path:
-    """Train on a number of ranks; returns the run's folder.
+    """Train on a number of ranks and return the run's folder.
 
     Raises:
-        InputError: the recipe cannot be trained so.
-        TrainingFailed: it failed.
+        InputError: the recipe is refused.
+        TrainingFailed: the run failed.
     """
     folder, log = place / str(ranks), place / f"{ranks}.log"
     command = [sys.executable, str(TRAIN_SCRIPT), recipe, *overrides, f"run.dir={folder}"]
-    print(f"training on {_ranks(ranks)} ...", flush=True)
+    print(f"training on {count(ranks, 'rank')} ...", flush=True)
     with log.open("wb") as file:
         code = subprocess.run([*command, "--nproc", str(ranks)], stdout=file, stderr=file).returncode
     if code:
         complaint = last_complaint(log) or f"exit code {code}"
         kind = InputError if code == BAD_INPUT else TrainingFailed
-        raise kind(f"on {_ranks(ranks)}: {complaint.partition(': ')[2] or complaint}")
+        raise kind(f"on {count(ranks, 'rank')}: {complaint.partition(': ')[2] or complaint}")
     return folder
 
 
 def _train_lines(folder: Path) -> dict[int, dict[str, Any]]:
-    return {line["step"]: line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "train"}
+    return {line["step"]: line for line in RunDir(folder).metrics() if line["kind"] == "train"}
 
 
 def _relative(one: float | None, other: float | None) -> float:
-    """The difference as a share of the first; infinite where one of the two is missing."""
+    """Return the difference relative to the first; infinite if one of the two is missing."""
     if one is None or other is None:
         return 0.0 if one is other else float("inf")
     if one == other:
@@ -166,7 +167,7 @@ def _relative(one: float | None, other: float | None) -> float:
 def _weight_gap(reference: Path, other: Path) -> float:
     from safetensors.torch import load_file
 
-    one, two = (load_file(folder / "model.safetensors") for folder in (reference, other))
+    one, two = (load_file(RunDir(folder).weights_path) for folder in (reference, other))
     gaps = [0.0]
     for name, value in one.items():
         if value.is_floating_point():
@@ -176,31 +177,30 @@ def _weight_gap(reference: Path, other: Path) -> float:
 
 
 def _reasons(folder: Path) -> list[str]:
-    """What of a run's model depends on the number of ranks by its nature."""
+    """Explain which parts of a run's recipe depend on the number of ranks by design."""
     from safetensors import safe_open
 
-    recipe = load_recipe(str(folder / "config.yaml")).recipe
-    with safe_open(folder / "model.safetensors", framework="pt") as weights:
-        has_batch_norm = any(name.endswith("running_mean") for name in weights.keys())  # noqa: SIM118 - no mapping
+    run = RunDir(folder)
+    recipe = run.config.recipe
+    with safe_open(run.weights_path, framework="pt") as weights:
+        has_batch_norm = any(name.endswith("running_mean") for name in weights.keys())  # noqa: SIM118 - not a mapping
     reasons = []
     if has_batch_norm and not recipe.model.get("sync_batch_norm"):
         reasons.append(
-            "batch norm normalises over each rank's own samples, of which there are fewer on more ranks: with "
-            "model.sync_batch_norm=true it does over the global batch, and runs agree to about 1e-3"
+            "batch norm normalises over each rank's samples, fewer on more ranks: with model.sync_batch_norm=true it "
+            "normalises over the global batch, and runs agree to about 1e-3"
         )
     elif has_batch_norm:
-        reasons.append("batch norm over all ranks adds up its statistics in another order: try --tolerance 1e-3")
+        reasons.append("batch norm over all ranks sums its statistics in another order: try --tolerance 1e-3")
     dropped = [key for key, value in recipe.model.items() if key.endswith("dropout") and value]
     if dropped:
         zero = " ".join(f"model.{key}=0" for key in dropped)
-        reasons.append(f"each rank draws its own dropout: without it, {zero}, nothing random differs between ranks")
+        reasons.append(f"each rank draws a different dropout mask: turn it off with {zero}")
     if recipe.train.precision != "fp32":
-        reasons.append(f"{recipe.train.precision} rounds coarsely: train.precision=fp32 shows the order of sums alone")
+        reasons.append(
+            f"{recipe.train.precision} rounds coarsely: with train.precision=fp32 only the order of sums differs"
+        )
     return reasons
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' * (count > 1)}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks of `shardstep bench`, one a module, their tables, and the loops that they compare with.
+"""The benchmarks of `shardstep bench`, one per module, their tables, and the loops to compare with.
 
 Imported by launch/bench.py.
 """

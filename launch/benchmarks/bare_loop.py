@@ -1,9 +1,9 @@
-"""The article's net in a loop written by hand, for `shardstep bench step` to compare with.
+"""The article's net in a hand-written loop: the baseline of `shardstep bench step`.
 
     python -m shardstep.launch.benchmarks.bare_loop BATCH_SIZE STEPS PRECISION
 
-No ranks, no checkpoints, no metrics. It has a process of its own, because the trainer sets the C library's allocator and how
-the processor treats denormal numbers, and prints the images per second of its last STEPS steps, after as many to warm up.
+No ranks, no checkpoints, no metrics. It runs in a separate process, because the trainer changes the C library's allocator and
+how the processor treats denormal numbers. Prints the images per second of its last STEPS steps, after as many to warm up.
 """
 
 import sys
@@ -19,7 +19,7 @@ NUM_IMAGES = 2048
 
 
 def main(arguments: list[str]) -> int:
-    """Train, and print how fast."""
+    """Train and print the images per second."""
     batch_size, steps, precision = int(arguments[0]), int(arguments[1]), arguments[2]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 def article_net(device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The net, and Adam with the article's rate."""
+    """Build the net, and Adam with the article's learning rate."""
     torch.manual_seed(0)
     model = article_cnn((3, 32, 32), 10).to(device)
     model.to(memory_format=torch.channels_last)
@@ -49,20 +49,20 @@ def article_net(device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]
 
 
 def images_and_labels(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random images uint8 (N, 3, 32, 32), channels last, and labels (N,)."""
+    """Return random images uint8 (N, 3, 32, 32), channels last, and labels (N,)."""
     images = torch.randint(0, 256, (NUM_IMAGES, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (NUM_IMAGES,), device=device)
     return images.to(device, memory_format=torch.channels_last), labels
 
 
 def random_batch(images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Some of them, with the article's normalisation."""
+    """Return a random batch with the article's normalisation."""
     chosen = torch.randint(0, len(images), (batch_size,), device=images.device)
     return (images[chosen].float() / 255 - 0.1307) / 0.3081, labels[chosen]
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what is queued."""
+    """Return the time in seconds, once the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,21 +1,23 @@
-"""Steps of the article's net with and without a checkpoint every 50 of them."""
+"""Benchmark of checkpoints: steps per second of the article's net, with and without a checkpoint every 50 steps."""
 
 import argparse
 import time
 from pathlib import Path
 
-from shardstep.launch.benchmarks.bench_step import article_run, settle
+from shardstep.launch.benchmarks.bench_step import article_run, probe_choices
 from shardstep.launch.benchmarks.bench_tables import Table, in_turn, whole_number
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what this benchmark can be told."""
-    parser.add_argument("--steps", type=whole_number, default=200, help="to time in each repeat (default: %(default)s)")
+    """Add the options of this benchmark."""
+    parser.add_argument(
+        "--steps", type=whole_number, default=200, help="steps to time in each repeat (default: %(default)s)"
+    )
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
-    """Steps per second of both."""
-    precision, method = settle(folder, "auto")
+    """Measure the steps per second of both."""
+    precision, method = probe_choices(folder, "auto")
     compute = [f"train.precision={precision}", "train.memory_format=channels_last", f"train.convolutions={method}"]
     values = in_turn(
         {
@@ -29,7 +31,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
 
 
 def _steps_per_s(folder: Path, steps: int, checkpoints: str, compute: list[str]) -> float:
-    """Without the last save, for which a run waits."""
+    """Measure without the final checkpoint, which a run waits for."""
     from shardstep.trainer import loop
 
     run = article_run(

@@ -1,7 +1,6 @@
-"""Milliseconds of single convolutions, forward and backward, by each method of train.convolutions, on this CPU.
+"""Benchmark of convolutions: milliseconds of a forward and backward pass by each method of train.convolutions, on this CPU.
 
-A method that training would not use for a layer, because it would be slower by its rule or something is missing here, is left
-out.
+A method that training would not use for a layer is left out: its rule predicts no gain, or something is missing here.
 """
 
 import argparse
@@ -25,19 +24,21 @@ class Layer(NamedTuple):
 
 
 def layer(text: str) -> Layer:
-    """An option's value such as 64,256,15."""
+    """Parse an option's value such as 64,256,15."""
     numbers = text.split(",")
     if len(numbers) != len(Layer._fields):
-        raise argparse.ArgumentTypeError(f"{text} is no layer: channels in, channels out and pixels, such as 64,256,15")
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a layer: give channels in, channels out and pixels, such as 64,256,15"
+        )
     return Layer(*map(whole_number, numbers))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what this benchmark can be told."""
+    """Add the options of this benchmark."""
     parser.add_argument(
-        "--precision", choices=("bf16", "fp32"), help="(default: bf16 on a processor with units for it, else fp32)"
+        "--precision", choices=("bf16", "fp32"), help="(default: bf16 on a processor with bf16 units, else fp32)"
     )
-    parser.add_argument("--images", type=whole_number, default=128, help="in a batch (default: %(default)s)")
+    parser.add_argument("--images", type=whole_number, default=128, help="images in a batch (default: %(default)s)")
     parser.add_argument(
         "--layers", type=layer, nargs="+", default=[layer(text) for text in _LAYERS], metavar="IN,OUT,SIDE",
         help=f"channels and pixels (default: {' '.join(_LAYERS)})",
@@ -45,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
-    """A table for each layer."""
+    """Measure a table for each layer."""
     import torch
 
     from shardstep.trainer import machine

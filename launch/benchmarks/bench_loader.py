@@ -1,7 +1,7 @@
-"""Images per second of the loaders on one core, beside plain alternatives that end with the same kind of batch.
+"""Benchmark of the loaders: images per second on one core, against plain alternatives that produce the same kind of batch.
 
-The stream reader is measured beside its decoder, the resident reader beside a copy of the float32 batches that it makes,
-cold reads beside reading the same files from end to end, and a run's first start (decode and keep) beside a later one.
+The stream reader is compared with its decoder, the resident reader with a copy of the float32 batches that it makes, cold
+reads with reading the same files sequentially, and a run's first start (decode and keep) with a later one.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from shardstep.launch.benchmarks.bench_tables import (
     add_clock_option,
     importable,
     in_turn,
-    rate,
+    per_second,
     seconds,
     whole_number,
 )
@@ -32,25 +32,25 @@ _BATCH = 512
 _PAD = 2  # pixels of translation
 _JPEG_HEIGHT, _JPEG_WIDTH = 375, 500
 _READ_BYTES = 1 << 20
-_MORE_FROM_MEMORY = 10  # times as many images: as few as others read are too short to time
+_MORE_FROM_MEMORY = 10  # times as many images as others read, which would be too few to time
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what this benchmark can be told."""
+    """Add the options of this benchmark."""
     add_clock_option(parser)
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="shards of small images (default: 5,000 synthetic ones, 32x32)"
     )
     parser.add_argument(
-        "--samples", type=whole_number, default=5000, help="most small images of a repeat (default: %(default)s)"
+        "--samples", type=whole_number, default=5000, help="limit of small images in a repeat (default: %(default)s)"
     )
     parser.add_argument(
-        "--jpegs", type=whole_number, default=300, help="synthetic 500x375 JPEGs of a repeat (default: %(default)s)"
+        "--jpegs", type=whole_number, default=300, help="synthetic 500x375 JPEGs in a repeat (default: %(default)s)"
     )
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
-    """A table each for small images, large ones, cold reads and starts.
+    """Measure a table each for small images, large images, cold reads and starts.
 
     Raises:
         InputError: the small images differ in size.
@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
         write_shards(f"synthetic:{args.samples}", "train", args.images)
     small = open_shards(args.images)
     if small.manifest.image_shape is None:
-        raise InputError(f"the images in {args.images} differ in size: the small images must be alike")
+        raise InputError(f"the images in {args.images} differ in size: the small images must all have one size")
     large = _large_jpegs(args.jpegs, folder)
     yield _small_images(small, min(args.samples, small.manifest.samples), folder, args)
     yield _large_images(large, args)
@@ -110,21 +110,21 @@ def _small_images(shards: "ShardFolder", count: int, folder: Path, args: argpars
         "array in memory, torchvision transforms, DataLoader": _images_in_memory(shards, everything, count),
         "webdataset, torchvision transforms, DataLoader": _plain_webdataset(shards, count),
     }
-    notes = ["resident, stream with decoding and all below them end with augmented, normalised batches of 512"]
+    notes = ["resident, stream with decoding and all rows below them produce augmented, normalised batches of 512"]
     for library, make in (("streaming", _mosaic_streaming), ("litdata", _litdata)):
         if importable(library):
             works[f"{library}, torchvision transforms, DataLoader"] = make(shards, files, folder)
         else:
             notes.append(f"{library} is not installed")
     height, width, _ = stream.image_shape
-    values = in_turn({name: rate(work, args.clock) for name, work in works.items()}, args.repeats)
+    values = in_turn({name: per_second(work, args.clock) for name, work in works.items()}, args.repeats)
     kind = "/".join(shards.manifest.encodings)
     title = f"{kind} images of {width}x{height}, one core, {count:,} a repeat, {args.clock} time"
     return Table(title, "images/s", values, "torchvision ImageFolder + DataLoader", notes)
 
 
 def _batches(reader: "Reader", shards: "ShardFolder", count: int) -> Callable[[], int]:
-    """The next `count` images of a training set, or some more, through all that training does to them."""
+    """Return a work: read and augment at least `count` training images as training does."""
     import torch
 
     from shardstep.datasets.augment import Normalize, build_transforms
@@ -170,7 +170,7 @@ def _torchvision_transforms(shards: "ShardFolder") -> Callable[[Any], Any]:
 
 
 def _loaded(dataset: Any, count: int | None = None, shuffle: bool = False) -> Callable[[], int]:
-    """An epoch of a DataLoader of torch's, or its first `count` images."""
+    """Return a work: read an epoch of a torch DataLoader, or its first `count` images."""
     from torch.utils.data import DataLoader, RandomSampler
 
     sampler = RandomSampler(dataset, num_samples=count) if shuffle else None
@@ -189,7 +189,7 @@ def _image_folder(shards: "ShardFolder", files: list[bytes], folder: Path, count
 
 
 def _images_in_memory(shards: "ShardFolder", pixels: Any, count: int) -> Callable[[], int]:
-    """What torchvision.datasets.CIFAR10 does for an image: a row of an array through PIL and the transforms."""
+    """Return a work that does what torchvision.datasets.CIFAR10 does: a row of an array through PIL and the transforms."""
     from PIL import Image
     from torch.utils.data import Dataset
 
@@ -265,7 +265,7 @@ def _pil(content: bytes) -> Any:
 
 
 def _large_jpegs(count: int, folder: Path) -> "ShardFolder":
-    """Shards of JPEGs as large as ImageNet's: smooth colours with some noise, about 100 KB each."""
+    """Write shards of JPEGs of ImageNet's size: smooth colours with some noise, about 100 KB each."""
     import cv2
     import numpy as np
 
@@ -290,18 +290,18 @@ def _large_images(shards: "ShardFolder", args: argparse.Namespace) -> Table:
     from shardstep.datasets.decode import decode
     from shardstep.datasets.reader import StreamReader
 
-    whole, resized = StreamReader(shards), StreamReader(shards, resize=224)
+    full_size, resized = StreamReader(shards), StreamReader(shards, resize=224)
     ids = np.random.default_rng(0).permutation(shards.manifest.samples)
-    files = [whole.read_bytes(sample) for sample in ids.tolist()]
+    files = [full_size.read_bytes(sample) for sample in ids.tolist()]
     batches = np.array_split(ids, max(1, len(ids) // 32))
     transform = _resizing_transform()
     works: dict[str, Callable[[], int]] = {
         "the decoder alone: OpenCV": lambda: sum(1 for file in files if decode(file, "RGB").size),
-        "stream: index, pread, crc32, decode": lambda: sum(len(whole.read(batch)[1]) for batch in batches),
+        "stream: index, pread, crc32, decode": lambda: sum(len(full_size.read(batch)[1]) for batch in batches),
         "stream: the same, resized to 224": lambda: sum(len(resized.read(batch)[1]) for batch in batches),
         "PIL from memory, resized to 224 by torchvision": lambda: sum(1 for file in files if transform(_pil(file))),
     }
-    values = in_turn({name: rate(work, args.clock) for name, work in works.items()}, args.repeats)
+    values = in_turn({name: per_second(work, args.clock) for name, work in works.items()}, args.repeats)
     size = sum(map(len, files)) / len(files) / 1000
     title = (
         f"jpg images of {_JPEG_WIDTH}x{_JPEG_HEIGHT}, {size:.0f} KB, one core, {len(ids):,} a repeat, {args.clock} time"
@@ -319,7 +319,7 @@ def _resizing_transform() -> Callable[[Any], Any]:
 
 
 def _cold_reads(shards: "ShardFolder", what: str, repeats: int) -> Table:
-    """MB/s of shards that the page cache has let go of: from end to end, and image by image in a shuffled order."""
+    """Measure MB/s of shards that are not in the page cache: read sequentially, and image by image in a shuffled order."""
     paths = [shards.shard_path(number) for number in range(len(shards.manifest.shards))]
     megabytes = shards.manifest.bytes / 1e6
 
@@ -341,14 +341,14 @@ def _cold_reads(shards: "ShardFolder", what: str, repeats: int) -> Table:
         },
         repeats,
     )
-    note = "the stream reads each image by itself and checks its crc32; MB of whole shards"
+    note = "the stream reads images one by one and checks their crc32; MB of complete shards"
     return Table(f"cold reads, {what}, one thread", "MB/s", values, "the files one after the other", [note])
 
 
 def _forget(path: Path) -> None:
-    """Let the page cache drop a file."""
+    """Drop a file from the page cache."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())  # pages that are not on the disk yet stay
+        os.fsync(file.fileno())  # dirty pages would stay
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -370,7 +370,7 @@ def _read_shuffled(shards: "ShardFolder", window_shards: int | None) -> None:
 
 
 def _announced_batches(order: Any, reader: "Reader") -> Iterator["np.ndarray"]:
-    """Batches of an epoch's ids, with the shards announced one block ahead, as training does."""
+    """Yield batches of an epoch's ids, and announce shards one block ahead, as training does."""
     announced = set()
     for start in range(0, order.num_samples, _BATCH):
         stop = min(start + _BATCH, order.num_samples)
@@ -386,7 +386,7 @@ def _announced_batches(order: Any, reader: "Reader") -> Iterator["np.ndarray"]:
 
 
 def _starts(shards: "ShardFolder", folder: Path, args: argparse.Namespace) -> Table:
-    """Seconds until a resident set can be read: decoded and kept, or checked and mapped."""
+    """Measure seconds until a resident set can be read: decoded and cached, or checked and mapped."""
     import torch
 
     from shardstep.datasets.manifest import open_shards

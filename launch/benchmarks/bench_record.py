@@ -1,9 +1,9 @@
-"""Train a recipe with one seed after another, timed as speed records are: accuracy and time, with their spread.
+"""Benchmark of a recipe with several seeds, timed like a speed record: accuracy and time, with their spread.
 
-Timed are data-dependent initialisation, training, and the evaluation with its views. Not timed are the start, the upload of
-the data, compilation and warm-up, for which a few steps are taken before the first run, and what is written to disk. With
---script, the method of speedrun94 as a script of its own takes turns with the recipe, on the same data: 8 epochs in batches
-of 2000 images, whatever the recipe does; with the recipe's batch size and steps where there are fewer images than that.
+The time covers data-dependent initialisation, training, and the evaluation with its views. It excludes the start, the upload
+of the data, compilation and warm-up (a few steps before the first run), and writing to disk. With --script, a standalone
+script of speedrun94's method takes turns with the recipe on the same data: 8 epochs in batches of 2000 images, whatever the
+recipe does; with the recipe's batch size and steps if there are fewer images than that.
 """
 
 import argparse
@@ -38,28 +38,30 @@ class Timed:
 
     @property
     def seconds(self) -> float:
+        """The seconds of all parts."""
         return self.initialize_s + self.train_s + self.evaluate_s
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `shardstep bench record`."""
+    """Add the options of this benchmark."""
     parser.add_argument("recipe", nargs="?", default=_RECIPE, help="(default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
         "--script", action="store_true",
-        help="in turn with the method of speedrun94 as a script of its own, on the same data",
+        help="take turns with a standalone script of speedrun94's method, on the same data",
     )  # fmt: skip
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
-    """Train with the seeds 0, 1, ..., and make tables of it.
+    """Train with the seeds 0, 1, ..., and return tables of accuracy and time.
 
     Raises:
-        InputError: the recipe cannot be trained, keeps no accuracy, or is on data that the script cannot take.
+        InputError: the recipe is refused, has no accuracy, or uses data that the script cannot read.
     """
     from shardstep.configs.errors import InputError
     from shardstep.configs.load import is_override
     from shardstep.trainer.data import make_missing_data
+    from shardstep.trainer.run_dir import RunDir
 
     if is_override(args.recipe):
         args.overrides.insert(0, args.recipe)
@@ -68,36 +70,36 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
     make_missing_data(warm_up.data)
     samples = _script_samples(warm_up) if args.script else 0
     if _train(warm_up) is None:
-        raise InputError(f"recipe {args.recipe} reconstructs images: it has no accuracy to keep a record of")
-    settled = warm_up.train  # `auto` has been measured: all runs are to be alike
-    alike = [f"train.{key}={getattr(settled, key)}" for key in ("device", "precision", "memory_format", "convolutions")]
+        raise InputError(f"recipe {args.recipe} reconstructs images, so it has no accuracy to report")
+    train = RunDir(folder / "warm-up").config.recipe.train  # with `auto` resolved, once for all runs
+    fixed = [f"train.{key}={getattr(train, key)}" for key in ("device", "precision", "memory_format", "convolutions")]
     notes = [
-        f"{args.recipe}: {settled.device}, {settled.precision}, {settled.memory_format}, {settled.convolutions} convolutions"
+        f"{args.recipe}: {train.device}, {train.precision}, {train.memory_format}, {train.convolutions} convolutions"
     ]
     runs: dict[str, list[Timed]] = {name: [] for name in (args.recipe, *(["a script"] if args.script else []))}
     for seed in range(args.repeats):
-        recipe = _load(args, seed, folder / f"seed{seed}", *alike)
+        recipe = _load(args, seed, folder / f"seed{seed}", *fixed)
         timed = _train(recipe)
-        shutil.rmtree(recipe.run.dir)  # with its checkpoint
+        shutil.rmtree(recipe.run.dir)  # including its checkpoint
         assert timed is not None  # the warm-up had an accuracy
         runs[args.recipe].append(timed)
-        _tell(args.recipe, seed, timed)
+        _print_run(args.recipe, seed, timed)
         if args.script:
             batch_size, steps = script_plan(samples, recipe.train.global_batch_size, run_steps=timed.steps)
             runs["a script"].append(_run_script(recipe, seed, batch_size, steps))
-            _tell("a script", seed, runs["a script"][-1])
+            _print_run("a script", seed, runs["a script"][-1])
     if args.script:
-        notes += [f"a script: the method of speedrun94, {steps} steps of {batch_size} images, {settled.device}"]
+        notes += [f"a script: the method of speedrun94, {steps} steps of {batch_size} images, {train.device}"]
     return _tables(" ".join([args.recipe, *args.overrides]), runs, notes)
 
 
-def _tell(name: str, seed: int, timed: Timed) -> None:
-    """A line as soon as a run is over: all of them can take hours."""
+def _print_run(name: str, seed: int, timed: Timed) -> None:
+    """Print a line as soon as a run is over, because all of them can take hours."""
     print(f"{name}, seed {seed}: {100 * timed.accuracy:.2f} %, {timed.seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 def script_plan(samples: int, batch_size: int | str, run_steps: int) -> tuple[int, int]:
-    """Batch size and steps of the script: the speed record's, or those of a run where there are too few images for them."""
+    """Return batch size and steps of the script: the speed record's, or the run's if there are too few images."""
     if samples < _SCRIPT_BATCH_SIZE:
         return samples if batch_size == "full" else min(samples, int(batch_size)), run_steps
     return _SCRIPT_BATCH_SIZE, _SCRIPT_EPOCHS * (samples // _SCRIPT_BATCH_SIZE)
@@ -126,8 +128,8 @@ def _load(args: argparse.Namespace, seed: int, folder: Path, *overrides: str) ->
     from shardstep.configs.load import load_recipe
     from shardstep.trainer.validate import validate_recipe
 
-    own = [f"run.dir={folder}", "run.resume=never", f"run.seed={seed}", *overrides]
-    return validate_recipe(load_recipe(args.recipe, [*_NEVER, *args.overrides, *own]))
+    fixed = [f"run.dir={folder}", "run.resume=never", f"run.seed={seed}", *overrides]
+    return validate_recipe(load_recipe(args.recipe, [*_NEVER, *args.overrides, *fixed]))
 
 
 def _train(recipe: "Recipe") -> Timed | None:
@@ -150,14 +152,14 @@ def _train(recipe: "Recipe") -> Timed | None:
 
 
 def _script_samples(recipe: "Recipe") -> int:
-    """The number of training images, which are such as the script takes."""
+    """Return the number of training images, and check that the script can read them."""
     from shardstep.configs.errors import InputError
     from shardstep.datasets.manifest import open_shards
 
     manifest = open_shards(recipe.data.train).manifest
     if manifest.image_shape != [3, 32, 32] or len(manifest.classes) != 10 or recipe.data.resize not in (None, 32):
         raise InputError(
-            f"--script is for images of 32x32 in colour and 10 classes, as CIFAR-10 has; {recipe.data.train} has others"
+            f"--script is for 32x32 colour images of 10 classes, as in CIFAR-10; {recipe.data.train} has others"
         )
     return manifest.samples
 

@@ -1,7 +1,7 @@
-"""Measure what a second rank is worth here, and say what more would give: `shardstep bench scaling`.
+"""Measure the speedup of a second rank here, and predict that of more ranks: `shardstep bench scaling`.
 
-One rank with two threads against two gloo ranks with one thread each, on the article's net, in turn; then the parts of a
-step, and the model of docs/scaling.md: first beside what was measured, then for a named cluster.
+One rank with two threads and two gloo ranks with one thread each take turns on the article's net. Then follow the parts of a
+step, and the model of docs/scaling.md: first compared with the measurement, then for a cluster from a list.
 """
 
 import argparse
@@ -16,11 +16,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardstep.configs.errors import InputError, TrainingFailed
 from shardstep.launch.cli import leave
 from shardstep.launch.ranks import TRAIN_SCRIPT, start_ranks
+
+if TYPE_CHECKING:
+    from shardstep.launch.benchmarks.scaling_model import Prediction
 
 COLUMNS = ["batch", "ranks", "share", "compute", "all-reduce", "waiting", "images/s", "efficiency"]
 _TARGET = 0.95  # of the images/s of one rank with two threads
@@ -31,14 +34,16 @@ _ONE, _TWO, _APART = "1 rank x 2 threads", "2 ranks x 1 thread", "2 runs x 1 thr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument("--repeats", type=int, default=5, help="of every measurement, in turn (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="that are timed in each run (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=512, help="images of a step (default: %(default)s)")
-    parser.add_argument("--all-reduce", choices=("buckets", "flat"), default="buckets", help="as train.all_reduce")
-    parser.add_argument("--cluster", default="a100", help="whose links are used: a100, h100 (default: %(default)s)")
+    """Add the options of this benchmark."""
+    parser.add_argument("--repeats", type=int, default=5, help="of every measurement (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each run (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=512, help="global batch size (default: %(default)s)")
+    parser.add_argument("--all-reduce", choices=("buckets", "flat"), default="buckets", help="like train.all_reduce")
+    parser.add_argument("--cluster", default="a100", help="cluster to predict for: a100, h100 (default: %(default)s)")
     parser.add_argument(
-        "--workload", default="record94", help="record94, record94_captured, resnet50 (default: %(default)s)"
+        "--workload",
+        default="record94",
+        help="step to predict: record94, record94_captured, resnet50 (default: %(default)s)",
     )
     parser.add_argument("--gpus", default="1,8,64,512", help="numbers of ranks to predict (default: %(default)s)")
     parser.add_argument("--predict-only", action="store_true", help="measure nothing")
@@ -46,11 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure, predict and print; returns the exit code.
+    """Measure, predict and print; return the exit code.
 
     Raises:
-        InputError: an option makes no sense.
-        TrainingFailed: a run that was to be timed did not end well.
+        InputError: an option is invalid.
+        TrainingFailed: a timed run failed.
     """
     from shardstep.configs.text import table
     from shardstep.launch.benchmarks.scaling_model import prediction_rows
@@ -60,24 +65,22 @@ def main(args: argparse.Namespace) -> int:
     rows = prediction_rows(args.workload, args.cluster, ranks)
     if args.json:
         predictions = [{"batch": batch, "step_s": row.step_s, **asdict(row)} for batch, row in rows]
-        print(
-            json.dumps(found | {"cluster": args.cluster, "workload": args.workload, "predictions": predictions}),
-            flush=True,
-        )
+        found |= {"cluster": args.cluster, "workload": args.workload, "predictions": predictions}
+        print(json.dumps(found), flush=True)
         return 0
     if found:
         _print_measured(args, found)
-    print(f"model: {args.workload} on {args.cluster} (docs/scaling.md), from published parts")
+    print(f"model: {args.workload} on {args.cluster} (docs/scaling.md), from published figures")
     print("\n".join(table(COLUMNS, cells(rows))))
-    print("share: images of a rank; compute, all-reduce and waiting for it: ms a step")
+    print("share: images of a rank; compute, all-reduce and waiting for it: ms per step")
     too_many = [count for count in ranks if ("kept", count) not in [(batch, row.ranks) for batch, row in rows]]
     if too_many:
-        print(f"a kept batch has not an image for each of {', '.join(map(str, too_many))} ranks")
+        print(f"no prediction with a kept batch on {', '.join(map(str, too_many))} ranks: it has fewer images")
     return 0
 
 
-def cells(rows: "Sequence[tuple[str, Prediction]]") -> list[list[str]]:  # type: ignore[name-defined] # noqa: F821
-    """Predictions as texts for COLUMNS: the share is a rank's images of a step, times are in ms."""
+def cells(rows: "Sequence[tuple[str, Prediction]]") -> list[list[str]]:
+    """Format predictions as cells for COLUMNS: the share is a rank's images of a step, times are in ms."""
     return [
         [
             batch, str(row.ranks), str(row.images_per_rank),
@@ -104,7 +107,7 @@ def _check(args: argparse.Namespace) -> list[int]:
     ]
     parts = args.gpus.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        problems.append(f"--gpus {args.gpus} must be whole numbers from 1 with commas between them, such as 8,64,512")
+        problems.append(f"--gpus {args.gpus} must be whole numbers from 1, separated by commas, such as 8,64,512")
     if problems:
         raise InputError.from_problems("shardstep bench scaling", problems)
     return [int(part) for part in parts]
@@ -114,7 +117,7 @@ def _check(args: argparse.Namespace) -> list[int]:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Figures of this machine: images/s of each way, the parts of a step, and the model's opinion of two ranks."""
+    """Measure this machine: images/s of each way, the parts of a step, and the model's prediction for two ranks."""
     from importlib import metadata
 
     from shardstep.datasets.write import write_shards
@@ -122,16 +125,16 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from shardstep.trainer import machine
 
     cores = sorted(os.sched_getaffinity(0))[:2]
-    os.sched_setaffinity(0, cores)  # and the runs', which inherit it: two cores for each way
+    os.sched_setaffinity(0, cores)  # inherited by the runs: two cores for each way
     if len(cores) < 2:
-        print("note: one core only: two ranks share it, and the ratio says nothing", file=sys.stderr)
+        print("note: only one core: two ranks share it, so the ratio is meaningless", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="shardstep-bench-") as name:
         folder = Path(name)
         for split, count in (("train", 4 * args.batch), ("test", 16)):
             write_shards(f"synthetic:{count}", split, folder / split)
-        options = _settle(args, folder)
+        options = _warm_up(args, folder)
         rates: dict[str, list[float]] = {_ONE: [], _TWO: [], _APART: []}
-        for _ in range(args.repeats):  # in turn, so that a machine's moods meet all
+        for _ in range(args.repeats):  # in turn, so that all meet the same load of the machine
             rates[_ONE].append(_train(args, folder, options))
             rates[_TWO].append(_train(args, folder, options, "--nproc", "2"))
             rates[_APART].append(_train_apart(args, folder, options, cores))
@@ -140,7 +143,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
     ratios = [two / one for one, two in zip(rates[_ONE], rates[_TWO], strict=True)]
     link = scaling_model.fit_link(reductions, ranks=2)
-    share_s = args.batch / statistics.median(rates[_APART])  # of a step on half the batch, on a machine that is as busy
+    share_s = args.batch / statistics.median(rates[_APART])  # of a step on half the batch, on an equally busy machine
     workload = scaling_model.Workload(
         args.batch,
         _BYTES_PER_GRADIENT * gradients,
@@ -175,12 +178,12 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _settle(args: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """A first run, which is not counted: warms files and chooses the number format that all others use."""
-    from shardstep.configs.load import load_recipe
+def _warm_up(args: argparse.Namespace, folder: Path) -> dict[str, str]:
+    """Train once without counting, to warm up files and to resolve `auto` once for all runs."""
+    from shardstep.trainer.run_dir import RunDir
 
     _train(args, folder, {})
-    config = load_recipe(str(folder / "run" / "config.yaml")).recipe.train
+    config = RunDir(folder / "run").config.recipe.train
     return {key: getattr(config, key) for key in ("precision", "memory_format", "convolutions")}
 
 
@@ -189,7 +192,7 @@ def _train(args: argparse.Namespace, folder: Path, options: dict[str, str], *mor
 
 
 def _train_apart(args: argparse.Namespace, folder: Path, options: dict[str, str], cores: list[int]) -> float:
-    """Two runs on half the batch each, at the same time, on a core of their own: what two ranks would do without talking."""
+    """Run half the batch twice at once, each on its own core: two ranks without communication."""
     half = f"train.global_batch_size={-(-args.batch // 2)}"
     return _finish(
         [_start(args, folder, f"run{place}", options, half, core=cores[place % len(cores)]) for place in (0, 1)],
@@ -218,15 +221,16 @@ def _start(
 
 
 def _finish(started: list[tuple[str, "subprocess.Popen[str]"]], folder: Path) -> float:
-    """Wait for runs; returns the images per second of all together over their last logged steps."""
+    """Wait for runs; return their total images per second over their last logged steps."""
+    from shardstep.trainer.run_dir import RunDir
+
     total = 0.0
-    ended = [(name, process, process.communicate()[1]) for name, process in started]  # all, before one's error is told
+    ended = [(name, process, process.communicate()[1]) for name, process in started]  # all, before an error is raised
     for name, process, errors in ended:
         if process.returncode:
             last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-            raise TrainingFailed(f"a run that was to be timed did not end well: {last}")
-        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-        total += [line["samples_per_s"] for line in lines if line["kind"] == "train"][-1]
+            raise TrainingFailed(f"a timed run failed: {last}")
+        total += [line["samples_per_s"] for line in RunDir(folder / name).metrics() if line["kind"] == "train"][-1]
     return total
 
 
@@ -235,21 +239,23 @@ def _count_gradients(folder: Path) -> int:
 
     from safetensors import safe_open
 
-    with safe_open(folder / "run" / "model.safetensors", "numpy") as weights:  # of the article's net: all are trained
+    from shardstep.trainer.run_dir import RunDir
+
+    with safe_open(RunDir(folder / "run").weights_path, "numpy") as weights:  # the article's net: all are trained
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
 def _time_all_reduces(folder: Path) -> dict[int, float]:
-    """Median seconds of an all-reduce between two ranks here, by size in bytes."""
+    """Measure the median seconds of an all-reduce between two ranks here, by size in bytes."""
     path = folder / "all_reduces.json"
     code = start_ranks(2, [sys.executable, __file__, str(path)])
     if code:
-        raise TrainingFailed(f"the ranks that were to time all-reduces ended with exit code {code}")
+        raise TrainingFailed(f"the ranks that time all-reduces failed with exit code {code}")
     return {int(size): seconds for size, seconds in json.loads(path.read_text()).items()}
 
 
 def _time_as_rank(path: Path) -> int:
-    """What each of these two ranks does."""
+    """Time all-reduces as one of two ranks; rank 0 writes the medians to `path`."""
     from shardstep.configs.schema import TrainConfig
     from shardstep.trainer.distributed.collectives import time_all_reduce
     from shardstep.trainer.distributed.world import start_world
@@ -263,22 +269,28 @@ def _time_as_rank(path: Path) -> int:
 
 
 def _print_measured(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    from shardstep.configs.text import table
+
     host, ratio, parts, two = found["machine"], found["ratio"], found["parts"], found["two_ranks"]
     print(
         f"article_cnn, {found['settings']['precision']}, global batch {args.batch}, {args.all_reduce} "
         f"({host['cpu']}, {host['cores']} cores, torch {host['torch']}; {time.strftime('%Y-%m-%d')})"
     )
-    print(f"  {'':<30}{'images/s':>10}{'range':>20}   n = {args.repeats}")
-    for name, rates in found["images_per_s"].items():
-        print(f"  {name:<30}{statistics.median(rates):>10,.1f}{f'{min(rates):,.1f} to {max(rates):,.1f}':>20}")
+    rows = [
+        [f"  {name}", f"{statistics.median(rates):,.1f}", f"{min(rates):,.1f} to {max(rates):,.1f}"]
+        for name, rates in found["images_per_s"].items()
+    ]
+    print("\n".join(table([f"  n = {args.repeats}", "images/s", "range"], rows, gap="  ")))
     print(
         f"  {_TWO} / {_ONE}: median of the paired ratios {ratio['median']:.3f}, {ratio['min']:.3f} to {ratio['max']:.3f} "
         f"(target {_TARGET})\n"
     )
     print("parts of a step on two ranks")
-    print(f"  compute      {1e3 * parts['compute_s_per_image']:.3f} ms an image, on one thread beside another rank's")
+    print(
+        f"  compute      {1e3 * parts['compute_s_per_image']:.3f} ms per image, on one thread beside the other rank's"
+    )
     print(f"  gradients    {parts['gradient_bytes']:,.0f} bytes")
-    print(f"  all-reduce   {1e6 * parts['latency_s']:,.0f} us a message, {parts['bytes_per_s'] / 1e9:.2f} GB/s")
+    print(f"  all-reduce   {1e6 * parts['latency_s']:,.0f} us per message, {parts['bytes_per_s'] / 1e9:.2f} GB/s")
     for size, seconds in parts["all_reduce_s"].items():
         print(f"               {int(size):>12,} bytes in {1e3 * seconds:.3f} ms")
     print(

@@ -1,7 +1,7 @@
-"""Seconds from a command to its first optimizer step, with warm files, beside the imports that it cannot do without.
+"""Benchmark of the start: seconds from a command to its first optimizer step, with warm files, and of the imports it needs.
 
-Each work is a process of its own. A run ends when its first step has been taken. data.train=DIR data.test=DIR say where
-quickstart's shards are, if not where it looks.
+Each work is a separate process. A run ends after its first step. Give data.train=DIR data.test=DIR if quickstart's shards are
+not in their default folders.
 """
 
 import argparse
@@ -36,15 +36,15 @@ lightning.Trainer(accelerator="cpu", max_steps=2, logger=False, enable_checkpoin
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what this benchmark can be told."""
+    """Add the options of this benchmark."""
     add_clock_option(parser)
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="for quickstart, such as data.train=DIR"
+        "overrides", nargs="*", metavar="section.key=value", help="overrides of quickstart, such as data.train=DIR"
     )
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
-    """Seconds of imports, `--help` and starts."""
+    """Measure the seconds of imports, `--help` and starts."""
     notes = []
     works = {
         "import torch": _python(folder, "import torch"),
@@ -57,17 +57,17 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
     if _has_shards(quickstart):
         works["quickstart, to its first step"] = _start("quickstart", folder, quickstart)
     else:
-        notes.append("quickstart is left out: its shards are not there (data.train=DIR data.test=DIR say where)")
+        notes.append("quickstart is left out: no shards found; give data.train=DIR data.test=DIR")
     if importable("lightning"):
         works["Lightning: a linear layer, to its first step"] = _python(folder, _LIGHTNING)
     else:
         notes.append("Lightning is not installed")
     values = in_turn({name: seconds(work, args.clock) for name, work in works.items()}, args.repeats)
-    return [Table(f"from a command on, warm files, {args.clock} time", "s", values, "import torch", notes)]
+    return [Table(f"start of a command, warm files, {args.clock} time", "s", values, "import torch", notes)]
 
 
 def first_step(arguments: list[str]) -> NoReturn:
-    """Train like the command does, and end the process when the first optimizer step has been taken."""
+    """Train like the command, and end the process after the first optimizer step."""
     from shardstep.launch import train
     from shardstep.trainer import loop
 
@@ -83,10 +83,9 @@ def first_step(arguments: list[str]) -> NoReturn:
 
 
 def _python(folder: Path, code: str, *arguments: str) -> Callable[[], None]:
-    """A process that runs some code; what it prints is shown only if it fails."""
-
+    """Return a work: a process that runs some code; its output is shown only if it fails."""
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # warm files: each module was compiled by an earlier start
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # warm files: an earlier start has compiled each module
 
     def work() -> None:
         command = [sys.executable, "-c", code, *arguments]
@@ -112,7 +111,7 @@ def _smoke_data(folder: Path) -> list[str]:
 
 
 def _absolute(overrides: list[str]) -> list[str]:
-    """Overrides with the data's folders as seen from here: the processes start in a folder of their own."""
+    """Return overrides with absolute data folders, because the processes start in another folder."""
     from shardstep.configs.load import load_recipe
     from shardstep.trainer.validate import validate_recipe
 

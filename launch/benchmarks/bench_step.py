@@ -1,4 +1,4 @@
-"""The trainer's loop beside one written by hand, and Lightning's where it is installed, on the article's net."""
+"""Benchmark of the step: the trainer's loop, a hand-written one, and Lightning's if installed, on the article's net."""
 
 import argparse
 import subprocess
@@ -14,26 +14,22 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what this benchmark can be told."""
+    """Add the options of this benchmark."""
     parser.add_argument(
-        "--batches",
-        type=whole_number,
-        nargs="+",
-        default=[16, 256],
-        metavar="SIZE",
-        help="global batches (default: 16 256)",
+        "--batches", type=whole_number, nargs="+", default=[16, 256], metavar="SIZE",
+        help="global batch sizes (default: 16 256)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", type=whole_number, default=3000, help="images to time in each repeat (default: %(default)s)"
     )
     parser.add_argument(
-        "--images", type=whole_number, default=3000, help="to time in each repeat (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--precision", choices=["bf16", "fp32"], help="of all loops (default: what is faster here for the trainer)"
+        "--precision", choices=["bf16", "fp32"], help="of all loops (default: the faster one for the trainer here)"
     )
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
-    """Images per second of each loop, a table per batch size."""
-    precision, method = settle(folder, args.precision or "auto")
+    """Measure the images per second of each loop, in a table per batch size."""
+    precision, method = probe_choices(folder, args.precision or "auto")
     with_lightning = importable("lightning")
     notes = [] if with_lightning else ["Lightning is not installed"]
     for batch_size in args.batches:
@@ -56,7 +52,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
 
 
 def article_run(folder: Path, *overrides: str) -> "Run":
-    """A new run of the article's net on synthetic images, which are made in `folder` if they are not there."""
+    """Build a new run of the article's net on synthetic images, which are written to `folder` if missing."""
     from shardstep.configs.load import load_recipe
     from shardstep.datasets.write import write_shards
     from shardstep.launch.benchmarks.bare_loop import NUM_IMAGES
@@ -76,17 +72,17 @@ def article_run(folder: Path, *overrides: str) -> "Run":
     return setup.build(start_world(recipe.train), recipe, Display(enabled=False))
 
 
-def settle(folder: Path, precision: str) -> tuple[str, str]:
-    """Precision, of bf16 and fp32, and method for convolutions, as the trainer's probe chooses at the smallest batch."""
-    args = [f"train.precision={precision}", "train.global_batch_size=16", "train.duration=1 steps"]
-    run = article_run(folder, *args)
+def probe_choices(folder: Path, precision: str) -> tuple[str, str]:
+    """Return the precision, bf16 or fp32, and the convolution method that the trainer's probe chooses at batch size 16."""
+    overrides = [f"train.precision={precision}", "train.global_batch_size=16", "train.duration=1 steps"]
+    run = article_run(folder, *overrides)
     run.watchdog.stop()
-    settled = run.recipe.train
-    return "bf16" if settled.precision == "bf16" else "fp32", settled.convolutions
+    train = run.recipe.train
+    return "bf16" if train.precision == "bf16" else "fp32", train.convolutions
 
 
 def _trainer(folder: Path, batch_size: int, steps: int, precision: str, method: str) -> float:
-    """Images per second of the real loop over its last `steps` steps, logging included."""
+    """Measure the images per second of the trainer's loop over its last `steps` steps, logging included."""
     from shardstep.trainer import loop
 
     run = article_run(
@@ -101,7 +97,7 @@ def _trainer(folder: Path, batch_size: int, steps: int, precision: str, method: 
 
 
 def _in_own_process(loop: str, batch_size: int, steps: int, precision: str) -> float:
-    """Images per second of launch/benchmarks/bare_loop.py or launch/benchmarks/lightning_loop.py."""
+    """Measure the images per second of launch/benchmarks/bare_loop.py or lightning_loop.py."""
     command = [sys.executable, "-m", f"shardstep.launch.benchmarks.{loop}", *map(str, [batch_size, steps, precision])]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return float(printed.splitlines()[-1])  # libraries may have said something before
+    return float(printed.splitlines()[-1])  # libraries may print before

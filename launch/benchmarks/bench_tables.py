@@ -1,7 +1,7 @@
-"""Works to tables: each measured in turn in one session, medians with their range, ratios of pairs, text and JSON.
+"""Benchmark works to tables: measured in turn in one session, medians with ranges, ratios of pairs, as text and JSON.
 
-Machines differ and are noisy. Works that are measured in turn meet the same moods, so the ratio of two that ran side by
-side says more than either figure.
+Machines differ and are noisy. Works that are measured in turn see the same load, so the ratio of two that ran side by side
+says more than either figure.
 """
 
 import argparse
@@ -20,21 +20,22 @@ from textwrap import fill
 from typing import Any, TextIO
 
 from shardstep.configs.files import write_atomically
+from shardstep.configs.text import table as text_table
 
 _OTHER_LIBRARIES = ("lightning", "litdata", "mosaicml-streaming", "numpy", "opencv-python-headless", "pillow")
-_WORTH_TELLING = 3  # seconds of a repeat: then one wants to know how long the rest will take
+_LONG_REPEAT_S = 3  # from here on, progress is printed
 
 
 @dataclass(frozen=True)
 class Table:
-    """What came out of a benchmark.
+    """The result of a benchmark.
 
     Attributes:
         title: what was measured, on what.
         unit: of the values, such as images/s or s.
         rows: name of a work -> its values, one per repeat, in the order of the repeats.
         reference: the row that the others are divided by.
-        notes: lines that belong below it, such as what was left out and why.
+        notes: lines to print below, such as what was left out and why.
     """
 
     title: str
@@ -45,14 +46,14 @@ class Table:
 
 
 def whole_number(text: str) -> int:
-    """An option's value that counts something, from 1."""
+    """Parse an option's value as a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
     return int(text)
 
 
 def importable(library: str) -> bool:
-    """Whether an alternative is installed, whole."""
+    """Check whether a library is installed and can be imported."""
     try:
         import_module(library)
     except ImportError:
@@ -61,14 +62,14 @@ def importable(library: str) -> bool:
 
 
 def in_turn(works: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Values of some works, each called once without being counted, then all in turn `repeats` times."""
+    """Measure works: call each once to warm up, then all in turn `repeats` times. Return the values by name."""
     values: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         began = time.perf_counter()
         found = {name: work() for name, work in works.items()}
         took = time.perf_counter() - began
-        if took >= _WORTH_TELLING:
-            which = f"repeat {repeat} of {repeats}" if repeat else "a repeat that does not count"
+        if took >= _LONG_REPEAT_S:
+            which = f"repeat {repeat} of {repeats}" if repeat else "warm-up repeat"
             print(f"{which}: {took:.0f} s", file=sys.stderr, flush=True)
         if repeat:
             for name, value in found.items():
@@ -77,7 +78,7 @@ def in_turn(works: Mapping[str, Callable[[], float]], repeats: int) -> dict[str,
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of those it has waited for: what is left of a clock where others use the core too."""
+    """Return the CPU time of this process and of those it has waited for: a clock for a core that others use too."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -86,14 +87,14 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_
 
 
 def add_clock_option(parser: argparse.ArgumentParser) -> None:
-    """Let a benchmark of works on one core count CPU time, which does not grow while others have the core."""
+    """Add --clock, which lets a benchmark on one core count CPU time, not the time when others have the core."""
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: for a busy machine (default: %(default)s)"
     )
 
 
-def rate(work: Callable[[], int], clock: str = "wall") -> Callable[[], float]:
-    """A work that returns how many it did, as one that returns how many a second."""
+def per_second(work: Callable[[], int], clock: str = "wall") -> Callable[[], float]:
+    """Turn a work that returns a count into one that returns the count per second."""
     now = CLOCKS[clock]
 
     def measured() -> float:
@@ -105,7 +106,7 @@ def rate(work: Callable[[], int], clock: str = "wall") -> Callable[[], float]:
 
 
 def seconds(work: Callable[[], object], clock: str = "wall") -> Callable[[], float]:
-    """A work, as one that returns how many seconds it took."""
+    """Turn a work into one that returns its seconds."""
     now = CLOCKS[clock]
 
     def measured() -> float:
@@ -117,50 +118,42 @@ def seconds(work: Callable[[], object], clock: str = "wall") -> Callable[[], flo
 
 
 def paired_ratios(table: Table, row: str) -> list[float]:
-    """A row's values, each divided by the reference's value of the same repeat."""
+    """Divide each value of a row by the reference's value of the same repeat."""
     return [value / base for value, base in zip(table.rows[row], table.rows[table.reference], strict=True)]
 
 
 def standard_error(values: list[float]) -> float | None:
-    """Of their mean; None of a single one."""
+    """Return the standard error of the mean; None for a single value."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def print_table(table: Table, out: TextIO) -> None:
-    """Write a table for people: median, range, and the median ratio of pairs with its range.
+    """Print a table: median, range, and the median ratio of pairs with its range.
 
     On a narrow terminal figures are below their names.
     """
-    heads = _cells(table.unit, "range", "ratio", "range")
     columns = shutil.get_terminal_size().columns if out.isatty() else None
-    width = max(map(len, table.rows))
-    is_narrow = columns is not None and columns < 2 + width + len(heads)
-    before = "  " if is_narrow else " " * (2 + width)
-    lines = ["", table.title, before + heads]
-    for name, values in table.rows.items():
-        ratios = paired_ratios(table, name)
-        figures = _cells(
-            _figure(statistics.median(values)), _range(values), _figure(statistics.median(ratios)), _range(ratios)
-        )
-        lines += [f"  {name}", before + figures] if is_narrow else [f"  {name:<{width}}{figures}"]
+    cells = [[f"  {name}", *_cells(values), *_cells(paired_ratios(table, name))] for name, values in table.rows.items()]
+    heads = ["", table.unit, "range", "ratio", "range"]
+    lines = text_table(heads, cells, gap="  ")
+    if columns is not None and columns < len(lines[0]):
+        head, rule, *figures = text_table(["  ", *heads[1:]], [["  ", *row[1:]] for row in cells])
+        lines = [head, rule, *(line for row, line in zip(cells, figures, strict=True) for line in (row[0], line))]
     lines += [f"  ratio: to {table.reference!r}; n = {len(table.rows[table.reference])}"]
     lines += [f"  {note}" for note in table.notes]
-    for line in lines:
+    for line in ["", table.title, *lines]:
         print(fill(line, columns, subsequent_indent="    ") if columns and line.strip() else line, file=out)
 
 
-def _cells(value: str, spread: str, ratio: str, ratio_spread: str) -> str:
-    return f"{value:>12}{spread:>24}{ratio:>8}{ratio_spread:>17}"
-
-
-def _range(values: list[float]) -> str:
-    return f"{_figure(min(values))} to {_figure(max(values))}"
+def _cells(values: list[float]) -> list[str]:
+    """Format the median and the range."""
+    return [_figure(statistics.median(values)), f"{_figure(min(values))} to {_figure(max(values))}"]
 
 
 def report(command: str, tables: Iterable[Table], json_path: str | None) -> None:
-    """Print each table as soon as it is measured, and write all as JSON to a file, or to stdout for `-`.
+    """Print each table once it is measured, and write all as JSON to a file, or to stdout for `-`.
 
-    The file is there from the first table on. With `-` the text goes to stderr, so that stdout is JSON alone.
+    The file is written from the first table on. With `-` the text goes to stderr, so that stdout has only JSON.
     """
     found: dict[str, Any] = {}
     out = sys.stderr if json_path == "-" else sys.stdout
@@ -178,7 +171,7 @@ def report(command: str, tables: Iterable[Table], json_path: str | None) -> None
 
 
 def as_json(table: Table) -> dict[str, Any]:
-    """A table as plain values."""
+    """Return a table as JSON."""
     rows = []
     for name, values in table.rows.items():
         ratios = paired_ratios(table, name)
@@ -199,7 +192,7 @@ def as_json(table: Table) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """What the figures were measured on: `hardware` and `versions`."""
+    """Describe the machine of the figures: `hardware` and `versions`."""
     import torch
 
     from shardstep.trainer import machine

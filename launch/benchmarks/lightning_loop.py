@@ -1,9 +1,9 @@
-"""The article's net in Lightning's Trainer, for `shardstep bench step` to compare with.
+"""The article's net in Lightning's Trainer: an alternative in `shardstep bench step`.
 
     python -m shardstep.launch.benchmarks.lightning_loop BATCH_SIZE STEPS PRECISION
 
-Without its logger, bar and checkpoints, on the bare loop's batches. Like that loop, it has a process of its own, and prints
-the images per second of its last STEPS steps, after as many to warm up.
+Without its logger, progress bar and checkpoints, on the batches of the bare loop. Like that loop, it runs in a separate
+process and prints the images per second of its last STEPS steps, after as many to warm up.
 """
 
 import logging
@@ -20,7 +20,7 @@ from shardstep.launch.benchmarks.bare_loop import article_net, images_and_labels
 
 
 class Batches(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
-    """Random batches without end."""
+    """Endless random batches."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -32,7 +32,7 @@ class Batches(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
 
 
 class Article(lightning.LightningModule):
-    """The net and its loss; marks the times at which `steps` and twice as many steps were done."""
+    """The net and its loss; records the times after `steps` and after twice as many steps."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -51,10 +51,10 @@ class Article(lightning.LightningModule):
 
 
 def main(arguments: list[str]) -> int:
-    """Train, and print how fast."""
+    """Train and print the images per second."""
     batch_size, steps, precision = int(arguments[0]), int(arguments[1]), arguments[2]
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # of how many workers a loader should have, and the like
+    warnings.simplefilter("ignore")  # about the number of loader workers, and the like
     torch.backends.cudnn.benchmark = True
     trainer = lightning.Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1, max_steps=2 * steps,

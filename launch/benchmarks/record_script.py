@@ -1,12 +1,12 @@
-"""The method of the recipe speedrun94 as a script of its own, for `shardstep bench record --script` to compare with.
+"""The method of the recipe speedrun94 as a standalone script: the baseline of `shardstep bench record --script`.
 
     python -m shardstep.launch.benchmarks.record_script TRAIN TEST SEED BATCH_SIZE STEPS DEVICE
 
-What one would write by hand after Jordan 2024, arXiv 2404.00498, with Muon on the filters: one process, the images in memory
-in half precision, no checkpoints, no metrics, no other number of ranks. Eager on a CPU, in bf16 where it has units for it and
-in fp32 elsewhere; compiled on a GPU, in fp16, after a whole run on dummy labels that is not timed. It has a process of its
-own, because a trainer sets the C library's allocator, and prints JSON: the test accuracy, and the seconds of initialisation,
-training and evaluation. Network, Muon and views are the toolkit's.
+A hand-written version of Jordan 2024, arXiv 2404.00498, with Muon on the filters: one process on one device, the images in
+memory in half precision, no checkpoints, no metrics. On a CPU it runs eagerly, in bf16 if the processor has bf16 units, else
+in fp32. On a GPU it is compiled and runs in fp16, after a complete run on dummy labels that is not timed. It runs in a
+separate process, because the trainer changes the C library's allocator. Prints JSON: the test accuracy, and the seconds of
+initialisation, training and evaluation. The network, Muon and the views are the toolkit's.
 """
 
 import json
@@ -30,13 +30,13 @@ from shardstep.trainer.precision import halve
 _PAD = 2  # pixels
 _BIAS_EPOCHS = 3  # of the whitening layer's bias
 _BIAS_LR, _HEAD_LR, _FILTER_LR = 0.053, 0.67, 0.24
-_DECAY = 2e-6  # times batch size, divided by the rate
-_TEST_BATCH = {"cpu": 500, "cuda": 2000}  # on a CPU, what its caches bear
+_DECAY = 2e-6  # times batch size, divided by the learning rate
+_TEST_BATCH = {"cpu": 500, "cuda": 2000}  # on a CPU, what fits into its caches
 _INITIALIZE_IMAGES = 5000
 
 
 def main(arguments: list[str]) -> int:
-    """Train once and print what came out."""
+    """Train once and print the accuracy and the times."""
     train_folder, test_folder = arguments[:2]
     seed, batch_size, steps = map(int, arguments[2:5])
     device = torch.device(arguments[5])
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     if precision != "fp32":
         halve(model, precision)
     forward: nn.Module = model
-    if device.type == "cuda":  # compilation is not timed, nor is what follows when the first layer's bias is frozen
+    if device.type == "cuda":  # do not time compilation, nor recompilation when the first layer's bias is frozen
         forward = cast(nn.Module, torch.compile(model, mode="max-autotune", dynamic=False))
         _train(model, forward, images, labels.flip(0), batch_size, steps)
         _accuracy(forward, test_images, test_labels)
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
 def _load(
     folder: str, mean: list[float], std: list[float], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Normalised images (N, C, H, W), channels last, and labels int64 (N,)."""
+    """Return normalised images (N, C, H, W), channels last, and labels int64 (N,)."""
     shards = open_shards(folder)
     reader = load_resident(shards, None, torch.device("cpu"))
     pixels, labels = reader.read(np.arange(shards.manifest.samples))
@@ -90,7 +90,7 @@ def _network() -> WhiteningCnn:
 def _train(
     model: WhiteningCnn, forward: nn.Module, images: Tensor, labels: Tensor, batch_size: int, steps: int
 ) -> float:
-    """Train a model anew, in its place and through its forward pass; returns the time at which it was initialised."""
+    """Reinitialise and train a model in place, through `forward`; return the time after initialisation."""
     device = images.device
     model.load_state_dict(_network().state_dict())
     model.initialize(images[:_INITIALIZE_IMAGES].float())
@@ -105,11 +105,11 @@ def _train(
         if place == 0:
             seen = _augmented(padded, flipped ^ bool(epoch % 2), images.shape[2])
             order = torch.randperm(len(images), device=device)
-            _bias(model).requires_grad_(epoch < _BIAS_EPOCHS)  # the backward pass ends before it
+            _bias(model).requires_grad_(epoch < _BIAS_EPOCHS)  # when frozen, the backward pass ends before it
         chosen = order[place * batch_size : (place + 1) * batch_size]
         outputs = forward(seen[chosen]).float()
         loss = functional.cross_entropy(outputs, labels[chosen], label_smoothing=0.2, reduction="sum")
-        _set_rates(optimizers, step, steps)
+        _set_lrs(optimizers, step, steps)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -120,7 +120,7 @@ def _train(
 
 
 def _optimizers(model: WhiteningCnn, batch_size: int, bias_steps: int) -> list[torch.optim.Optimizer]:
-    """With the first rate of each group as `base_lr`, and as `steps` when it is 0, if that is before the end."""
+    """Build them; groups have their initial lr as `base_lr`, and as `steps` when it reaches 0, if before the end."""
     first, head = _bias(model), model.head.weight
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     biases = [parameter for parameter in trained if parameter.ndim == 1 and parameter is not first]
@@ -142,8 +142,8 @@ def _optimizers(model: WhiteningCnn, batch_size: int, bias_steps: int) -> list[t
     return optimizers
 
 
-def _set_rates(optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> None:
-    """Linearly to 0."""
+def _set_lrs(optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> None:
+    """Decay every learning rate linearly to 0."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * max(0.0, 1 - step / group.get("steps", steps))
@@ -155,7 +155,7 @@ def _bias(model: WhiteningCnn) -> Tensor:
 
 
 def _augmented(padded: Tensor, flipped: Tensor, size: int) -> Tensor:
-    """All images of an epoch: each at a place of its own within its padding, some mirrored."""
+    """Augment all images of an epoch: shift each randomly within its padding, and mirror some."""
     count, device = len(padded), padded.device
     places = 2 * _PAD + 1
     shifts = torch.randint(0, places, (count, 2), device=device)

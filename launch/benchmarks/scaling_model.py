@@ -1,7 +1,7 @@
 """A model of the time of a training step on N ranks: measured or published parts in, seconds out.
 
-docs/scaling.md explains it. Everything here is arithmetic; `shardstep bench scaling` measures the parts of this machine and
-prints what the model says.
+docs/scaling.md explains it. Everything here is arithmetic; `shardstep bench scaling` measures the parts on this machine and
+prints the predictions.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Link:
-    """A way between neighbours: seconds that a message takes however short it is, and bytes per second in one direction."""
+    """A link between neighbours: latency of a message, and bytes per second in one direction."""
 
     latency_s: float
     bytes_per_s: float
@@ -19,14 +19,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where ranks run.
+    """The machines that ranks run on.
 
     Attributes:
         ranks_per_node: of a full node.
-        inside: between two ranks of a node.
-        between: between two nodes; all ranks of a node share it.
-        start_s: what a collective takes before its first message.
-        speed: of a rank's computing, as a multiple of that which the workload was measured on.
+        inside: link between two ranks of a node.
+        between: link between two nodes; all ranks of a node share it.
+        start_s: overhead of a collective before its first message.
+        speed: of a rank's computing, relative to the device that the workload was measured on.
     """
 
     ranks_per_node: int
@@ -38,15 +38,15 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step has to do.
+    """The work of a step.
 
     Attributes:
         global_batch_size: images of a step over all ranks.
-        gradient_bytes: that every rank sends into the reduction, as they travel.
-        image_s: seconds that a rank computes per image of its share: forward, backward, and its part of the rest.
-        fixed_s: seconds of a step that do not depend on the share: the optimizer.
-        host_s: seconds that the host needs to launch a step's work; a step cannot be shorter.
-        bucket_bytes: gradients that are reduced together while the backward pass goes on; None: all at once, after it.
+        gradient_bytes: size of each rank's gradients on the wire.
+        image_s: compute seconds of a rank per image: forward, backward, and all else that scales with images.
+        fixed_s: seconds of a step that do not depend on the number of images: the optimizer.
+        host_s: seconds that the host needs to launch a step's kernels; a step cannot be shorter.
+        bucket_bytes: size of a bucket that is reduced during the backward pass; None: one all-reduce after it.
     """
 
     global_batch_size: int
@@ -59,16 +59,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The step of one number of ranks.
+    """The predicted step on a number of ranks.
 
     Attributes:
-        ranks: in all.
-        images_per_rank: the largest share.
-        compute_s: of that share.
-        all_reduce_s: of all gradients, hidden or not.
-        exposed_s: what of it the ranks wait for.
+        ranks: total number.
+        images_per_rank: the largest number of images of a rank.
+        compute_s: compute seconds for these.
+        all_reduce_s: seconds of the all-reduce of all gradients, hidden or not.
+        exposed_s: the part of all_reduce_s that ranks wait for.
         images_per_s: over all ranks.
-        efficiency: images per second and rank, as a share of those of one rank that works alone.
+        efficiency: images per second and rank, relative to a single rank.
     """
 
     ranks: int
@@ -85,13 +85,13 @@ class Prediction:
         return self.compute_s + self.exposed_s
 
 
-_BACKWARD_SHARE = 2 / 3  # of a pass forward and backward: two products for each of the forward pass
+_BACKWARD_SHARE = 2 / 3  # of forward and backward: two matrix products for each one of the forward pass
 
 
 def predict(workload: Workload, cluster: Cluster, ranks: int) -> Prediction:
-    """The step of a workload on so many ranks.
+    """Predict the step of a workload on a number of ranks.
 
-    The global batch stays as it is, and is split: the same mathematics on any number of ranks.
+    The global batch is kept and split among ranks: the same mathematics on any number of ranks.
 
     Raises:
         ValueError: there are more ranks than images in a batch.
@@ -106,7 +106,7 @@ def predict(workload: Workload, cluster: Cluster, ranks: int) -> Prediction:
         bucket_s = all_reduce_seconds(workload.gradient_bytes / buckets, ranks, cluster)
         backward_s = _BACKWARD_SHARE * share * workload.image_s / cluster.speed
         reduction_s = buckets * bucket_s
-        # Gradients come evenly over the backward pass: the last bucket is ready at its end, and hides behind nothing.
+        # Gradients arrive evenly over the backward pass; the last bucket is ready at its end, so nothing hides it.
         exposed_s = max(bucket_s, reduction_s - backward_s * (buckets - 1) / buckets)
     images_per_s = workload.global_batch_size / (compute_s + exposed_s)
     alone_s = compute_seconds(workload, cluster, workload.global_batch_size)
@@ -115,18 +115,18 @@ def predict(workload: Workload, cluster: Cluster, ranks: int) -> Prediction:
 
 
 def predict_growing(workload: Workload, cluster: Cluster, ranks: int) -> Prediction:
-    """The same with a global batch that grows with the ranks; efficiency is against one rank with its first share."""
+    """Predict with a global batch that grows with the ranks; efficiency is relative to one rank with the original batch."""
     found = predict(replace(workload, global_batch_size=workload.global_batch_size * ranks), cluster, ranks)
     return replace(found, efficiency=compute_seconds(workload, cluster, workload.global_batch_size) / found.step_s)
 
 
 def compute_seconds(workload: Workload, cluster: Cluster, images: int) -> float:
-    """Seconds of a rank's own work in a step."""
+    """Return the compute seconds of a rank in a step."""
     return max(workload.host_s, (workload.fixed_s + images * workload.image_s) / cluster.speed)
 
 
 def all_reduce_seconds(num_bytes: float, ranks: int, cluster: Cluster) -> float:
-    """Seconds of an all-reduce: a ring inside each node, and between nodes a ring or a tree, whichever is faster."""
+    """Return the seconds of an all-reduce: a ring in each node, then a ring or tree between nodes, whichever is faster."""
     nodes = math.ceil(ranks / cluster.ranks_per_node)
     seconds = cluster.start_s + ring_seconds(num_bytes, min(ranks, cluster.ranks_per_node), cluster.inside)
     if nodes > 1:
@@ -135,7 +135,7 @@ def all_reduce_seconds(num_bytes: float, ranks: int, cluster: Cluster) -> float:
 
 
 def ring_seconds(num_bytes: float, places: int, link: Link) -> float:
-    """2 (N - 1) messages one after the other, each of an N-th of the bytes: few bytes, many latencies.
+    """Return the seconds of a ring: 2 (N - 1) sequential messages of 1/N of the bytes each. Few bytes, many latencies.
 
     Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
     """
@@ -143,9 +143,9 @@ def ring_seconds(num_bytes: float, places: int, link: Link) -> float:
 
 
 def tree_seconds(num_bytes: float, places: int, link: Link) -> float:
-    """All bytes up a binary tree and down again, in pieces that follow each other: 2 ceil(log2 N) latencies.
+    """Return the seconds of a binary tree: all bytes go up and down again, pipelined. 2 ceil(log2 N) latencies.
 
-    Sanders, Speck and Träff 2009, "Two-tree algorithms for full bandwidth broadcast, reduction and scan"; NCCL has it.
+    Sanders, Speck and Träff 2009, "Two-tree algorithms for full bandwidth broadcast, reduction and scan"; used by NCCL.
     """
     if places == 1:
         return 0.0
@@ -153,11 +153,11 @@ def tree_seconds(num_bytes: float, places: int, link: Link) -> float:
 
 
 def fit_link(seconds_of: Mapping[int, float], ranks: int) -> Link:
-    """The link that explains measured all-reduces of a ring.
+    """Fit a link to measured ring all-reduces.
 
     Args:
-        seconds_of: by size in bytes; the smallest gives the latency, the largest the bandwidth.
-        ranks: that took part.
+        seconds_of: seconds by size in bytes; the smallest gives the latency, the largest the bandwidth.
+        ranks: number of ranks that took part.
     """
     small, large = min(seconds_of), max(seconds_of)
     messages = 2 * (ranks - 1)
@@ -170,15 +170,15 @@ def fit_link(seconds_of: Mapping[int, float], ranks: int) -> Link:
 
 # --- published parts --------------------------------------------------------------------------------------------------
 
-# NCCL's own tuning (github.com/NVIDIA/nccl, src/graph/tuning.cc, protocol Simple): 8.4 us to start, 3.4 us a message on
+# NCCL's tuning table (github.com/NVIDIA/nccl, src/graph/tuning.cc, protocol Simple): 8.4 us to start, 3.4 us a message on
 # NVLink and 9.6 us between nodes, at most 235 GB/s on A100: 78 % of the 300 GB/s per direction of NVIDIA's data sheet. H100:
-# 78 % of 450 GB/s; its speed is the ratio of peak bf16 rates, 989 and 312 TFLOP/s, which a small net does not reach.
+# 78 % of 450 GB/s; its speed is the ratio of peak bf16 throughput, 989 and 312 TFLOP/s, which a small net does not reach.
 # 200 Gbit/s are 25 GB/s.
 CLUSTERS = {
     "a100": Cluster(8, Link(3.4e-6, 235e9), Link(9.6e-6, 25e9), start_s=8.4e-6),
     "h100": Cluster(8, Link(3.4e-6, 350e9), Link(9.6e-6, 25e9), start_s=8.4e-6, speed=989 / 312),
 }
-"""Nodes of eight GPUs, 200 Gbit/s between two of them."""
+"""Nodes of eight GPUs, with 200 Gbit/s between two nodes."""
 
 WORKLOADS = {
     # airbench94_compiled on one A100 (github.com/KellerJordan/cifar10-airbench): 3.09 s for 476 steps of 1024 images; 2.0
@@ -189,11 +189,11 @@ WORKLOADS = {
     # github.com/NVIDIA/DeepLearningExamples, ResNet-50 v1.5 for PyTorch, one A100 in TF32: 938 images/s; float32 gradients.
     "resnet50": Workload(256, 4 * 25.6e6, 1 / 938, bucket_bytes=25 << 20),
 }
-"""Published on one A100."""
+"""Published for one A100."""
 
 
 def prediction_rows(workload: str, cluster: str, ranks: Sequence[int]) -> list[tuple[str, Prediction]]:
-    """What a preset gives, with a global batch that is kept, as far as it can be split, and one that grows."""
+    """Predict a preset with a kept global batch, for at most one rank per image, and with one that grows with the ranks."""
     work, place = WORKLOADS[workload], CLUSTERS[cluster]
     kept = [("kept", predict(work, place, count)) for count in ranks if count <= work.global_batch_size]
     return kept + [("growing", predict_growing(work, place, count)) for count in ranks]

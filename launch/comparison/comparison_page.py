@@ -1,26 +1,27 @@
-"""The answer of a comparison as a page that needs no network, and as Markdown. Text in, text out."""
+"""The report of a comparison as a self-contained page and as Markdown. Text in, text out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shardstep.trainer.analysis.pages.html import Html, join, tag
-from shardstep.trainer.analysis.pages.html import page as whole_page
-from shardstep.trainer.analysis.pages.html import table as shown_table
+from shardstep.trainer.analysis.pages.html import page as html_page
+from shardstep.trainer.analysis.pages.html import table as html_table
 
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """What a comparison has found, ready to be shown.
+    """The results of a comparison as text.
 
     Attributes:
         title, command: what was compared.
-        facts: of budget, data, hardware and versions, by what they are.
+        facts: budget, data, hardware and versions, by name.
         columns, rows: the table.
-        search: the table of the search for rates; empty without one.
+        tune: the key that was searched; empty without a search.
+        search: the rows of the search's table.
         variants: names, and what each changes in the recipe.
-        words: which differences are real.
-        notes: how to read the table, and which runs did not end well.
-        plots: file names, with what each shows.
+        words: sentences on which differences are real.
+        notes: how to read the table, and which runs did not finish.
+        plots: captions by name.
     """
 
     title: str
@@ -28,6 +29,7 @@ class ComparisonReport:
     facts: dict[str, str]
     columns: list[str]
     rows: list[list[str]]
+    tune: str
     search: list[list[str]]
     variants: list[list[str]]
     words: list[str]
@@ -35,64 +37,59 @@ class ComparisonReport:
     plots: dict[str, str]
 
 
-def page(answer: ComparisonReport, plots: Mapping[str, str]) -> str:
-    """One HTML page, everything inside it.
-
-    Args:
-        answer: of the comparison.
-        plots: SVG by name.
-    """
+def page(report: ComparisonReport, plots: Mapping[str, str]) -> str:
+    """Return the report as one HTML page that contains everything; `plots` has SVG by name."""
     figures = (
-        tag("figure", tag("div", Html(plots[name]), class_="wide plot"), tag("figcaption", shows))
-        for name, shows in answer.plots.items()
+        tag("figure", tag("div", Html(plots[name]), class_="wide plot"), tag("figcaption", caption))
+        for name, caption in report.plots.items()
     )
-    return whole_page(
-        answer.title,
-        tag("h1", answer.title),
+    return html_page(
+        report.title,
+        tag("h1", report.title),
         tag("h2", "Which differences are real"),
-        *(tag("p", sentence) for sentence in answer.words),
+        *(tag("p", sentence) for sentence in report.words),
         tag("h2", "Results"),
-        _table(answer.columns, answer.rows),
-        *(tag("p", note, class_="quiet") for note in answer.notes),
+        _table(report.columns, report.rows),
+        *(tag("p", note, class_="quiet") for note in report.notes),
         *figures,
-        join(tag("h2", "Sensitivity to the rate"), _table(_SEARCH_COLUMNS, answer.search)) if answer.search else None,
+        join(tag("h2", f"Sensitivity to {report.tune}"), _table(_search_columns(report), report.search))
+        if report.tune
+        else None,
         tag("h2", "How it was made"),
-        tag("pre", answer.command),
-        _table([], [[key, value] for key, value in answer.facts.items()]),
-        _table(_VARIANT_COLUMNS, answer.variants),
+        tag("pre", report.command),
+        _table([], [[key, value] for key, value in report.facts.items()]),
+        _table(_VARIANT_COLUMNS, report.variants),
     )
 
 
-def document(answer: ComparisonReport, pictures: Mapping[str, str]) -> str:
-    """The same as Markdown, for docs/.
-
-    Args:
-        answer: of the comparison.
-        pictures: file names by plot, beside the document.
-    """
+def document(report: ComparisonReport, pictures: Mapping[str, str]) -> str:
+    """Return the report as Markdown; `pictures` has the files by plot, which lie beside the document."""
     parts = [
-        f"# {answer.title}",
-        f"Written by this command, not by hand:\n\n```\n{answer.command}\n```",
-        _markdown_table(["", ""], [[key, value] for key, value in answer.facts.items()]),
+        f"# {report.title}",
+        f"Written by this command:\n\n```\n{report.command}\n```",
+        _markdown_table(["", ""], [[key, value] for key, value in report.facts.items()]),
         "## Which differences are real",
-        "\n".join(f"- {sentence}" for sentence in answer.words),
+        "\n".join(f"- {sentence}" for sentence in report.words),
         "## Results",
-        _markdown_table(answer.columns, answer.rows),
-        "\n".join(f"- {note}" for note in answer.notes),
-        *(f"![{shows}]({pictures[name]})" for name, shows in answer.plots.items()),
+        _markdown_table(report.columns, report.rows),
+        "\n".join(f"- {note}" for note in report.notes),
+        *(f"![{caption}]({pictures[name]})" for name, caption in report.plots.items()),
     ]
-    if answer.search:
-        parts += ["## Sensitivity to the rate", _markdown_table(_SEARCH_COLUMNS, answer.search)]
-    parts += ["## The variants", _markdown_table(_VARIANT_COLUMNS, answer.variants)]
+    if report.tune:
+        parts += [f"## Sensitivity to {report.tune}", _markdown_table(_search_columns(report), report.search)]
+    parts += ["## The variants", _markdown_table(_VARIANT_COLUMNS, report.variants)]
     return "\n\n".join(parts) + "\n"
 
 
 _VARIANT_COLUMNS = ["variant", "changes in the recipe"]
-_SEARCH_COLUMNS = ["variant", "rate: training loss", "the worse neighbour's loss"]
+
+
+def _search_columns(report: ComparisonReport) -> list[str]:
+    return ["variant", f"{report.tune}: training loss", "loss at the worse neighbour"]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
-    return tag("div", shown_table([*columns], [[*row] for row in rows]), class_="card")
+    return tag("div", html_table([*columns], [[*row] for row in rows]), class_="card")
 
 
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Plots of a comparison: curves against epochs and seconds, final accuracies with intervals, losses against rates."""
+"""Plots of a comparison: curves by epochs and seconds, final accuracies with intervals, losses by learning rate."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -11,20 +11,20 @@ from shardstep.configs.files import write_atomically
 from shardstep.launch.comparison.results import EXPLODED, Variant
 from shardstep.launch.comparison.significance import mean_interval
 
-_GREY = "#808080"  # of axes and text: readable on white and on black
-_STYLES = ("-", "--", ":")  # a colour comes again after ten variants, in another style
+_GREY = "#808080"  # axes and text: readable on white and on black
+_STYLES = ("-", "--", ":")  # colours repeat after ten variants, in the next style
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: what it shows, whether there is anything to show, and the function that draws it on a new figure."""
+    """A plot: its caption, whether there is anything to show, and the function that draws it on a new figure."""
 
-    shows: str
+    caption: str
     has_content: Callable[[Sequence[Variant]], bool]
-    _draw: Callable[[Any, Sequence[Variant], float | None], Any]
+    _draw: Callable[[Any, Sequence[Variant], float | None, str], Any]
 
-    def draw(self, variants: Sequence[Variant], target: float | None, pngs: Sequence[Path]) -> str:
-        """Draw it into PNG files, white behind, and return it as SVG, transparent behind."""
+    def draw(self, variants: Sequence[Variant], target: float | None, tune: str, pngs: Sequence[Path]) -> str:
+        """Draw it into PNG files on white, and return it as SVG on a transparent ground."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -33,13 +33,13 @@ class Plot:
         settings: dict[Any, Any] = {
             **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _GREY),
             "svg.fonttype": "none",  # text stays text
-            "svg.hashsalt": self.shows,  # ids that are the same at each drawing, and differ between plots
+            "svg.hashsalt": self.caption,  # ids that are the same at each drawing, and differ between plots
             "axes.spines.top": False,
             "axes.spines.right": False,
             "font.family": "sans-serif",
         }
         with plt.rc_context(settings):
-            figure = self._draw(plt, variants, target)
+            figure = self._draw(plt, variants, target, tune)
             content = io.StringIO()
             figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
             for path in pngs:
@@ -48,15 +48,15 @@ class Plot:
                 write_atomically(path, picture.getvalue())
             plt.close(figure)
         text = content.getvalue()
-        return text[text.index("<svg") :]  # without the XML head, which has no place inside a page
+        return text[text.index("<svg") :]  # without the XML declaration, which is invalid inside a page
 
 
-def _draw_curves(plt: Any, variants: Sequence[Variant], target: float | None) -> Any:
+def _draw_curves(plt: Any, variants: Sequence[Variant], target: float | None, tune: str) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for axis, name, label in zip(axes, ("epoch", "train_s"), ("epochs", "seconds of training"), strict=True):
         for place, variant in enumerate(variants):
-            for number, outcome in enumerate(variant.finished):
-                points = [point for point in outcome.curve if point.accuracy is not None]
+            for number, run in enumerate(variant.finished):
+                points = [point for point in run.curve if point.accuracy is not None]
                 axis.plot(
                     [getattr(point, name) for point in points],
                     [100 * (point.accuracy or 0) for point in points],
@@ -76,35 +76,35 @@ def _draw_curves(plt: Any, variants: Sequence[Variant], target: float | None) ->
     return figure
 
 
-def _draw_final(plt: Any, variants: Sequence[Variant], target: float | None) -> Any:
+def _draw_final(plt: Any, variants: Sequence[Variant], target: float | None, tune: str) -> Any:
     finished = sorted((v for v in variants if v.accuracies), key=lambda variant: fmean(variant.accuracies))
     figure, axis = plt.subplots(figsize=(8, 0.8 + 0.38 * len(finished)), layout="constrained")
     for row, variant in enumerate(finished):
         interval = mean_interval([100 * value for value in variant.accuracies])
         color = f"C{list(variants).index(variant) % 10}"
         axis.errorbar(interval.mean, row, xerr=interval.half_width, fmt="none", ecolor=color, capsize=4)
-        marks = {"color": color, "clip_on": False}  # whole at 0 and 100, too
+        marks = {"color": color, "clip_on": False}  # not cut at 0 and 100
         axis.plot(interval.mean, row, "o", **marks)
         axis.plot([100 * value for value in variant.accuracies], [row] * len(variant.accuracies), "|", ms=11, **marks)
     axis.set_yticks(range(len(finished)), [variant.name for variant in finished])
     axis.set(xlabel="final test accuracy, %: each seed, mean and 95 % confidence interval")
     low, high = axis.get_xlim()
-    axis.set_xlim(max(low, 0), min(high, 100))  # an interval of few seeds may promise more than there is
+    axis.set_xlim(max(low, 0), min(high, 100))  # an interval of few seeds can exceed the scale
     axis.margins(y=0.5 / max(len(finished), 1))
     axis.grid(axis="x", alpha=0.2)
     return figure
 
 
-def _draw_rates(plt: Any, variants: Sequence[Variant], target: float | None) -> Any:
+def _draw_rates(plt: Any, variants: Sequence[Variant], target: float | None, tune: str) -> Any:
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for place, variant in enumerate(variants):
         known = {rate: run.train_loss for rate, run in variant.search.items() if run.train_loss is not None}
         style = {"color": f"C{place % 10}", "linestyle": _STYLES[place // 10 % len(_STYLES)]}
         axis.plot(list(known), list(known.values()), marker="o", markersize=4, label=variant.name, **style)
-    axis.set(xscale="log", xlabel="rate", ylabel="training loss, last fifth of the samples")
-    losses = [[run.train_loss for run in of.search.values() if run.train_loss is not None] for of in variants]
+    axis.set(xscale="log", xlabel=tune, ylabel="training loss, last fifth of the samples")
+    losses = [[run.train_loss for run in variant.search.values() if run.train_loss is not None] for variant in variants]
     shown = [loss for found in losses for loss in found if loss <= EXPLODED * min(found)]
-    if len(shown) < sum(map(len, losses)):  # a line that leaves the picture at its top says enough
+    if len(shown) < sum(map(len, losses)):  # exploded ones may leave the picture at its top
         margin = 0.05 * (max(shown) - min(shown))
         axis.set_ylim(min(shown) - margin, max(shown) + margin)
     axis.grid(alpha=0.2)
@@ -114,7 +114,7 @@ def _draw_rates(plt: Any, variants: Sequence[Variant], target: float | None) -> 
 
 PLOTS = {
     "curves": Plot(
-        "Test accuracy against epochs and against seconds of training, one line a run.",
+        "Test accuracy against epochs and against seconds of training, one line per run.",
         lambda variants: any(variant.finished for variant in variants),
         _draw_curves,
     ),
@@ -124,7 +124,7 @@ PLOTS = {
         _draw_final,
     ),
     "rates": Plot(
-        "Training loss against the rate, in the search: how much the choice matters.",
+        "Training loss against the learning rates of the search: how much the choice matters.",
         lambda variants: any(run.train_loss is not None for variant in variants for run in variant.search.values()),
         _draw_rates,
     ),

@@ -1,4 +1,4 @@
-"""A comparison: which runs it has, which are still missing, and whether a folder holds the same one."""
+"""The plan of a comparison: its runs, those still missing, and whether a folder holds the same comparison."""
 
 import argparse
 import hashlib
@@ -26,36 +26,31 @@ from shardstep.launch.comparison.variants import (
 )
 from shardstep.trainer.checkpoints.lock import LOCK_NAME, is_held
 from shardstep.trainer.distributed import launch_env
+from shardstep.trainer.run_dir import RunDir
 
 PLAN_NAME = "comparison.json"
-_MEASURED = (
-    "precision",
-    "memory_format",
-    "convolutions",
-)  # of the section train: what `auto` chooses once for all runs
+_TRIALS = 3  # learning rates of a search, where --trials is not given
+_MEASURED = ("precision", "memory_format", "convolutions")  # keys of train whose `auto` is resolved once for all runs
 _CONVOLUTIONS_DEPEND_ON = (
-    "model.",
-    "data.",
-    *(f"train.{key}" for key in ("precision", "memory_format", "compile", "device")),
-)
-_OVER = ("finished", "failed")  # states in which a run stays
+    "model.", "data.", "train.precision", "train.memory_format", "train.compile", "train.device",
+)  # fmt: skip
 
 
 @dataclass
 class Comparison:
-    """What is to be run, and where.
+    """A comparison: what to run, and where.
 
     Attributes:
         arguments: of every run: the recipe and the overrides that all variants share.
         variants: overrides by name.
-        base_rates: of each variant, where the search begins; None without --tune.
-        tune: the key that is searched, empty for none.
-        settled: choices of `auto`, as overrides, once a step has been taken to measure them.
-        rates: of each variant's runs with seeds, once its search is over.
-        digests: of each variant's resolved recipe.
-        measured: a variant that leaves something to `auto`, empty where none does.
-        on_cpu: whether all train on the CPU, whatever else there is.
-        share: of the machine, that the runs have while a budget of time passes; empty for budgets of steps and epochs.
+        tune: the key whose values are searched, such as optimizer.lr; empty for none.
+        base_rates: learning rate at which each variant's search begins; None without --tune.
+        digests: of each variant's recipe.
+        auto_choices: what `auto` resolves to, as overrides, once a probe has measured it.
+        rates: learning rate of each variant's runs by seed, once its search is over.
+        probed: a variant that leaves keys to `auto`, empty if none does.
+        on_cpu: whether all runs train on the CPU, even if there are GPUs.
+        share: of the machine that each run has under a budget of time; empty for budgets of steps and epochs.
         share_now: what further runs would have.
     """
 
@@ -70,64 +65,64 @@ class Comparison:
     target: float | None
     base_rates: dict[str, float | None]
     digests: dict[str, str]
-    settled: list[str]
+    auto_choices: list[str]
     rates: dict[str, float]
-    measured: str
+    probed: str
     on_cpu: bool
     share: str
     share_now: str
 
     def search(self, name: str) -> dict[float, RunResult]:
-        """The runs of a variant's search by rate: those of the first grid, and what extended it while an edge was best."""
+        """Read a variant's search by learning rate: the first grid, and its extensions while an edge was best."""
         base = self.base_rates[name]
         if base is None:
             return {}
-        found = {rate: self._outcome(name, f"rate-{rate:g}") for rate in rate_grid(base, self.trials)}
+        found = {rate: self._result(name, f"rate-{rate:g}") for rate in rate_grid(base, self.trials)}
         for _ in range(MOST_EXTENSIONS):
-            all_over = all(outcome.state in _OVER for outcome in found.values())
-            extra = next_rate(losses_of(found), base) if all_over else None
+            is_complete = all(run.is_over for run in found.values())
+            extra = next_rate(losses_of(found), base) if is_complete else None
             if extra is None:
                 break
-            found[extra] = self._outcome(name, f"rate-{extra:g}")
+            found[extra] = self._result(name, f"rate-{extra:g}")
         return dict(sorted(found.items()))
 
     def rate(self, name: str) -> float | None:
-        """The rate of a variant's runs: the best that was found, the recipe's own where none is."""
+        """Return the learning rate of a variant's runs: the best of the search, else the recipe's."""
         if name in self.rates:
             return self.rates[name]
         return best_rate(losses_of(self.search(name))) or self.base_rates[name]
 
     def search_tasks(self) -> list[Task]:
-        """The runs that the search still needs, as far as that is known."""
+        """Return the runs that the search is known to need still."""
         return [
             self._task(name, f"rate-{rate:g}", [f"{self.tune}={rate:g}", f"run.seed={SEARCH_SEED}"])
             for name in self.variants
-            for rate, outcome in self.search(name).items()
-            if outcome.state not in _OVER
+            for rate, run in self.search(name).items()
+            if not run.is_over
         ]
 
     def seed_tasks(self) -> list[Task]:
-        """The runs with seeds that are still to be made: all variants with the first seed, then with the next.
+        """Return the missing runs by seed: all variants with the first seed, then with the next.
 
-        Those whose search has not come to its end wait for it.
+        Variants whose search is not over are left out.
         """
         tasks, names = [], self._searched()
         for seed in range(self.seeds):
             for name in names:
-                if self._outcome(name, str(seed)).state not in _OVER:
+                if not self._result(name, str(seed)).is_over:
                     rate = self.rate(name) if self.tune else None
                     tuned = [f"{self.tune}={rate:g}"] if rate is not None else []
                     tasks.append(self._task(name, str(seed), [*tuned, f"run.seed={seed}"]))
         return tasks
 
-    def results(self) -> list[Variant]:
-        """What there is now, of every variant."""
+    def read_results(self) -> list[Variant]:
+        """Read the present results of every variant."""
         return [
             Variant(
                 name,
                 overrides,
                 self.rate(name),
-                {seed: self._outcome(name, str(seed)) for seed in range(self.seeds)},
+                {seed: self._result(name, str(seed)) for seed in range(self.seeds)},
                 self.search(name),
                 self._memory(name),
             )
@@ -135,68 +130,61 @@ class Comparison:
         ]
 
     def fix_rates(self) -> None:
-        """Keep to the rates as they are now: runs of one variant must not differ in it."""
+        """Fix the learning rates as they are now: runs of one variant must not differ in it."""
         found = {name: self.rate(name) for name in self._searched()}
         self.rates |= {name: rate for name, rate in found.items() if rate is not None}
         self.save()
 
     def _searched(self) -> list[str]:
-        """The variants whose search has come to its end."""
-        return [name for name in self.variants if all(run.state in _OVER for run in self.search(name).values())]
+        """Return the variants whose search is over."""
+        return [name for name in self.variants if all(run.is_over for run in self.search(name).values())]
 
     def probe_task(self) -> Task | None:
-        """A run of one step that measures what is left to `auto`, for all runs alike; None where nothing is."""
-        if self.settled or not self.measured:
+        """Return a run of one step that resolves `auto` once for all runs, or None if no variant has `auto`."""
+        if self.auto_choices or not self.probed:
             return None
         place = self.folder / ".probe"  # a name that no variant can have
-        overrides = [
-            *self.arguments[1:],
-            *self.variants[self.measured],
-            "train.duration=1 steps",
-            f"run.dir={place / 'run'}",
-        ]
-        return Task("one step to measure", [self.arguments[0], *overrides], place / "log")
+        overrides = [*self.variants[self.probed], "train.duration=1 steps", f"run.dir={place / 'run'}"]
+        return Task("one step to measure", [*self.arguments, *overrides], place / "log")
 
-    def settle(self) -> None:
-        """Take what the probe has measured.
+    def resolve_auto(self) -> None:
+        """Take over what the probe has measured.
 
         Raises:
-            InputError: it has come to no end.
+            InputError: the probe did not finish.
         """
         place = self.folder / ".probe"
-        outcome = read_result(place / "run", place / "log")
-        if outcome.state != "finished":
-            raise InputError(
-                f"the first step of variant {self.measured} has failed: {outcome.reason}. See {place / 'log'}"
-            )
-        recipe = load_recipe(str(place / "run" / "config.yaml")).recipe
-        self.settled = [f"train.{key}={getattr(recipe.train, key)}" for key in _MEASURED]
+        probe = read_result(place / "run", place / "log")
+        if probe.state != "finished":
+            raise InputError(f"the first step of variant {self.probed} failed: {probe.reason}. See {place / 'log'}")
+        train = RunDir(place / "run").config.recipe.train
+        self.auto_choices = [f"train.{key}={getattr(train, key)}" for key in _MEASURED]
         self.save()
 
     def running(self) -> list[Path]:
-        """Folders of runs that are alive, whoever has started them."""
+        """Return the folders of live runs, whoever started them."""
         places = (place.parent for place in self.folder.glob(f"*/*/{LOCK_NAME}"))
         return sorted(place for place in places if is_held(place))
 
     def save(self) -> None:
-        """Write down what is compared, so that a later command can see whether it means the same."""
+        """Save the plan, so that a later command can tell whether it is the same comparison."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / PLAN_NAME, (json.dumps(self.record(), indent=1) + "\n").encode())
+        write_atomically(self.folder / PLAN_NAME, (json.dumps(self.as_json(), indent=1) + "\n").encode())
 
     def check_share(self) -> None:
-        """Refuse to run more where a budget of time would mean another amount of work.
+        """Check that a budget of time still means the same amount of work.
 
         Raises:
-            InputError: it would.
+            InputError: further runs would have another share of the machine.
         """
         if self.share_now != self.share:
             raise InputError(
-                f"{self.folder}: a run of {self.budget.text} had {self.share} and would now have {self.share_now}: give as "
-                f"many cores or GPUs and the same --parallel as before, or another --out"
+                f"{self.folder}: a run of {self.budget.text} had {self.share} and would now have {self.share_now}: give the "
+                f"same number of cores or GPUs and the same --parallel as before, or another --out"
             )
 
-    def record(self) -> dict[str, Any]:
-        """The settings as JSON has them."""
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings as comparison.json and results.json have them."""
         return {
             "command": self.command,
             "arguments": self.arguments,
@@ -204,111 +192,66 @@ class Comparison:
             "tune": self.tune,
             "trials": self.trials,
             "share": self.share,
-            "settled": self.settled,
+            "settled": self.auto_choices,
             "rates": self.rates,
             "digests": self.digests,
         }
 
     def log(self, name: str, run: str) -> Path:
-        """Where what a run prints is kept."""
+        """Return the path of a run's output."""
         return self.folder / name / f"{run}.log"
 
-    def _outcome(self, name: str, run: str) -> RunResult:
+    def _result(self, name: str, run: str) -> RunResult:
         return read_result(self.folder / name / run, self.log(name, run))
 
     def _memory(self, name: str) -> float | None:
-        runs = [str(seed) for seed in range(self.seeds) if self._outcome(name, str(seed)).last]
+        runs = [str(seed) for seed in range(self.seeds) if self._result(name, str(seed)).last]
         return optimizer_memory(self.folder / name / runs[0]) if runs else None
 
-    def _own_conditions(self, name: str) -> set[str]:
-        """What a variant sets of all that the choice of train.convolutions depends on."""
+    def _convolution_conditions(self, name: str) -> set[str]:
+        """Return the overrides of a variant that the choice of train.convolutions depends on."""
         return {override for override in self.variants[name] if override.startswith(_CONVOLUTIONS_DEPEND_ON)}
 
     def _task(self, name: str, run: str, added: list[str]) -> Task:
         place = [f"run.dir={self.folder / name / run}", f"run.name={name}-{run}"]
-        settled = self.settled
-        if settled and self._own_conditions(name) != self._own_conditions(self.measured):
-            settled = [override for override in settled if not override.startswith("train.convolutions=")]
-        overrides = [*self.arguments[1:], *settled, *self.variants[name], *self.budget.overrides, *added, *place]
-        return Task(f"{name} {run}", [self.arguments[0], *overrides], self.log(name, run))
+        chosen = self.auto_choices
+        if chosen and self._convolution_conditions(name) != self._convolution_conditions(self.probed):
+            chosen = [override for override in chosen if not override.startswith("train.convolutions=")]
+        overrides = [*chosen, *self.variants[name], *self.budget.overrides, *added, *place]
+        return Task(f"{name} {run}", [*self.arguments, *overrides], self.log(name, run))
 
 
 def losses_of(search: dict[float, RunResult]) -> dict[float, float]:
-    """The training loss at each rate, infinite where training failed."""
-    return {rate: math.inf if outcome.train_loss is None else outcome.train_loss for rate, outcome in search.items()}
+    """Return the training loss at each learning rate, infinite where training failed."""
+    return {rate: math.inf if run.train_loss is None else run.train_loss for rate, run in search.items()}
 
 
 def prepare(args: argparse.Namespace, command: str) -> Comparison:
     """Check everything that can be checked before the first run.
 
     Raises:
-        InputError: with all problems: of the options, of each variant's recipe, or because DIR holds another comparison.
+        InputError: lists all problems of the options or of the variants' recipes; or DIR holds another comparison.
     """
-    problems = [
-        f"--{name} {value} must be at least {least}"
-        for name, least in (("seeds", 1), ("trials", 2), ("parallel", 1))
-        if (value := getattr(args, name)) is not None and value < least
-    ]
-    if args.trials is not None and not args.tune:
-        problems.append("--trials has no effect without --tune KEY, such as optimizer.lr")
-    if args.target is not None and not 0 < args.target < 1:
-        problems.append(f"--target {args.target:g} is an accuracy: between 0 and 1")
-    if args.within is not None and not args.within > 0:
-        problems.append(f"--within {args.within:g} is a number of minutes above 0")
-    if args.slurm is not None and (args.parallel != 1 or args.within is not None):
-        problems.append("--parallel and --within have no effect with --slurm: give --slurm '--array ...%P --time T'")
     folder = args.out or Path("runs") / f"compare-{load_recipe(args.recipe).recipe.run.name}"
-    if args.doc and not args.doc.absolute().is_relative_to(folder.absolute()):
-        try:
-            check_output_file("--doc", args.doc)
-        except InputError as error:
-            problems.append(str(error))
-    problems += _own_keys(args.overrides, "", bool(args.budget))
-    if launch_env.is_launched():
-        problems.append("compare starts processes itself: leave out torchrun, accelerate launch and srun")
+    problems = _option_problems(args, folder)
     if problems:
-        raise InputError.from_problems("nothing was begun", problems)
-
+        raise InputError.from_problems("nothing was started", problems)
     budget, variants = Budget.parse(args.budget), read_variants(args.over, args.variants)
-    recipes = {}
-    refused: dict[str, list[str]] = {}  # why -> the variants: a key that does not exist is told once
-    for name, overrides in variants.items():
-        problems += [
-            f"variant {name}: {problem}"
-            for problem in _own_keys(overrides, args.tune if args.over else "", bool(args.budget))
-        ]
-        try:
-            recipes[name] = _check([args.recipe, *args.overrides, *overrides, *budget.overrides])
-        except InputError as error:
-            refused.setdefault(str(error), []).append(name)
-    problems += [f"variant {', '.join(names)}: {reason}" for reason, names in refused.items()]
-    same = {tuple(name for name in recipes if recipes[name] == recipe): None for recipe in recipes.values()}
-    problems += [f"variants {', '.join(names)} mean the same: give one of them" for names in same if len(names) > 1]
-    base_rates: dict[str, float | None] = dict.fromkeys(variants)
-    for name, recipe in recipes.items() if args.tune else ():
-        rate = _number(recipe, args.tune)
-        base_rates[name] = rate
-        if rate is None:
-            problems.append(f"variant {name}: --tune {args.tune} is no number above 0 in this recipe")
-            continue
-        for tried in (rate_grid(rate, args.trials or 3)[place] for place in (0, -1)):
-            try:
-                _check([args.recipe, *args.overrides, *variants[name], *budget.overrides, f"{args.tune}={tried:g}"])
-            except InputError as error:
-                problems.append(f"variant {name}, {args.tune}={tried:g} of the search: {error}")
+    recipes, problems = _load_variants(args, budget, variants)
+    base_rates, tune_problems = _base_rates(args, budget, variants, recipes)
     from shardstep.trainer.precision import is_measured
 
-    measured = [name for name, recipe in recipes.items() if is_measured(recipe.train)]
-    if measured and args.slurm is not None:
+    with_auto = [name for name, recipe in recipes.items() if is_measured(recipe.train)]
+    problems += tune_problems
+    if with_auto and args.slurm is not None:
         problems.append(
-            f"variant {measured[0]} leaves train.precision or train.memory_format to auto, and each job would measure for "
-            "itself: give both, such as train.precision=bf16 train.memory_format=channels_last"
+            f"variant {with_auto[0]} leaves train.precision or train.memory_format to auto, so each job would measure it "
+            "again: give both, such as train.precision=bf16 train.memory_format=channels_last"
         )
     if not args.budget and len({recipe.train.duration for recipe in recipes.values()}) > 1:
-        problems.append("variants differ in train.duration: give all the same --budget")
+        problems.append("variants differ in train.duration: give a --budget for all")
     if problems:
-        raise InputError.from_problems("nothing was begun", problems)
-    first = next(iter(recipes.values()))
+        raise InputError.from_problems("nothing was started", problems)
     on_cpu = all(recipe.train.device == "cpu" for recipe in recipes.values())
     share = ""
     if any(recipe.train.max_wall_s for recipe in recipes.values()):
@@ -318,17 +261,17 @@ def prepare(args: argparse.Namespace, command: str) -> Comparison:
         folder=folder,
         command=command,
         arguments=[args.recipe, *args.overrides],
-        budget=budget if args.budget else Budget(first.train.duration, ()),
+        budget=budget if args.budget else Budget(next(iter(recipes.values())).train.duration, ()),
         variants=variants,
         seeds=args.seeds,
         tune=args.tune or "",
-        trials=args.trials or 3,
+        trials=args.trials or _TRIALS,
         target=args.target,
         base_rates=base_rates,
         digests={name: hashlib.sha256(recipe_text(recipe).encode()).hexdigest() for name, recipe in recipes.items()},
-        settled=[],
+        auto_choices=[],
         rates={},
-        measured=measured[0] if measured else "",
+        probed=with_auto[0] if with_auto else "",
         on_cpu=on_cpu,
         share=share,
         share_now=share,
@@ -337,20 +280,81 @@ def prepare(args: argparse.Namespace, command: str) -> Comparison:
     return comparison
 
 
-def _own_keys(overrides: Sequence[str], tuned: str, has_budget: bool) -> list[str]:
-    """What overrides say of keys that the comparison sets itself."""
-    keys = {text.partition("=")[0] for text in overrides}
+def _option_problems(args: argparse.Namespace, folder: Path) -> list[str]:
+    problems = [
+        f"--{name} {value} must be at least {least}"
+        for name, least in (("seeds", 1), ("trials", 2), ("parallel", 1))
+        if (value := getattr(args, name)) is not None and value < least
+    ]
+    if args.trials is not None and not args.tune:
+        problems.append("--trials has no effect without --tune KEY, such as optimizer.lr")
+    if args.target is not None and not 0 < args.target < 1:
+        problems.append(f"--target {args.target:g} must be an accuracy between 0 and 1")
+    if args.within is not None and not args.within > 0:
+        problems.append(f"--within {args.within:g} must be a number of minutes above 0")
+    if args.slurm is not None and (args.parallel != 1 or args.within is not None):
+        problems.append("--parallel and --within have no effect with --slurm: give --slurm '--array ...%P --time T'")
+    if args.doc and not args.doc.absolute().is_relative_to(folder.absolute()):
+        try:
+            check_output_file("--doc", args.doc)
+        except InputError as error:
+            problems.append(str(error))
+    problems += _reserved_keys(args.overrides, "", bool(args.budget))
+    if launch_env.is_launched():
+        problems.append("compare starts processes itself: leave out torchrun, accelerate launch and srun")
+    return problems
+
+
+def _load_variants(
+    args: argparse.Namespace, budget: Budget, variants: dict[str, list[str]]
+) -> tuple[dict[str, Recipe], list[str]]:
+    """Return the validated recipe of each valid variant, and the problems of the others."""
+    recipes, problems = {}, []
+    refused: dict[str, list[str]] = {}  # reason -> variants: an unknown key is reported once
+    for name, overrides in variants.items():
+        reserved = _reserved_keys(overrides, args.tune if args.over else "", bool(args.budget))
+        problems += [f"variant {name}: {problem}" for problem in reserved]
+        try:
+            recipes[name] = _check([args.recipe, *args.overrides, *overrides, *budget.overrides])
+        except InputError as error:
+            refused.setdefault(str(error), []).append(name)
+    problems += [f"variant {', '.join(names)}: {reason}" for reason, names in refused.items()]
+    same = {tuple(name for name in recipes if recipes[name] == recipe): None for recipe in recipes.values()}
+    problems += [f"variants {', '.join(names)} are the same: keep one of them" for names in same if len(names) > 1]
+    return recipes, problems
+
+
+def _base_rates(
+    args: argparse.Namespace, budget: Budget, variants: dict[str, list[str]], recipes: dict[str, Recipe]
+) -> tuple[dict[str, float | None], list[str]]:
+    """Return where each variant's search begins, None without --tune, and the problems of its first grid's edges."""
+    base_rates: dict[str, float | None] = dict.fromkeys(variants)
+    problems = []
+    for name, recipe in recipes.items() if args.tune else ():
+        rate = base_rates[name] = _positive_number(recipe, args.tune)
+        if rate is None:
+            problems.append(f"variant {name}: --tune {args.tune} is not a number above 0 in this recipe")
+            continue
+        grid = rate_grid(rate, args.trials or _TRIALS)
+        for edge in (grid[0], grid[-1]):
+            try:
+                _check([args.recipe, *args.overrides, *variants[name], *budget.overrides, f"{args.tune}={edge:g}"])
+            except InputError as error:
+                problems.append(f"variant {name}, {args.tune}={edge:g} of the search: {error}")
+    return base_rates, problems
+
+
+def _reserved_keys(overrides: Sequence[str], tuned: str, has_budget: bool) -> list[str]:
+    """Return a problem for each override of a key that the comparison sets itself."""
+    keys, problems = {text.partition("=")[0] for text in overrides}, []
     folders = sorted(keys & {"run.dir", "run.name", "run.resume", "run.seed"})
-    problems = (
-        [f"{', '.join(folders)}: a comparison gives its runs folders and seeds itself; see --out and --seeds"]
-        if folders
-        else []
-    )
+    if folders:
+        problems.append(f"{', '.join(folders)}: a comparison sets its runs' folders and seeds; see --out and --seeds")
     lengths = sorted(keys & {"train.duration", "train.max_wall_s"})
     if lengths and has_budget:
-        problems.append(f"{', '.join(lengths)}: --budget says how long the runs are")
+        problems.append(f"{', '.join(lengths)}: --budget sets the length of the runs")
     if tuned in keys:
-        problems.append(f"{tuned}: --tune searches it, so that the values given would not be used")
+        problems.append(f"{tuned}: --tune searches it, so the values given would not be used")
     return problems
 
 
@@ -365,42 +369,43 @@ def _check(arguments: list[str]) -> Recipe:
 
 
 def _check_same_comparison(comparison: Comparison) -> None:
-    """Refuse a folder of another comparison; take over what is settled in one that goes on.
+    """Check that the folder holds this comparison or nothing; take over the choices of an earlier command.
 
     Raises:
-        InputError: it is another.
+        InputError: it holds another comparison, or other files.
     """
     path = comparison.folder / PLAN_NAME
     if not path.is_file():
         if comparison.folder.exists() and any(comparison.folder.iterdir()):
-            raise InputError(f"--out {comparison.folder} holds other files than a comparison's: choose another folder")
+            raise InputError(
+                f"--out {comparison.folder} holds files that are not a comparison's: choose another folder"
+            )
         return
     try:
-        saved, new = json.loads(path.read_text()), comparison.record()
+        saved, new = json.loads(path.read_text()), comparison.as_json()
         differences = [
             f"{key}: {saved[key]} -> {new[key]}" for key in ("budget", "tune", "trials") if saved[key] != new[key]
         ]
         differences += [
-            f"variant {name} has other values than its runs there"
+            f"variant {name} differs from its runs there"
             for name, digest in new["digests"].items()
             if saved["digests"].get(name, digest) != digest and (comparison.folder / name).exists()
         ]
         if any((comparison.folder / name).exists() for name in saved["digests"]):
             comparison.share = saved.get("share", comparison.share)
-        comparison.settled, comparison.rates = list(saved["settled"]), dict(saved["rates"])
-        # Runs of variants that are left out this time stay known.
-        comparison.digests = saved["digests"] | new["digests"]
+        comparison.auto_choices, comparison.rates = list(saved["settled"]), dict(saved["rates"])
+        comparison.digests = saved["digests"] | new["digests"]  # keeps variants that this command leaves out
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({error}): give another --out, or remove the file") from None
     if differences:
         raise InputError.from_problems(
-            f"{comparison.folder} holds another comparison. Give another --out; more --seeds or variants may be added to it",
+            f"{comparison.folder} holds another comparison. Give another --out; more --seeds or variants are fine",
             differences,
         )
 
 
-def _number(recipe: Recipe, key: str) -> float | None:
-    """The value of a section.key in a recipe, if it is a number above 0."""
+def _positive_number(recipe: Recipe, key: str) -> float | None:
+    """Return the value of section.key in a recipe if it is a number above 0."""
     section, _, name = key.partition(".")
     content = getattr(recipe, section, None)
     value = content.get(name) if isinstance(content, dict) else getattr(content, name, None)

@@ -1,4 +1,4 @@
-"""Training commands to processes of their own, one after another or several at once, each on its part of the machine."""
+"""A pool of training processes: runs tasks one after another or several at once, each on its part of the machine."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from shardstep.configs.text import count
 from shardstep.launch.ranks import TRAIN_SCRIPT
 
 _POLL_S = 0.2
@@ -19,7 +20,7 @@ End = Literal["done", "stopped", "out of time"]
 
 @dataclass(frozen=True)
 class Task:
-    """One run: what to call it, what `shardstep train` is told, and where what it prints is kept."""
+    """One run: its name, the arguments of `shardstep train`, and the file that keeps its output."""
 
     name: str
     arguments: list[str]
@@ -34,24 +35,24 @@ def run_tasks(
     within_s: float = float("inf"),
     longest_s: float = 0.0,
 ) -> End:
-    """Run tasks in order, each in a process of its own, so that a crash of one is not the others' end.
+    """Run tasks in order, each in a separate process, so that a crash of one does not end the others.
 
-    Ctrl-C, SIGTERM and the loss of the terminal ask the running ones to save, and wait for them; a second one ends them.
+    On Ctrl-C, SIGTERM or the loss of the terminal, ask the running ones to save and wait for them; on the next, kill them.
 
     Args:
         tasks: to run.
-        parallel: how many at once. On CPUs they divide the cores among them.
-        gpus: as CUDA_VISIBLE_DEVICES names them, one a process; empty trains on CPU cores.
-        ended: told of each task, its exit code (negative: of a signal) and its seconds.
-        within_s: no task is begun that would not end in this time, going by the longest so far.
-        longest_s: that one has taken before this call.
+        parallel: number of tasks at once. On CPUs they share the cores equally.
+        gpus: names for CUDA_VISIBLE_DEVICES, one per process; empty to train on CPU cores.
+        ended: called with each task, its exit code (negative: a signal) and its seconds.
+        within_s: start no task that would exceed this time, judging by the longest so far.
+        longest_s: seconds of the longest task before this call.
 
     Returns:
-        How it ended: some tasks may not have been begun unless it is done.
+        How it ended. Unless it is "done", some tasks may not have been started.
     """
     began_s = time.monotonic()
     waiting, running = list(tasks), dict[int, tuple[Task, subprocess.Popen[bytes], float]]()
-    interrupts, told = 0, False
+    interrupts, is_announced = 0, False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupts
@@ -68,15 +69,19 @@ def run_tasks(
                     task = waiting.pop(0)
                     process = _start(task, slot, parallel, gpus)
                     running[slot] = (task, process, time.monotonic())
-                    if interrupts:  # which came while it was started
+                    if interrupts:  # one arrived during the start
                         process.send_signal(signal.SIGTERM)
             if not running:
                 break
             time.sleep(_POLL_S)
-            if interrupts and not told:
+            if interrupts and not is_announced:
                 names = ", ".join(task.name for task, _, _ in running.values())
-                print(f"{names}: saving after this step; Ctrl-C again ends without it", file=sys.stderr, flush=True)
-                told = True
+                print(
+                    f"{names}: saving after this step; press Ctrl-C again to kill without saving",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                is_announced = True
             for slot, (task, process, started_s) in list(running.items()):
                 if process.poll() is not None:
                     seconds = time.monotonic() - started_s
@@ -84,7 +89,7 @@ def run_tasks(
                     del running[slot]
                     ended(task, process.returncode, seconds)
     finally:
-        for _, process, _ in running.values():  # after an error of ours: nobody else would end them
+        for _, process, _ in running.values():  # after an error of ours, nothing else would end them
             process.send_signal(signal.SIGTERM)
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -92,22 +97,21 @@ def run_tasks(
 
 
 def share_of_run(parallel: int, gpus: Sequence[str]) -> str:
-    """What each of several runs at once has of this machine, in words."""
+    """Describe the share of this machine that each of several concurrent runs has."""
     cores = len(os.sched_getaffinity(0))
     room, kind = (len(gpus), "GPU") if gpus else (cores, "core")
     if parallel > room:
-        return f"{room} {kind}{'s' * (room > 1)} together with {parallel - 1} more"
-    threads = cores // parallel
-    return "a GPU" if gpus else f"{threads} thread{'s' * (threads > 1)}"
+        return f"{count(room, kind)} together with {parallel - 1} more"
+    return "a GPU" if gpus else count(cores // parallel, "thread")
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     args = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return args.split(",")[:count] if args else [str(number) for number in range(count)]
+    num_gpus = torch.cuda.device_count()
+    return args.split(",")[:num_gpus] if args else [str(number) for number in range(num_gpus)]
 
 
 def _start(task: Task, slot: int, parallel: int, gpus: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -117,14 +121,13 @@ def _start(task: Task, slot: int, parallel: int, gpus: Sequence[str]) -> subproc
     task.log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(TRAIN_SCRIPT), *task.arguments]
     with task.log.open("ab") as log:
-        # In a session of its own: Ctrl-C comes from here, once.
+        # In a new session: otherwise Ctrl-C would reach it twice, from the terminal and from here.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
     cores = sorted(os.sched_getaffinity(0))
     if not gpus and parallel > 1 and len(cores) >= parallel:
-        share = len(cores) // parallel  # as many for each: what is left over idles
-        os.sched_setaffinity(
-            process.pid, cores[slot * share : (slot + 1) * share]
-        )  # before it has threads: they inherit it
+        share = len(cores) // parallel  # the same for each; the remainder idles
+        # before the process has threads, which inherit it
+        os.sched_setaffinity(process.pid, cores[slot * share : (slot + 1) * share])
     return process

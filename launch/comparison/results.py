@@ -1,6 +1,5 @@
-"""Run folders to what a comparison says of them: the state of each run, its curve, its costs. Reads, and starts nothing."""
+"""Run folders to the results of a comparison: the state of each run, its curve, its costs. Reads only."""
 
-import json
 import math
 import pickle
 from collections.abc import Sequence
@@ -9,17 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shardstep.launch.comparison.significance import mean_interval
-from shardstep.trainer.monitoring.status import parse_line
+from shardstep.trainer.run_dir import RunDir, State
 
-State = Literal["finished", "failed", "unfinished", "missing"]
-_TAIL_SHARE = 0.2  # of a run's samples, over whose last part the final training loss is a mean
+_TAIL_SHARE = 0.2  # of a run's samples: the final training loss is the mean over this last part
 EXPLODED = 10.0
-"""Times the training loss of a variant's best rate: above that, another rate's is no longer a matter of degree."""
+"""Times the training loss of a variant's best learning rate: a loss above that counts as exploded."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation: where the run was, its seconds of training, and the test set's figures."""
+    """An evaluation: the run's position, its seconds of training, and the figures for the test set."""
 
     step: int
     epoch: float
@@ -32,11 +30,12 @@ class Point:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What became of one run.
+    """The result of one run.
 
     Attributes:
-        state: finished; failed in training, as with NaN, and it would fail again; unfinished: it can go on; missing.
-        reason: why it failed or is unfinished, in a line.
+        state: of the run's folder, or missing if there is none.
+        reason: why it did not finish, in a line.
+        has_diverged: whether it failed with a NaN or infinite loss. It would fail again, so it is not run again.
         curve: its evaluations.
         train_loss: mean over the last fifth of the samples that it trained on; None if it is not finished.
         world: ranks, device and precision, from its summary.
@@ -45,14 +44,27 @@ class RunResult:
     """
 
     folder: str
-    state: State
+    state: State | Literal["missing"]
     reason: str = ""
+    has_diverged: bool = False
     curve: list[Point] = field(default_factory=list)
     train_loss: float | None = None
     wall_s: float | None = None
     world: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run stays as it is: finished or diverged."""
+        return self.state == "finished" or self.has_diverged
+
+    @property
+    def outcome(self) -> Literal["finished", "failed", "unfinished", "missing"]:
+        """The outcome as tables and results.json have it; unfinished: the run can be resumed or started again."""
+        if self.is_over:
+            return "failed" if self.has_diverged else "finished"
+        return "missing" if self.state == "missing" and not self.reason else "unfinished"
 
     @property
     def last(self) -> Point | None:
@@ -65,16 +77,22 @@ class RunResult:
         return self.last.train_s / self.last.epoch if self.last and self.last.epoch else None
 
     def reached(self, target: float) -> Point | None:
-        """The first evaluation whose accuracy is the target or more."""
+        """Return the first evaluation whose accuracy is the target or more."""
         return next((point for point in self.curve if point.accuracy is not None and point.accuracy >= target), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as results.json has them."""
+        fields = asdict(self) | {"state": self.outcome}
+        del fields["has_diverged"]
+        return fields
 
 
 @dataclass(frozen=True)
 class Variant:
-    """All runs of one variant: with its seeds, and those of the search for a rate, by rate.
+    """All runs of one variant: by seed, and those of the search by learning rate.
 
     Attributes:
-        rate: that the seeds were run with: the search's best, or the recipe's own.
+        rate: the tuned learning rate of the runs by seed: the best of the search, else the recipe's.
         overrides: what makes the variant.
         bytes_per_parameter: of the optimizer's state in a checkpoint; None if there is none.
     """
@@ -88,35 +106,42 @@ class Variant:
 
     @property
     def finished(self) -> list[RunResult]:
-        """The runs with its seeds that came to their end."""
-        return [outcome for outcome in self.seeds.values() if outcome.last]
+        """The runs by seed that are finished."""
+        return [run for run in self.seeds.values() if run.last]
 
     @property
     def accuracies(self) -> list[float]:
         """Final accuracies of the finished runs."""
-        return [
-            outcome.last.accuracy for outcome in self.finished if outcome.last and outcome.last.accuracy is not None
-        ]
+        return [run.last.accuracy for run in self.finished if run.last and run.last.accuracy is not None]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the variant and its runs as results.json has them."""
+        return {
+            "name": self.name,
+            "overrides": self.overrides,
+            "rate": self.rate,
+            "optimizer_state_bytes_per_parameter": self.bytes_per_parameter,
+            "runs": {str(seed): run.as_json() for seed, run in self.seeds.items()},
+            "search": {f"{rate:g}": run.as_json() for rate, run in self.search.items()},
+        }
 
 
 def read_result(folder: Path, log: Path | None = None) -> RunResult:
-    """What became of a run, by its folder; `log` is what its process printed, if that was kept."""
-    found = _read_json(folder / "summary.json")
-    summary = found if isinstance(found, dict) else {}
-    status = summary.get("status")
-    if not (folder / "config.yaml").is_file():
-        complaint = last_complaint(log)
-        return RunResult(str(folder), "unfinished" if complaint else "missing", complaint)
-    lines = read_lines(folder / "metrics.jsonl")
+    """Read the result of a run from its folder, and from the log of its process if there is one."""
+    run = RunDir(folder)
+    if not run.is_run:
+        return RunResult(str(folder), "missing", last_complaint(log))
+    lines, summary = run.metrics(), run.summary
+    state = run.state(lines[-1].get("step") if lines else 0)
     curve = [_point(line) for line in lines if line["kind"] == "eval"]
-    if status != "finished":
-        complaint = str(summary.get("reason", "")) if status == "failed" else ""
-        complaint = complaint or last_complaint(log)
-        has_left_numbers = bool(lines) and lines[-1].get("loss") is None
-        for_good = status == "failed" and (has_left_numbers or "NaN or infinite" in complaint)
-        state: State = "failed" if for_good else "unfinished"
-        reason = complaint or ("the loss is no number" if for_good else "it was stopped")
-        return RunResult(str(folder), state, reason, curve)
+    if state != "finished":
+        # Summaries of earlier versions have no `failure`; their last line then tells whether the loss was NaN or infinite.
+        guess = "nonfinite" if lines and lines[-1].get("loss") is None else "error"
+        has_diverged = state == "failed" and summary.get("failure", guess) == "nonfinite"
+        complaint = (str(summary.get("reason", "")) if state == "failed" else "") or last_complaint(log)
+        reason = complaint or ("the loss is NaN or infinite" if has_diverged else "it was stopped")
+        return RunResult(str(folder), state, reason, has_diverged, curve)
+    start = run.starts[-1] if run.starts else {}
     return RunResult(
         folder=str(folder),
         state="finished",
@@ -125,15 +150,15 @@ def read_result(folder: Path, log: Path | None = None) -> RunResult:
         wall_s=summary["wall_s"],
         world={key: summary[key] for key in ("world_size", "device", "precision")},
         data=summary.get("data", {}),
-        start=_last_start(folder / "starts.json"),
+        start={key: start[key] for key in ("hardware", "versions") if key in start},
     )
 
 
 def tail_loss(curve: Sequence[Point], share: float = _TAIL_SHARE) -> float | None:
-    """The mean training loss over the last samples of a run, this share of them.
+    """Return the mean training loss over the last share of a run's samples.
 
-    An interval between evaluations that holds more than are wanted counts in part, by its own mean. None where a loss is
-    missing, as in a reconstruction whose line was cut.
+    Of the earliest interval between evaluations only the part that is needed counts, by the interval's mean. None where a
+    loss is missing, as in a reconstruction whose line was cut.
     """
     if not curve:
         return None
@@ -150,19 +175,19 @@ def tail_loss(curve: Sequence[Point], share: float = _TAIL_SHARE) -> float | Non
 
 
 def optimizer_memory(run: Path) -> float | None:
-    """Bytes of the optimizer's tensors per parameter of the model, in a run's last checkpoint; None without a whole one."""
+    """Return the bytes of the optimizer's tensors per parameter of the model in a run's last checkpoint, None if damaged."""
     import torch
     from safetensors import SafetensorError, safe_open
 
-    from shardstep.trainer.checkpoints.checkpoint_files import OPTIMIZER, WEIGHTS, list_checkpoints
+    from shardstep.trainer.checkpoints.checkpoint_files import OPTIMIZER, WEIGHTS
 
-    checkpoints = list_checkpoints(run / "checkpoints")
+    checkpoints = RunDir(run).checkpoints
     if not checkpoints:
         return None
     try:
         saved = torch.load(checkpoints[-1] / OPTIMIZER, weights_only=True, map_location="cpu")
         with safe_open(checkpoints[-1] / WEIGHTS, framework="pt") as weights:
-            names = [name for name in weights.keys() if not name.endswith(_STATISTICS)]  # noqa: SIM118 - it is no mapping
+            names = [name for name in weights.keys() if not name.endswith(_STATISTICS)]  # noqa: SIM118 - not a mapping
             parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
     except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError):
         return None
@@ -170,37 +195,25 @@ def optimizer_memory(run: Path) -> float | None:
 
 
 def final_accuracy(variant: Variant) -> str:
-    """The mean of a variant's final accuracies with its interval, in per cent; its runs' fate where there is none."""
+    """Format the mean of a variant's final accuracies with its interval, in per cent; without any, its worst outcome."""
     if not variant.accuracies:
-        return fate(variant)
+        return worst_outcome(variant)
     interval = mean_interval(variant.accuracies)
     width = "" if interval.half_width is None else f" ±{100 * interval.half_width:.1f}"
     return f"{100 * interval.mean:.1f}{width}"
 
 
-def fate(variant: Variant) -> str:
-    """What became of the runs of a variant none of which has an accuracy: the worst state among them."""
-    states = [outcome.state for outcome in variant.seeds.values()]
-    return next((state for state in ("failed", "unfinished", "missing") if state in states), "not evaluated")
+def worst_outcome(variant: Variant) -> str:
+    """Return the worst outcome among the runs of a variant that has no accuracy."""
+    found = [run.outcome for run in variant.seeds.values()]
+    return next((outcome for outcome in ("failed", "unfinished", "missing") if outcome in found), "not evaluated")
 
 
-def record(variant: Variant) -> dict[str, Any]:
-    """A variant as JSON has it."""
-    return {
-        "name": variant.name,
-        "overrides": variant.overrides,
-        "rate": variant.rate,
-        "optimizer_state_bytes_per_parameter": variant.bytes_per_parameter,
-        "runs": {str(seed): asdict(outcome) for seed, outcome in variant.seeds.items()},
-        "search": {f"{rate:g}": asdict(outcome) for rate, outcome in variant.search.items()},
-    }
-
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norm: no optimizer sees them
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norm: no optimizer updates them
 
 
 def _tensor_bytes(value: Any) -> int:
-    """Of all tensors in nested containers."""
+    """Return the bytes of all tensors in nested containers."""
     if hasattr(value, "element_size"):
         return int(value.numel() * value.element_size())
     if isinstance(value, dict):
@@ -215,29 +228,9 @@ def _point(line: dict[str, Any]) -> Point:
 
 
 def last_complaint(log: Path | None) -> str:
-    """The last line by which a process said what was wrong."""
+    """Return the last error line of a process's log; without one, its last line."""
     if log is None or not log.is_file():
         return ""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     complaints = [line for line in lines if line.startswith(("error:", "failed:", "stopped by"))]
     return (complaints or lines[-1:] or [""])[-1]
-
-
-def _read_json(path: Path) -> Any:
-    """What a file holds; an empty mapping where it cannot be read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def _last_start(path: Path) -> dict[str, Any]:
-    starts = _read_json(path)
-    last = starts[-1] if isinstance(starts, list) and starts else {}
-    return {key: last[key] for key in ("hardware", "versions") if isinstance(last, dict) and key in last}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are whole."""
-    lines = map(parse_line, path.read_text().splitlines() if path.is_file() else ())
-    return [line for line in lines if line and {"step", "epoch", "samples"} <= set(line)]

@@ -1,4 +1,4 @@
-"""What a comparison compares: `--over` grids and files of variants, budgets, and rates to search."""
+"""The input of a comparison: variants from `--over` grids or files, budgets, and learning rates to search."""
 
 import math
 import re
@@ -20,23 +20,23 @@ _SECONDS = {"s": 1, "min": 60, "h": 3600}
 _ENDLESS = "1000000 epochs"
 RATE_FACTOR = math.sqrt(10)
 SEARCH_SEED = 10_000
-"""Of the search's runs; no run of the comparison itself has it, so that no result was chosen by its own luck."""
+"""Seed of the search's runs. No compared run has it: a result must not benefit from the luck that selected it."""
 MOST_EXTENSIONS = 3
-"""Rates by which a search goes on, one after the other, while its best is at an edge."""
+"""Learning rates that extend a search, one after the other, while its best is at an edge."""
 
 
 def read_variants(over: Sequence[str], file: str | None) -> dict[str, list[str]]:
-    """The variants by name: the overrides that make each.
+    """Return the overrides of each variant by name.
 
     Args:
         over: `KEY=A,B,...`; several make a grid.
         file: YAML that maps names to lists of overrides: a path, or the name of one in configs/compare/.
 
     Raises:
-        InputError: there is none, both are given, or the file is not of that form.
+        InputError: neither or both are given, or the file is not of that form.
     """
     if bool(over) == bool(file):
-        raise InputError("give --over KEY=A,B,... (several make a grid) or --variants FILE, to say what to compare")
+        raise InputError("give --over KEY=A,B,... (several make a grid) or --variants FILE to say what to compare")
     if file is None:
         points = points_of(over)
         return dict(zip(names_of(points), points, strict=True))
@@ -47,26 +47,26 @@ def read_variants(over: Sequence[str], file: str | None) -> dict[str, list[str]]
         raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     problems = _problems(content)
     if problems:
-        raise InputError.from_problems(f"{path} is no file of variants (name: [section.key=value, ...])", problems)
+        raise InputError.from_problems(f"{path} is not a file of variants (name: [section.key=value, ...])", problems)
     return content
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What each run may use up: in words, and as overrides."""
+    """The budget of each run, as text and as overrides."""
 
     text: str
     overrides: tuple[str, ...]
 
     @classmethod
     def parse(cls, text: str | None) -> "Budget":
-        """Read "3 epochs", "500 steps", "120 s", "2 min" or "1 h"; None is the recipe's own duration.
+        """Parse "3 epochs", "500 steps", "120 s", "2 min" or "1 h"; None means the recipe's duration.
 
         Raises:
             InputError: it is none of these.
         """
         if text is None:
-            return cls("the recipe's own duration", ())
+            return cls("the recipe's duration", ())
         match = _TIME.fullmatch(text.strip())
         if match:
             seconds = float(match[1]) * _SECONDS[match[2]]
@@ -81,12 +81,12 @@ class Budget:
 
 
 def rate_grid(base: float, trials: int, factor: float = RATE_FACTOR) -> list[float]:
-    """Rates around `base`, each `factor` times the one before, to three digits: an odd number has it in the middle."""
+    """Return learning rates around `base`, each `factor` times the one before, to three digits; odd numbers centre on it."""
     return [_round(base * factor ** (place - (trials - 1) // 2)) for place in range(trials)]
 
 
 def next_rate(losses: dict[float, float], base: float, factor: float = RATE_FACTOR) -> float | None:
-    """The rate by which to extend a search around `base` whose best is at an edge; None if it is not, or nothing worked."""
+    """Return the learning rate that extends a search whose best is at an edge; None if it is not, or if all runs failed."""
     rates, best = sorted(losses), best_rate(losses)
     if best is None or rates[0] < best < rates[-1]:
         return None
@@ -95,7 +95,7 @@ def next_rate(losses: dict[float, float], base: float, factor: float = RATE_FACT
 
 
 def best_rate(losses: dict[float, float]) -> float | None:
-    """The rate of the lowest loss; None if every loss is infinite."""
+    """Return the learning rate of the lowest loss; None if every loss is infinite."""
     best = min(losses, key=losses.__getitem__, default=None)
     return best if best is not None and math.isfinite(losses[best]) else None
 
@@ -111,7 +111,7 @@ def _find(name: str) -> Path:
     ours = {path.stem: path for path in folder.glob("*.yaml")}
     if name in ours:
         return ours[name]
-    raise InputError(f"--variants {name!r} is neither a file nor one of ours; {neighbours(name, ours)}")
+    raise InputError(f"--variants {name!r} is neither a file nor built in; {neighbours(name, ours)}")
 
 
 def _problems(content: Any) -> list[str]:
@@ -120,7 +120,7 @@ def _problems(content: Any) -> list[str]:
     problems = []
     for name, overrides in content.items():
         if not isinstance(name, str) or file_name(name) != name:
-            problems.append(f"{name!r} is to be a folder's name: letters, digits, - and _")
+            problems.append(f"{name!r} must be a valid folder name: letters, digits, - and _")
         if not isinstance(overrides, list) or not all(isinstance(text, str) and "=" in text for text in overrides):
-            problems.append(f"{name}: {overrides!r} is no list of section.key=value")
+            problems.append(f"{name}: {overrides!r} is not a list of section.key=value")
     return problems

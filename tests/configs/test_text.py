@@ -1,4 +1,4 @@
-"""Text for people."""
+"""Formatting of counts, durations and tables."""
 
 from shardstep.configs.text import count, duration, table
 

@@ -29,7 +29,7 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
 
 def test_one_and_two_ranks(runs: dict[int, Path]) -> None:
     gap = compare(runs[1], runs[2], tolerance=1e-5)
-    assert gap.parts_at is None
+    assert gap.differs_at is None
     assert 0 < gap.largest < 1e-5  # sums in another order
     assert compare(runs[1], runs[1], tolerance=1e-5).largest == 0
 
@@ -51,7 +51,7 @@ def test_a_planted_difference_is_found_at_its_step(key: str, runs: dict[int, Pat
         line[key] *= {5: 1 + 1e-4, 7: 1 + 3e-4}.get(line["step"], 1)
 
     gap = compare(runs[1], changed(runs[2], tmp_path, plant), tolerance=1e-5)
-    assert gap.parts_at == 5
+    assert gap.differs_at == 5
     assert getattr(gap, key) == pytest.approx(3e-4, rel=0.1)
 
 
@@ -61,7 +61,7 @@ def test_what_is_missing_is_a_difference(runs: dict[int, Path], tmp_path: Path) 
             line["loss"] = None
 
     gap = compare(runs[1], changed(runs[2], tmp_path, plant), tolerance=1e-5)
-    assert (gap.loss, gap.parts_at) == (math.inf, 3)
+    assert (gap.loss, gap.differs_at) == (math.inf, 3)
 
 
 def test_weights_are_compared(runs: dict[int, Path], tmp_path: Path) -> None:
@@ -71,11 +71,11 @@ def test_weights_are_compared(runs: dict[int, Path], tmp_path: Path) -> None:
     weights[name] *= 1.001
     save_file(weights, folder / "model.safetensors")
     gap = compare(runs[1], folder, tolerance=1e-5)
-    assert (gap.loss, gap.parts_at) == (0, None)
+    assert (gap.loss, gap.differs_at) == (0, None)
     assert gap.weights == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_dropout_is_told_as_the_reason(shards: Path, tmp_path: Path) -> None:
+def test_dropout_is_reported_as_the_reason(shards: Path, tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path, shards, model={"name": "convnet"}))
     command = [str(BIN / "shardstep"), "same", recipe, "--ranks", "1,2", "--steps", "3"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -87,7 +87,7 @@ def test_dropout_is_told_as_the_reason(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--ranks", "1"], "must be two or more different numbers"),
         (["--ranks", "1,two"], "must be two or more different numbers"),
@@ -95,6 +95,6 @@ def test_dropout_is_told_as_the_reason(shards: Path, tmp_path: Path) -> None:
         (["optimizer.lrr=1"], "optimizer.lrr"),
     ],
 )
-def test_bad_input(options: list[str], told: str, shards: Path, tmp_path: Path) -> None:
-    with pytest.raises((InputError, TrainingFailed), match=told):
+def test_bad_input(options: list[str], message: str, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises((InputError, TrainingFailed), match=message):
         main([str(write_recipe(tmp_path, shards)), *options])

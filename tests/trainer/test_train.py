@@ -177,7 +177,8 @@ def test_a_nan_loss_is_reported(shards: Path, tmp_path: Path) -> None:
     assert "test loss" not in message
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] > 0
     log.write_text(message)
-    assert read_result(tmp_path / "run", log).state == "failed"  # it diverged: to go on would be of no use
+    assert read_result(tmp_path / "run", log).state == "failed"
+    assert read_result(tmp_path / "run", log).has_diverged  # so compare does not run it again
 
 
 def with_a_bad_step(recipe: str, *overrides: str) -> tuple[int, str, str]:

@@ -65,11 +65,11 @@ def test_a_benchmark_runs_and_its_json_has_what_it_promises(
     assert all(row["median"] > 0 and row["ratio"] > 0 and len(row["values"]) == 1 for row in rows.values())
     printed = capsys.readouterr()
     assert all(row in printed.out for row in rows)
-    assert ("a script, seed 0: " in printed.err) == (name == "record")  # told as soon as it is known
+    assert ("a script, seed 0: " in printed.err) == (name == "record")  # printed as soon as it is known
     if name == "record":
         notes = [note for table in found["tables"] for note in table["notes"]]
         assert "a script: the method of speedrun94, 2 steps of 50 images, cpu" in notes
-        assert any(note.startswith("smoke: cpu, ") for note in notes)
+        assert any(note.startswith("smoke: cpu, ") and "auto" not in note for note in notes)
     left_out = [note for table in found["tables"] for note in table["notes"] if "not installed" in note]
     libraries = {"loader": ["streaming", "litdata"], "step": ["lightning"], "startup": ["lightning"]}.get(name, [])
     assert len(left_out) == sum(not importable(library) for library in libraries)
@@ -103,7 +103,7 @@ def test_rates_of_the_script_are_those_of_the_recipe() -> None:
     recipe = LearningRate(schedule, plan.duration, plan.samples_per_epoch, plan.global_batch_size)
     progress = Progress()
     for step in range(200):
-        record_script._set_rates(optimizers, step, 200)
+        record_script._set_lrs(optimizers, step, 200)
         assert first["lr"] == pytest.approx(0.053 * recipe.factor(progress, "3 epochs"))
         assert [group["lr"] for group in others] == pytest.approx(
             [rate * recipe.factor(progress) for rate in (0.053, 0.67, 0.24)]
@@ -189,16 +189,16 @@ def test_works_are_warmed_up_once_and_then_measured_in_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
-    [(3, ["a repeat that does not count: 3 s", "repeat 1 of 2: 3 s", "repeat 2 of 2: 3 s"]), (2, [])],
+    ("seconds", "printed"),
+    [(3, ["warm-up repeat: 3 s", "repeat 1 of 2: 3 s", "repeat 2 of 2: 3 s"]), (2, [])],
 )
-def test_long_repeats_are_told(
-    seconds: int, told: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_long_repeats_are_printed(
+    seconds: int, printed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = itertools.count(0, seconds)
     monkeypatch.setattr(bench_tables, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     in_turn({"a": lambda: 1.0}, 2)
-    assert capsys.readouterr().err.splitlines() == told
+    assert capsys.readouterr().err.splitlines() == printed
 
 
 def test_ratios_are_of_pairs() -> None:

@@ -1,4 +1,4 @@
-"""Comparisons with real processes: interrupted and gone on with, a variant that diverges, a search for rates."""
+"""Comparisons with real processes: interrupted and resumed, a variant that diverges, a search for learning rates."""
 
 import fcntl
 import json
@@ -23,6 +23,7 @@ from shardstep.launch.comparison.results import (
     optimizer_memory,
     read_result,
     tail_loss,
+    worst_outcome,
 )
 from shardstep.launch.comparison.variants import SEARCH_SEED
 from tests.launch.test_launch import BIN
@@ -55,16 +56,18 @@ def wait_for_steps(metrics: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-def test_an_interrupted_comparison_goes_on(shards: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the second of three runs: the first is kept, the second resumed, the third is a row though it diverges."""
+def test_an_interrupted_comparison_is_resumed(shards: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the second of three runs: the first is kept, the second resumed, the third, which diverges, is a row."""
     arguments, out = command(tmp_path, shards, "--seeds", "1", "--budget", "3000 steps"), tmp_path / "out"
     process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_steps(out / "adam" / "0" / "metrics.jsonl", process)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 85, told
-    assert "the same command goes on from there: shardstep compare" in told
-    assert (read_result(out / "sgd" / "0").state, read_result(out / "adam" / "0").state) == ("finished", "unfinished")
+    _, message = process.communicate(timeout=120)
+    assert process.returncode == 85, message
+    assert "the same command resumes: shardstep compare" in message
+    first, second = read_result(out / "sgd" / "0"), read_result(out / "adam" / "0")
+    assert (first.outcome, second.outcome) == ("finished", "unfinished")
+    assert second.state == "preempted"
     assert not (out / "diverging").exists()
     before = (out / "sgd" / "0" / "summary.json").stat().st_mtime_ns
 
@@ -87,7 +90,7 @@ def test_an_interrupted_comparison_goes_on(shards: Path, tmp_path: Path) -> None
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 2
     assert not re.search(r"<script|<link|(?:src|href)=.http", page)  # namespaces aside, no address and no code
-    assert "No difference here can be called real" in page
+    assert "No difference can be called real" in page
 
     again = subprocess.run(
         arguments, cwd=tmp_path, capture_output=True, text=True, timeout=170
@@ -101,7 +104,7 @@ def test_an_interrupted_comparison_goes_on(shards: Path, tmp_path: Path) -> None
 
 
 def finish(folder: Path, lr: float, loss: float) -> None:
-    """A run's folder as far as a comparison reads it; its training loss is given."""
+    """Write as much of a finished run as a comparison reads, with a given training loss."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("{}")
     line = {"kind": "eval", "step": 4, "epoch": 1.0, "samples": 101, "loss": 1.0, "accuracy": 0.5, "train_loss": loss}
@@ -110,7 +113,7 @@ def finish(folder: Path, lr: float, loss: float) -> None:
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
-def test_the_search_goes_on_at_an_edge_and_fixes_its_rate(shards: Path, tmp_path: Path) -> None:
+def test_the_search_goes_on_at_an_edge_and_fixes_its_learning_rate(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards)
     options = ["--over", "optimizer.name=sgd", "--tune", "optimizer.lr", "--seeds", "2", "--out", str(tmp_path / "out")]
     given = compare._parser().parse_intermixed_args([str(recipe), *options])
@@ -142,7 +145,7 @@ def test_the_search_goes_on_at_an_edge_and_fixes_its_rate(shards: Path, tmp_path
     assert again.rate("sgd") == rate
 
 
-def test_what_is_left_out_for_once_stays_known(shards: Path, tmp_path: Path) -> None:
+def test_variants_that_a_command_leaves_out_stay_known(shards: Path, tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path, shards))
 
     def prepared(*names: str, lr: float) -> compare.Comparison:
@@ -157,34 +160,37 @@ def test_what_is_left_out_for_once_stays_known(shards: Path, tmp_path: Path) -> 
     prepared("sgd", "adam", lr=0.1)  # nothing has been run
     finish(tmp_path / "out" / "adam" / "0", 0.1, 1.0)
     prepared("sgd", lr=0.1)
-    with pytest.raises(InputError, match="variant adam has other values than its runs there"):
+    with pytest.raises(InputError, match="variant adam differs from its runs there"):
         prepared("adam", lr=0.2)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ([], "give --over KEY=A,B"),
-        (["--over", "optimizer.lrr=1,2"], "^nothing was begun: variant 1, 2: recipe .*optimizer.lrr is not an option"),
+        (
+            ["--over", "optimizer.lrr=1,2"],
+            "^nothing was started: variant 1, 2: recipe .*optimizer.lrr is not an option",
+        ),
         (["--over", "optimizer.name=sgd,adma"], "variant adma: .*optimizer.name=adma is unknown; did you mean adam"),
         (["--over", "optimizer.name=sgd", "--budget", "soon"], "write epochs, steps or a time"),
         (["--over", "optimizer.name=sgd", "--trials", "3"], "--trials has no effect without --tune"),
-        (["--over", "optimizer.name=sgd", "--tune", "optimizer.nesterov"], "is no number above 0"),
+        (["--over", "optimizer.name=sgd", "--tune", "optimizer.nesterov"], "is not a number above 0"),
         (
             ["--over", "optimizer.name=sgd", "--seeds", "0", "--parallel", "0"],
             "2 problems\n.*--seeds 0.*\n.*--parallel 0",
         ),
-        (["--over", "optimizer.name=sgd", "--target", "70"], "is an accuracy: between 0 and 1"),
-        (["--over", "optimizer.name=sgd", "run.seed=3"], "gives its runs folders and seeds itself"),
-        (["--over", "run.seed=0,1"], "variant 0: run.seed: a comparison gives its runs folders and seeds itself"),
+        (["--over", "optimizer.name=sgd", "--target", "70"], "must be an accuracy between 0 and 1"),
+        (["--over", "optimizer.name=sgd", "run.seed=3"], "sets its runs' folders and seeds"),
+        (["--over", "run.seed=0,1"], "variant 0: run.seed: a comparison sets its runs' folders and seeds"),
         (["--over", "optimizer.lr=0.1,0.2", "--tune", "optimizer.lr"], "optimizer.lr: --tune searches it"),
         (["--over", "optimizer.name=sgd", "--tune", "train.global_batch_size"], "global_batch_size=.* of the search"),
         (["--over", "train.duration=1 epochs,2 epochs"], "variants differ in train.duration"),
-        (["--over", "optimizer.name=sgd", "train.duration=3 steps", "--budget", "5 steps"], "--budget says how long"),
-        (["--over", "optimizer.name=sgd", "train.precision=auto", "--slurm", "--time 5"], "each job would measure for"),
+        (["--over", "optimizer.name=sgd", "train.duration=3 steps", "--budget", "5 steps"], "--budget sets the length"),
+        (["--over", "optimizer.name=sgd", "train.precision=auto", "--slurm", "--time 5"], "each job would measure it"),
         (["--over", "loss.name=mse"], "has no accuracy to compare|does not fit|reconstruct"),
-        (["--over", "optimizer.name=sgd,adam,sgd"], "^nothing was begun: variants 0-sgd, 2-sgd mean the same"),
-        (["--over", "optimizer.lr=0.1,0.10,0.2"], "^nothing was begun: variants 0.1, 0.10 mean the same: give one of"),
+        (["--over", "optimizer.name=sgd,adam,sgd"], "^nothing was started: variants 0-sgd, 2-sgd are the same"),
+        (["--over", "optimizer.lr=0.1,0.10,0.2"], "^nothing was started: variants 0.1, 0.10 are the same: keep one of"),
         (
             ["--over", "optimizer.name=sgd", "--doc", "/nowhere/a.md"],
             "--doc=/nowhere/a.md: there is no folder /nowhere",
@@ -192,10 +198,10 @@ def test_what_is_left_out_for_once_stays_known(shards: Path, tmp_path: Path) -> 
         (["--over", "optimizer.name=sgd", "schedule.name=cosine", "--budget", "5 s"], "drawn over train.duration"),
     ],
 )
-def test_bad_input(options: list[str], told: str, shards: Path, tmp_path: Path) -> None:
+def test_bad_input(options: list[str], message: str, shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards)
     given = compare._parser().parse_intermixed_args([str(recipe), *options, "--out", str(tmp_path / "out")])
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         compare.prepare(given, "")
     assert not (tmp_path / "out").exists()
 
@@ -207,24 +213,24 @@ def test_a_folder_of_something_else_is_left_alone(shards: Path, tmp_path: Path) 
     given = compare._parser().parse_intermixed_args(
         [recipe, "--over", "optimizer.name=sgd", "--out", str(tmp_path / "out")]
     )
-    with pytest.raises(InputError, match="holds other files than a comparison's"):
+    with pytest.raises(InputError, match="holds files that are not a comparison's"):
         compare.prepare(given, "")
 
 
-def test_runs_that_are_alive_are_waited_for(shards: Path, tmp_path: Path) -> None:
-    """Those of a comparison that was killed: they would be begun a second time, and their search would end without them."""
+def test_live_runs_are_waited_for(shards: Path, tmp_path: Path) -> None:
+    """Runs of a killed comparison: they would be started a second time, and their search would end without them."""
     recipe = str(write_recipe(tmp_path, shards))
     options = [recipe, "--over", "optimizer.name=sgd", "--seeds", "1", "--out", str(tmp_path / "out")]
     compare.prepare(compare._parser().parse_intermixed_args(options), "").save()
     (tmp_path / "out" / "sgd" / "0").mkdir(parents=True)
     with (tmp_path / "out" / "sgd" / "0" / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        told = subprocess.run([str(BIN / "shardstep"), "compare", *options], capture_output=True, text=True)
-    assert told.returncode == 2
-    assert "1 run of an earlier command is still at work" in told.stderr
+        result = subprocess.run([str(BIN / "shardstep"), "compare", *options], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "an earlier command left 1 run running" in result.stderr
 
 
-def test_a_budget_of_time_goes_on_with_the_same_share_of_the_machine(
+def test_a_budget_of_time_resumes_with_the_same_share_of_the_machine(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = str(write_recipe(tmp_path, shards))
@@ -242,7 +248,7 @@ def test_a_budget_of_time_goes_on_with_the_same_share_of_the_machine(
         comparison = prepared("out", "--budget", "3 s", *options)
         comparison.save()  # does not forget what the runs there had
         with pytest.raises(
-            InputError, match=f"a run of 3 s of training had 1 thread and would now have {share}: give as"
+            InputError, match=f"a run of 3 s of training had 1 thread and would now have {share}: give the"
         ):
             comparison.check_share()
     with pytest.raises(InputError, match="had 1 thread and would now have a job of Slurm"):
@@ -252,7 +258,7 @@ def test_a_budget_of_time_goes_on_with_the_same_share_of_the_machine(
     prepared("steps", "--budget", "3 steps", "--parallel", "2").check_share()
 
 
-def test_more_runs_than_there_are_want_the_same_share_and_the_answer_does_not(
+def test_more_runs_need_the_same_share_and_the_report_does_not(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(write_recipe(tmp_path, shards, **SPARING))
@@ -268,25 +274,23 @@ def test_more_runs_than_there_are_want_the_same_share_and_the_answer_does_not(
     assert not (out / "sgd" / "1").exists()
 
 
-def test_what_auto_leaves_open_is_measured_once(shards: Path, tmp_path: Path) -> None:
+def test_auto_is_measured_once_for_all_runs(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards, **SPARING)
     automatic = ["train.precision=auto", "train.memory_format=auto", "train.device=cpu"]
     options = [str(recipe), *automatic, "--over", "optimizer.name=sgd,adam", "--seeds", "1", "--budget", "2 steps"]
     subprocess.run([str(BIN / "shardstep"), "compare", *options, "--out", str(tmp_path / "out")], check=True)
-    settled = json.loads((tmp_path / "out" / "comparison.json").read_text())["settled"]
-    assert [text.partition("=")[0] for text in settled] == [
+    chosen = json.loads((tmp_path / "out" / "comparison.json").read_text())["settled"]
+    assert [text.partition("=")[0] for text in chosen] == [
         "train.precision",
         "train.memory_format",
         "train.convolutions",
     ]
     for name in ("sgd", "adam"):
         starts = json.loads((tmp_path / "out" / name / "0" / "starts.json").read_text())
-        assert all(text in starts[0]["command"] for text in settled)
+        assert all(text in starts[0]["command"] for text in chosen)
 
 
-def test_a_variant_with_a_precision_of_its_own_leaves_methods_that_were_measured_with_another(
-    shards: Path, tmp_path: Path
-) -> None:
+def test_a_variant_with_another_precision_does_not_take_over_the_method(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards, **SPARING)
     variants = tmp_path / "variants.yaml"
     variants.write_text("plain: [optimizer.lr=0.1]\nhalf: [train.precision=bf16]\n")
@@ -301,21 +305,25 @@ def test_a_variant_with_a_precision_of_its_own_leaves_methods_that_were_measured
         str(tmp_path / "out"),
     ]
     comparison = compare.prepare(compare._parser().parse_intermixed_args(options), "")
-    comparison.settled = ["train.precision=fp32", "train.memory_format=channels_last", "train.convolutions=winograd"]
+    comparison.auto_choices = [
+        "train.precision=fp32",
+        "train.memory_format=channels_last",
+        "train.convolutions=winograd",
+    ]
     arguments = {name: comparison._task(name, "0", []).arguments for name in ("plain", "half")}
     assert "train.convolutions=winograd" in arguments["plain"]
     assert not any("convolutions" in text for text in arguments["half"])
 
 
-def test_a_method_measured_with_another_model_are_not_taken_over(shards: Path, tmp_path: Path) -> None:
+def test_a_method_measured_with_another_model_is_not_taken_over(shards: Path, tmp_path: Path) -> None:
     recipe, variants = write_recipe(tmp_path, shards, **SPARING), tmp_path / "variants.yaml"
     variants.write_text(
         "wide: ['model.hidden=[64]']\nplain: [optimizer.lr=0.1]\nwide_too: ['model.hidden=[64]', optimizer.lr=0.1]\n"
     )
     options = [str(recipe), "train.precision=auto", "--variants", str(variants), "--out", str(tmp_path / "out")]
     comparison = compare.prepare(compare._parser().parse_intermixed_args(options), "")
-    assert comparison.measured == "wide"
-    comparison.settled = ["train.precision=bf16", "train.memory_format=channels_last", "train.convolutions=unfold"]
+    assert comparison.probed == "wide"
+    comparison.auto_choices = ["train.precision=bf16", "train.memory_format=channels_last", "train.convolutions=unfold"]
     taken = {
         name: "train.convolutions=unfold" in comparison._task(name, "0", []).arguments for name in comparison.variants
     }
@@ -323,13 +331,13 @@ def test_a_method_measured_with_another_model_are_not_taken_over(shards: Path, t
 
 
 def test_losing_the_terminal_asks_the_runs_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shardstep.launch.comparison.planned_runs import pool
+    from shardstep.launch.comparison import pool
 
     script = tmp_path / "train.py"
     script.write_text(
         "import signal, sys\nsignal.signal(15, lambda *_: sys.exit(85))\nprint('here', flush=True)\nsignal.pause()"
     )
-    monkeypatch.setattr(pool, "__file__", str(tmp_path / "pool.py"))
+    monkeypatch.setattr(pool, "TRAIN_SCRIPT", script)
     codes: list[int] = []
 
     def hang_up() -> None:
@@ -345,7 +353,7 @@ def test_losing_the_terminal_asks_the_runs_to_save(tmp_path: Path, monkeypatch: 
     assert codes == [85]
 
 
-def test_how_much_the_rate_matters() -> None:
+def test_sensitivity_to_the_learning_rate() -> None:
     from matplotlib import pyplot
 
     from shardstep.launch.comparison.comparison_plots import PLOTS
@@ -357,45 +365,50 @@ def test_how_much_the_rate_matters() -> None:
 
     assert _sensitivity(variant(2.0, 1.0, 1.5)) == "+100%"
     assert _sensitivity(variant(2.0, 1.5, 1.0)) == "+50%; the best is at the edge"
-    assert _sensitivity(variant(2.0, 1.0, 3e9)) == "explodes at the next rate"
-    figure = PLOTS["rates"]._draw(pyplot, [variant(2.0, 1.0, 3e9)], None)
+    assert _sensitivity(variant(2.0, 1.0, 3e9)) == "explodes at the next value"
+    figure = PLOTS["rates"]._draw(pyplot, [variant(2.0, 1.0, 3e9)], None, "optimizer.lr")
     assert figure.axes[0].get_ylim() == pytest.approx((0.95, 2.05))  # its line leaves the picture
     pyplot.close(figure)
-    assert _sensitivity(variant(2.0, 1.0, None)) == "fails at the next rate"
+    assert _sensitivity(variant(2.0, 1.0, None)) == "fails at the next value"
     assert _sensitivity(variant(0.0, 0.0, 1.0)) == ""  # all learnt: no share of nothing
-    assert _sensitivity(variant(None)) == "no rate has worked"
+    assert _sensitivity(variant(None)) == "all values failed"
 
 
-def test_the_fate_of_runs_without_accuracy() -> None:
-    from shardstep.launch.comparison.results import fate
-
+def test_the_outcome_of_runs_without_accuracy() -> None:
     def variant(*states: Any) -> Variant:
-        return Variant("a", [], None, {seed: RunResult("", state) for seed, state in enumerate(states)}, {})
+        runs = {seed: RunResult("", state, has_diverged=state == "failed") for seed, state in enumerate(states)}
+        return Variant("a", [], None, runs, {})
 
-    assert fate(variant("finished", "failed", "missing")) == "failed"
-    assert fate(variant("missing", "missing")) == "missing"
-    assert fate(variant("finished")) == "not evaluated"
+    assert worst_outcome(variant("finished", "failed", "missing")) == "failed"
+    assert worst_outcome(variant("finished", "killed", "missing")) == "unfinished"
+    assert worst_outcome(variant("missing", "missing")) == "missing"
+    assert worst_outcome(variant("finished")) == "not evaluated"
 
 
 def test_outcomes(tmp_path: Path) -> None:
-    assert read_result(tmp_path / "nothing").state == "missing"
+    assert read_result(tmp_path / "nothing").state == read_result(tmp_path / "nothing").outcome == "missing"
     log = tmp_path / "0.log"
     log.write_text("error: no data\n")
-    assert read_result(tmp_path / "nothing", log) == RunResult(
-        str(tmp_path / "nothing"), "unfinished", "error: no data"
-    )
+    never_begun = read_result(tmp_path / "nothing", log)
+    assert never_begun == RunResult(str(tmp_path / "nothing"), "missing", "error: no data")
+    assert never_begun.outcome == never_begun.as_json()["state"] == "unfinished"
     finish(tmp_path / "run", 0.1, 2.0)
     finished = read_result(tmp_path / "run")
     assert (finished.state, finished.train_loss, finished.seconds_per_epoch) == ("finished", 2.0, 1.5)
     assert finished.reached(0.5) is not None
     assert finished.reached(0.51) is None
     (tmp_path / "run" / "summary.json").write_text('{"status": "preempted"}')
-    assert read_result(tmp_path / "run").state == "unfinished"
+    assert (read_result(tmp_path / "run").state, read_result(tmp_path / "run").outcome) == ("preempted", "unfinished")
     (tmp_path / "run" / "summary.json").write_text('{"status": "failed"}')
-    assert read_result(tmp_path / "run").state == "unfinished"  # a full disk, say: it may go on
+    assert read_result(tmp_path / "run").outcome == "unfinished"  # a full disk, say: it can be resumed
+    (tmp_path / "run" / "summary.json").write_text('{"status": "failed", "failure": "nonfinite", "reason": "diverged"}')
+    assert (read_result(tmp_path / "run").outcome, read_result(tmp_path / "run").reason) == ("failed", "diverged")
+    (tmp_path / "run" / "summary.json").write_text('{"status": "failed"}')  # by an earlier version
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 5, "epoch": 2, "samples": 131, "loss": null}\n{"kind": "tr')
-    assert read_result(tmp_path / "run").state == "failed"
+    assert read_result(tmp_path / "run").outcome == "failed"
+    (tmp_path / "run" / "summary.json").write_text('{"status": "failed", "failure": "memory"}')
+    assert read_result(tmp_path / "run").outcome == "unfinished"
 
 
 def test_the_final_training_loss_is_that_of_the_last_fifth() -> None:
@@ -426,7 +439,7 @@ def test_memory_is_measured_from_the_checkpoint(tmp_path: Path) -> None:
 def test_a_table_fits_a_terminal() -> None:
     from shardstep.configs.text import table
 
-    columns = ["variant", "n", "accuracy %", "s/epoch", "epochs", "s to 50 %", "steps", "B/param", "rate"]
+    columns = ["variant", "n", "accuracy %", "s/epoch", "epochs", "s to 50 %", "steps", "B/param", "lr"]
     row = ["per_example", "3", "61.2 ±12.3", "0.0123", "123", "1234 (2/3)", "12345 (2/3)", "12.0", "0.00316"]
     assert all(len(line) <= 80 for line in table(columns, [row]))
     assert table(["a", "b"], [["xx", "1"], ["y", "22"]]) == ["a   b", "-----", "xx  1", "y  22"]
@@ -438,7 +451,7 @@ def test_seconds_have_three_digits() -> None:
     def row(train_s: float) -> dict[str, str]:
         point = Point(step=5, epoch=1.0, samples=1, train_s=train_s, loss=0.0, accuracy=0.5, train_loss=0.0)
         variant = Variant("a", [], None, {0: RunResult("", "finished", curve=[point])}, {})
-        return dict(zip(_columns(0.34), _row(variant, 0.34), strict=True))
+        return dict(zip(_columns(0.34, ""), _row(variant, 0.34), strict=True))
 
     for seconds, text in ((0.0812, "0.0812"), (12.34, "12.3"), (1234.4, "1234")):
         assert row(seconds)["s to 34 %"] == row(seconds)["s/epoch"] == text
@@ -446,17 +459,17 @@ def test_seconds_have_three_digits() -> None:
 
 
 def test_runs_at_once_divide_the_cores_or_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shardstep.launch.comparison.planned_runs import pool
+    from shardstep.launch.comparison import pool
 
     script = tmp_path / "train.py"
     script.write_text("import os, sys; print(sorted(os.sched_getaffinity(0)), os.environ.get('CUDA_VISIBLE_DEVICES'))")
-    monkeypatch.setattr(pool, "__file__", str(tmp_path / "pool.py"))
+    monkeypatch.setattr(pool, "TRAIN_SCRIPT", script)
     codes: list[int] = []
     tasks = [pool.Task(f"{number}", [], tmp_path / f"{number}.log") for number in range(3)]
     assert pool.run_tasks(tasks, 2, ["GPU-a", "GPU-b"], lambda task, code, seconds: codes.append(code)) == "done"
     assert codes == [0, 0, 0]
-    said = [task.log.read_text().split()[-1] for task in tasks]
-    assert {said[0], said[1]} == {"GPU-a", "GPU-b"}
+    printed = [task.log.read_text().split()[-1] for task in tasks]
+    assert {printed[0], printed[1]} == {"GPU-a", "GPU-b"}
     assert pool.run_tasks(tasks, 1, [], lambda task, code, seconds: None, within_s=-1) == "out of time"
     given: list[list[int]] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3, 4})

@@ -1,4 +1,4 @@
-"""How the answer of a comparison looks in a real browser: runs as they leave them, without the training."""
+"""The report of a comparison in a real browser, from folders as runs leave them, without the training."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ RATES = (0.01, 0.0316, 0.1)
 
 @pytest.fixture(scope="module")
 def page(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight optimizers with three seeds and three rates each; one of them has failed."""
+    """Eight optimizers with three seeds and three learning rates each; one of them has failed."""
     folder = tmp_path_factory.mktemp("comparison")
     options = [str(write_recipe(folder, shards)), "--over", f"optimizer.name={','.join(NAMES)}"]
     options += ["--tune", "optimizer.lr", "--seeds", "3", "--out", str(folder / "out")]
@@ -31,7 +31,7 @@ def page(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place, name in enumerate(NAMES[:-1]):
         for seed in range(3):
             leave_run(comparison.folder / name / str(seed), 0.01, 0.3 + 0.05 * place + 0.01 * seed)
-    write_report(comparison, comparison.results(), None)
+    write_report(comparison, comparison.read_results(), None)
     return comparison.folder / "report.html"
 
 
@@ -75,7 +75,7 @@ def test_a_mark_at_100_per_cent_is_as_large_as_others(tmp_path: Path) -> None:
         point = Point(step=1, epoch=1.0, samples=1, train_s=1.0, loss=0.0, accuracy=accuracy, train_loss=0.0)
         return Variant(name, [], None, {0: RunResult("", "finished", curve=[point])}, {})
 
-    PLOTS["final"].draw([variant("all", 1.0), variant("half", 0.5)], None, [tmp_path / "final.png"])
+    PLOTS["final"].draw([variant("all", 1.0), variant("half", 0.5)], None, "", [tmp_path / "final.png"])
     pixels = decode((tmp_path / "final.png").read_bytes(), "RGB")
     colors = ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E))  # matplotlib's first two
     at_100, at_50 = (int((pixels == color).all(axis=2).sum()) for color in colors)

@@ -1,4 +1,4 @@
-"""What a comparison compares, read from options and files; nothing is run."""
+"""The input of a comparison, read from options and files. Nothing is run."""
 
 import math
 from pathlib import Path
@@ -36,19 +36,19 @@ def test_commas_in_brackets_separate_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("a: [optimizer.name=sgd", "cannot be read as YAML"),
         ("[]", "it holds nothing"),
-        ("a: optimizer.name=sgd", "is no list of section.key=value"),
-        ("../a: [optimizer.name=sgd]", "is to be a folder's name"),
-        ("a: [optimizer.name]", "is no list of section.key=value"),
+        ("a: optimizer.name=sgd", "is not a list of section.key=value"),
+        ("../a: [optimizer.name=sgd]", "must be a valid folder name"),
+        ("a: [optimizer.name]", "is not a list of section.key=value"),
     ],
 )
-def test_bad_files_of_variants(content: str, told: str, tmp_path: Path) -> None:
+def test_bad_files_of_variants(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "variants.yaml"
     path.write_text(content)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_variants([], str(path))
 
 
