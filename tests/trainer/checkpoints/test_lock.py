@@ -27,7 +27,7 @@ def wait_for(path: Path) -> None:
 
 def train_alone(recipe: str, results: Any, pause: str) -> None:
     """A process that trains, and waits for another before it claims its folder, or at step 3."""
-    from shardstep.trainer import loop, setup
+    from shardstep.trainer import loop, resume
 
     folder = Path(recipe).parent
 
@@ -35,7 +35,7 @@ def train_alone(recipe: str, results: Any, pause: str) -> None:
         (folder / f"waiting-{os.getpid()}").touch()
         wait_for(folder / "go")
 
-    claim, function = setup._claim_folder, loop.train_step
+    claim, function = resume.claim, loop.train_step
 
     def paused_claim(*arguments: Any) -> None:
         if pause == "claim":
@@ -48,7 +48,7 @@ def train_alone(recipe: str, results: Any, pause: str) -> None:
             wait()
         return function(run, batch)
 
-    setup._claim_folder, loop.train_step = paused_claim, paused_step
+    resume.claim, loop.train_step = paused_claim, paused_step
     join_world(0, 1, free_port())
     results.put(failure_of(recipe))
 
