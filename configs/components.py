@@ -120,32 +120,12 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 LIMITS: dict[str, tuple[float, float]] = {
-    "lr": (0, math.inf),
-    "momentum": (0, 1),
-    "weight_decay": (0, math.inf),
-    "label_smoothing": (0, 1),
-    "dropout": (0, 1),
-    "feature_dropout": (0, 1),
-    "auxiliary_weight": (0, math.inf),
-    "layers": (1, math.inf),
+    **dict.fromkeys(("lr", "weight_decay", "auxiliary_weight", "norm_eps", "pixels"), (0, math.inf)),
+    **dict.fromkeys(("gamma", "rise", "start", "final", "warmup_start"), (0, math.inf)),
+    **dict.fromkeys(("layers", "hidden", "widths", "head", "size", "epochs"), (1, math.inf)),
+    **dict.fromkeys(("momentum", "decay", "label_smoothing", "dropout", "feature_dropout"), (0, 1)),
+    **dict.fromkeys(("probability", "brightness", "contrast", "saturation"), (0, 1)),
     "ns_steps": (0, 99),
-    "head": (1, math.inf),
-    "probability": (0, 1),
-    "pixels": (0, math.inf),
-    "size": (1, math.inf),
-    "epochs": (1, math.inf),
-    "brightness": (0, 1),
-    "contrast": (0, 1),
-    "saturation": (0, 1),
-    "gamma": (0, math.inf),
-    "decay": (0, 1),
-    "rise": (0, math.inf),
-    "norm_eps": (0, math.inf),
-    "final": (0, math.inf),
-    "start": (0, math.inf),
-    "warmup_start": (0, math.inf),
-    "hidden": (1, math.inf),
-    "widths": (1, math.inf),
 }
 """Smallest and largest value of an option, wherever an option has this name; in a list, of each number."""
 

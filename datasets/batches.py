@@ -68,7 +68,6 @@ class _Piece:
     """The positions of a micro-batch that is not read yet."""
 
     epoch: int
-    order: EpochOrder
     start: int
     stop: int
 
@@ -118,36 +117,48 @@ class TrainBatches:
     wait_s: float = field(default=0.0, init=False)
     to_device_s: float = field(default=0.0, init=False)
     augment_s: float = field(default=0.0, init=False)
+    _epoch: int = field(default=-1, init=False)
+    _epoch_order: EpochOrder | None = field(default=None, init=False)
     _announced: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     def from_position(self, epoch: int, position: int) -> Iterator[GlobalBatch]:
         """Yield global batches forever, starting at a position of an epoch."""
         ahead, planned = tee(self._plan(epoch, position))  # reading is ahead of the batches that are yielded
-        reads = read_ahead((piece for *_, pieces in ahead for piece in pieces), self._read, self.workers)
-        for batch_epoch, start, size, pieces in planned:
-            yield GlobalBatch(batch_epoch, start, size, len(pieces), self._prepared(islice(reads, len(pieces))))
+        pieces = (piece for batch in ahead for piece in self._pieces(*batch))
+        reads = read_ahead(pieces, self._read, self.workers)
+        for batch in planned:
+            num_micro_steps = len(self._pieces(*batch))
+            yield GlobalBatch(*batch, num_micro_steps, self._prepared(islice(reads, num_micro_steps)))
 
-    def _plan(self, first_epoch: int, position: int) -> Iterator[tuple[int, int, int, list[_Piece]]]:
-        """Yield each global batch as its epoch, position, size, and this rank's pieces of it."""
-        config = self.order
+    def _plan(self, first_epoch: int, position: int) -> Iterator[tuple[int, int, int]]:
+        """Yield epoch, position and size of each global batch; no more, because tee() keeps up to 57 of them."""
         for epoch in count(first_epoch):
-            order = EpochOrder(config.samples_per_shard, config.seed, epoch, config.lanes, config.window_shards)
-            self._announced.clear()
             for start in range(position, self.samples_per_epoch, self.global_batch_size):
-                size = min(self.global_batch_size, self.samples_per_epoch - start)
-                places = micro_pieces(size, self.rank, self.world_size, self.max_micro_batch)
-                yield epoch, start, size, [_Piece(epoch, order, start + begin, start + end) for begin, end in places]
+                yield epoch, start, min(self.global_batch_size, self.samples_per_epoch - start)
             position = 0
+
+    def _pieces(self, epoch: int, position: int, size: int) -> list[_Piece]:
+        places = micro_pieces(size, self.rank, self.world_size, self.max_micro_batch)
+        return [_Piece(epoch, position + start, position + stop) for start, stop in places]
 
     def _read(self, piece: _Piece) -> Callable[[], tuple[_Piece, np.ndarray, Tensor, Tensor]]:
         """Return a task that reads one piece. The ids are computed here: the order's cache belongs to one thread."""
-        sample_ids = piece.order.slice(piece.start, piece.stop)
-        for lane, block in piece.order.blocks(piece.start, piece.stop):
+        order = self._order_of(piece.epoch)
+        sample_ids = order.slice(piece.start, piece.stop)
+        for lane, block in order.blocks(piece.start, piece.stop):
             for upcoming in (block, block + 1):
                 if (lane, upcoming) not in self._announced:
                     self._announced.add((lane, upcoming))
-                    self.reader.will_need(piece.order.shards_of(lane, upcoming))
+                    self.reader.will_need(order.shards_of(lane, upcoming))
         return lambda: (piece, sample_ids, *self.reader.read(sample_ids))
+
+    def _order_of(self, epoch: int) -> EpochOrder:
+        if epoch != self._epoch or self._epoch_order is None:
+            order = self.order
+            self._epoch_order = EpochOrder(order.samples_per_shard, order.seed, epoch, order.lanes, order.window_shards)
+            self._epoch = epoch
+            self._announced.clear()
+        return self._epoch_order
 
     def _prepared(self, reads: Iterator[tuple[_Piece, np.ndarray, Tensor, Tensor]]) -> Iterator[MicroBatch]:
         began = time.perf_counter()
