@@ -103,7 +103,8 @@ def draw_grid(
     for place, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(place, GRID_COLUMNS)
         shown = pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels
-        extent = (column + 0.15, column + 0.85, row + 0.95, row + 0.25)  # left, right, bottom, top
+        height, width = (0.7 * side / max(pixels.shape[:2]) for side in pixels.shape[:2])  # of a cell
+        extent = (column + 0.5 - width / 2, column + 0.5 + width / 2, row + 0.25 + height, row + 0.25)
         axis.imshow(shown, cmap="gray", vmin=0, vmax=255, extent=extent)
         color = colors[place] if colors else "black"
         middle = {"ha": "center", "va": "bottom", "fontsize": 8, "color": color}
