@@ -128,7 +128,7 @@ def test_faults_of_recipe_data_and_folder(shards: Path, tmp_path: Path) -> None:
         "optimizer.lrr=1": ("recipe", "did you mean lr?"),
         "data.train=nowhere": ("data", "no shards in nowhere"),
         f"data.train={tmp_path / 'cut'}": ("data", "manifest.json is damaged"),
-        "run.dir=/proc/run": ("disk", "no file can be made in /proc"),  # root cannot write there, either
+        "run.dir=/proc/run": ("disk", "no file can be created in /proc"),  # root cannot write there, either
         f"run.dir={tmp_path / 'file' / 'run'}": ("disk", "is a file"),
         f"run.dir={tmp_path / 'taken'}": ("run", "holds other files than a run's"),
         "train.world_size=3": ("launch", "1 rank came up"),

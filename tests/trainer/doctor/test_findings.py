@@ -277,5 +277,5 @@ def test_write_access_is_tried_and_leaves_nothing(tmp_path: Any) -> None:
     assert write_problem(tmp_path / "run" / "deep") is None
     assert write_problem(tmp_path) is None
     assert "is a file" in str(write_problem(tmp_path / "file" / "run"))
-    assert "no file can be made in /proc" in str(write_problem(type(tmp_path)("/proc/run")))  # root cannot, either
+    assert "no file can be created in /proc" in str(write_problem(type(tmp_path)("/proc/run")))  # root cannot, either
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
