@@ -1,4 +1,4 @@
-"""What `shardstep submit` writes and refuses; no Slurm is needed for any of it."""
+"""What `shardstep submit` writes and refuses; none of it needs Slurm."""
 
 import difflib
 import os
@@ -13,7 +13,6 @@ from shardstep.configs.errors import InputError
 from shardstep.launch.grid import file_name, points_of
 from shardstep.launch.jobs.job_script import Job, render, sbatch_word
 from shardstep.launch.submit import main, seconds_of
-from tests.conftest import ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
 JOBS = {
@@ -37,13 +36,13 @@ ARGUMENTS = ["quickstart", 'run.name=it\'s $(touch x) `y` "z"; rm -rf *', "train
 
 @pytest.mark.parametrize("name", JOBS)
 def test_scripts_are_as_they_were(name: str) -> None:
-    """After a change that is meant: SHARDSTEP_GOLDEN=write pytest tests/slurm/test_submit.py, and read the diff."""
+    """After an intended change: SHARDSTEP_GOLDEN=write pytest tests/slurm/test_submit.py, and read the diff."""
     job, points = JOBS[name]
     check_golden(name, render(job, ARGUMENTS, points, "shardstep submit ..."))
 
 
 def check_golden(name: str, script: str) -> None:
-    """Compare a script with the one that is kept under this name, or keep it there, if the environment says so."""
+    """Compare a script with the golden file of this name, or write the file if the environment says so."""
     path = GOLDEN / f"{name}.sbatch"
     if os.environ.get("SHARDSTEP_GOLDEN") == "write":
         path.write_text(script)
@@ -55,7 +54,7 @@ def check_golden(name: str, script: str) -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_scripts_are_whole_and_valid_bash(name: str) -> None:
+def test_scripts_are_complete_and_valid_bash(name: str) -> None:
     job, points = JOBS[name]
     script = render(job, ARGUMENTS, points)
     checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
@@ -202,13 +201,3 @@ def test_without_slurm(tmp_path: Path) -> None:
     )
     assert result.returncode == 2
     assert "there is no sbatch here" in result.stderr
-
-
-def test_the_sweep_trains_as_torchrun_does() -> None:
-    """Its task is a copy, so that each script can be read alone."""
-
-    def body(name: str) -> list[str]:
-        script = (ROOT / "slurm" / f"{name}.sbatch").read_text()
-        return [line.partition(" # ")[0].rstrip() for line in script[script.index("RANKS_PER_NODE=") :].splitlines()]
-
-    assert body("sweep") == body("torchrun")
