@@ -366,7 +366,7 @@ FAULTS = {
     "none": (_RANK + "{doctor}", 0, ["2 of 2 ranks on 2 hosts", "nothing would break a run"]),
     "N worlds of one": ("{doctor}", 1, ["Slurm was asked for 2 tasks", "separate runs would write to one folder"]),
     "rank read too early": (
-        _RANK.replace("$SLURM_PROCID", "0") + "{doctor} --timeout 20", 1, ["2 processes were told to be rank 0"],
+        _RANK.replace("$SLURM_PROCID", "0") + "{doctor} --timeout 20", 1, ["2 processes have rank 0"],
     ),
     "double launch": ("{torchrun} --nproc-per-node 1 {script}", 1, ["srun started 2 tasks"]),
     "recipes that differ": (
