@@ -12,6 +12,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import is_override, load_recipe, recipe_names
 from shardstep.launch.cli import FAILED, STOPPED, leave
 from shardstep.launch.cli import run as run_command
+from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.stopping.stop_requests import StopRequest
 
 
@@ -41,7 +42,8 @@ def main(arguments: list[str]) -> int:
     if args.show_config:
         from shardstep.launch.show_config import show_config
 
-        show_config(loaded, args.nproc or loaded.recipe.train.world_size or 1)
+        if launch_env.is_first_rank():
+            show_config(loaded, args.nproc or loaded.recipe.train.world_size or 1)
         return 0
     if args.nproc not in (None, 1):
         return _start_ranks(args.nproc, [args.recipe, *args.overrides])
@@ -52,7 +54,6 @@ def main(arguments: list[str]) -> int:
     from shardstep.configs.resolve import with_keys
     from shardstep.trainer import data, resume, setup
     from shardstep.trainer.description import INDENT, describe
-    from shardstep.trainer.distributed import launch_env
     from shardstep.trainer.distributed.world import start_world
     from shardstep.trainer.finish import train_to_end
     from shardstep.trainer.monitoring.display import Display
@@ -92,7 +93,6 @@ def main(arguments: list[str]) -> int:
 def _start_ranks(count: int, arguments: list[str]) -> int:
     """Start this command on several ranks; returns the exit code."""
     from shardstep.launch.ranks import start_ranks
-    from shardstep.trainer.distributed import launch_env
 
     if launch_env.is_launched():
         raise InputError("--nproc starts ranks itself: do not use it under torchrun, accelerate launch or srun")

@@ -183,8 +183,8 @@ ALONE: dict[str, str | None] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE"
 
 @pytest.mark.parametrize("task", ["0", "2"])
 def test_worlds_of_one_under_slurm(task: str) -> None:
-    told = ALONE | {"SLURM_NTASKS": "4", "SLURM_PROCID": task}
-    ((code, report, err),) = run_ranks(1, examine, ["smoke"], told)
+    variables = ALONE | {"SLURM_NTASKS": "4", "SLURM_PROCID": task}
+    ((code, report, err),) = run_ranks(1, examine, ["smoke"], variables)
     assert code == 1
     if task != "0":  # one of the four prints
         assert (report, err) == ({}, "")
@@ -207,8 +207,8 @@ def test_a_rank_that_never_comes_ends_the_waiting() -> None:
 
 
 def test_a_first_rank_that_never_comes_is_reported_by_the_others() -> None:
-    told: dict[str, str | None] = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}
-    ((code, report, err),) = run_ranks(1, examine, ["smoke", "--timeout", "1"], told)
+    variables: dict[str, str | None] = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}
+    ((code, report, err),) = run_ranks(1, examine, ["smoke", "--timeout", "1"], variables)
     assert (code, report) == (1, {})
     assert "rank 1 on" in err
     assert "could not reach the others at MASTER_ADDR=127.0.0.1" in err
@@ -279,20 +279,25 @@ def test_faults_between_ranks(fault: str, check: str, what: str, shards: Path, t
 def test_ranks_that_hang_are_reported_with_their_stack(shards: Path, tmp_path: Path) -> None:
     (code, report, _), _ = run_ranks(2, examine_with_fault, "hang", str(write_recipe(tmp_path, shards)))
     assert code == 1
-    told = {finding["what"].split(":")[0]: finding["what"] for finding in report["findings"]}
-    assert "not done after 6 s, now in" in told["rank 1"]
-    assert "test_doctor.py" in told["rank 1"]
-    assert "not done after 6 s, now in" in told["rank 0"]
+    found = {finding["what"].split(":")[0]: finding["what"] for finding in report["findings"]}
+    assert "not done after 6 s, now in" in found["rank 1"]
+    assert "test_doctor.py" in found["rank 1"]
+    assert "not done after 6 s, now in" in found["rank 0"]
 
 
 def test_a_rank_that_dies_is_reported(tmp_path: Path) -> None:
     script = "import sys; sys.path.insert(0, sys.argv[1]); from tests.launch import test_doctor as t; t.die_or_report()"
-    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(ROOT)],
             cwd=tmp_path,
-            env=os.environ | told | {"RANK": rank, "LOCAL_RANK": rank},
+            env=os.environ | variables | {"RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -305,7 +310,7 @@ def test_a_rank_that_dies_is_reported(tmp_path: Path) -> None:
 
 
 def die_or_report() -> None:
-    """Runs in a process of its own: rank 1 dies as the world comes up."""
+    """Runs in a separate process: rank 1 dies as the world comes up."""
     from shardstep.launch.cli import leave
 
     code, report, _ = examine_with_fault("death", "smoke")

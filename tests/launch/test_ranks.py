@@ -72,7 +72,7 @@ def test_exit_codes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "told"),
+    ("arguments", "environment", "message"),
     [
         (["--nproc", "0"], {}, "error: --nproc=0 is not a number of ranks: give 1 or more"),
         (["--nproc", "2"], {"RANK": "0"}, "error: --nproc starts ranks itself: do not use it under torchrun"),
@@ -80,12 +80,12 @@ def test_exit_codes() -> None:
     ],
 )
 def test_bad_input_is_reported_once(
-    arguments: list[str], environment: dict[str, str], told: str, tmp_path: Path
+    arguments: list[str], environment: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     command = [str(BIN / "shardstep"), "train", "smoke", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | environment)
     assert result.returncode == 2
-    assert result.stderr.count(told) == 1, result.stderr
+    assert result.stderr.count(message) == 1, result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -157,11 +157,11 @@ def test_arrays(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--nods", "2"], "--nods is not an option; did you mean --nodes"),
         (["--tmie", "2", "--partiton=x"], "--partition"),
-        ([], "--time is needed: the longest that the job may take, such as 4:00:00"),
+        ([], "--time is required: the time limit of the job, such as 4:00:00"),
         (["--time", "soon"], "--time 'soon' is not minutes, mm:ss, h:mm:ss, d-hh, d-hh:mm or d-hh:mm:ss"),
         (["--time", "3"], "--stop-before 120 s is more than half of --time 3: the job would hardly train"),
         (["--time", "0"], "is more than half of --time 0"),
@@ -175,7 +175,7 @@ def test_arrays(capsys: pytest.CaptureFixture[str]) -> None:
         (["--time", "5", "--sbatch", "--exclusive"], "--sbatch: expected one argument"),
         (["--time", "5", "--sbatch", "Exclusive yes"], "--sbatch 'Exclusive yes' is not of the form key or key=value"),
         (["--time", "5", "--container", "run 'my image'"], "must be plain words"),
-        (["--time", "5", "--partition", "a\n#SBATCH --uid=0"], "holds a line break"),
+        (["--time", "5", "--partition", "a\n#SBATCH --uid=0"], "contains a line break"),
         (["--time", "5", "--over", "lr=1"], "--over 'lr=1' is not of the form"),
         (["--time", "5", "--over", "optimizer.name=sgd,adm"], "optimizer.name=adm"),
         (["--time", "5", "optimizer.lrr=1"], "optimizer.lrr is not an option of adam; did you mean lr?"),
@@ -185,11 +185,11 @@ def test_arrays(capsys: pytest.CaptureFixture[str]) -> None:
         (["--time", "5", "train.device=cpu", "--gpus-per-node", "1"], "would leave the GPUs"),
     ],
 )  # fmt: skip
-def test_bad_input_is_told_and_nothing_is_submitted(arguments: list[str], told: str, tmp_path: Path) -> None:
+def test_bad_input_is_reported_and_nothing_is_submitted(arguments: list[str], message: str, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "shardstep"), "submit", "smoke", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2, result.stdout
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 
