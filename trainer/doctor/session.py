@@ -32,30 +32,18 @@ from shardstep.trainer import data, machine
 from shardstep.trainer.distributed import launch_env, world
 from shardstep.trainer.distributed.store import LaunchStore
 from shardstep.trainer.distributed.world import choose_device, collective_backends
+from shardstep.trainer.doctor import findings as checks
 from shardstep.trainer.doctor import probe
-from shardstep.trainer.doctor.findings import (
-    PLACE,
-    Finding,
-    RankReport,
-    Speed,
-    disk_findings,
-    findings_of,
-    is_one_of_many_worlds,
-    launch_findings,
-    merge,
-    place_findings,
-    precision_findings,
-    rank_list,
-    socket_findings,
-    speed_findings,
-    unmet_finding,
-    world_remedy,
-)
+from shardstep.trainer.doctor.findings import PLACE, Finding, RankReport, Speed, merge, rank_list
 from shardstep.trainer.kernels import winograd
 from shardstep.trainer.resume import find_resume, with_earlier_choices
 from shardstep.trainer.validate import validate_recipe
 
 _BEFORE_A_WORLD = ("launch", "device", "gpu", "network", "world")  # errors of these checks prevent a world
+_FASTER_STEP = (
+    "give a longer --timeout; a smaller train.max_micro_batch or global batch takes less time, and so does a fixed "
+    "train.precision, because auto measures several"
+)
 _GRACE_S = 5.0  # for ranks that give up a little later than others
 _VISIBLE_S = 3.0  # within which a new file becomes visible on a network file system
 
@@ -100,7 +88,7 @@ def run_preflight(loaded: Loaded | InputError, has_recipe: bool, timeout_s: floa
         meeting = worker.submit(LaunchStore, environment, timeout_s).result(timeout_s + _GRACE_S)
         texts = meeting.share("records", own.to_json(), timeout_s)
     except (OSError, RuntimeError, futures.TimeoutError) as error:
-        unmet = unmet_finding(own, str(error), timeout_s, machine.is_loopback(own.launch["MASTER_ADDR"]))
+        unmet = checks.unmet_finding(own, str(error), timeout_s, machine.is_loopback(own.launch["MASTER_ADDR"]))
         yield DoctorReport("report" if own.rank == 0 else "findings", facts, [own], findings=[unmet, *own.findings])
         return
     ranks = sorted(map(RankReport.from_json, texts), key=lambda report: report.rank)
@@ -110,9 +98,9 @@ def run_preflight(loaded: Loaded | InputError, has_recipe: bool, timeout_s: floa
         yield DoctorReport("findings", facts, [own], findings=[late, *own.findings])
         return
 
-    is_copy = is_one_of_many_worlds(own.launch) and own.launch.get("SLURM_PROCID", "0") != "0"
+    is_copy = checks.is_one_of_many_worlds(own.launch) and own.launch.get("SLURM_PROCID", "0") != "0"
     prints: Literal["report", "nothing"] = "report" if ranks[0] == own and not is_copy else "nothing"
-    report = DoctorReport(prints, facts, ranks, findings=findings_of(ranks, timeout_s))
+    report = DoctorReport(prints, facts, ranks, findings=checks.findings_of(ranks, timeout_s))
     if not any(finding.severity == "error" and finding.check in _BEFORE_A_WORLD for finding in report.findings):
         # Collectives wait longer than anything here, so that a rank that hangs is reported with its stack.
         train = dataclasses.replace(recipe.train if recipe else TrainConfig(), timeout_s=2 * timeout_s)
@@ -133,7 +121,7 @@ def run_preflight(loaded: Loaded | InputError, has_recipe: bool, timeout_s: floa
 def _inspect(loaded: Loaded | InputError, has_recipe: bool) -> tuple[Recipe | None, RankReport, dict[str, Any]]:
     """Return the recipe, this process's report, and facts about its machine."""
     launch = launch_env.launch_variables(os.environ)
-    findings = place_findings(launch)
+    findings = checks.place_findings(launch)
     place = {name.lower(): int(launch[name]) for name in PLACE if name in launch and not findings}
     has_place = "rank" in place
 
@@ -146,7 +134,7 @@ def _inspect(loaded: Loaded | InputError, has_recipe: bool) -> tuple[Recipe | No
         findings.append(Finding.from_error("recipe", error, "correct the recipe or the overrides"))
     train = recipe.train if recipe else TrainConfig()
     if has_place or "RANK" not in launch:
-        findings += launch_findings(launch, launch_env.launcher_variables())
+        findings += checks.launch_findings(launch, launch_env.launcher_variables())
         try:
             launch_env.check_launch(os.environ, train.world_size)
         except InputError as error:
@@ -211,8 +199,8 @@ def _device(wanted: str, local_rank: int) -> tuple[torch.device, list[Finding]]:
 
 def _machine_findings(train: TrainConfig, launch: Mapping[str, str], device: torch.device) -> list[Finding]:
     """Check network interfaces, the precision, and the compiler for CPU convolutions."""
-    found = socket_findings(launch, machine.interfaces(), uses_nccl=device.type == "cuda")
-    found += precision_findings(train.precision, device.type, machine.read_cpu())
+    found = checks.socket_findings(launch, machine.interfaces(), uses_nccl=device.type == "cuda")
+    found += checks.precision_findings(train.precision, device.type, machine.read_cpu())
     may_compile = device.type == "cpu" and train.convolutions in ("auto", "winograd") and train.compile == "none"
     if may_compile and (lacking := winograd.missing()):
         remedy = "install gcc, or set CC to a compiler; its output is kept in SHARDSTEP_CACHE"
@@ -235,10 +223,9 @@ def _check_data(
     except (InputError, OSError) as error:
         remedy = "run `shardstep shards verify` on the folder, and write damaged shards again"
         return None, [Finding.from_error("data", error, remedy)]
-    facts["data"] = {
-        "train": _data_facts(train.manifest, folders["train"]),
-        "test": _data_facts(test.manifest, folders["test"]),
-        "mode": mode,
+    shards = {"train": train.manifest, "test": test.manifest}
+    facts["data"] = {split: _data_facts(manifest, folders[split]) for split, manifest in shards.items()} | {
+        "mode": mode
     }
     both = f"{train.manifest.fingerprint[:12]} and {test.manifest.fingerprint[:12]}"
     return both, _check_cache(recipe, train.manifest, test.manifest) if mode == "resident" else []
@@ -269,7 +256,7 @@ def _check_cache(recipe: Recipe, *manifests: Manifest) -> list[Finding]:
     problem = machine.write_problem(folder)
     if problem:
         return [Finding("error", "disk", f"the decoded images cannot be cached: {problem}", remedy)]
-    return disk_findings(machine.disk_space(folder), num_bytes, "the decoded images", remedy)
+    return checks.disk_findings(machine.disk_space(folder), num_bytes, "the decoded images", remedy)
 
 
 def _check_run_dir(recipe: Recipe, has_recipe: bool, is_first: bool) -> list[Finding]:
@@ -296,7 +283,7 @@ def _check_disk(report: DoctorReport, recipe: Recipe) -> None:
     report.facts["disk"] = dataclasses.asdict(disk_space) | sizes
     if not any(finding.check == "disk" for finding in report.findings):
         contents = f"{checkpoints} checkpoints of {size / 1e6:,.1f} MB" if size else "a run"
-        report.findings += disk_findings(
+        report.findings += checks.disk_findings(
             disk_space, checkpoints * size, contents, "free space, or choose another run.dir"
         )
 
@@ -354,20 +341,15 @@ class _AllRanks:
         futures.wait([future], self.timeout_s)
         if not future.done():
             what = f"not done after {self.timeout_s:g} s{_stack_text(threads)}"
-            is_slow = check == "step" and len(self.report.ranks) == 1  # a single rank waits for no other
             finding = Finding("error", check, what, f"{remedy}; or give a longer --timeout")
-            return {"hung": dataclasses.asdict(_slow_finding(what) if is_slow else finding)}
+            if (
+                check == "step" and len(self.report.ranks) == 1
+            ):  # waits for no other rank: it is slow, but does not hang
+                finding = Finding("warning", "step", f"the first step, with its setup: {what}", _FASTER_STEP)
+            return {"hung": dataclasses.asdict(finding)}
         if error := future.exception():  # of any kind: a run would fail with it
             return {"finding": dataclasses.asdict(Finding.from_error(check, error, remedy))}
         return {"value": future.result()}
-
-
-def _slow_finding(what: str) -> Finding:
-    remedy = (
-        "give a longer --timeout; a smaller train.max_micro_batch or global batch takes less time, and so does a fixed "
-        "train.precision, because auto measures several"
-    )
-    return Finding("warning", "step", f"the first step, with its setup: {what}", remedy)
 
 
 def _stack_text(threads: list[int]) -> str:
@@ -421,14 +403,14 @@ def _try_world(all_ranks: _AllRanks, train: TrainConfig, recipe: Recipe | None) 
         with tempfile.TemporaryDirectory(prefix="shardstep-doctor-", ignore_cleanup_errors=True) as folder:
             return dataclasses.asdict(probe.take_step(worlds[0], recipe, Path(folder)))
 
-    if all_ranks.run("world", start, world_remedy(report.ranks)) is None:
+    if all_ranks.run("world", start, checks.world_remedy(report.ranks)) is None:
         return
     remedy = "try again when no other program uses the device"
     speeds = all_ranks.run("speed", lambda: dataclasses.asdict(probe.measure_speed(worlds[0])), remedy)
     if speeds is None:
         return
     report.speeds = {rank: Speed(**speed) for rank, speed in speeds.items()}
-    report.findings += speed_findings(report.ranks, report.speeds)
+    report.findings += checks.speed_findings(report.ranks, report.speeds)
     if recipe is None or report.errors:
         return
     if len({rank.host for rank in report.ranks}) > 1:
