@@ -1,8 +1,9 @@
-"""The command `shardstep`: a subcommand per module of this folder, each imported when it is called."""
+"""The command `shardstep`: one subcommand per module of this folder, imported when it is called."""
 
 import contextlib
 import gc
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -15,22 +16,24 @@ from shardstep.configs.errors import InputError, TrainingFailed
 from shardstep.trainer.distributed import launch_env
 
 COMMANDS = {
-    "train": "train a model from a recipe",
+    "recipes": "list the recipes, with their measured results",
+    "keys": "explain every key of a recipe: type, default, meaning",
+    "train": "train a model from a recipe, or show what would be trained",
     "evaluate": "evaluate a run's or a checkpoint's weights on a test set",
     "submit": "submit a recipe to Slurm",
     "compare": "compare optimizers, or any other keys, under equal budgets",
-    "same": "show that a run is the same on any number of ranks",
+    "same": "show that training is the same on any number of ranks",
     "shards": "write, verify, index and inspect data sets",
     "checkpoints": "list and verify the checkpoints of a run",
-    "watch": "show how a run is doing, from its folder",
-    "doctor": "look whether a run would go well here, and how to mend what would break it",
-    "report": "make a page of a run, or of several side by side",
+    "watch": "follow a run from its folder",
+    "doctor": "check this machine or allocation before a run, with a fix for each problem",
+    "report": "write a page about a run, or about several side by side",
     "predict": "predict the classes of image files",
-    "export": "write a trained model for use elsewhere, and compare it",
+    "export": "export a trained model for use elsewhere, and compare its outputs",
     "bench": "measure loaders, steps, checkpoints, starts, records and scaling",
 }
-_LESS_MEMORY = "less memory is needed by a smaller train.max_micro_batch, eval.batch_size or data.resize of the recipe"
-_FIRST_WORD_S = 1.0  # for the rank whose failure it was
+_LESS_MEMORY = "a smaller train.max_micro_batch, eval.batch_size or data.resize needs less memory"
+_HEAD_START_S = 1.0  # for the message of the rank that failed first
 BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 85, 130
 
 
@@ -44,7 +47,7 @@ def main() -> int:
         print("usage: shardstep COMMAND ...\n\ncommands:")
         for name, what in COMMANDS.items():
             print(f"  {name:<12} {what}")
-        print("\n`shardstep COMMAND --help` says more.")
+        print("\n`shardstep COMMAND --help` lists its options.")
         return 0 if arguments else BAD_INPUT
     name, *rest = arguments
     if name not in COMMANDS:
@@ -59,62 +62,67 @@ def main() -> int:
 
 
 def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run a command; what a person can mend becomes a message and an exit code, other errors keep their traceback."""
+    """Run a command; errors that the user can fix become a message and an exit code, others keep their traceback."""
     try:
         return command(arguments)
     except InputError as error:
-        _tell(f"error: {error}", error.everywhere)
+        _print_error(f"error: {error}", error.everywhere)
         return BAD_INPUT
     except TrainingFailed as error:
-        _tell(f"failed: {error}")
+        _print_error(f"failed: {error}")
         return FAILED
     except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        _tell(f"error: {_reason(error)}", everywhere=False)  # perhaps of this rank's node alone
+        _print_error(f"error: {_reason(error)}", everywhere=False)  # perhaps only on this node
         return BAD_INPUT
     except KeyboardInterrupt:
-        _tell("interrupted")
+        _print_error("interrupted")
         return INTERRUPTED
     except (RuntimeError, MemoryError) as error:
         if _is_out_of_memory(error):
-            whose = f"rank {launch_env.rank()}: " if launch_env.is_launched() else ""
+            prefix = f"rank {launch_env.rank()}: " if launch_env.is_launched() else ""
             reason = (str(error) or "out of memory").splitlines()[0]
-            _tell(f"failed: {whose}{reason}\n{_LESS_MEMORY}", everywhere=False)
+            _print_error(f"failed: {prefix}{reason}\n{_LESS_MEMORY}", everywhere=False)
             return FAILED
         if not _lost_rank(error):
             raise
-        time.sleep(_FIRST_WORD_S)
-        _tell(f"failed: rank {launch_env.rank()} ends, because another rank has", everywhere=False)
+        time.sleep(_HEAD_START_S)
+        _print_error(f"failed: rank {launch_env.rank()} ends because another rank has ended", everywhere=False)
         return FAILED
-    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:  # a full disk, a mount that is gone
         if error.errno is None:
             raise
-        _tell(f"failed: {_reason(error)}", everywhere=False)
+        _print_error(f"failed: {_reason(error)}", everywhere=False)
         return FAILED
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once, when a checkpoint that is being written is done.
+    """Wait for a checkpoint that is being written, then end the process without Python's shutdown.
 
-    Taking an interpreter with torch's threads apart can abort (seen on a busy machine: "terminate called without an active
-    exception"), and would make a failure of a run that is finished and safe.
+    Shutting down an interpreter with torch's threads can abort (seen on a busy machine: "terminate called without an active
+    exception"), which would turn a finished run into a failure.
     """
     from shardstep.trainer.checkpoints.saver import THREAD_NAME
 
     for thread in threading.enumerate():
-        if thread.name == THREAD_NAME:  # readers may wait for work for ever
+        if thread.name == THREAD_NAME:  # reader threads may wait for work for ever
             thread.join()
-    for thing in gc.get_objects():
-        if type(thing) is tempfile.TemporaryDirectory:  # a library's, to be removed at a normal end: wandb has two
+    for found in gc.get_objects():
+        if type(found) is tempfile.TemporaryDirectory:  # wandb has two, which a normal shutdown would remove
             with contextlib.suppress(OSError):
-                thing.cleanup()
+                found.cleanup()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def page_width() -> int:
+    """Return the columns for wrapped text: those of the terminal, at most 120; 80 when piped."""
+    return min(shutil.get_terminal_size().columns, 120)
 
 
 def _reason(error: OSError) -> str:
@@ -135,7 +143,7 @@ def _lost_rank(error: Exception) -> bool:
     return is_lost_rank(error)
 
 
-def _tell(message: str, everywhere: bool = True) -> None:
-    """Print to stderr; of a message that every rank has, rank 0 speaks for all."""
+def _print_error(message: str, everywhere: bool = True) -> None:
+    """Print to stderr; if every rank has the same message (`everywhere`), only rank 0 prints it."""
     if launch_env.is_first_rank() or not everywhere:
         print(message, file=sys.stderr, flush=True)

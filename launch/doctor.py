@@ -1,11 +1,11 @@
-"""Look whether a run would go well here: on this machine, or on every rank of a launch.
+"""Check, before a run, this machine or every rank of a launch.
 
     shardstep doctor [RECIPE] [section.key=value ...] [--json] [--timeout S]
     torchrun --nproc-per-node 2 launch/doctor.py [RECIPE] [section.key=value ...]
     accelerate launch --multi_gpu --num_processes 2 launch/doctor.py [RECIPE] [section.key=value ...]
 
-Start it as the run is to be started, with the same recipe: one step of it is taken. Nothing is written to the run's folder.
-Ends with 1 if something would break a run; each such finding comes with its cure.
+Start it in the same way as the run, with the same recipe: it takes one step of it. It writes nothing to the run's folder.
+It exits with 1 if something would break a run. Each finding comes with a fix.
 """
 
 import argparse
@@ -14,25 +14,29 @@ import dataclasses
 import json
 import sys
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, is_override, load_recipe, recipe_names
+from shardstep.configs.text import count, table
 from shardstep.launch.cli import FAILED, leave
 from shardstep.launch.cli import run as run_command
 from shardstep.trainer.distributed import launch_env
 
+if TYPE_CHECKING:
+    from shardstep.trainer.doctor.session import DoctorReport
+
 _DEFAULT = "quickstart"
 _MOST_ROWS = 32  # of the table of ranks
-_INDENT = 13  # of texts beside their labels
+_INDENT = 13  # columns for labels
 
 
 def main(arguments: list[str]) -> int:
-    """Look, and print what was found; returns the exit code."""
+    """Run the checks and print the report; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="shardstep doctor",
-        description="Look whether a run would go well here. Start it as the run is to be started.",
-        epilog=f"recipes: {', '.join(recipe_names())}. With one, a step of it is taken.",
+        description="Check this machine, or every rank of a launch. Start it in the same way as the run.",
+        epilog=f"With a recipe, it takes one step. Recipes: {', '.join(recipe_names())}.",
     )
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for `shardstep train`")
@@ -48,19 +52,19 @@ def main(arguments: list[str]) -> int:
 
     with contextlib.ExitStack() as stack:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the report alone
-            from shardstep.trainer.doctor.session import check_up
+            from shardstep.trainer.doctor.session import run_preflight
 
-            report = stack.enter_context(check_up(loaded, args.recipe is not None, args.timeout))
-        if report.voice == "report":
+            report = stack.enter_context(run_preflight(loaded, args.recipe is not None, args.timeout))
+        if report.prints == "report":
             print(_as_json(report), flush=True) if args.json else _print(report)
-        elif report.voice == "findings":
+        elif report.prints == "findings":
             for finding in report.findings:
-                print(f"{finding.severity}: {finding.what}\n  cure: {finding.cure}", file=sys.stderr, flush=True)
+                print(f"{finding.severity}: {finding.what}\n  fix: {finding.remedy}", file=sys.stderr, flush=True)
     return FAILED if report.errors else 0
 
 
 def _load(name: str, overrides: list[str]) -> LoadedRecipe | InputError:
-    """The recipe. That there is none is bad input where one process asks; in a launch it may be the trouble of one host."""
+    """Read the recipe. If it does not exist: raises for a single process, but in a launch it may be missing on one host."""
     try:
         return load_recipe(name, overrides)
     except InputError as error:
@@ -76,27 +80,30 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
 
 
-def _as_json(report: "DoctorReport") -> str:  # type: ignore[name-defined] # noqa: F821
-    """The report as one object; a rank's row has what it measured, too."""
-    ranks = [dataclasses.asdict(record) for record in report.records]
+def _as_json(report: "DoctorReport") -> str:
+    """Return the report as one object; a rank's entry includes its speed."""
+    ranks = [dataclasses.asdict(rank) for rank in report.ranks]
     for row in ranks:
         row |= dataclasses.asdict(report.speeds[row["rank"]]) if row["rank"] in report.speeds else {}
         del row["findings"]
-    findings = [dataclasses.asdict(finding) for finding in report.findings]
+    findings = [
+        {"severity": finding.severity, "check": finding.check, "what": finding.what, "cure": finding.remedy}
+        for finding in report.findings
+    ]
     return json.dumps({"errors": report.errors, "facts": report.facts, "ranks": ranks, "findings": findings})
 
 
-# --- for people -------------------------------------------------------------------------------------------------------
+# --- as text ----------------------------------------------------------------------------------------------------------
 
 
-def _print(report: "DoctorReport") -> None:  # type: ignore[name-defined] # noqa: F821
+def _print(report: "DoctorReport") -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
 
     def line(label: str, text: str, style: str = "") -> None:
-        """A label and, beside it, text of as many lines as it needs."""
+        """Print a label and, beside it, wrapped text."""
         wrapped = textwrap.wrap(text, max(console.width - _INDENT, 20), break_on_hyphens=False) or [""]
         for number, part in enumerate(wrapped):
             start = "" if number else f"  {label}"
@@ -106,26 +113,24 @@ def _print(report: "DoctorReport") -> None:  # type: ignore[name-defined] # noqa
     for label, text in _fact_lines(report):
         line(label, text)
     console.print()
-    console.print(_rank_table(report))
+    for row in _rank_table(report):
+        console.print(Text(row), soft_wrap=True)
     for finding in report.findings:
         console.print()
-        line(
-            finding.severity,
-            f"{finding.check}: {finding.what}",
-            "bold red" if finding.severity == "error" else "yellow",
-        )
-        line("cure", finding.cure)
+        style = "bold red" if finding.severity == "error" else "yellow"
+        line(finding.severity, f"{finding.check}: {finding.what}", style)
+        line("fix", finding.remedy)
     console.print()
     console.print(Text(_verdict(report), "bold red" if report.errors else "bold green"))
 
 
-def _verdict(report: "DoctorReport") -> str:  # type: ignore[name-defined] # noqa: F821
+def _verdict(report: "DoctorReport") -> str:
     warnings = len(report.findings) - report.errors
-    beside = f"; {_count(warnings, 'warning')}" if warnings else ""
-    return f"{_count(report.errors, 'error') if report.errors else 'nothing'} would break a run{beside}"
+    also = f"; {count(warnings, 'warning')}" if warnings else ""
+    return f"{count(report.errors, 'error') if report.errors else 'nothing'} would break a run{also}"
 
 
-def _fact_lines(report: "DoctorReport") -> list[tuple[str, str]]:  # type: ignore[name-defined] # noqa: F821
+def _fact_lines(report: "DoctorReport") -> list[tuple[str, str]]:
     facts = report.facts
     cpu, gpus = facts["cpu"], facts["gpus"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if name != "shardstep")
@@ -152,14 +157,12 @@ def _data(facts: dict[str, Any]) -> str:
         train, test = facts["data"]["train"], facts["data"]["test"]
         shape = "x".join(map(str, train["image_shape"][::-1])) if train["image_shape"] else "of several sizes"
         return (
-            f"{train['samples']:,} + {test['samples']:,} images {shape} in {_count(train['classes'], 'class')}, "
+            f"{train['samples']:,} + {test['samples']:,} images {shape} in {count(train['classes'], 'class', 'classes')}, "
             f"{facts['data']['mode']}; {train['folder']}, {test['folder']}"
         )
     if "no_data" in facts:
         source = facts["no_data"]["source"]
-        return (
-            f"not there yet: {', '.join(facts['no_data']['missing'])}{f', to be made from {source}' if source else ''}"
-        )
+        return f"missing: {', '.join(facts['no_data']['missing'])}{f'; training writes them from {source}' if source else ''}"
     return ""
 
 
@@ -172,37 +175,32 @@ def _disk(disk: dict[str, Any]) -> str:
 def _step(step: dict[str, Any]) -> str:
     peak = f", {_size(step['gpu_peak_bytes'])} of GPU memory" if step["gpu_peak_bytes"] else ""
     return (
-        f"{step['samples']:,} samples in {step['seconds']:.2g} s, the first, after {step['setup_s']:.2g} s of setting up; "
+        f"{step['samples']:,} samples in {step['seconds']:.2g} s, the first, after {step['setup_s']:.2g} s of setup; "
         f"{step['precision']}, {step['memory_format']}, {step['parameters']:,} parameters{peak}"
     )
 
 
-def _world(report: "DoctorReport") -> str:  # type: ignore[name-defined] # noqa: F821
-    first = report.records[0]
-    hosts = len({record.host for record in report.records})
-    size = f"{len(report.records)} of {_count(first.world_size, 'rank')} on {_count(hosts, 'host')}"
+def _world(report: "DoctorReport") -> str:
+    first = report.ranks[0]
+    hosts = len({rank.host for rank in report.ranks})
+    size = f"{len(report.ranks)} of {count(first.world_size, 'rank')} on {count(hosts, 'host')}"
     if first.world_size == 1:
         return "1 rank"
     way = f" through {first.interface}" if first.interface else ""
-    return f"{size}; they meet at {first.launch['MASTER_ADDR']}:{first.launch['MASTER_PORT']}{way}"
+    return f"{size}, meeting at {first.launch['MASTER_ADDR']}:{first.launch['MASTER_PORT']}{way}"
 
 
-def _rank_table(report: "DoctorReport") -> Any:  # type: ignore[name-defined] # noqa: F821
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
-    for name in ("  rank", "host", "device", "cores", "threads", "GFLOP/s fp32", "bf16", "all-reduce"):
-        table.add_column(name, justify="left" if name in ("host", "device") else "right", overflow="fold")
-    for record in report.records[:_MOST_ROWS]:
-        speed = report.speeds.get(record.rank)
+def _rank_table(report: "DoctorReport") -> list[str]:
+    rows = []
+    for rank in report.ranks[:_MOST_ROWS]:
+        speed = report.speeds.get(rank.rank)
         figures = [_figure(speed.fp32_gflops), _figure(speed.bf16_gflops)] if speed else ["-", "-"]
         moved = f"{_figure(speed.all_reduce_mb_s)} MB/s" if speed and speed.all_reduce_mb_s else "-"
-        row = (str(record.rank), record.host, record.device, str(record.cores), str(record.threads), *figures, moved)
-        table.add_row(*map(Text, row))
-    if len(report.records) > _MOST_ROWS:
-        table.add_row("", Text(f"and {len(report.records) - _MOST_ROWS} more; --json has all"))
-    return table
+        rows.append([str(rank.rank), rank.host, rank.device, str(rank.cores), str(rank.threads), *figures, moved])
+    columns = ("rank", "host", "device", "cores", "threads", "GFLOP/s fp32", "bf16", "all-reduce")
+    lines = [f"  {line}" for line in table(columns, rows, gap="  ")]
+    left = len(report.ranks) - _MOST_ROWS
+    return [*lines, f"  and {left:,} more; --json has all"] if left > 0 else lines
 
 
 def _figure(value: float) -> str:
@@ -215,12 +213,6 @@ def _size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.3g} TB"
-
-
-def _count(number: int, noun: str) -> str:
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 if __name__ == "__main__":

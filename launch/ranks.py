@@ -1,4 +1,4 @@
-"""Ranks on this machine without torchrun or accelerate: the processes behind `shardstep train --nproc N`."""
+"""Start ranks on this machine without torchrun or accelerate, for `shardstep train --nproc N`."""
 
 import contextlib
 import os
@@ -14,19 +14,19 @@ from shardstep.launch.cli import FAILED
 from shardstep.trainer.distributed import launch_env
 
 TRAIN_SCRIPT = Path(__file__).with_name("train.py")
-_GRACE_S = 60.0  # for the other ranks to notice that one has failed, and to end by themselves
+_GRACE_S = 60.0  # for the other ranks to notice the failure and end by themselves
 _POLL_S = 0.1
 
 
 def start_ranks(count: int, command: list[str]) -> int:
-    """Run a command once per rank, pass signals on to all, and wait until the last has ended.
+    """Run a command once per rank, pass signals on to all of them, and wait for the last to end.
 
     Args:
         count: number of ranks.
-        command: with its arguments; the environment tells each process its rank.
+        command: with its arguments; each process finds its rank in its environment.
 
     Returns:
-        0 if all ranks did, else the exit code of the first that did not; 1 if that was killed by a signal.
+        0 if every rank returned 0, else the exit code of the first that did not; 1 if a signal killed it.
     """
     port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
@@ -40,7 +40,7 @@ def start_ranks(count: int, command: list[str]) -> int:
         signal.signal(number, pass_on)
     for rank in range(count):
         environment = os.environ | launch_env.environment_of_rank(rank, count, port)
-        # In sessions of their own: Ctrl-C comes from here, once.
+        # Each in its own session: Ctrl-C reaches it once, from here.
         processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
 
     first_failure: int | None = None
@@ -56,12 +56,12 @@ def start_ranks(count: int, command: list[str]) -> int:
     code = first_failure or next((process.returncode for process in processes if process.returncode), 0)
     for rank, process in enumerate(processes):
         if process.returncode < 0:
-            print(f"failed: rank {rank} was ended by {signal.Signals(-process.returncode).name}", file=sys.stderr)
+            print(f"failed: rank {rank} was killed by {signal.Signals(-process.returncode).name}", file=sys.stderr)
     return code if code >= 0 else FAILED
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nothing listens on now."""
+    """Return a port of the loopback interface that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

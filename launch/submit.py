@@ -1,12 +1,12 @@
 """Submit a recipe to Slurm.
 
     shardstep submit RECIPE [section.key=value ...] --nodes 2 --ranks-per-node 4 --gpus-per-node 4 --time 4:00:00
-    shardstep submit RECIPE --over optimizer.name=sgd,adam --over run.seed=0,1,2 --time 60     a job array, one task a point
+    shardstep submit RECIPE --over optimizer.name=sgd,adam --over run.seed=0,1,2 --time 60     a job array, one task per point
     shardstep submit RECIPE ... --dry-run     prints the script
     shardstep submit RECIPE ... --follow      shows the job and the run's progress until it ends
 
-The script needs nothing but this Python on the nodes. A job that is preempted, or comes to its time limit, saves its state
-and goes on when Slurm starts it again; one that is cancelled saves and ends.
+The script needs only this Python on the nodes. A job that is preempted or reaches its time limit saves its state, and resumes
+when Slurm starts it again; a cancelled job saves and ends.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from shardstep.configs.components import neighbours
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import Recipe
+from shardstep.configs.text import count
 from shardstep.launch.cli import leave
 from shardstep.launch.cli import run as run_command
 from shardstep.launch.grid import file_name, names_of, points_of
@@ -30,7 +31,7 @@ from shardstep.launch.jobs.job_script import Job, render
 
 _TIME = re.compile(r"\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2}")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
-# Of this command -> of sbatch: what is passed on as it is.
+# Options that sbatch gets unchanged: their names here, and sbatch's.
 _PASSED_ON = {
     "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "mem": "mem",
     "reservation": "reservation", "dependency": "dependency", "mail": "mail-user",
@@ -38,7 +39,7 @@ _PASSED_ON = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers a misspelt option with its neighbours and the list of all."""
+    """Reports a misspelt option with its neighbours and the list of all."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}")
@@ -52,30 +53,32 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str]) -> int:
-    """Submit, or print the script; returns the exit code."""
+    """Submit the job or print its script; returns the exit code."""
     args = _parse(arguments)
     points = points_of(args.over)
-    if not points and _ARRAY.fullmatch(args.array):  # an index is a seed
+    if not points and _ARRAY.fullmatch(args.array):  # then an index is a seed
         points = [[f"run.seed={index}"] for index in range(_last_index(args.array) + 1)]
     recipe = _check(args, points)
-    tasks = [[*point, place] for point, place in zip(points, places_of(points, recipe, args.overrides), strict=True)]
+    tasks = [
+        [*point, folder] for point, folder in zip(points, _run_folders(points, recipe, args.overrides), strict=True)
+    ]
     return _submit(args, recipe, tasks, f"shardstep submit {shlex.join(arguments)}")
 
 
 def submit_tasks(arguments: list[str], tasks: list[list[str]], command: str) -> int:
-    """Submit a job array of given tasks, or print its script; returns the exit code.
+    """Submit a job array of the given tasks or print its script; returns the exit code.
 
     Args:
-        arguments: as `shardstep submit` takes them, without --over.
-        tasks: what each adds to the recipe's overrides, its run.dir among it.
-        command: that this comes from, for the script's head.
+        arguments: of `shardstep submit`, without --over.
+        tasks: the overrides that each task adds, its run.dir included.
+        command: the command that submits, for the script's head.
 
     Raises:
         InputError: something would fail later.
     """
     args = _parse(arguments)
     if args.over:
-        raise InputError("--over is the comparison's own: give it before --slurm, not in it")
+        raise InputError("--over belongs to the comparison: give it before --slurm, not in it")
     return _submit(args, _check(args, tasks), tasks, command)
 
 
@@ -94,8 +97,9 @@ def _submit(args: argparse.Namespace, recipe: Recipe, tasks: list[list[str]], co
 
     job_id = _sbatch(script, Path(args.log_folder))
     where = f"{args.log_folder}/{file_name(recipe.run.name)}-{job_id}{'_*' if tasks else ''}.log"
-    world = f"{_count(args.nodes, 'node')} x {_count(args.ranks_per_node, 'rank')}"
-    print(f"job {job_id}: {recipe.run.name} on {world}{f', {len(tasks)} tasks' if tasks else ''}; it logs to {where}")
+    world = f"{count(args.nodes, 'node')} x {count(args.ranks_per_node, 'rank')}"
+    size = f"{world}, {count(len(tasks), 'task')}" if tasks else world
+    print(f"job {job_id}: {recipe.run.name} on {size}; log: {where}")
     if not args.follow:
         return 0
     from shardstep.launch.jobs.follow import follow
@@ -109,7 +113,7 @@ def _make_parser() -> _Parser:
     add("recipe", help="a YAML file, or the name of a recipe")
     add("overrides", nargs="*", metavar="section.key=value", help="such as train.duration='2 epochs'")
     add("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
-    add("--ranks-per-node", type=int, metavar="R", help="ranks on each machine (default: one a GPU, or 1)")
+    add("--ranks-per-node", type=int, metavar="R", help="ranks on each machine (default: one per GPU, or 1)")
     add(
         "--gpus-per-node",
         type=int,
@@ -118,47 +122,53 @@ def _make_parser() -> _Parser:
         help="GPUs on each machine (default: 0, trains on CPU cores)",
     )
     add("--cpus-per-rank", type=int, metavar="C", help="cores of each rank (default: 1 + data.workers)")
-    add("--time", metavar="T", help="longest running time: minutes, h:mm:ss, d-hh:mm:ss, ...; needed")
+    add("--time", metavar="T", help="time limit: minutes, h:mm:ss, d-hh:mm:ss, ...; required")
     add("--launcher", choices=["torchrun", "accelerate", "srun"], default="torchrun", help="(default: torchrun)")
     add("--dry-run", action="store_true", help="print the script, submit nothing")
     add("--follow", action="store_true", help="show the job and the run's progress until it ends")
-    repeated("--over", metavar="KEY=A,B,...", help="a job array over values; several make a grid")
+    repeated("--over", metavar="KEY=A,B,...", help="a job array with one task per value; several make a grid")
     add(
         "--array",
         default="",
         metavar="RANGE",
-        help="which points of --over, and how many at once: 0-5%%2; without --over: seeds",
+        help="tasks of --over to run, and how many at once: 0-5%%2; without --over: seeds",
     )
     for name in ("partition", "account", "qos", "constraint", "reservation", "mem"):
         add(f"--{name}", metavar="NAME" if name != "mem" else "SIZE", help=f"sbatch's --{name}")
     add("--dependency", metavar="JOBS", help="sbatch's --dependency, such as afterok:123")
-    add("--mail", metavar="ADDRESS", help="where Slurm writes when the job ends, fails or is requeued")
-    repeated("--setup", metavar="LINE", help="a line of shell before all else: 'module load cuda'")
+    add("--mail", metavar="ADDRESS", help="e-mail this address when the job ends, fails or is requeued")
+    repeated("--setup", metavar="LINE", help="a shell line to run first: 'module load cuda'")
     add("--container", default="", metavar="COMMAND", help="runs ranks in a container: 'apptainer exec --nv image.sif'")
     add("--python", metavar="PATH", help="Python on the nodes (default: this one; with --container: python)")
     add("--log-folder", default="logs", metavar="DIR", help="(default: logs)")
-    add("--stop-before", type=int, default=120, metavar="S", help="seconds before the end to save at (default: 120)")
-    add("--no-requeue", action="store_true", help="do not start a stopped job again")
-    repeated("--sbatch", metavar="OPTION", help="any other option of sbatch, without dashes: gres=gpu:2")
+    add(
+        "--stop-before",
+        type=int,
+        default=120,
+        metavar="S",
+        help="seconds before the time limit to save at (default: 120)",
+    )
+    add("--no-requeue", action="store_true", help="do not requeue a stopped job")
+    repeated("--sbatch", metavar="OPTION", help="any other sbatch option, without dashes: gres=gpu:2")
     return parser
 
 
-def places_of(points: list[list[str]], recipe: Recipe, overrides: list[str]) -> list[str]:
-    """For each task of an array, the override that gives it a folder of its own."""
+def _run_folders(points: list[list[str]], recipe: Recipe, overrides: list[str]) -> list[str]:
+    """Return, for each task of an array, the override that gives it its own run folder."""
     has_folder = any(text.startswith("run.dir=") for text in overrides)
     base = f"run.dir={recipe.run.dir}" if has_folder else f"run.name={recipe.run.name}"
     return [f"{base}-{name}" for name in names_of(points)]
 
 
 def _check(args: argparse.Namespace, points: list[list[str]]) -> Recipe:
-    """The recipe, checked with each point's values; fills in what depends on it.
+    """Check the options, and the recipe with each point's values; returns the recipe and fills in defaults.
 
     Raises:
-        InputError: with everything that would fail later.
+        InputError: lists everything that would fail later.
     """
     problems = []
     if not args.time:
-        problems.append("--time is needed: the longest that the job may take, such as 4:00:00")
+        problems.append("--time is required: the time limit of the job, such as 4:00:00")
     elif not _TIME.fullmatch(args.time):
         problems.append(f"--time {args.time!r} is not minutes, mm:ss, h:mm:ss, d-hh, d-hh:mm or d-hh:mm:ss")
     elif 2 * args.stop_before > seconds_of(args.time):
@@ -179,14 +189,16 @@ def _check(args: argparse.Namespace, points: list[list[str]]) -> Recipe:
         problems.append(f"--array {args.array!r} is not of a form such as 0-5, 0,2,4 or 0-5%2")
     for text in args.sbatch:
         if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", text):
-            problems.append(f"--sbatch {text!r} is not of the form key or key=value, without dashes before it")
+            problems.append(f"--sbatch {text!r} is not of the form key or key=value, without leading dashes")
     words = args.container.split()
     if any(re.search(r"""["'\\*?\[$`]""", word) for word in words):
-        problems.append(f"--container {args.container!r} must be plain words: put what needs quotes into a script")
+        problems.append(
+            f"--container {args.container!r} must be plain words: put anything that needs quotes into a script"
+        )
     values = [*args.setup, *args.sbatch, *(getattr(args, name) or "" for name in _PASSED_ON), args.log_folder]
-    problems += [f"{value!r} holds a line break" for value in values if "\n" in value or "\r" in value]
+    problems += [f"{value!r} contains a line break" for value in values if "\n" in value or "\r" in value]
     if "%" in args.log_folder:
-        problems.append(f"--log-folder {args.log_folder!r}: Slurm would replace what follows the percent sign")
+        problems.append(f"--log-folder {args.log_folder!r}: Slurm would replace the percent sign and what follows it")
 
     from shardstep.trainer.validate import validate_recipe
 
@@ -201,7 +213,7 @@ def _check(args: argparse.Namespace, points: list[list[str]]) -> Recipe:
         problems.append(f"--array {args.array}, but --over has {len(points)} points: 0 to {len(points) - 1}")
     if problems:
         raise InputError.from_problems("nothing was submitted", problems)
-    # of the recipe without a point's values, whose name and folder the array's tasks begin with
+    # An array's tasks extend the name and folder of the recipe without a point's values.
     recipe = validate_recipe(load_recipe(args.recipe, args.overrides)) if points else recipes[0]
     if args.cpus_per_rank is None:
         args.cpus_per_rank = 1 + recipe.data.workers
@@ -209,7 +221,7 @@ def _check(args: argparse.Namespace, points: list[list[str]]) -> Recipe:
 
 
 def seconds_of(time: str) -> int:
-    """Seconds of a time in one of Slurm's forms."""
+    """Convert a time in one of Slurm's forms to seconds."""
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash:  # d-hh, d-hh:mm, d-hh:mm:ss
@@ -220,7 +232,7 @@ def seconds_of(time: str) -> int:
 
 
 def _last_index(array: str) -> int:
-    """The largest number of a range such as 0-5%2."""
+    """Return the largest index of a range such as 0-5%2."""
     return max(map(int, re.findall(r"\d+", re.sub(r":\d+|%\d+", "", array))))
 
 
@@ -240,7 +252,7 @@ def _problems_of_world(args: argparse.Namespace, recipe: Recipe) -> list[str]:
 
 def _job(args: argparse.Namespace, recipe: Recipe, num_points: int) -> Job:
     options: dict[str, str | None] = {
-        of_slurm: getattr(args, ours) for ours, of_slurm in _PASSED_ON.items() if getattr(args, ours)
+        sbatch_name: getattr(args, name) for name, sbatch_name in _PASSED_ON.items() if getattr(args, name)
     }
     if args.mail:
         options["mail-type"] = "END,FAIL,REQUEUE"
@@ -270,23 +282,19 @@ def _sbatch(script: str, log_folder: Path) -> str:
     """Submit a script; returns the job's id.
 
     Raises:
-        InputError: there is no Slurm here, or it does not take the job.
+        InputError: there is no Slurm here, or it rejects the job.
     """
     if not shutil.which("sbatch"):
         raise InputError(
             "there is no sbatch here: submit from a machine of the cluster, or print the script with --dry-run"
         )
-    log_folder.mkdir(parents=True, exist_ok=True)  # Slurm would drop the log without a word
+    log_folder.mkdir(parents=True, exist_ok=True)  # if it is missing, Slurm drops the log silently
     result = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
     if result.returncode:
-        raise InputError(f"Slurm did not take the job: {result.stderr.strip() or f'exit code {result.returncode}'}")
+        raise InputError(f"Slurm rejected the job: {result.stderr.strip() or f'exit code {result.returncode}'}")
     if result.stderr.strip():
         print(result.stderr.strip(), file=sys.stderr)
     return result.stdout.strip().split(";")[0]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 if __name__ == "__main__":

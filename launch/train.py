@@ -1,6 +1,6 @@
 """Train a model from a recipe.
 
-shardstep train [RECIPE] [section.key=value ...] [--nproc N]
+shardstep train [RECIPE] [section.key=value ...] [--nproc N] [--show-config]
 torchrun --nproc-per-node 2 launch/train.py [RECIPE] [section.key=value ...]
 accelerate launch --multi_gpu --num_processes 2 launch/train.py [RECIPE] [section.key=value ...]
 """
@@ -12,6 +12,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import is_override, load_recipe, recipe_names
 from shardstep.launch.cli import FAILED, STOPPED, leave
 from shardstep.launch.cli import run as run_command
+from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.stopping.stop_requests import StopSignal
 
 
@@ -20,29 +21,39 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="shardstep train",
         description="Train a model from a recipe.",
-        epilog=f"recipes: {', '.join(recipe_names())}. The keys are documented in configs/schema.py.",
+        epilog=f"Recipes: {', '.join(recipe_names())}. See also `shardstep recipes`, and `shardstep keys` for all keys.",
     )
     parser.add_argument(
         "recipe", nargs="?", default="quickstart", help="a YAML file, or the name of a recipe (default: quickstart)"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.duration='2 epochs'")
-    parser.add_argument("--nproc", type=int, default=1, help="ranks to start here, without torchrun (default: 1)")
+    parser.add_argument("--nproc", type=int, help="ranks to start on this machine, without torchrun (default: 1)")
+    parser.add_argument(
+        "--show-config", action="store_true", help="print the resolved recipe and the batch arithmetic, start nothing"
+    )
     args = parser.parse_intermixed_args(arguments)
     if is_override(args.recipe):
         args.overrides.insert(0, args.recipe)
         args.recipe = "quickstart"
 
     loaded = load_recipe(args.recipe, args.overrides)
-    if args.nproc != 1:
+    if args.nproc is not None and args.nproc < 1:
+        raise InputError(f"--nproc={args.nproc} is not a number of ranks: give 1 or more")
+    if args.show_config:
+        from shardstep.launch.show_config import show_config
+
+        if launch_env.is_first_rank():
+            show_config(loaded, args.nproc or loaded.recipe.train.world_size or 1)
+        return 0
+    if args.nproc not in (None, 1):
         return _start_ranks(args.nproc, [args.recipe, *args.overrides])
     request = StopSignal()
-    request.install()  # a signal that comes while torch is imported is not lost
+    request.install()  # before torch is imported, so that no signal is lost
 
-    # torch and all that needs it come after the first checks: a typo is answered at once
+    # Imported here, so that a typo in the recipe or its keys is reported at once.
     from shardstep.configs.resolve import with_keys
     from shardstep.trainer import data, resume, setup
     from shardstep.trainer.description import INDENT, describe
-    from shardstep.trainer.distributed import launch_env
     from shardstep.trainer.distributed.world import start_world
     from shardstep.trainer.finish import train_to_end
     from shardstep.trainer.monitoring.display import Display
@@ -55,7 +66,7 @@ def main(arguments: list[str]) -> int:
     if recipe.run.resume == "never" and launch_env.is_restarted():
         recipe = with_keys(recipe, run={"resume": "if_available"})
         display.note(
-            "run.resume=never holds for the first attempt; this one was restarted, and goes on where that ended"
+            "run.resume=never holds for the first attempt only; this one was restarted and resumes where that one ended"
         )
     recipe = resume.with_earlier_choices(recipe)
     data.make_missing_data(recipe.data)
@@ -80,14 +91,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _start_ranks(count: int, arguments: list[str]) -> int:
-    """This same command on several ranks."""
+    """Start this command on several ranks; returns the exit code."""
     from shardstep.launch.ranks import start_ranks
-    from shardstep.trainer.distributed import launch_env
 
-    if count < 1:
-        raise InputError(f"--nproc={count} is no number of ranks: give 1 or more")
     if launch_env.is_launched():
-        raise InputError("--nproc starts ranks itself: leave it out under torchrun, accelerate launch or srun")
+        raise InputError("--nproc starts ranks itself: do not use it under torchrun, accelerate launch or srun")
     return start_ranks(count, [sys.executable, __file__, *arguments])
 
 

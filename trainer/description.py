@@ -30,21 +30,14 @@ def describe(run: Run) -> list[str]:
         if device.type == "cuda"
         else f"cpu, {count(torch.get_num_threads(), 'thread')} a rank"
     )
-    largest_micro_batch = min(-(-plan.global_batch_size // plan.world_size), recipe.train.max_micro_batch)
     measured = ", ".join(f"{compute} {1000 * value:.0f} ms" for compute, value in run.measured_s.items())
     method = recipe.train.convolutions
     by_method = "" if method == "direct" else f", convolutions by {method}"
-    per_epoch = (
-        f" of ceil({plan.samples_per_epoch:,} / {plan.global_batch_size}) = {plan.steps_per_epoch} per epoch"
-        if plan.duration.unit == "epochs"
-        else ""
-    )
     groups = "".join(
         f"; {entry.get('match') or str(entry['ndim']) + '-dimensional'}: {entry.get('name', recipe.optimizer['name'])}, "
         f"lr {entry.get('lr', run.base_lr):g}"
         for entry in recipe.optimizer["groups"]
     )
-    limit = f", or {plan.max_train_s:g} s of training" if plan.max_train_s is not None else ""
     remaining_s = run.time_limit.remaining_s()
     facts = [
         ("world", f"{ranks}, {processor}"),
@@ -61,13 +54,9 @@ def describe(run: Run) -> list[str]:
             f"{recipe.train.precision}, {recipe.train.memory_format}{by_method}"
             f"{f' (measured: {measured})' if measured else ''}",
         ),
-        (
-            "batch",
-            f"{plan.global_batch_size} = {ranks} x {count(plan.micro_steps, 'micro-step')} "
-            f"of at most {largest_micro_batch}",
-        ),
+        ("batch", batch_text(plan, recipe.train.max_micro_batch)),
         *([("gradients", describe_gradient_sync(recipe.train, run.state.module))] if plan.world_size > 1 else []),
-        ("duration", f"{plan.duration}{f' = {plan.duration_steps} steps' if per_epoch else ''}{per_epoch}{limit}"),
+        ("duration", duration_text(plan)),
         *([("time", f"the allocation ends in {duration(remaining_s)}")] if remaining_s is not None else []),
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
     ]
@@ -75,6 +64,24 @@ def describe(run: Run) -> list[str]:
         f"shardstep {metadata.version('shardstep')} on torch {torch.__version__}: {recipe.run.name}, in {run.dir.path}"
     )
     return [headline, *(f"{'  ' + name:<{INDENT}}{text}" for name, text in facts)]
+
+
+def batch_text(plan: Plan, max_micro_batch: int) -> str:
+    """Return the arithmetic behind the global batch: ranks, micro-steps and the size of these."""
+    largest = min(-(-plan.global_batch_size // plan.world_size), max_micro_batch)
+    return (
+        f"{plan.global_batch_size} = {count(plan.world_size, 'rank')} x {count(plan.micro_steps, 'micro-step')} "
+        f"of at most {largest}"
+    )
+
+
+def duration_text(plan: Plan) -> str:
+    """Return the duration of a run, with the arithmetic behind its steps where it counts epochs."""
+    limit = f", or {plan.max_train_s:g} s of training" if plan.max_train_s is not None else ""
+    if plan.duration.unit == "steps":
+        return f"{plan.duration}{limit}"
+    per_epoch = f"ceil({plan.samples_per_epoch:,} / {plan.global_batch_size}) = {plan.steps_per_epoch} per epoch"
+    return f"{plan.duration} = {plan.duration_steps} steps of {per_epoch}{limit}"
 
 
 def _batch_norm_notes(module: nn.Module, plan: Plan) -> list[str]:

@@ -1,25 +1,22 @@
-"""What this machine has: processor, memory, disks, network interfaces. Looks, and leaves nothing behind."""
+"""What this machine has: processor, memory, disks, network interfaces. Read only; leaves nothing behind."""
 
-import array
 import os
 import platform
-import resource
 import shutil
 import socket
-import struct
 import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
 LIBRARIES = ("torch", "torchvision", "accelerate", "webdataset", "shardstep")
-_SIOCGIFCONF = 0x8912  # <linux/sockios.h>
-_IFREQ_BYTES, _MOST_INTERFACES = 40, 128
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """A processor: its name, the widest vectors it has (such as AVX-512), and its bf16 units, if any."""
+    """A processor: its name, its widest vector instructions (such as AVX-512), and its bf16 units, if any."""
 
     name: str
     vectors: str
@@ -28,7 +25,7 @@ class Cpu:
 
 @dataclass(frozen=True)
 class DiskSpace:
-    """Free room on the file system of a folder that may not be there yet; `inodes` is None where they are unlimited."""
+    """Free space on the file system of a folder, which need not exist yet; `inodes` is None if they are unlimited."""
 
     folder: str
     bytes: int
@@ -36,7 +33,7 @@ class DiskSpace:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that must be the same on all ranks."""
+    """Return the versions of Python and of the libraries that must be the same on all ranks."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -47,13 +44,13 @@ def versions() -> dict[str, str]:
 
 
 def read_cpu() -> Cpu:
-    """This machine's processor, as far as the system tells."""
+    """Read this machine's processor from /proc/cpuinfo, where there is one."""
     path = Path("/proc/cpuinfo")
     return parse_cpu(path.read_text(errors="replace") if path.is_file() else "")
 
 
 def parse_cpu(text: str) -> Cpu:
-    """A processor from the text of /proc/cpuinfo."""
+    """Parse the text of /proc/cpuinfo."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.partition(":")
@@ -69,12 +66,12 @@ def parse_cpu(text: str) -> Cpu:
 
 
 def memory_bytes() -> int:
-    """Of the whole machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the size of this machine's memory."""
+    return psutil.virtual_memory().total
 
 
 def level_2_cache_bytes() -> int:
-    """Of one core; 0 where the system does not tell."""
+    """Return the size of one core's level 2 cache; 0 if unknown."""
     for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
             if (cache / "level").read_text().strip() == "2":
@@ -85,80 +82,64 @@ def level_2_cache_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """What this process holds in memory now; on systems without /proc, the most it has held so far."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    """Return the memory that this process holds now."""
+    return psutil.Process().memory_info().rss
 
 
 def shared_memory_bytes() -> int | None:
-    """Size of /dev/shm; None where there is none."""
+    """Return the size of /dev/shm; None if there is none."""
     return shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None
 
 
 def interfaces() -> list[str]:
-    """Names of the network interfaces."""
-    return [name for _, name in socket.if_nameindex()]
+    """Return the names of the network interfaces."""
+    return [name for _, name in socket.if_nameindex()]  # psutil leaves out those without an address
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface through which this machine sends to an address; None where it cannot be told."""
+    """Return the network interface through which this machine sends to an address; None if there is no route."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # of UDP: chooses a route, sends nothing
-            own = probe.getsockname()[0]
-            return _interface_of(probe, own)
-    except (OSError, ImportError):
+            probe.connect((address, 9))  # UDP: chooses a route, sends nothing
+            source = probe.getsockname()[0]
+    except OSError:
         return None
+    places = psutil.net_if_addrs().items()
+    return next((name for name, bound in places if source in [entry.address for entry in bound]), None)
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address means the very machine that uses it, whichever that is."""
+    """Return whether an address is a loopback address, which means a different machine on each host."""
     try:
         return socket.gethostbyname(address).startswith("127.")
     except OSError:
         return False
 
 
-def _interface_of(probe: socket.socket, own: str) -> str | None:
-    import fcntl
-
-    requests = array.array("B", bytes(_IFREQ_BYTES * _MOST_INTERFACES))
-    place, length = requests.buffer_info()
-    filled = struct.unpack("iL", fcntl.ioctl(probe.fileno(), _SIOCGIFCONF, struct.pack("iL", length, place)))[0]
-    for start in range(0, filled, _IFREQ_BYTES):
-        entry = requests.tobytes()[start : start + _IFREQ_BYTES]
-        if socket.inet_ntoa(entry[20:24]) == own:
-            return entry[:16].partition(b"\0")[0].decode()
-    return None
-
-
 def disk_space(folder: Path) -> DiskSpace:
-    """Free room for a folder, on the file system where it is or would be made."""
+    """Return the free space for a folder, on the file system where it is or would be created."""
     place = nearest(folder)
     found = os.statvfs(place)
-    inodes = found.f_favail if found.f_files else None  # btrfs and others count none
+    inodes = found.f_favail if found.f_files else None  # btrfs, for one, counts none
     return DiskSpace(str(folder), found.f_bavail * found.f_frsize, inodes)
 
 
 def write_problem(folder: Path) -> str | None:
-    """Why nothing can be written into a folder, or the folder not be made; None if it can. Leaves no file."""
+    """Return why a folder cannot be created or written to; None if it can. Leaves no file behind."""
     place = nearest(folder)
     if not place.is_dir():
         return f"{place} is a file"
     try:
-        with tempfile.TemporaryFile(dir=place) as file:  # has no name where the file system can do that
+        with tempfile.TemporaryFile(dir=place) as file:  # unnamed, where the file system supports that
             file.write(b"shardstep")
             file.flush()
     except OSError as error:
-        return f"no file can be made in {place} ({error.strerror})"
+        return f"no file can be created in {place} ({error.strerror})"
     return None
 
 
 def nearest(folder: Path) -> Path:
-    """What a folder's path leads to, or the nearest place above it that exists."""
+    """Return the folder itself if it exists, else its nearest parent that does."""
     place = folder.expanduser().absolute()
     while not place.exists() and place != place.parent:
         place = place.parent

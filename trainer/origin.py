@@ -1,4 +1,4 @@
-"""Where a run comes from: the version of the code, and the hardware. For reports and trackers."""
+"""Where a run comes from: versions, git commit and hardware, for reports and trackers."""
 
 import functools
 import os
@@ -15,13 +15,13 @@ _GIT_S = 5.0
 
 
 def facts_of(device: torch.device, world_size: int) -> dict[str, Any]:
-    """Versions, the commit of the folder one works in, and the hardware of rank 0."""
+    """Return versions, the commit of the current folder, and the hardware of this rank."""
     where = {"host": platform.node(), "ranks": world_size}
     return {"versions": machine.versions(), "commit": commit(Path.cwd()), "hardware": hardware(device) | where}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """This machine and the device of this rank, in numbers and names."""
+    """Return facts about this machine and this rank's device."""
     cpu = machine.read_cpu()
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()}",
@@ -39,7 +39,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def commit(folder: Path) -> str | None:
-    """The git commit of a folder, with + where files were changed; None if it is in no repository."""
+    """Return the git commit of a folder, with + if files were changed; None outside a repository."""
     command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S)

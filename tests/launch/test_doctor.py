@@ -70,7 +70,7 @@ def test_alone(shards: Path, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_under_torchrun_one_rank_speaks(tmp_path: Path) -> None:
+def test_under_torchrun_one_rank_prints(tmp_path: Path) -> None:
     result = start(str(BIN / "torchrun"), "--nproc-per-node", "2", DOCTOR, "smoke", cwd=tmp_path)
     assert result.returncode == 0, result.stderr + result.stdout
     lines = result.stdout.splitlines()
@@ -128,13 +128,13 @@ def test_faults_of_recipe_data_and_folder(shards: Path, tmp_path: Path) -> None:
         "optimizer.lrr=1": ("recipe", "did you mean lr?"),
         "data.train=nowhere": ("data", "no shards in nowhere"),
         f"data.train={tmp_path / 'cut'}": ("data", "manifest.json is damaged"),
-        "run.dir=/proc/run": ("disk", "no file can be made in /proc"),  # root cannot write there, either
+        "run.dir=/proc/run": ("disk", "no file can be created in /proc"),  # root cannot write there, either
         f"run.dir={tmp_path / 'file' / 'run'}": ("disk", "is a file"),
         f"run.dir={tmp_path / 'taken'}": ("run", "holds files that are not a run's"),
         "train.world_size=3": ("launch", "1 rank came up"),
         "train.device=cuda": ("device", "no CUDA device"),
         "train.global_batch_size=102": ("step", "more than the 101 training samples"),
-        "data.normalize={mean: [0], std: [1.0e-38]}": ("step", "the loss of the first step is no number"),
+        "data.normalize={mean: [0], std: [1.0e-38]}": ("step", "the loss of the first step is NaN or infinite"),
     }
     ((*reports,),) = run_ranks(1, examine_all, [[recipe, override] for override in cases])
     for (override, (check, what)), (code, report, _) in zip(cases.items(), reports, strict=True):
@@ -149,7 +149,7 @@ def examine_a_slow_step(arguments: list[str]) -> tuple[int, dict[str, Any], str]
     from shardstep.trainer.doctor import probe
 
     def slow(*rest: Any) -> None:
-        print("a library's own words, which are none of the report's")
+        print("output of a library, which is not part of the report")
         time.sleep(8)
 
     probe.take_step = slow
@@ -171,11 +171,11 @@ def test_a_missing_compiler_is_a_warning(tmp_path: Path) -> None:
     assert "no no-such-compiler" in found["what"]
 
 
-def test_missing_data_that_can_be_made_are_no_fault(tmp_path: Path) -> None:
+def test_missing_data_that_can_be_written_are_no_error(tmp_path: Path) -> None:
     ((code, report, _),) = run_ranks(1, examine, ["quickstart", f"data.train={tmp_path}/a", f"data.test={tmp_path}/b"])
     assert code == 0
     assert report["facts"]["no_data"]["source"] == "cifar10"
-    assert report["facts"]["no_step"] == "none was taken: its data are not there yet"
+    assert report["facts"]["no_step"] == "none was taken: its data do not exist yet"
 
 
 ALONE: dict[str, str | None] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -183,10 +183,10 @@ ALONE: dict[str, str | None] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE"
 
 @pytest.mark.parametrize("task", ["0", "2"])
 def test_worlds_of_one_under_slurm(task: str) -> None:
-    told = ALONE | {"SLURM_NTASKS": "4", "SLURM_PROCID": task}
-    ((code, report, err),) = run_ranks(1, examine, ["smoke"], told)
+    variables = ALONE | {"SLURM_NTASKS": "4", "SLURM_PROCID": task}
+    ((code, report, err),) = run_ranks(1, examine, ["smoke"], variables)
     assert code == 1
-    if task != "0":  # one of the four speaks
+    if task != "0":  # one of the four prints
         assert (report, err) == ({}, "")
         return
     assert "4 separate runs" in only(report)["what"]
@@ -206,13 +206,13 @@ def test_a_rank_that_never_comes_ends_the_waiting() -> None:
     assert time.monotonic() - began < 30
 
 
-def test_a_first_rank_that_never_comes_is_told_by_the_others() -> None:
-    told: dict[str, str | None] = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}
-    ((code, report, err),) = run_ranks(1, examine, ["smoke", "--timeout", "1"], told)
+def test_a_first_rank_that_never_comes_is_reported_by_the_others() -> None:
+    variables: dict[str, str | None] = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}
+    ((code, report, err),) = run_ranks(1, examine, ["smoke", "--timeout", "1"], variables)
     assert (code, report) == (1, {})
     assert "rank 1 on" in err
-    assert "could not meet the others at MASTER_ADDR=127.0.0.1" in err
-    assert "cure: start rank 0" in err
+    assert "could not reach the others at MASTER_ADDR=127.0.0.1" in err
+    assert "fix: start rank 0" in err
 
 
 # --- faults between ranks ---------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def _fail(config: Any) -> None:
         ("no recipe", "recipe", "rank 1: no recipe 'nosuch'"),
         ("versions", "versions", "webdataset differs: 1.0.2 on rank 0, 0.2.100 on rank 1"),
         ("interface", "network", "rank 1: GLOO_SOCKET_IFNAME=nosuch0, but there is no such interface"),
-        ("rank", "launch", "2 processes were told to be rank 0"),
+        ("rank", "launch", "2 processes have rank 0"),
         ("network", "world", "rank 1: RuntimeError: no route to host"),
     ],
 )
@@ -276,23 +276,28 @@ def test_faults_between_ranks(fault: str, check: str, what: str, shards: Path, t
     assert "step" not in spoken[0]["facts"]
 
 
-def test_ranks_that_hang_are_told_by_where_they_stand(shards: Path, tmp_path: Path) -> None:
+def test_ranks_that_hang_are_reported_with_their_stack(shards: Path, tmp_path: Path) -> None:
     (code, report, _), _ = run_ranks(2, examine_with_fault, "hang", str(write_recipe(tmp_path, shards)))
     assert code == 1
-    told = {finding["what"].split(":")[0]: finding["what"] for finding in report["findings"]}
-    assert "did not end in 6 s and stands in" in told["rank 1"]
-    assert "test_doctor.py" in told["rank 1"]
-    assert "did not end in 6 s and stands in" in told["rank 0"]
+    found = {finding["what"].split(":")[0]: finding["what"] for finding in report["findings"]}
+    assert "not done after 6 s, now in" in found["rank 1"]
+    assert "test_doctor.py" in found["rank 1"]
+    assert "not done after 6 s, now in" in found["rank 0"]
 
 
-def test_a_rank_that_dies_is_named(tmp_path: Path) -> None:
+def test_a_rank_that_dies_is_reported(tmp_path: Path) -> None:
     script = "import sys; sys.path.insert(0, sys.argv[1]); from tests.launch import test_doctor as t; t.die_or_report()"
-    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(ROOT)],
             cwd=tmp_path,
-            env=os.environ | told | {"RANK": rank, "LOCAL_RANK": rank},
+            env=os.environ | variables | {"RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -305,7 +310,7 @@ def test_a_rank_that_dies_is_named(tmp_path: Path) -> None:
 
 
 def die_or_report() -> None:
-    """Runs in a process of its own: rank 1 dies as the world comes up."""
+    """Runs in a separate process: rank 1 dies as the world comes up."""
     from shardstep.launch.cli import leave
 
     code, report, _ = examine_with_fault("death", "smoke")
@@ -313,14 +318,12 @@ def die_or_report() -> None:
     leave(code)
 
 
-def test_hosts_that_do_not_share_the_folder_are_warned_of(shards: Path, tmp_path: Path) -> None:
+def test_hosts_that_do_not_share_the_folder_are_reported(shards: Path, tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path, shards, run={"dir": "run"}))  # beside where each rank stands
     (code, report, _), _ = run_ranks(2, examine_in, str(tmp_path), "unshared", recipe)
     assert code == 0, report["findings"]
     warnings = [finding["what"] for finding in report["findings"]]
-    assert any(what.endswith("is not seen by rank 1: a run could not go on after a stop") for what in warnings), (
-        warnings
-    )
+    assert any(what.startswith("rank 1 cannot see what rank 0 writes in ") for what in warnings), warnings
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
 
 

@@ -1,4 +1,4 @@
-"""The commands as a person starts them: python, torchrun, accelerate launch, with 1 and 2 processes."""
+"""The commands as a user starts them: python, torchrun, accelerate launch, with 1 and 2 processes."""
 
 import json
 import shlex
@@ -68,7 +68,7 @@ def test_every_way_to_start_trains_the_same(form: str, reference: list[float], s
     assert losses == pytest.approx(reference, rel=1e-5)
     ranks = 2 if form.endswith("2") else 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == ranks
-    assert result.stdout.count("done: test accuracy") == 1  # one rank speaks
+    assert result.stdout.count("done: test accuracy") == 1  # one rank prints
 
 
 def test_accelerate_cpu_with_two_processes_is_caught(shards: Path, tmp_path: Path) -> None:
@@ -81,7 +81,9 @@ def test_accelerate_cpu_with_two_processes_is_caught(shards: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("output", "reason"), [(">/dev/full", "No space left on device"), ("| true", "Broken pipe")])
-def test_training_goes_on_where_its_output_cannot(output: str, reason: str, shards: Path, tmp_path: Path) -> None:
+def test_training_continues_when_stdout_cannot_be_written(
+    output: str, reason: str, shards: Path, tmp_path: Path
+) -> None:
     recipe = write_recipe(tmp_path, shards)
     command = f"set -o pipefail; {shlex.quote(str(BIN / 'shardstep'))} train {shlex.quote(str(recipe))} {output}"
     result = start("bash", "-c", command, cwd=tmp_path)
@@ -139,7 +141,7 @@ def test_evaluate_prints_one_object_last(shards: Path, tmp_path: Path, reference
         assert "neither a run's folder nor a checkpoint" in result.stderr
 
 
-def test_a_loss_that_is_no_number_is_null(finished_run: Path, tmp_path: Path) -> None:
+def test_a_nan_loss_is_null(finished_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
     spoil_weights(run, "head.weight")
     result = start(str(BIN / "shardstep"), "evaluate", str(run), cwd=tmp_path)
@@ -166,9 +168,9 @@ def test_shards_commands(tmp_path: Path) -> None:
     assert "class3" in shards("info", "set").stdout
     order = shards("order", "set", "--seed", "1", "--epoch", "2", "--start", "20", "--count", "5").stdout.splitlines()
     assert [line.split()[0] for line in order] == ["20", "21", "22", "23", "24"]
-    whole = shards("order", "set", "--seed", "1", "--epoch", "2").stdout.splitlines()
-    assert whole[20:] == order
-    assert sorted(line.split()[1] for line in whole) == [f"{number:06d}" for number in range(25)]
+    epoch = shards("order", "set", "--seed", "1", "--epoch", "2").stdout.splitlines()
+    assert epoch[20:] == order
+    assert sorted(line.split()[1] for line in epoch) == [f"{number:06d}" for number in range(25)]
     result = shards("order", "set", "--start", "20", "--count", "6")
     assert result.returncode == 2
     assert "are outside an epoch of 25 samples" in result.stderr
@@ -188,7 +190,7 @@ def test_shards_commands(tmp_path: Path) -> None:
     assert "class" not in shards("info", "set").stdout.partition("\nclasses")[2]
 
 
-def test_where_there_is_no_room_the_folder_is_named_and_left_as_it_was(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_folder_which_stays_as_it_was(tmp_path: Path) -> None:
     code = (  # no file may have more than 20,000 bytes
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
         "from shardstep.launch import cli; sys.argv = ['shardstep', *sys.argv[1:]]; sys.exit(cli.main())"
@@ -200,20 +202,18 @@ def test_where_there_is_no_room_the_folder_is_named_and_left_as_it_was(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == [".set.lock"]
 
 
-def test_names_that_are_too_few_are_not_kept_and_that_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for shard, options, told in (
+def test_too_few_class_names_are_dropped_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shard, options, warning in (
         ("a", ["--classes", "cat"], ""),
         ("b", [], "the old manifest has too few class names; they were not kept"),
-        ("c", [], ""),  # numbers go on
+        ("c", [], ""),  # numbering continues
     ):
         write_tar(
             tmp_path / f"{shard}.tar", {f"{shard}.png": png(1), f"{shard}.cls": str(ord(shard) - ord("a")).encode()}
         )
         assert shards_main(["index", str(tmp_path), "--force", *options]) == 0
         lines = capsys.readouterr().err
-        assert told in lines if told else lines == ""
+        assert warning in lines if warning else lines == ""
     assert open_shards(tmp_path).manifest.classes == ["0", "1", "2"]
 
 
@@ -236,16 +236,16 @@ def test_checkpoints_are_listed_without_torch(tmp_path: Path) -> None:
     assert result.stdout == "2 False\n"
 
 
-def test_memory_that_is_not_there_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
-    for empty, told in ((torch.empty, "can't allocate memory"), (np.empty, "Unable to allocate")):
+def test_out_of_memory_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    for empty, reason in ((torch.empty, "can't allocate memory"), (np.empty, "Unable to allocate")):
         assert cli.run(lambda _, empty=empty: len(empty(1 << 50)), []) == 1
         message = capsys.readouterr().err
         assert message.startswith("failed: ")
-        assert told in message
+        assert reason in message
         assert "a smaller train.max_micro_batch" in message
 
 
-def test_unknown_command_names_its_neighbours() -> None:
+def test_an_unknown_command_is_reported_with_its_neighbours() -> None:
     result = subprocess.run([BIN / "shardstep", "trian"], capture_output=True, text=True)
     assert result.returncode == 2
     assert "did you mean train?" in result.stderr
@@ -269,16 +269,16 @@ def test_missing_shards_are_made_before_training(tmp_path: Path) -> None:
     ]
 
 
-def test_shards_of_another_source_are_told(shards: Path, tmp_path: Path) -> None:
+def test_shards_of_another_source_are_reported(shards: Path, tmp_path: Path) -> None:
     data = [f"data.train={shards}/train", f"data.test={shards}/test", "train.duration=1 steps"]
     result = start(*FORMS["python"], "smoke", "data.source=synthetic:101", *data, cwd=tmp_path)
     assert f"shards     {shards}/train, {shards}/test" in result.stdout
     assert f"data.source=synthetic:101 is not used: {shards}/test already holds shards of other images" in result.stderr
     (tmp_path / "mine" / "train" / "a").mkdir(parents=True)
-    for source, told in {"cifar10": True, "digits": True, "mine": True, "null": False}.items():
+    for source, is_reported in {"cifar10": True, "digits": True, "mine": True, "null": False}.items():
         result = start(*FORMS["python"], "smoke", f"data.source={source}", *data, f"run.name={source}", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        assert (f"data.source={source} is not used: {shards}/train already holds" in result.stderr) == told
+        assert (f"data.source={source} is not used: {shards}/train already holds" in result.stderr) == is_reported
 
 
 def train_two_steps(names: list[str], shards: str, folder: str) -> list[int]:
@@ -288,7 +288,7 @@ def train_two_steps(names: list[str], shards: str, folder: str) -> list[int]:
     from shardstep.launch import train
     from shardstep.trainer import finish
 
-    finish.leave_world = lambda accelerator: None  # the world goes on to the next recipe
+    finish.leave_world = lambda accelerator: None  # the world stays up for the next recipe
     finish.draw_pictures = lambda run, evaluation: []
     data = [f"data.train={shards}/train", f"data.test={shards}/test"]
     steps = []

@@ -55,7 +55,7 @@ def test_a_signal_reaches_all_ranks(shards: Path, tmp_path: Path, name: str) -> 
 
 
 def test_exit_codes() -> None:
-    """Of the first rank that fails, whatever becomes of the others; a signal is a failure that is told."""
+    """The first rank that fails gives the exit code, whatever the others do; death by a signal is reported as a failure."""
     script = (
         "import os, sys, time; time.sleep(0.5 * int(os.environ['RANK'])); sys.exit([{0}, {1}][int(os.environ['RANK'])])"
     )
@@ -68,22 +68,24 @@ def test_exit_codes() -> None:
     killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     result = subprocess.run([sys.executable, "-c", run.format(killed)], capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr == "failed: rank 0 was ended by SIGKILL\nfailed: rank 1 was ended by SIGKILL\n"
+    assert result.stderr == "failed: rank 0 was killed by SIGKILL\nfailed: rank 1 was killed by SIGKILL\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "told"),
+    ("arguments", "environment", "message"),
     [
-        (["--nproc", "0"], {}, "error: --nproc=0 is no number of ranks: give 1 or more"),
-        (["--nproc", "2"], {"RANK": "0"}, "error: --nproc starts ranks itself: leave it out under torchrun"),
+        (["--nproc", "0"], {}, "error: --nproc=0 is not a number of ranks: give 1 or more"),
+        (["--nproc", "2"], {"RANK": "0"}, "error: --nproc starts ranks itself: do not use it under torchrun"),
         (["--nproc", "2", "optimizer.lrr=1"], {}, "optimizer.lrr is not an option of adam; did you mean lr?"),
     ],
 )
-def test_bad_input_is_told_once(arguments: list[str], environment: dict[str, str], told: str, tmp_path: Path) -> None:
+def test_bad_input_is_reported_once(
+    arguments: list[str], environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
     command = [str(BIN / "shardstep"), "train", "smoke", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | environment)
     assert result.returncode == 2
-    assert result.stderr.count(told) == 1, result.stderr
+    assert result.stderr.count(message) == 1, result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -115,7 +117,7 @@ def test_configs_of_accelerate(config: str, options: list[str], ranks: int, shar
     result = start(str(BIN / "accelerate"), "launch", "--config_file", file, *options, TRAIN, str(recipe), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == ranks
-    assert "values were not passed" not in result.stderr  # Accelerate's warning of what it had to guess
+    assert "values were not passed" not in result.stderr  # Accelerate's warning about options it had to guess
 
 
 def test_config_of_accelerate_for_many_nodes(shards: Path, tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_config_of_accelerate_for_many_nodes(shards: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
 
 
-def test_a_precision_given_to_accelerate_is_not_ignored_in_silence(shards: Path, tmp_path: Path) -> None:
+def test_a_precision_given_to_accelerate_is_not_ignored_silently(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards, train={"duration": "1 steps", "global_batch_size": 8})
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16"}
     result = subprocess.run([sys.executable, TRAIN, str(recipe)], capture_output=True, text=True, env=environment)

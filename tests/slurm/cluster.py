@@ -85,7 +85,7 @@ class Cluster:
         return result
 
     def node(self, action: str, name: str) -> None:
-        """Break or mend a node: crash, start, ... (see cluster/node.sh)."""
+        """Break or repair a node: crash, start, ... (see cluster/node.sh)."""
         self.sh([str(HERE / "node.sh"), action, name])
 
     def show(self, job: str) -> dict[str, str]:

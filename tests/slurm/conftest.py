@@ -9,7 +9,7 @@ from tests.slurm.cluster import Cluster, missing
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Four virtual nodes; the test is skipped, and says why, where they cannot be had."""
+    """Four virtual nodes; where they cannot run, the test is skipped with the reason."""
     reason = missing()
     if reason:
         pytest.skip(reason)

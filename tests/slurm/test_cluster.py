@@ -69,7 +69,7 @@ class Submitted:
 
 
 def submit(cluster: Cluster, folder: Path, shards: Path, job: Job, *overrides: str, **sections: Any) -> Submitted:
-    """Submit a run of its own folder."""
+    """Submit a run with a separate folder."""
     recipe = write_recipe(folder, shards, **SECTIONS | sections)
     (folder / "logs").mkdir(exist_ok=True)
     job = replace(job, folder=str(folder), python=sys.executable)
@@ -242,7 +242,7 @@ def test_a_rank_that_crashes_fails_the_job(
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in submitted.log()
 
 
-def test_bad_input_is_told_once(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+def test_bad_input_is_reported_once(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
     submitted = submit(cluster, tmp_path, shards, world("srun"), "optimizer.lrr=3")
     assert submitted.end() == "FAILED", submitted.log()
     assert cluster.show(submitted.job)["ExitCode"] == "2:0", submitted.log()
@@ -308,9 +308,7 @@ def test_an_array_of_optimizers_from_a_hostile_folder(cluster: Cluster, shards: 
     tested = cluster.sh(["sbatch", "--test-only"], text=dry.stdout, cwd=folder)
     assert "to start at" in tested.stderr
     followed = cluster.sh(command, cwd=folder, timeout_s=180)
-    assert re.search(
-        r"job \d+: recipe on 1 node x 2 ranks, 3 tasks; it logs to logs/recipe-\d+_\*.log", followed.stdout
-    )
+    assert re.search(r"job \d+: recipe on 1 node x 2 ranks, 3 tasks; log: logs/recipe-\d+_\*.log", followed.stdout)
     assert "3 COMPLETED" in followed.stdout
     runs = sorted(path.name for path in (folder / "runs").iterdir())
     assert runs == [f"; touch pwned #-{name}" for name in ("adam", "rmsprop", "sgd")]
@@ -366,7 +364,7 @@ FAULTS = {
     "none": (_RANK + "{doctor}", 0, ["2 of 2 ranks on 2 hosts", "nothing would break a run"]),
     "N worlds of one": ("{doctor}", 1, ["Slurm was asked for 2 tasks", "separate runs would write to one folder"]),
     "rank read too early": (
-        _RANK.replace("$SLURM_PROCID", "0") + "{doctor} --timeout 20", 1, ["2 processes were told to be rank 0"],
+        _RANK.replace("$SLURM_PROCID", "0") + "{doctor} --timeout 20", 1, ["2 processes have rank 0"],
     ),
     "double launch": ("{torchrun} --nproc-per-node 1 {script}", 1, ["srun started 2 tasks"]),
     "recipes that differ": (
@@ -386,7 +384,7 @@ FAULTS = {
 def limited(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
     """Two runs whose time is a minute, which passes while the doctor is at work: they leave it the processors.
 
-    The one knows it, and saves in time; the other's limit is lowered behind its back. Neither is told by a signal before
+    The one knows it, and saves in time; the other's limit is lowered behind its back. Neither gets a signal before
     Slurm's SIGTERM, with which the time is over.
     """
     job = world("torchrun", nodes=1, ranks_per_node=1, options={"signal": ""}, setup=["renice -n 19 $$ > /dev/null"])
@@ -400,7 +398,7 @@ def limited(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_doctor_finds(cluster: Cluster, limited: object, shards: Path, tmp_path: Path, fault: str) -> None:
-    command, code, told = FAULTS[fault]
+    command, code, message = FAULTS[fault]
     recipe = write_recipe(tmp_path, shards, **SECTIONS)
     places = {
         "doctor": f"{sys.executable} -m shardstep.launch.doctor",
@@ -417,7 +415,7 @@ def test_doctor_finds(cluster: Cluster, limited: object, shards: Path, tmp_path:
     result = cluster.sh(srun, cwd=tmp_path, check=False, timeout_s=170)
     output = result.stdout + result.stderr
     assert (result.returncode != 0) == bool(code), output
-    for words in told:
+    for words in message:
         assert words in " ".join(output.split()), output
     assert "Traceback" not in output or "torchrun" in command  # whose agents tell a failure in their way
 

@@ -37,11 +37,11 @@ def test_the_search_comes_first(
 
 def test_what_submit_refuses_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for options, told in (
-        (["--slurm=--dry-run"], "--time is needed"),
-        (["--slurm", "--time 60 --over run.seed=0,1"], "--over is the comparison's own"),
+    for options, message in (
+        (["--slurm=--dry-run"], "--time is required"),
+        (["--slurm", "--time 60 --over run.seed=0,1"], "--over belongs to the comparison"),
         (["--slurm", "--time 60 --partion gpu"], "did you mean --partition"),
         (["--slurm", "--time 60", "--parallel", "2"], "--parallel and --within have no effect with --slurm"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             main([*OPTIONS, *options])

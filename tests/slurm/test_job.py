@@ -1,4 +1,4 @@
-"""What a job does when its ranks have ended, with stand-ins for srun and scontrol; test_cluster.py does it for real."""
+"""What a job does when its ranks have ended, with stand-ins for srun and scontrol; test_cluster.py uses a real Slurm."""
 
 import os
 import subprocess
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shardstep.launch.jobs.job_script import Job, render
+from shardstep.launch.jobs.job_script import Job, Launcher, render
+from tests.conftest import ROOT
 
 SRUN = """#!/bin/bash
 [ -z "$MARKER" ] || echo "$MARKER" > "$SHARDSTEP_STOPPED_FILE"
@@ -85,7 +86,7 @@ def test_no_requeue(tmp_path: Path) -> None:
     script = Script(tmp_path, requeue=False)
     result = script.run(0, "40 signal", SHARDSTEP_REQUEUE="yes")  # the submitting shell's does not count
     assert result.returncode == 85
-    assert "not requeued, as asked for" in result.stdout
+    assert "not requeued, as requested" in result.stdout
     assert not script.requeued()
 
 
@@ -112,23 +113,49 @@ def test_starts_without_a_step_are_counted(tmp_path: Path) -> None:
     assert len(script.requeued()) == 5
 
 
-def test_a_requeue_that_is_refused_is_no_success(tmp_path: Path) -> None:
+def test_a_refused_requeue_is_a_failure(tmp_path: Path) -> None:
     script = Script(tmp_path)
     result = script.run(0, "40 signal", REFUSES="yes")
     assert result.returncode == 85
     assert len(script.requeued()) == 5  # tried again: the controller may be restarting
-    assert "could not be requeued; submit it again to go on" in result.stderr
+    assert "could not be requeued; submit it again to resume" in result.stderr
     assert "; requeued" not in result.stdout
 
 
-def test_an_old_word_does_not_count(tmp_path: Path) -> None:
+def test_a_stale_stopped_file_does_not_count(tmp_path: Path) -> None:
     script = Script(tmp_path)
     script.run(0, "40 signal")
     assert script.run(1).returncode == 1  # crashed in its second start
     assert len(script.requeued()) == 1
 
 
-def test_what_slurm_knows_is_told_to_the_ranks(tmp_path: Path) -> None:
+def test_ranks_get_restarts_and_end_time_from_slurm(tmp_path: Path) -> None:
     result = Script(tmp_path).run(0, SLURM_RESTART_COUNT="9", SLURM_TIME_FORMAT="relative")
-    assert "job 7, start 3: 1 x 1 ranks, from n1 on" in result.stdout
+    assert "job 7, start 3: 1 x 1 ranks, first node n1" in result.stdout
     assert "restarts 2, end 1893459600" in result.stdout  # 2030-01-01T01:00:00Z
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher", "added"),
+    [
+        ("torchrun", "torchrun", ""),
+        ("accelerate", "accelerate", ""),
+        ("srun", "srun", ""),
+        ("sweep", "torchrun", " optimizer.name=adam optimizer.lr=0.001 run.name=sweep-adam"),
+    ],
+)
+def test_scripts_by_hand_run_what_submit_renders(name: str, launcher: Launcher, added: str, tmp_path: Path) -> None:
+    script = Script(tmp_path)
+    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\ndeclare -f task\necho "$TASKS $PYTHON: ${*: -$TASKS}"\n')
+    given = {"LOG_FOLDER": str(tmp_path / "logs"), "PYTHON": "py", "SLURM_ARRAY_TASK_ID": "1", "EXPECTED": "7"}
+    outputs = []
+    for text, ranks in (
+        ((ROOT / "slurm" / f"{name}.sbatch").read_text(), {"RANKS_PER_NODE": "2", "SLURM_NTASKS_PER_NODE": "2"}),
+        (render(Job("drill", 1, 2, "10", launcher, folder=str(ROOT), python="py"), ["smoke", *added.split()]), {}),
+    ):
+        script.script = f"set -- smoke\ncd {ROOT}\n{text}"
+        result = script.run(0, **given, **ranks, TASKS=str(2 + len(added.split())))
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout)
+    assert outputs[0] == outputs[1]
+    assert f"py: smoke train.world_size=2{added}\n" in outputs[0]

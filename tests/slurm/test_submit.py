@@ -1,4 +1,4 @@
-"""What `shardstep submit` writes and refuses; no Slurm is needed for any of it."""
+"""What `shardstep submit` writes and refuses; none of it needs Slurm."""
 
 import difflib
 import os
@@ -13,7 +13,6 @@ from shardstep.configs.errors import InputError
 from shardstep.launch.grid import file_name, points_of
 from shardstep.launch.jobs.job_script import Job, render, sbatch_word
 from shardstep.launch.submit import main, seconds_of
-from tests.conftest import ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
 JOBS = {
@@ -37,13 +36,13 @@ ARGUMENTS = ["quickstart", 'run.name=it\'s $(touch x) `y` "z"; rm -rf *', "train
 
 @pytest.mark.parametrize("name", JOBS)
 def test_scripts_are_as_they_were(name: str) -> None:
-    """After a change that is meant: SHARDSTEP_GOLDEN=write pytest tests/slurm/test_submit.py, and read the diff."""
+    """After an intended change: SHARDSTEP_GOLDEN=write pytest tests/slurm/test_submit.py, and read the diff."""
     job, points = JOBS[name]
     check_golden(name, render(job, ARGUMENTS, points, "shardstep submit ..."))
 
 
 def check_golden(name: str, script: str) -> None:
-    """Compare a script with the one that is kept under this name, or keep it there, if the environment says so."""
+    """Compare a script with the golden file of this name, or write the file if the environment says so."""
     path = GOLDEN / f"{name}.sbatch"
     if os.environ.get("SHARDSTEP_GOLDEN") == "write":
         path.write_text(script)
@@ -55,7 +54,7 @@ def check_golden(name: str, script: str) -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_scripts_are_whole_and_valid_bash(name: str) -> None:
+def test_scripts_are_complete_and_valid_bash(name: str) -> None:
     job, points = JOBS[name]
     script = render(job, ARGUMENTS, points)
     checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
@@ -158,11 +157,11 @@ def test_arrays(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--nods", "2"], "--nods is not an option; did you mean --nodes"),
         (["--tmie", "2", "--partiton=x"], "--partition"),
-        ([], "--time is needed: the longest that the job may take, such as 4:00:00"),
+        ([], "--time is required: the time limit of the job, such as 4:00:00"),
         (["--time", "soon"], "--time 'soon' is not minutes, mm:ss, h:mm:ss, d-hh, d-hh:mm or d-hh:mm:ss"),
         (["--time", "3"], "--stop-before 120 s is more than half of --time 3: the job would hardly train"),
         (["--time", "0"], "is more than half of --time 0"),
@@ -176,7 +175,7 @@ def test_arrays(capsys: pytest.CaptureFixture[str]) -> None:
         (["--time", "5", "--sbatch", "--exclusive"], "--sbatch: expected one argument"),
         (["--time", "5", "--sbatch", "Exclusive yes"], "--sbatch 'Exclusive yes' is not of the form key or key=value"),
         (["--time", "5", "--container", "run 'my image'"], "must be plain words"),
-        (["--time", "5", "--partition", "a\n#SBATCH --uid=0"], "holds a line break"),
+        (["--time", "5", "--partition", "a\n#SBATCH --uid=0"], "contains a line break"),
         (["--time", "5", "--over", "lr=1"], "--over 'lr=1' is not of the form"),
         (["--time", "5", "--over", "optimizer.name=sgd,adm"], "optimizer.name=adm"),
         (["--time", "5", "optimizer.lrr=1"], "optimizer.lrr is not an option of adam; did you mean lr?"),
@@ -186,11 +185,11 @@ def test_arrays(capsys: pytest.CaptureFixture[str]) -> None:
         (["--time", "5", "train.device=cpu", "--gpus-per-node", "1"], "would leave the GPUs"),
     ],
 )  # fmt: skip
-def test_bad_input_is_told_and_nothing_is_submitted(arguments: list[str], told: str, tmp_path: Path) -> None:
+def test_bad_input_is_reported_and_nothing_is_submitted(arguments: list[str], message: str, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "shardstep"), "submit", "smoke", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2, result.stdout
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 
@@ -202,13 +201,3 @@ def test_without_slurm(tmp_path: Path) -> None:
     )
     assert result.returncode == 2
     assert "there is no sbatch here" in result.stderr
-
-
-def test_the_sweep_trains_as_torchrun_does() -> None:
-    """Its task is a copy, so that each script can be read alone."""
-
-    def body(name: str) -> list[str]:
-        script = (ROOT / "slurm" / f"{name}.sbatch").read_text()
-        return [line.partition(" # ")[0].rstrip() for line in script[script.index("RANKS_PER_NODE=") :].splitlines()]
-
-    assert body("sweep") == body("torchrun")

@@ -1,4 +1,4 @@
-"""What is measured before a run: matrix products, all-reduces, and one optimizer step of the recipe with the real code."""
+"""Measurements before a run: matrix products, all-reduces, and one optimizer step of the recipe with the real code."""
 
 import math
 import statistics
@@ -21,13 +21,13 @@ from shardstep.trainer.monitoring.display import Display
 
 ALL_REDUCE_BYTES = 4_000_000
 _REPEATS = 5
-_ENOUGH_S = 0.3  # of matrix products, for the best to be one that nothing disturbed
+_ENOUGH_S = 0.3  # of matrix products, so that the best of them is undisturbed
 _SIDE = {"cpu": 512, "cuda": 8192}  # of the matrices: some milliseconds each
 
 
 @dataclass(frozen=True)
 class Step:
-    """The first optimizer step of a recipe, after `setup_s` of building its run, and what a checkpoint of it takes."""
+    """The first optimizer step of a recipe: its time after `setup_s` of setup, and what a checkpoint and the GPU need."""
 
     setup_s: float
     samples: int
@@ -40,7 +40,7 @@ class Step:
 
 
 def measure_speed(world: PartialState) -> Speed:
-    """This rank's matrix products, while the others do theirs, and the all-reduce of 4 MB. All ranks."""
+    """Measure matrix products, on all ranks at the same time, and the all-reduce of 4 MB. All ranks call it."""
     fp32, bf16 = (_matrix_product(world.device, dtype) for dtype in (torch.float32, torch.bfloat16))
     if world.num_processes == 1:
         return Speed(fp32, bf16)
@@ -49,7 +49,7 @@ def measure_speed(world: PartialState) -> Speed:
 
 
 def _matrix_product(device: torch.device, dtype: torch.dtype) -> float:
-    """1e9 operations a second, the best of some."""
+    """Return GFLOP/s, the best of several products."""
     side, seconds = _SIDE[device.type], [0.0]
     matrix = torch.ones(side, side, device=device, dtype=dtype)
     while sum(seconds) < _ENOUGH_S:
@@ -60,13 +60,12 @@ def _matrix_product(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
-    """Build the recipe's run in an empty folder of this rank's own and take one optimizer step. All ranks.
+    """Build the recipe's run in an empty folder, a different one per rank, and take one optimizer step. All ranks call it.
 
-    Shards are read as they are needed, so that nothing is decoded into the cache. A synthetic set that is not there is
-    made in `folder`.
+    Streams the shards, so that nothing is decoded into the cache. A synthetic set that does not exist is written to `folder`.
 
     Raises:
-        InputError: the run cannot be built, its step needs more memory than there is, or its loss is no number.
+        InputError: the run cannot be built, its step runs out of memory, or its loss is NaN or infinite.
     """
     data: dict[str, object] = {"mode": "stream"}
     for split, shards in (("train", recipe.data.train), ("test", recipe.data.test)):
@@ -93,7 +92,9 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
     loss = None if sums is None else sums.tolist()[0]  # waits for the device
     seconds = time.perf_counter() - began
     if loss is None or not math.isfinite(loss):
-        raise InputError("the loss of the first step is no number. Try a lower optimizer.lr, or train.precision=fp32")
+        raise InputError(
+            "the loss of the first step is NaN or infinite. Try a lower optimizer.lr, or train.precision=fp32"
+        )
 
     tensors = [*state.module.state_dict().values(), *_tensors(state.optimizer.state_dict()["state"])]
     on_gpu = world.device.type == "cuda"

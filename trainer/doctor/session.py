@@ -1,7 +1,7 @@
-"""One process of a launch through a preflight: a recipe in, what this process and all the others found out.
+"""A preflight of one process of a launch: a recipe in, the findings of all processes out.
 
-Every process comes here. They tell each other what they are, by notes that need no world; if nothing stands against it a
-world comes up, is measured, and takes one step of the recipe. No wait is endless, and whatever fails becomes a finding.
+Every process of the launch runs this. They exchange reports through a store that needs no world; unless an error prevents it,
+they bring up a world, measure it, and take one step of the recipe. Every wait has a timeout; every failure becomes a finding.
 """
 
 import contextlib
@@ -32,115 +32,98 @@ from shardstep.trainer import data, machine
 from shardstep.trainer.distributed import launch_env, world
 from shardstep.trainer.distributed.store import LaunchStore
 from shardstep.trainer.distributed.world import choose_device, collective_backends
+from shardstep.trainer.doctor import findings as checks
 from shardstep.trainer.doctor import probe
-from shardstep.trainer.doctor.findings import (
-    PLACE,
-    Finding,
-    RankReport,
-    Speed,
-    disk_findings,
-    findings_of,
-    is_one_of_many_worlds,
-    launch_findings,
-    merge,
-    place_findings,
-    precision_findings,
-    problem_of,
-    rank_list,
-    socket_findings,
-    speed_findings,
-    unmet_finding,
-    world_cure,
-)
+from shardstep.trainer.doctor.findings import PLACE, Finding, RankReport, Speed, merge, rank_list
 from shardstep.trainer.kernels import winograd
 from shardstep.trainer.resume import find_resume, with_earlier_choices
 from shardstep.trainer.validate import validate_recipe
 
-_BEFORE_A_WORLD = ("launch", "device", "gpu", "network", "world")  # checks whose errors keep a world from coming up
+_BEFORE_A_WORLD = ("launch", "device", "gpu", "network", "world")  # errors of these checks prevent a world
+_FASTER_STEP = (
+    "give a longer --timeout; a smaller train.max_micro_batch or global batch takes less time, and so does a fixed "
+    "train.precision, because auto measures several"
+)
 _GRACE_S = 5.0  # for ranks that give up a little later than others
-_SIGHT_S = 3.0  # in which a file on a network shows itself
-_SHARDS_CURE = "run `shardstep shards verify` on the folder; write what is damaged again"
+_VISIBLE_S = 3.0  # within which a new file becomes visible on a network file system
 
 
 @dataclass
 class DoctorReport:
-    """What came out of a preflight.
+    """The result of a preflight.
 
     Attributes:
-        voice: what this process tells the person: the whole report, its own findings (those that met it do not know of
-            them), or nothing.
-        facts: what is there, by topic.
-        records: of the processes that came, by rank.
-        speeds: of the ranks that were measured.
+        prints: what this process prints: the report, only the findings (when the others cannot know of them), or nothing.
+        facts: by topic.
+        ranks: the reports of the processes that came, by rank.
+        speeds: by rank, of those that were measured.
         findings: errors first.
     """
 
-    voice: Literal["report", "findings", "nothing"]
+    prints: Literal["report", "findings", "nothing"]
     facts: dict[str, Any]
-    records: list[RankReport]
+    ranks: list[RankReport]
     speeds: dict[int, Speed] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def errors(self) -> int:
-        """How many findings would break a run."""
+        """The number of findings that would break a run."""
         return sum(finding.severity == "error" for finding in self.findings)
 
 
 @contextlib.contextmanager
-def check_up(loaded: LoadedRecipe | InputError, is_named: bool, timeout_s: float) -> Iterator[DoctorReport]:
-    """Look at this process and its machine, meet the others, and try what can be tried; with the report, until all have it.
+def run_preflight(loaded: LoadedRecipe | InputError, has_recipe: bool, timeout_s: float) -> Iterator[DoctorReport]:
+    """Check this process and its machine, meet the others, and try a world and a step. The context ends when all are done.
 
     Args:
         loaded: the recipe, or why it cannot be read.
-        is_named: whether the recipe was asked for; if not, its data are looked at where they exist, and no step is taken.
-        timeout_s: for the others to come, for the world to come up, for the step to be taken.
+        has_recipe: whether the user gave the recipe; if not, its data need not exist, and no step is taken.
+        timeout_s: for the others to come, for the world to come up, and for the step.
     """
-    recipe, record, facts = _look(loaded, is_named)
-    worker = futures.ThreadPoolExecutor(max_workers=1)  # what hangs in it is left there
+    recipe, own, facts = _inspect(loaded, has_recipe)
+    worker = futures.ThreadPoolExecutor(max_workers=1)  # its thread may hang; nobody waits for it
     try:
-        environment: Mapping[str, str] = os.environ if record.world_size > 1 else {}
+        environment: Mapping[str, str] = os.environ if own.world_size > 1 else {}
         meeting = worker.submit(LaunchStore, environment, timeout_s).result(timeout_s + _GRACE_S)
-        notes = meeting.share("records", record.to_json(), timeout_s)
+        texts = meeting.share("records", own.to_json(), timeout_s)
     except (OSError, RuntimeError, futures.TimeoutError) as error:
-        unmet = unmet_finding(record, str(error), timeout_s, machine.is_loopback(record.launch["MASTER_ADDR"]))
-        yield DoctorReport(
-            "report" if record.rank == 0 else "findings", facts, [record], findings=[unmet, *record.findings]
-        )
+        unmet = checks.unmet_finding(own, str(error), timeout_s, machine.is_loopback(own.launch["MASTER_ADDR"]))
+        yield DoctorReport("report" if own.rank == 0 else "findings", facts, [own], findings=[unmet, *own.findings])
         return
-    records = sorted((RankReport.from_json(note) for note in notes), key=lambda other: other.rank)
-    if record not in records:
-        what = f"this process came when the others had ended their waiting of {timeout_s:g} s"
+    ranks = sorted(map(RankReport.from_json, texts), key=lambda report: report.rank)
+    if own not in ranks:
+        what = f"this process came after the others had stopped waiting, after {timeout_s:g} s"
         late = Finding("error", "world", what, "start all ranks at once, or give a longer --timeout")
-        yield DoctorReport("findings", facts, [record], findings=[late, *record.findings])
+        yield DoctorReport("findings", facts, [own], findings=[late, *own.findings])
         return
 
-    is_copy = is_one_of_many_worlds(record.launch) and record.launch.get("SLURM_PROCID", "0") != "0"
-    speaks = records[0] == record and not is_copy
-    report = DoctorReport("report" if speaks else "nothing", facts, records, findings=findings_of(records, timeout_s))
+    is_copy = checks.is_one_of_many_worlds(own.launch) and own.launch.get("SLURM_PROCID", "0") != "0"
+    prints: Literal["report", "nothing"] = "report" if ranks[0] == own and not is_copy else "nothing"
+    report = DoctorReport(prints, facts, ranks, findings=checks.findings_of(ranks, timeout_s))
     if not any(finding.severity == "error" and finding.check in _BEFORE_A_WORLD for finding in report.findings):
-        # longer than any wait here, so that a rank that hangs is told by where it stands
+        # Collectives wait longer than anything here, so that a rank that hangs is reported with its stack.
         train = dataclasses.replace(recipe.train if recipe else TrainConfig(), timeout_s=2 * timeout_s)
-        _try_world(_Together(worker, meeting, report, record.rank, timeout_s), train, recipe if is_named else None)
+        _try_world(_AllRanks(worker, meeting, report, own.rank, timeout_s), train, recipe if has_recipe else None)
     if recipe:
-        _look_at_room(report, recipe)
-    if is_named and "step" not in facts:
-        facts.setdefault("no_step", "none was taken, for what is found below")
+        _check_disk(report, recipe)
+    if has_recipe and "step" not in facts:
+        facts.setdefault("no_step", "none was taken, because of the findings below")
     report.findings.sort(key=lambda finding: finding.severity)  # "error", then "warning"
     yield report
-    with contextlib.suppress(RuntimeError):  # who keeps the notes is gone, and has them all
+    with contextlib.suppress(RuntimeError):  # the process that holds the store has ended, and has everything
         meeting.leave(timeout_s)
 
 
-# --- alone ------------------------------------------------------------------------------------------------------------
+# --- this process alone -----------------------------------------------------------------------------------------------
 
 
-def _look(loaded: LoadedRecipe | InputError, is_named: bool) -> tuple[Recipe | None, RankReport, dict[str, Any]]:
-    """What this process can tell by itself; the facts are those of its machine."""
+def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recipe | None, RankReport, dict[str, Any]]:
+    """Return the recipe, this process's report, and facts about its machine."""
     launch = launch_env.launch_variables(os.environ)
-    findings = place_findings(launch)
+    findings = checks.place_findings(launch)
     place = {name.lower(): int(launch[name]) for name in PLACE if name in launch and not findings}
-    is_told = "rank" in place
+    has_place = "rank" in place
 
     recipe: Recipe | None = None
     try:
@@ -148,28 +131,22 @@ def _look(loaded: LoadedRecipe | InputError, is_named: bool) -> tuple[Recipe | N
             raise loaded
         recipe = validate_recipe(loaded)
     except InputError as error:
-        findings.append(Finding.from_error("recipe", error, "mend the recipe, or the overrides"))
-    wanted = recipe.train if recipe else TrainConfig()
-    if is_told or "RANK" not in launch:
-        findings += launch_findings(launch, launch_env.launcher_variables())
+        findings.append(Finding.from_error("recipe", error, "correct the recipe or the overrides"))
+    train = recipe.train if recipe else TrainConfig()
+    if has_place or "RANK" not in launch:
+        findings += checks.launch_findings(launch, launch_env.launcher_variables())
         try:
-            launch_env.check_launch(os.environ, wanted.world_size)
+            launch_env.check_launch(os.environ, train.world_size)
         except InputError as error:
-            findings.append(Finding.from_error("launch", error, "start as many ranks as are asked for"))
+            findings.append(Finding.from_error("launch", error, "start as many ranks as the recipe asks for"))
+    device, found = _device(train.device, place.get("local_rank", 0))
+    on_gpu = device.type == "cuda"
+    findings += found + _machine_findings(train, launch, device)
 
-    device, found = _device(wanted.device, place.get("local_rank", 0))
-    findings += found
-    cpu, names = machine.read_cpu(), machine.interfaces()
-    findings += socket_findings(launch, names, uses_nccl=device.type == "cuda")
-    findings += precision_findings(wanted.precision, device.type, cpu)
-    may_compile = device.type == "cpu" and wanted.convolutions in ("auto", "winograd") and wanted.compile == "none"
-    if may_compile and (lacking := winograd.missing()):
-        cure = "install gcc, or name a compiler in CC; what it makes is kept in SHARDSTEP_CACHE"
-        findings.append(Finding("warning", "compiler", f"train.convolutions=winograd needs {lacking}", cure))
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "versions": machine.versions(),
-        "cpu": dataclasses.asdict(cpu),
+        "cpu": dataclasses.asdict(machine.read_cpu()),
         "memory_bytes": machine.memory_bytes(),
         "shm_bytes": machine.shared_memory_bytes(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -180,34 +157,34 @@ def _look(loaded: LoadedRecipe | InputError, is_named: bool) -> tuple[Recipe | N
     if recipe:
         digest = hashlib.sha256(recipe_text(recipe).encode()).hexdigest()
         facts["recipe"] = {"name": recipe.run.name, "sha256": digest}
-        fingerprints, found = _look_at_data(recipe, is_named, device, facts)
-        findings += found + _look_at_folder(recipe, is_named, is_first=place.get("rank", 0) == 0)
-    record = RankReport(
-        host=socket.gethostname(),
+        fingerprints, found = _check_data(recipe, has_recipe, device, facts)
+        findings += found + _check_run_dir(recipe, has_recipe, is_first=place.get("rank", 0) == 0)
+    report = RankReport(
+        host=facts["host"],
         pid=os.getpid(),
         **place,
         launch=launch,
         versions=facts["versions"],
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        gpu=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None,
+        device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        gpu=str(torch.cuda.get_device_properties(device).uuid) if on_gpu else None,
         cores=len(os.sched_getaffinity(0)),
-        threads=launch_env.threads_per_rank(os.environ if is_told else {}),
+        threads=launch_env.threads_per_rank(os.environ if has_place else {}),
         shm_bytes=facts["shm_bytes"],
         recipe_sha256=digest,
         data=fingerprints,
-        interface=machine.interface_towards(launch["MASTER_ADDR"]) if is_told else None,
+        interface=machine.interface_towards(launch["MASTER_ADDR"]) if has_place else None,
         findings=findings,
     )
-    return recipe, record, facts
+    return recipe, report, facts
 
 
 def _device(wanted: str, local_rank: int) -> tuple[torch.device, list[Finding]]:
-    """This rank's device; the CPU where it cannot have the one it should."""
+    """Return this rank's device; the CPU, with a finding, if the right one is not available."""
     try:
         kind = choose_device(wanted)
     except InputError as error:
-        cure = "ask Slurm for GPUs (--gpus-per-node), or use train.device=cpu"
-        return torch.device("cpu"), [Finding.from_error("device", error, cure)]
+        remedy = "ask Slurm for GPUs (--gpus-per-node), or use train.device=cpu"
+        return torch.device("cpu"), [Finding.from_error("device", error, remedy)]
     if kind == "cpu":
         return torch.device("cpu"), []
     gpus = torch.cuda.device_count()
@@ -215,35 +192,46 @@ def _device(wanted: str, local_rank: int) -> tuple[torch.device, list[Finding]]:
         what = f"LOCAL_RANK={local_rank}, but only {gpus} GPUs are visible here"
         if os.environ.get("CUDA_VISIBLE_DEVICES"):
             what += f" (CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']})"
-        cure = "start at most one rank per GPU; let each rank see all GPUs of its host (no --gpus-per-task)"
-        return torch.device("cpu"), [Finding("error", "gpu", what, cure)]
+        remedy = "start at most one rank per GPU; let each rank see all GPUs of its host (no --gpus-per-task)"
+        return torch.device("cpu"), [Finding("error", "gpu", what, remedy)]
     return torch.device("cuda", local_rank), []
 
 
-def _look_at_data(
-    recipe: Recipe, is_named: bool, device: torch.device, facts: dict[str, Any]
+def _machine_findings(train: TrainConfig, launch: Mapping[str, str], device: torch.device) -> list[Finding]:
+    """Check network interfaces, the precision, and the compiler for CPU convolutions."""
+    found = checks.socket_findings(launch, machine.interfaces(), uses_nccl=device.type == "cuda")
+    found += checks.precision_findings(train.precision, device.type, machine.read_cpu())
+    may_compile = device.type == "cpu" and train.convolutions in ("auto", "winograd") and train.compile == "none"
+    if may_compile and (lacking := winograd.missing()):
+        remedy = "install gcc, or set CC to a compiler; its output is kept in SHARDSTEP_CACHE"
+        found.append(Finding("warning", "compiler", f"train.convolutions=winograd needs {lacking}", remedy))
+    return found
+
+
+def _check_data(
+    recipe: Recipe, has_recipe: bool, device: torch.device, facts: dict[str, Any]
 ) -> tuple[str | None, list[Finding]]:
-    """Open the recipe's data sets, where they are there; returns their fingerprints."""
+    """Open the recipe's data sets, if they exist; returns their fingerprints, and findings."""
     folders = {"train": Path(recipe.data.train), "test": Path(recipe.data.test)}
     missing = [f"{folder}" for folder in folders.values() if not (folder.expanduser() / MANIFEST_NAME).is_file()]
-    if missing and (recipe.data.source or not is_named):
+    if missing and (recipe.data.source or not has_recipe):
         facts["no_data"] = {"missing": missing, "source": recipe.data.source}
         return None, []
     try:
         train, test = data.open_both(recipe.data)
         mode = data.choose_mode(recipe.data, train, test, device)
     except (InputError, OSError) as error:
-        return None, [problem_of(error, "data", _SHARDS_CURE)]
-    facts["data"] = {
-        "train": _figures(train.manifest, folders["train"]),
-        "test": _figures(test.manifest, folders["test"]),
-        "mode": mode,
+        remedy = "run `shardstep shards verify` on the folder, and write damaged shards again"
+        return None, [Finding.from_error("data", error, remedy)]
+    shards = {"train": train.manifest, "test": test.manifest}
+    facts["data"] = {split: _data_facts(manifest, folders[split]) for split, manifest in shards.items()} | {
+        "mode": mode
     }
     both = f"{train.manifest.fingerprint[:12]} and {test.manifest.fingerprint[:12]}"
-    return both, _look_at_cache(recipe, train.manifest, test.manifest) if mode == "resident" else []
+    return both, _check_cache(recipe, train.manifest, test.manifest) if mode == "resident" else []
 
 
-def _figures(manifest: Manifest, folder: Path) -> dict[str, Any]:
+def _data_facts(manifest: Manifest, folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "samples": manifest.samples,
@@ -255,8 +243,8 @@ def _figures(manifest: Manifest, folder: Path) -> dict[str, Any]:
     }
 
 
-def _look_at_cache(recipe: Recipe, *manifests: Manifest) -> list[Finding]:
-    """Whether the images that are not decoded yet fit into the cache folder."""
+def _check_cache(recipe: Recipe, *manifests: Manifest) -> list[Finding]:
+    """Check that the images that are not decoded yet fit into the cache folder."""
     folder, num_bytes = cache_folder(), 0
     for manifest in manifests:
         if not list(folder.glob(f"{manifest.fingerprint}-*.u8")):
@@ -264,46 +252,47 @@ def _look_at_cache(recipe: Recipe, *manifests: Manifest) -> list[Finding]:
             num_bytes += manifest.samples * manifest.channels * (height or 0) * (width or 0)
     if not num_bytes:
         return []
-    cure = "point SHARDSTEP_CACHE at a folder that can take them, or use data.mode=stream"
+    remedy = "set SHARDSTEP_CACHE to a folder with enough space, or use data.mode=stream"
     problem = machine.write_problem(folder)
     if problem:
-        return [Finding("error", "disk", f"the decoded images cannot be kept: {problem}", cure)]
-    return disk_findings(machine.disk_space(folder), num_bytes, "the decoded images", cure)
+        return [Finding("error", "disk", f"the decoded images cannot be cached: {problem}", remedy)]
+    return checks.disk_findings(machine.disk_space(folder), num_bytes, "the decoded images", remedy)
 
 
-def _look_at_folder(recipe: Recipe, is_named: bool, is_first: bool) -> list[Finding]:
-    """Whether the run's folder can be written, and whether what is in it can be gone on with."""
+def _check_run_dir(recipe: Recipe, has_recipe: bool, is_first: bool) -> list[Finding]:
+    """Check that the run's folder can be written, and that a run in it can be resumed."""
     problem = machine.write_problem(Path(recipe.run.dir))
     if problem:
         what = f"run.dir={recipe.run.dir} cannot be written: {problem}"
-        return [Finding("error", "disk", what, "give a run.dir that can, or mend its owner and mode")]
-    if is_named:
+        return [Finding("error", "disk", what, "give another run.dir, or correct its owner and mode")]
+    if has_recipe:
         try:
-            recipe = with_earlier_choices(recipe)  # as training does, on every rank
+            recipe = with_earlier_choices(recipe)  # on every rank, as in training
             if is_first:
                 find_resume(recipe)
         except (InputError, OSError) as error:
-            return [problem_of(error, "run", "choose another run.dir")]
+            return [Finding.from_error("run", error, "choose another run.dir")]
     return []
 
 
-def _look_at_room(report: DoctorReport, recipe: Recipe) -> None:
-    """Whether the run's file system has room for its checkpoints: those kept, the best one, and one being written."""
+def _check_disk(report: DoctorReport, recipe: Recipe) -> None:
+    """Check the space for the run's checkpoints: those kept, the best one, and one being written."""
     disk_space = machine.disk_space(Path(recipe.run.dir))
-    report.facts["disk"] = dataclasses.asdict(disk_space)
     checkpoints, size = recipe.checkpoint.keep + 2, report.facts.get("step", {}).get("checkpoint_bytes", 0)
-    report.facts["disk"] |= {"checkpoint_bytes": size, "checkpoints": checkpoints}
-    if any(finding.check == "disk" for finding in report.findings):  # it cannot be written at all
-        return
-    what_for = f"{checkpoints} checkpoints of {size / 1e6:,.1f} MB" if size else "a run"
-    report.findings += disk_findings(disk_space, checkpoints * size, what_for, "make room, or choose another run.dir")
+    sizes = {"checkpoint_bytes": size, "checkpoints": checkpoints}
+    report.facts["disk"] = dataclasses.asdict(disk_space) | sizes
+    if not any(finding.check == "disk" for finding in report.findings):
+        contents = f"{checkpoints} checkpoints of {size / 1e6:,.1f} MB" if size else "a run"
+        report.findings += checks.disk_findings(
+            disk_space, checkpoints * size, contents, "free space, or choose another run.dir"
+        )
 
 
-# --- with the others --------------------------------------------------------------------------------------------------
+# --- with the other processes -----------------------------------------------------------------------------------------
 
 
-class _Together:
-    """Actions that all ranks take at the same time, each of which may fail or hang on any of them."""
+class _AllRanks:
+    """Runs actions on all ranks at the same time; any rank may fail or hang."""
 
     def __init__(
         self, worker: futures.Executor, meeting: LaunchStore, report: DoctorReport, rank: int, timeout_s: float
@@ -312,103 +301,99 @@ class _Together:
         self.timeout_s = timeout_s
         self._worker, self._meeting, self._rank = worker, meeting, rank
 
-    def do(self, check: str, action: Callable[[], Any], cure: str) -> dict[int, Any] | None:
-        """What an action returned on each rank; None, and findings in the report, if it did not succeed on all.
+    def run(self, check: str, action: Callable[[], Any], remedy: str) -> dict[int, Any] | None:
+        """Run an action; returns each rank's result, or None, with findings in the report, unless it succeeded on all.
 
         Args:
-            check: names the action.
-            action: returns what JSON can hold. All actions are done by one thread.
-            cure: where an error does not tell one.
+            check: name of the action.
+            action: returns what JSON can hold. One thread runs all actions.
+            remedy: for errors without their own.
         """
-        note: dict[str, Any] = {"rank": self._rank}
+        note = {"rank": self._rank} | self._attempt(check, action, remedy)
+        try:
+            texts = self._meeting.share(check, json.dumps(note), self.timeout_s + _GRACE_S)
+            notes = [json.loads(text) for text in texts]
+        except RuntimeError:  # the process that holds the store is gone, and perhaps the one that prints the report
+            notes = [note]
+            if self.report.prints == "nothing":
+                self.report.prints = "findings"
+        failed, hung = (
+            [(entry["rank"], Finding(**entry[kind])) for entry in notes if kind in entry]
+            for kind in ("finding", "hung")
+        )
+        gone = {report.rank for report in self.report.ranks} - {entry["rank"] for entry in notes}
+        found = failed if failed or gone else hung  # other ranks hang because they wait for these
+        self.report.findings += merge(found, len(self.report.ranks))
+        if gone:
+            what = f"{rank_list(gone)} died, or hung"
+            self.report.findings.append(Finding("error", check, what, f"check the output there; {remedy}"))
+        return None if found or gone else {entry["rank"]: entry["value"] for entry in notes}
+
+    def _attempt(self, check: str, action: Callable[[], Any], remedy: str) -> dict[str, Any]:
+        """Run an action on this rank; returns its value, or a finding."""
         threads: list[int] = []
 
         def act() -> Any:
             threads.append(threading.get_ident())
             return action()
 
-        doing = self._worker.submit(act)
-        futures.wait([doing], self.timeout_s)
-        if not doing.done():
-            what = f"it did not end in {self.timeout_s:g} s{_where(threads)}"
-            is_slow = check == "step" and len(self.report.records) == 1  # it waits for nobody
-            finding = Finding("error", check, what, f"{cure}; or give a longer --timeout")
-            note["hung"] = dataclasses.asdict(_slow_finding(what) if is_slow else finding)
-        elif error := doing.exception():  # whatever it is, a run would have met it
-            note["finding"] = dataclasses.asdict(problem_of(error, check, cure))
-        else:
-            note["value"] = doing.result()
-        try:
-            notes = [
-                json.loads(text) for text in self._meeting.share(check, json.dumps(note), self.timeout_s + _GRACE_S)
-            ]
-        except RuntimeError:  # the process that keeps the notes is gone, and with it perhaps the one that speaks
-            notes = [note]
-            if self.report.voice == "nothing":
-                self.report.voice = "findings"
-        failed, hung = (
-            [(entry["rank"], Finding(**entry[kind])) for entry in notes if kind in entry]
-            for kind in ("finding", "hung")
-        )
-        gone = {record.rank for record in self.report.records} - {entry["rank"] for entry in notes}
-        found = failed if failed or gone else hung  # who hangs then waits for those
-        self.report.findings += merge(found, len(self.report.records))
-        if gone:
-            what = f"{rank_list(gone)} died, or hung"
-            self.report.findings.append(Finding("error", check, what, f"look at the output there; {cure}"))
-        return None if found or gone else {entry["rank"]: entry["value"] for entry in notes}
+        future = self._worker.submit(act)
+        futures.wait([future], self.timeout_s)
+        if not future.done():
+            what = f"not done after {self.timeout_s:g} s{_stack_text(threads)}"
+            finding = Finding("error", check, what, f"{remedy}; or give a longer --timeout")
+            if (
+                check == "step" and len(self.report.ranks) == 1
+            ):  # waits for no other rank: it is slow, but does not hang
+                finding = Finding("warning", "step", f"the first step, with its setup: {what}", _FASTER_STEP)
+            return {"hung": dataclasses.asdict(finding)}
+        if error := future.exception():  # of any kind: a run would fail with it
+            return {"finding": dataclasses.asdict(Finding.from_error(check, error, remedy))}
+        return {"value": future.result()}
 
 
-def _see_from_every_host(together: _Together, folder: Path) -> None:
-    """Whether all hosts see the same folder: rank 0 puts a file there for a moment."""
-    place, cure = machine.nearest(folder), "give a run.dir on a file system that all hosts share"
+def _stack_text(threads: list[int]) -> str:
+    """Return the last two frames of a thread, as text."""
+    frame = sys._current_frames().get(threads[0]) if threads else None
+    if frame is None:
+        return ""
+    stack = traceback.extract_stack(frame)
+    return f", now in {', '.join(f'{Path(at.filename).name}:{at.lineno} {at.name}' for at in stack[-2:])}"
+
+
+def _check_shared_folder(all_ranks: _AllRanks, folder: Path) -> None:
+    """Check that all hosts see the same folder: rank 0 puts a temporary file there."""
+    place, remedy = machine.nearest(folder), "give a run.dir on a file system that all hosts share"
     with contextlib.ExitStack() as stack:
 
         def put() -> str:
-            if not together.is_first:
+            if not all_ranks.is_first:
                 return ""
             try:
                 file = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".shardstep-doctor-", dir=place))
-            except OSError:  # run.dir itself can be written, but not what is around it: then it cannot be told
+            except OSError:  # run.dir can be written, but not its parent: no check is possible
                 return ""
             return Path(file.name).name
 
-        def see(name: str) -> bool:
-            deadline = time.monotonic() + min(_SIGHT_S, together.timeout_s / 2)
+        def is_visible(name: str) -> bool:
+            deadline = time.monotonic() + min(_VISIBLE_S, all_ranks.timeout_s / 2)
             while not (place / name).exists():
                 if time.monotonic() > deadline:
                     return False
                 time.sleep(0.1)
             return True
 
-        names = together.do("mark", put, cure)
-        seen = together.do("sight", lambda: see(names[0]), cure) if names else None
-    blind = [rank for rank, sees in (seen or {}).items() if not sees]
+        names = all_ranks.run("mark", put, remedy)
+        visible = all_ranks.run("sight", lambda: is_visible(names[0]), remedy) if names else None
+    blind = [rank for rank, sees in (visible or {}).items() if not sees]
     if blind:
-        what = f"what rank 0 writes in {place} is not seen by {rank_list(blind)}: a run could not go on after a stop"
-        together.report.findings.append(Finding("warning", "disk", what, cure))
+        what = f"{rank_list(blind)} cannot see what rank 0 writes in {place}: a run could not be resumed"
+        all_ranks.report.findings.append(Finding("warning", "disk", what, remedy))
 
 
-def _slow_finding(what: str) -> Finding:
-    cure = (
-        "give a longer --timeout; a smaller train.max_micro_batch or global batch takes less time, and so does a given "
-        "train.precision, because auto measures all there are"
-    )
-    return Finding("warning", "step", f"a step and what comes before it: {what}", cure)
-
-
-def _where(threads: list[int]) -> str:
-    """In which line the first of some threads stands."""
-    frame = sys._current_frames().get(threads[0]) if threads else None
-    if frame is None:
-        return ""
-    stack = traceback.extract_stack(frame)
-    return f" and stands in {', '.join(f'{Path(at.filename).name}:{at.lineno} {at.name}' for at in stack[-2:])}"
-
-
-def _try_world(together: _Together, train: TrainConfig, recipe: Recipe | None) -> None:
-    """Bring the world up as training does, measure it, and take a step of the recipe if there is one."""
-    report, worlds = together.report, []
+def _try_world(all_ranks: _AllRanks, train: TrainConfig, recipe: Recipe | None) -> None:
+    """Bring up the world as training does, measure it, and take a step of the recipe if there is one."""
+    report, worlds = all_ranks.report, []
 
     def start() -> None:
         worlds.append(world.start_world(train))
@@ -418,22 +403,22 @@ def _try_world(together: _Together, train: TrainConfig, recipe: Recipe | None) -
         with tempfile.TemporaryDirectory(prefix="shardstep-doctor-", ignore_cleanup_errors=True) as folder:
             return dataclasses.asdict(probe.take_step(worlds[0], recipe, Path(folder)))
 
-    if together.do("world", start, world_cure(report.records)) is None:
+    if all_ranks.run("world", start, checks.world_remedy(report.ranks)) is None:
         return
-    cure = "try again when no other program uses the device"
-    speeds = together.do("speed", lambda: dataclasses.asdict(probe.measure_speed(worlds[0])), cure)
+    remedy = "try again when no other program uses the device"
+    speeds = all_ranks.run("speed", lambda: dataclasses.asdict(probe.measure_speed(worlds[0])), remedy)
     if speeds is None:
         return
     report.speeds = {rank: Speed(**speed) for rank, speed in speeds.items()}
-    report.findings += speed_findings(report.records, report.speeds)
+    report.findings += checks.speed_findings(report.ranks, report.speeds)
     if recipe is None or report.errors:
         return
-    if len({record.host for record in report.records}) > 1:
-        _see_from_every_host(together, Path(recipe.run.dir).absolute().parent)
+    if len({rank.host for rank in report.ranks}) > 1:
+        _check_shared_folder(all_ranks, Path(recipe.run.dir).absolute().parent)
     source = report.facts.get("no_data", {}).get("source", "synthetic:")
     if not source.startswith("synthetic:"):
-        report.facts["no_step"] = "none was taken: its data are not there yet"
+        report.facts["no_step"] = "none was taken: its data do not exist yet"
         return
-    steps = together.do("step", step, "`shardstep train` with this recipe would end the same way, and say where")
+    steps = all_ranks.run("step", step, "`shardstep train` with this recipe would fail in the same way, and show where")
     if steps:
         report.facts["step"] = steps[min(steps)] | {"seconds": max(taken["seconds"] for taken in steps.values())}

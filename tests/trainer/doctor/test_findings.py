@@ -1,4 +1,4 @@
-"""Findings from records that were made up: one planted fault each, and none where nothing is wrong."""
+"""Findings from made-up reports: one for each planted fault, and none for a healthy launch."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,17 +17,16 @@ from shardstep.trainer.doctor.findings import (
     merge,
     place_findings,
     precision_findings,
-    problem_of,
     rank_list,
     socket_findings,
     speed_findings,
     unmet_finding,
-    world_cure,
+    world_remedy,
 )
 from shardstep.trainer.machine import Cpu, DiskSpace, interface_towards, interfaces, parse_cpu, write_problem
 
 VERSIONS = {"python": "3.11.7", "torch": "2.15.0"}
-TOLD = {
+PLACED = {
     "RANK": "1",
     "LOCAL_RANK": "1",
     "WORLD_SIZE": "4",
@@ -65,7 +64,7 @@ def launch_of_four(**changes: dict[int, Any]) -> list[RankReport]:
 
 def only(findings: list[Finding]) -> Finding:
     assert len(findings) == 1, findings
-    assert findings[0].cure
+    assert findings[0].remedy
     return findings[0]
 
 
@@ -75,7 +74,7 @@ def test_a_healthy_launch_has_no_findings() -> None:
 
 
 def test_records_travel_as_text() -> None:
-    record = replace(launch_of_four()[3], findings=[Finding("error", "gpu", "what", "cure")])
+    record = replace(launch_of_four()[3], findings=[Finding("error", "gpu", "what", "remedy")])
     assert RankReport.from_json(record.to_json()) == record
 
 
@@ -89,7 +88,7 @@ def test_records_travel_as_text() -> None:
         ({"recipe_sha256": {2: "b" * 64}}, "recipe",
          "the recipe differs: aaaaaaaaaaaa on ranks 0-1, 3, bbbbbbbbbbbb on rank 2 (sha256)"),
         ({"data": {2: None, 3: None}}, "data", "the data sets differ: f1 and f2 on ranks 0-1, none on ranks 2-3"),
-        ({"rank": {1: 0}}, "launch", "2 processes were told to be rank 0, on one"),
+        ({"rank": {1: 0}}, "launch", "2 processes have rank 0, on one"),
         ({"local_rank": {1: 0}}, "launch", "ranks 0-1 on one all have LOCAL_RANK=0"),
         ({"world_size": {3: 2}}, "launch", "WORLD_SIZE differs: 4 on ranks 0-2, 2 on rank 3"),
         ({"launch": {2: {"GROUP_RANK": "0"}, 3: {"GROUP_RANK": "0"}}}, "launch",
@@ -104,14 +103,14 @@ def test_a_planted_fault_is_found(changes: dict[str, dict[int, Any]], check: str
     assert finding.what.startswith(what)
 
 
-def test_tasks_whose_rank_was_read_too_early_get_the_cure_for_that() -> None:
+def test_tasks_whose_rank_was_read_too_early_get_the_remedy_for_that() -> None:
     records = [replace(record, rank=0, launch={"SLURM_PROCID": str(record.rank)}) for record in launch_of_four()]
     finding = only(findings_of(records))
-    assert finding.what == "4 processes were told to be rank 0, on one, two"
-    assert "$SLURM_PROCID was read by the job script's shell" in finding.cure
+    assert finding.what == "4 processes have rank 0, on one, two"
+    assert "the job script's shell expanded $SLURM_PROCID" in finding.remedy
 
 
-def test_ranks_that_did_not_come_are_named() -> None:
+def test_ranks_that_did_not_come_are_listed() -> None:
     finding = only(findings_of(launch_of_four()[:2], timeout_s=7))
     assert finding.severity == "error"
     assert finding.what == "ranks 2-3 of 4 did not come in 7 s; ranks 0-1 did, on one"
@@ -128,13 +127,13 @@ def test_more_ranks_than_cores_is_a_warning_on_cpus() -> None:
     assert {finding.severity for finding in findings_of(records)} == {"warning"}
 
 
-def test_what_all_ranks_found_is_told_once() -> None:
+def test_what_all_ranks_found_is_reported_once() -> None:
     finding = Finding("error", "disk", "full", "delete")
     assert merge([(0, finding), (1, finding)], 2) == [finding]
     assert [found.what for found in merge([(0, finding), (1, finding)], 3)] == ["ranks 0-1: full"]
 
 
-def test_slow_ranks_are_named() -> None:
+def test_slow_ranks_are_listed() -> None:
     records = launch_of_four()
     # the median of 100, 100, 100, 49 is 100; half of it is 50
     speeds = {rank: Speed(fp32_gflops=49 if rank == 3 else 100, bf16_gflops=100) for rank in range(4)}
@@ -155,20 +154,20 @@ def test_rank_lists() -> None:
     ("launch", "what"),
     [
         ({"RANK": "0"}, "RANK is set, but not LOCAL_RANK, WORLD_SIZE"),
-        (TOLD | {"WORLD_SIZE": "many"}, "WORLD_SIZE=many: not a whole number"),
-        (TOLD | {"RANK": "4"}, "RANK=4, but WORLD_SIZE=4"),
+        (PLACED | {"WORLD_SIZE": "many"}, "WORLD_SIZE=many: not a whole number"),
+        (PLACED | {"RANK": "4"}, "RANK=4, but WORLD_SIZE=4"),
     ],
 )
-def test_a_place_that_is_no_place(launch: dict[str, str], what: str) -> None:
+def test_an_invalid_place(launch: dict[str, str], what: str) -> None:
     assert only(place_findings(launch)).what.startswith(what)
 
 
-def test_a_whole_place_is_well() -> None:
-    assert place_findings(TOLD) == place_findings({}) == []
-    assert launch_findings(TOLD, {}) == launch_findings({}, {}) == []
+def test_a_complete_place_is_valid() -> None:
+    assert place_findings(PLACED) == place_findings({}) == []
+    assert launch_findings(PLACED, {}) == launch_findings({}, {}) == []
 
 
-AGENT = TOLD | {"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+AGENT = PLACED | {"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"}
 
 
 @pytest.mark.parametrize(
@@ -196,7 +195,7 @@ def test_copies_of_one_run_know_that_they_are() -> None:
     assert is_one_of_many_worlds({"RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"})
     assert is_one_of_many_worlds(AGENT | {"SLURM_STEP_NUM_TASKS": "2"})
     assert not is_one_of_many_worlds({})
-    assert not is_one_of_many_worlds(TOLD | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"})
+    assert not is_one_of_many_worlds(PLACED | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"})
 
 
 @pytest.mark.parametrize(
@@ -219,11 +218,11 @@ def test_network_interfaces(variables: dict[str, str], uses_nccl: bool, severity
     assert [finding.severity for finding in found] == ([severity] if severity else [])
 
 
-def test_room_is_bytes_and_inodes() -> None:
+def test_disk_space_is_bytes_and_inodes() -> None:
     assert disk_findings(DiskSpace("runs", 10**9, 10**6), 10**8, "a run", "make room") == []
     assert disk_findings(DiskSpace("runs", 10**9, None), 10**8, "a run", "make room") == []
     full = only(disk_findings(DiskSpace("runs", 10**9, 10**6), 2 * 10**9, "4 checkpoints", "make room"))
-    assert full.what == "runs: 1,000 MB free, 2,000 MB wanted for 4 checkpoints"
+    assert full.what == "runs: 1,000 MB free, 2,000 MB needed for 4 checkpoints"
     assert "only 3 more files" in only(disk_findings(DiskSpace("runs", 10**12, 3), 0, "a run", "make room")).what
 
 
@@ -234,20 +233,22 @@ def test_bf16_without_units_is_a_warning() -> None:
     assert precision_findings("bf16", "cuda", without) == []
 
 
-def test_errors_become_what_and_cure() -> None:
-    finding = problem_of(InputError("no shards in x: no folder. Write them with y"), "data", "z")
-    assert (finding.what, finding.cure) == ("no shards in x: no folder", "write them with y")
-    several = problem_of(InputError.from_problems("x does not match", ["a is cut off", "b is missing"]), "data", "z")
-    assert (several.what, several.cure) == ("x does not match: 2 problems: a is cut off; b is missing", "z")
-    assert problem_of(RuntimeError("bad\nstack"), "world", "z").what == "RuntimeError: bad"
-    assert problem_of(RuntimeError(), "world", "z").what == "RuntimeError: no message"
+def test_errors_become_what_and_remedy() -> None:
+    finding = Finding.from_error("data", InputError("no shards in x: no folder. Write them with y"), "z")
+    assert (finding.what, finding.remedy) == ("no shards in x: no folder", "write them with y")
+    several = Finding.from_error(
+        "data", InputError.from_problems("x does not match", ["a is cut off", "b is missing"]), "z"
+    )
+    assert (several.what, several.remedy) == ("x does not match: 2 problems: a is cut off; b is missing", "z")
+    assert Finding.from_error("world", RuntimeError("bad\nstack"), "z").what == "RuntimeError: bad"
+    assert Finding.from_error("world", RuntimeError(), "z").what == "RuntimeError: no message"
 
 
 def test_a_loopback_address_for_several_hosts_is_what_keeps_them_apart() -> None:
-    record = RankReport("two", rank=2, world_size=4, local_world_size=2, launch=TOLD)
-    assert "the name of the first host" in unmet_finding(record, "refused", 3, is_loopback=True).cure
-    assert "the name of the first host" not in unmet_finding(record, "", 3, is_loopback=False).cure
-    assert "eth0 on two" in world_cure(launch_of_four())
+    record = RankReport("two", rank=2, world_size=4, local_world_size=2, launch=PLACED)
+    assert "the name of the first host" in unmet_finding(record, "refused", 3, is_loopback=True).remedy
+    assert "the name of the first host" not in unmet_finding(record, "", 3, is_loopback=False).remedy
+    assert "eth0 on two" in world_remedy(launch_of_four())
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -277,5 +278,5 @@ def test_write_access_is_tried_and_leaves_nothing(tmp_path: Any) -> None:
     assert write_problem(tmp_path / "run" / "deep") is None
     assert write_problem(tmp_path) is None
     assert "is a file" in str(write_problem(tmp_path / "file" / "run"))
-    assert "no file can be made in /proc" in str(write_problem(type(tmp_path)("/proc/run")))  # root cannot, either
+    assert "no file can be created in /proc" in str(write_problem(type(tmp_path)("/proc/run")))  # root cannot, either
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

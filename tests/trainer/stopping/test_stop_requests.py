@@ -297,7 +297,7 @@ def test_the_rank_that_failed_prints_first_and_the_others_end(shards: Path, tmp_
         outcomes[rank][2].splitlines()[-1] == "error: shard train-000003.tar is damaged"
     )  # decoding may tell its progress before
     for place in {0, 1, 2} - {rank}:
-        assert outcomes[place][2].splitlines()[-1] == f"failed: rank {place} ends, because another rank has"
+        assert outcomes[place][2].splitlines()[-1] == f"failed: rank {place} ends because another rank has ended"
         assert outcomes[place][3] > outcomes[rank][3]
 
 

@@ -1,0 +1,61 @@
+"""What `shardstep train --show-config` prints: the recipe as it would be trained, and the arithmetic of its batches."""
+
+from pathlib import Path
+
+import torch
+
+from shardstep.configs.load import LoadedRecipe, recipe_text
+from shardstep.configs.resolve import CHOICES, with_keys
+from shardstep.configs.schema import Recipe
+from shardstep.datasets.manifest import MANIFEST_NAME
+from shardstep.trainer import data, resume
+from shardstep.trainer.description import batch_text, duration_text
+from shardstep.trainer.distributed.world import choose_device
+from shardstep.trainer.optim.plan import make_plan
+from shardstep.trainer.validate import validate_recipe
+
+
+def show_config(loaded: LoadedRecipe, world_size: int) -> None:
+    """Print a recipe as YAML that `shardstep train` reads, with the arithmetic in comments. Writes no file.
+
+    Args:
+        loaded: the recipe.
+        world_size: number of ranks to show the arithmetic for.
+
+    Raises:
+        InputError: the recipe is invalid, or its batch does not fit the data or the ranks.
+    """
+    recipe = resume.with_earlier_choices(validate_recipe(loaded))
+    recipe = with_keys(recipe, train={"device": choose_device(recipe.train.device)})
+    missing = [place for place in (recipe.data.train, recipe.data.test) if not (Path(place) / MANIFEST_NAME).is_file()]
+    if not missing:
+        train, test = data.open_both(recipe.data)
+        mode = data.choose_mode(recipe.data, train, test, torch.device(recipe.train.device))
+        recipe = with_keys(recipe, data={"mode": mode})
+    print(recipe_text(recipe), end="")
+
+    num_samples = None if missing else train.manifest.samples
+    for text in [*loaded.notes, *_arithmetic(recipe, num_samples, world_size, " and ".join(missing)), *_open(recipe)]:
+        print(f"# {text}")
+
+
+def _arithmetic(recipe: Recipe, num_samples: int | None, world_size: int, missing: str) -> list[str]:
+    """Return the lines on batch and duration; without the data set, those that do not need its size."""
+    batch, drop_last = recipe.train.global_batch_size, recipe.data.last_batch == "drop"
+    if num_samples is None and batch == "full":
+        return [f"batch and duration need the number of training samples; there are no shards in {missing}"]
+    plan = make_plan(recipe.train, int(batch) if num_samples is None else num_samples, drop_last, world_size)
+    lines = [f"batch      {batch_text(plan, recipe.train.max_micro_batch)}"]
+    if num_samples is not None or plan.duration.unit == "steps":
+        return [*lines, f"duration   {duration_text(plan)}"]
+    return [
+        *lines,
+        f"duration   {plan.duration}; steps per epoch = ceil(training samples / {plan.global_batch_size}) need the data",
+        f"there are no shards in {missing}",
+    ]
+
+
+def _open(recipe: Recipe) -> list[str]:
+    """Return the note on choices that only a run can make, if the recipe leaves any."""
+    keys = [f"{section}.{key}" for section, key in CHOICES if getattr(getattr(recipe, section), key) == "auto"]
+    return [f"chosen when the run starts, by the data or by measuring: {', '.join(keys)}"] if keys else []
