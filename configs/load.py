@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from shardstep.configs.components import first_line, neighbours, refusal
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import write_atomically
+from shardstep.configs.resolve import with_keys
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 
 _SECTIONS = {section.name: section for section in dataclasses.fields(Recipe)}
@@ -96,7 +97,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
         loaded.for_device = partial(load_recipe, name, overrides)
 
     settings = [_split_override(text, loaded.problems) for text in overrides]
-    # Names first: a new name drops the recipe's options of the old one, and the command line's options are for the new.
+    # Names first: a new name drops the recipe's options of the old one; options on the command line are for the new one.
     settings.sort(key=lambda setting: setting[1] != "name")
     for section, key, value in settings:
         if section in OPEN_SECTIONS and key == "name":
@@ -117,11 +118,8 @@ def _with_default_paths(recipe: Recipe, default_name: str) -> Recipe:
     """Fill in the name and the folders that the recipe leaves empty."""
     name = recipe.run.name or default_name
     folder = f"data/{source_name(recipe.data.source or 'cifar10')}"
-    run = dataclasses.replace(recipe.run, name=name, dir=recipe.run.dir or f"runs/{name}")
-    data = dataclasses.replace(
-        recipe.data, train=recipe.data.train or f"{folder}/train", test=recipe.data.test or f"{folder}/test"
-    )
-    return dataclasses.replace(recipe, run=run, data=data)
+    data = {"train": recipe.data.train or f"{folder}/train", "test": recipe.data.test or f"{folder}/test"}
+    return with_keys(recipe, run={"name": name, "dir": recipe.run.dir or f"runs/{name}"}, data=data)
 
 
 def source_name(source: str) -> str:

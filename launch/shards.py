@@ -38,9 +38,15 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="cifar10, digits, synthetic:N, a folder of <class>/<file>, a .tar of one, or CIFAR-10's own archive",
     )
-    write.add_argument("--split", choices=["train", "test"], default="train", help="(default: train)")
+    write.add_argument("--split", choices=["train", "test"], default="train", help="split to write (default: train)")
     write.add_argument("--out", type=Path, required=True, help="folder to create")
-    write.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="(default: %(default)s)")
+    write.add_argument(
+        "--samples-per-shard",
+        type=int,
+        metavar="N",
+        default=SAMPLES_PER_SHARD,
+        help="images per tar (default: %(default)s)",
+    )
     write.add_argument("--seed", type=int, default=0, help="seed of the shuffle and of --limit's choice (default: 0)")
     write.add_argument(
         "--limit", type=int, metavar="N", help="write N images, balanced over the classes (default: all)"
