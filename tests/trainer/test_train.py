@@ -317,7 +317,7 @@ def test_never_puts_the_old_run_aside(shards: Path, tmp_path: Path) -> None:
     train_ranks(1, recipe)
     ((code, out, _),) = run_ranks(1, failure_of, str(recipe), "run.resume=never")
     assert code == 0
-    assert f"is now in {tmp_path / 'run'}.old1" in out
+    assert f"moved the old run in {tmp_path / 'run'} to {tmp_path / 'run'}.old1" in out
     assert (tmp_path / "run.old1" / "summary.json").is_file()
     assert (tmp_path / "run" / "summary.json").is_file()
 

@@ -129,7 +129,7 @@ def test_every_single_flipped_bit_of_a_manifest_is_found(trained: Path, tmp_path
 
 def test_another_steps_folder_is_found(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "run" / "checkpoints" / "step-00000006", tmp_path / "step-00000009")
-    assert "that of step 6" in checkpoint_files.problems_of(tmp_path / "step-00000009")[0]
+    assert "belongs to step 6" in checkpoint_files.problems_of(tmp_path / "step-00000009")[0]
 
 
 def test_resume_passes_over_damage_and_says_so(trained: Path, shards: Path, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_when_all_are_damaged_nothing_is_begun_anew(trained: Path, shards: Path,
         remove(path / "manifest.json", path)
     ((code, _, message),) = run_ranks(1, failure_of, str(recipe))
     assert code == 2
-    assert "no checkpoint of" in message
+    assert "all checkpoints of" in message
     assert message.count("manifest.json is missing") == 3
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) > 0
 
@@ -213,7 +213,7 @@ def test_the_command_lists_and_verifies(trained: Path, tmp_path: Path, capsys: p
     ]
     assert checkpoints_command(["verify", str(tmp_path / "run")]) == 0
     truncate(tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors", tmp_path)
-    with pytest.raises(ValueError, match=r"step-00000006: model.safetensors has [\d,]+ bytes in place of"):
+    with pytest.raises(ValueError, match=r"step-00000006: model.safetensors has [\d,]+ bytes instead of"):
         checkpoints_command(["verify", str(tmp_path / "run")])
     with pytest.raises(ValueError, match="there is no checkpoint in"):
         checkpoints_command(["list", str(tmp_path)])

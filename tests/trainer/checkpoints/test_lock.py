@@ -105,7 +105,7 @@ def test_of_two_that_begin_at_once_one_trains(shards: Path, tmp_path: Path) -> N
     (tmp_path / "go").touch()
     outcomes = sorted(results.get(timeout=90) for _ in processes)
     assert [code for code, _, _ in outcomes] == [0, 2]
-    assert "is in use by" in outcomes[1][2] or "another run has begun" in outcomes[1][2]
+    assert "is in use by" in outcomes[1][2] or "another run started" in outcomes[1][2]
     assert [line["step"] for line in train_lines(tmp_path / "run")] == list(range(1, 9))
     assert not list(tmp_path.glob("run.old*"))
 

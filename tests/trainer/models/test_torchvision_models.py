@@ -132,7 +132,7 @@ def test_replaced_activations_can_be_learnt_through(activation: str) -> None:
     [
         ("efficientnet_v2_s", {"activation": "tanh"}, "activation=tanh cannot be used: efficientnet_v2_s changes"),
         ("resnet18", {"pretrained": ""}, "pretrained is empty"),
-        ("resnet18", {"dropout": 0.5}, "dropout=0.5 has no effect: resnet18 has no layer"),
+        ("resnet18", {"dropout": 0.5}, "dropout=0.5 has no effect: resnet18 has no such layer"),
         ("vit_b_32", {"pooling": "avg"}, "pooling=avg has no effect"),
         ("vgg11", {"stem": "cifar"}, "stem=cifar has no effect"),
         ("resnet18", {"negative_slope": 0.1}, "negative_slope belongs to activation=leaky_relu"),
