@@ -195,7 +195,7 @@ def test_variants_that_a_command_leaves_out_stay_known(shards: Path, tmp_path: P
             ["--over", "optimizer.name=sgd", "--doc", "/nowhere/a.md"],
             "--doc=/nowhere/a.md: there is no folder /nowhere",
         ),
-        (["--over", "optimizer.name=sgd", "schedule.name=cosine", "--budget", "5 s"], "drawn over train.duration"),
+        (["--over", "optimizer.name=sgd", "schedule.name=cosine", "--budget", "5 s"], "spans train.duration"),
     ],
 )
 def test_bad_input(options: list[str], message: str, shards: Path, tmp_path: Path) -> None:
