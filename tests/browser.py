@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
-_ANSWER_S = 60.0
+_ANSWER_S = 300.0
 
 
 def find_browser() -> str | None:

@@ -53,5 +53,5 @@ def finished_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
     folder = tmp_path_factory.mktemp("finished")
     model = {"name": "whitening_cnn", "widths": [8]}
-    train_ranks(1, write_recipe(folder, shards, model=model, log={"every": "2 steps"}))
+    train_ranks(1, write_recipe(folder, shards, model=model, log={"every": "2 steps"}), pictures=True)
     return folder / "run"

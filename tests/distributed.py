@@ -7,29 +7,53 @@ second and none inherits a half-locked thread pool.
 import multiprocessing
 import os
 import queue
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from shardstep.launch.ranks import free_port
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    ["accelerate", "matplotlib.pyplot", "cv2", "shardstep.trainer.setup", "shardstep.launch.train"]
-)
+HANG_S = 900
+"""Seconds after which ranks and commands count as hanging: many times what any of them takes on a busy machine."""
+
+# A name that cannot be imported is skipped silently: tests/test_layout.py checks these.
+PRELOAD = [
+    "accelerate",
+    "cv2",
+    "matplotlib.pyplot",
+    "pytest",
+    "shardstep.launch.train",
+    "shardstep.trainer.description",
+    "shardstep.trainer.finish",
+    "shardstep.trainer.resume",
+    "shardstep.trainer.setup",
+    "shardstep.trainer.validate",
+]
+context.set_forkserver_preload(PRELOAD)
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = HANG_S, pictures: bool = False
+) -> list[Any]:
     """Call `function(*arguments)` on every rank of a new world; returns what each rank returned, by rank.
+
+    Args:
+        timeout_s: until the ranks count as hanging.
+        pictures: draw the pictures of a finished run; they take longer than a small run's training.
 
     Raises:
         AssertionError: a rank raised or did not end in time; the message has the first traceback.
     """
     port, results = free_port(), context.Queue()
     processes = [
-        context.Process(target=_run_rank, args=(rank, world_size, port, function, arguments, results))
+        context.Process(target=_run_rank, args=(rank, world_size, port, pictures, function, arguments, results))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -51,11 +75,35 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
             outcomes[rank] = value
     finally:
         for process in processes:
-            process.join(timeout=10 if len(outcomes) == world_size else 0)
+            process.join(timeout=HANG_S if len(outcomes) == world_size else 0)
             if process.is_alive():
                 process.kill()
                 process.join()
     return [outcomes[rank] for rank in range(world_size)]
+
+
+def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run `shardstep ...` in a process forked from the server, which has imported torch: seconds less than the script."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [str(Path(folder) / name) for name in ("stdout", "stderr")]
+        process = context.Process(target=_run_command, args=(["shardstep", *words], str(cwd), outputs))
+        process.start()
+        process.join(HANG_S)
+        if process.is_alive():
+            process.kill()
+        process.join()
+        stdout, stderr = (Path(path).read_text() for path in outputs)
+    return subprocess.CompletedProcess(words, process.exitcode or 0, stdout, stderr)
+
+
+def _run_command(words: list[str], folder: str, outputs: list[str]) -> None:
+    from shardstep.launch.cli import main
+
+    os.chdir(folder)
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = words
+    sys.exit(main())
 
 
 def join_world(rank: int, world_size: int, port: int) -> None:
@@ -75,10 +123,16 @@ def join_world(rank: int, world_size: int, port: int) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="wandb|pydantic")
 
 
-def _run_rank(rank: int, world_size: int, port: int, function: Callable, arguments: tuple, results: Any) -> None:
+def _run_rank(
+    rank: int, world_size: int, port: int, pictures: bool, function: Callable, arguments: tuple, results: Any
+) -> None:
     import torch.distributed as dist
 
+    from shardstep.trainer import finish
+
     join_world(rank, world_size, port)
+    if not pictures:
+        finish.draw_pictures = lambda run, evaluation: []
     try:
         results.put((rank, True, function(*arguments)))
     except BaseException:

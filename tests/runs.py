@@ -34,9 +34,9 @@ def write_recipe(folder: Path, shards: Path, **sections: dict[str, Any]) -> Path
     return path
 
 
-def train_ranks(world_size: int, recipe: Path, *overrides: str) -> None:
+def train_ranks(world_size: int, recipe: Path, *overrides: str, pictures: bool = False) -> None:
     """Train on N gloo processes, as the command does."""
-    run_ranks(world_size, _train, [str(recipe), *overrides])
+    run_ranks(world_size, _train, [str(recipe), *overrides], pictures=pictures)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib.util
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.distributed import PRELOAD
 
 LAYERS = ["configs", "datasets", "trainer", "launch"]  # each may import from itself and from those before it
 
@@ -104,6 +106,11 @@ def test_only_distributed_touches_the_world() -> None:
             assert not re.search(r"environ\b.*(RANK|WORLD|MASTER|SLURM|ACCELERATE|TORCHELASTIC)", path.read_text()), (
                 path
             )
+
+
+def test_what_the_tests_ranks_preload_exists() -> None:
+    # The forkserver skips what it cannot import, and each rank of each test would take the seconds of importing it.
+    assert not [name for name in PRELOAD if importlib.util.find_spec(name) is None]
 
 
 def test_datasets_has_no_init() -> None:

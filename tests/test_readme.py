@@ -22,6 +22,7 @@ from shardstep.launch.cli import COMMANDS
 from shardstep.launch.submit import main as submit
 from tests.conftest import ROOT
 from tests.datasets.test_sources import png
+from tests.distributed import HANG_S, run_command
 
 FROM_THE_DOCUMENTS = "docs/from-the-documents.md"
 RECIPES = "docs/recipes.md"
@@ -206,7 +207,12 @@ def test_commands_run(document: str, tmp_path: Path) -> None:
             words += ["run.resume=never"] * (document != RESUMING)
         if words[1:2] == ["submit"]:
             words += ["train.device=auto"]  # smoke's is cpu, which leaves the GPUs that are asked for unused
-        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        if words[0] == "shardstep":
+            result = run_command(*words[1:], cwd=tmp_path)
+        else:
+            result = subprocess.run(
+                words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG_S
+            )
         assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.distributed import free_port, run_ranks
+from tests.distributed import HANG_S, free_port, run_command, run_ranks
 from tests.runs import write_recipe
 
 BIN = Path(sys.executable).parent
@@ -23,7 +23,9 @@ DOCTOR = str(ROOT / "launch" / "doctor.py")
 
 
 def start(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=HANG_S
+    )
 
 
 def examine(arguments: list[str], environment: dict[str, str | None] | None = None) -> tuple[int, dict[str, Any], str]:
@@ -55,7 +57,7 @@ def only(report: dict[str, Any]) -> dict[str, str]:
 def test_alone(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards)
     before = sorted(tmp_path.rglob("*"))
-    result = start(str(BIN / "shardstep"), "doctor", str(recipe), "--json", cwd=tmp_path)
+    result = run_command("doctor", str(recipe), "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr + result.stdout
     report = json.loads(result.stdout)
     assert report["errors"] == 0
@@ -102,7 +104,7 @@ def in_folder(folder: str, arguments: list[str]) -> tuple[int, dict[str, Any], s
 
 @pytest.mark.parametrize("arguments", [["nosuch"], ["--timeout", "0"], ["--timeout", "soon"], ["--nosuch"]])
 def test_bad_arguments_end_with_2(arguments: list[str], tmp_path: Path) -> None:
-    result = start(str(BIN / "shardstep"), "doctor", *arguments, cwd=tmp_path)
+    result = run_command("doctor", *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
@@ -150,7 +152,7 @@ def examine_a_slow_step(arguments: list[str]) -> tuple[int, dict[str, Any], str]
 
     def slow(*rest: Any) -> None:
         print("output of a library, which is not part of the report")
-        time.sleep(8)
+        time.sleep(9)
 
     probe.take_step = slow
     return examine(arguments)
@@ -158,7 +160,7 @@ def examine_a_slow_step(arguments: list[str]) -> tuple[int, dict[str, Any], str]
 
 def test_a_slow_step_of_one_rank_is_a_warning(shards: Path, tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path, shards))
-    ((code, report, _),) = run_ranks(1, examine_a_slow_step, [recipe, "--timeout", "5"])
+    ((code, report, _),) = run_ranks(1, examine_a_slow_step, [recipe, "--timeout", "8"])
     assert code == 0
     assert [finding["check"] for finding in report["findings"]] == ["step"]
 
@@ -266,7 +268,7 @@ def _fail(config: Any) -> None:
 )
 def test_faults_between_ranks(fault: str, check: str, what: str, shards: Path, tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path, shards))
-    reports = run_ranks(2, examine_with_fault, fault, recipe, timeout_s=60)
+    reports = run_ranks(2, examine_with_fault, fault, recipe)
     assert [code for code, _, _ in reports] == [1, 1]
     spoken = [report for _, report, _ in reports if report]
     assert len(spoken) == 1
@@ -303,8 +305,8 @@ def test_a_rank_that_dies_is_reported(tmp_path: Path) -> None:
         )
         for rank in ("0", "1")
     ]
-    report = json.loads(ranks[0].communicate(timeout=120)[0])
-    ranks[1].communicate(timeout=120)
+    report = json.loads(ranks[0].communicate(timeout=HANG_S)[0])
+    ranks[1].communicate(timeout=HANG_S)
     assert [rank.returncode for rank in ranks] == [1, 0]
     assert only(report)["what"] == "rank 1 died, or hung"
 

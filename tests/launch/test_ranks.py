@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.distributed import free_port
+from tests.distributed import HANG_S, free_port
 from tests.launch.test_launch import BIN, TRAIN, start
 from tests.runs import read_lines, train_lines, train_ranks, write_recipe
 
@@ -44,12 +44,12 @@ def test_a_signal_reaches_all_ranks(shards: Path, tmp_path: Path, name: str) -> 
         text=True,
     )
     lines = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + HANG_S
     while not (lines.exists() and lines.stat().st_size):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(getattr(signal, name))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANG_S)
     assert process.returncode == 85, output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "preempted"
 
@@ -97,7 +97,7 @@ def test_two_agents_make_one_world(shards: Path, tmp_path: Path) -> None:
         "--rdzv-endpoint", f"localhost:{port}", TRAIN, str(recipe), "train.world_size=2",
     ]  # fmt: skip
     agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    outputs = [agent.communicate(timeout=120)[0] for agent in agents]
+    outputs = [agent.communicate(timeout=HANG_S)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
     assert "".join(outputs).count("done:") == 1
@@ -130,7 +130,7 @@ def test_config_of_accelerate_for_many_nodes(shards: Path, tmp_path: Path) -> No
         )
         for number in range(2)
     ]  # fmt: skip
-    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    outputs = [node.communicate(timeout=HANG_S)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from shardstep.configs.errors import InputError, TrainingFailed
 from shardstep.launch.same import compare, main
-from tests.launch.test_launch import BIN
+from tests.distributed import run_command
 from tests.runs import read_lines, train_ranks, write_recipe
 
 
@@ -77,8 +76,7 @@ def test_weights_are_compared(runs: dict[int, Path], tmp_path: Path) -> None:
 
 def test_dropout_is_reported_as_the_reason(shards: Path, tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path, shards, model={"name": "convnet"}))
-    command = [str(BIN / "shardstep"), "same", recipe, "--ranks", "1,2", "--steps", "3"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    result = run_command("same", recipe, "--ranks", "1,2", "--steps", "3", cwd=tmp_path)
     assert result.returncode == 1, result.stderr
     assert "2 ranks differ by more than 1e-05" in result.stdout
     assert all(f"model.{name}=0" in result.stdout for name in ("dropout", "feature_dropout"))

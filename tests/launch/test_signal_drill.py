@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from shardstep.trainer.checkpoints import checkpoint_files
+from tests.distributed import HANG_S
 from tests.launch.test_launch import BIN, FORMS, TRAIN
 from tests.runs import read_lines, train_lines, write_recipe
 from tests.trainer.test_train import read_wandb
@@ -49,7 +50,7 @@ def start(form: str, recipe: Path, folder: Path, *overrides: str) -> subprocess.
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while not (lines.exists() and lines.stat().st_size > before + 300):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "it does not begin to train"
@@ -58,8 +59,8 @@ def start(form: str, recipe: Path, folder: Path, *overrides: str) -> subprocess.
 
 
 def wait_for_all(process: subprocess.Popen[str], ranks: list[int]) -> str:
-    output, _ = process.communicate(timeout=90)
-    deadline = time.monotonic() + 60
+    output, _ = process.communicate(timeout=HANG_S)
+    deadline = time.monotonic() + HANG_S
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):
         assert time.monotonic() < deadline, "a rank is left over"
         time.sleep(0.1)
@@ -104,7 +105,7 @@ def test_a_signal_saves_the_step(form: str, name: str, target: str, code: int, s
     more = summary["step"] + 20
     again = subprocess.run(
         [*FORMS[form], str(recipe), f"train.duration={more} steps", "run.allow_changes=[train.duration]"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     steps = [line["step"] for line in train_lines(tmp_path / "run")]
@@ -137,7 +138,7 @@ def test_a_rank_that_dies_is_replaced(shards: Path, tmp_path: Path) -> None:
             while not list((folder / "run" / "checkpoints").glob("step-*")):
                 time.sleep(0.02)
             os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=HANG_S)
         assert process.returncode == 0, output
     whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
@@ -158,7 +159,7 @@ def test_a_frozen_process_is_named(frozen: str, shards: Path, tmp_path: Path) ->
         if f"\0RANK={frozen}\0" in Path(f"/proc/{number}/environ").read_text()
     )
     os.kill(rank, signal.SIGSTOP)
-    output, _ = process.communicate(timeout=120)  # the agent kills it after 30 s
+    output, _ = process.communicate(timeout=HANG_S)  # the agent kills it after 30 s
     assert process.returncode == 1
     assert f"failed: rank {frozen} has not moved for" in output
     assert output.count("has not moved for") == 1
@@ -181,7 +182,7 @@ def test_damage_to_the_shards_while_training_is_named(shards: Path, tmp_path: Pa
         changed[place] ^= 0xFF
     with victim.open("r+b") as file:  # in place: the run has it open
         file.write(changed)
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=HANG_S)
     assert process.returncode == 1
     assert victim.name in output
     assert 'launch/train.py", line' not in output  # a traceback of ours

@@ -14,6 +14,7 @@ import pytest
 from shardstep.launch.cli import run
 from shardstep.launch.watch import Watched, main
 from shardstep.trainer.run_dir import RunDir
+from tests.distributed import HANG_S
 from tests.launch.test_launch import BIN
 from tests.runs import read_lines, train_ranks, write_recipe
 from tests.trainer.monitoring.test_display import slowly
@@ -226,26 +227,28 @@ def test_a_real_run_is_followed_through_a_kill_to_its_end(shards: Path, tmp_path
     command = [sys.executable, str(slowly(tmp_path, step_s=1)), str(recipe)]
     (tmp_path / "pause").touch()  # so that it is still at work when watchers are up
 
-    def until(found: str) -> None:
-        deadline = time.monotonic() + 60
-        while found not in (tmp_path / "shown").read_text():
-            assert time.monotonic() < deadline, (tmp_path / "shown").read_text()
+    def until(found: str, watcher: int = 0) -> None:
+        shown, deadline = tmp_path / f"shown{watcher}", time.monotonic() + HANG_S
+        while found not in shown.read_text():
+            assert time.monotonic() < deadline, shown.read_text()
             time.sleep(0.1)
 
     run_process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     lines = tmp_path / "run" / "metrics.jsonl"
     while not (lines.is_file() and len(read_lines(lines)) > 3):
+        assert run_process.poll() is None
         time.sleep(0.05)
-    with (tmp_path / "shown").open("w") as shown:
-        watchers = [
-            subprocess.Popen([BIN / "shardstep", "watch", str(tmp_path / "run")], stdout=shown, stderr=shown)
-            for _ in range(2)
-        ]
-    until("mlp, 2 epochs")
-    time.sleep(1)
+    watchers = []
+    for number in range(2):
+        with (tmp_path / f"shown{number}").open("w") as shown:
+            command_line = [BIN / "shardstep", "watch", str(tmp_path / "run")]
+            watchers.append(subprocess.Popen(command_line, stdout=shown, stderr=shown))
+    for number in range(2):
+        until("mlp, 2 epochs", number)
+    time.sleep(1)  # what comes after the title
     watchers[1].send_signal(signal.SIGINT)
-    assert watchers[1].wait(30) == 130
-    until("the run continues")
+    assert watchers[1].wait(HANG_S) == 130
+    until("the run continues", 1)
     assert run_process.poll() is None
     run_process.kill()
     run_process.wait()
@@ -253,6 +256,6 @@ def test_a_real_run_is_followed_through_a_kill_to_its_end(shards: Path, tmp_path
     until("no process is in this run")
     assert watchers[0].poll() is None
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
-    assert watchers[0].wait(30) == 0
+    assert watchers[0].wait(HANG_S) == 0
     until("started again, from step")
     until("the run finished: step 8")

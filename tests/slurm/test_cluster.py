@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tests.runs import read_lines, train_lines, write_recipe
 from tests.slurm.cluster import Cluster
 
-pytestmark = pytest.mark.drill
+pytestmark = [pytest.mark.drill, pytest.mark.alone]
 
 STEPS = 700  # of a few milliseconds: a signal that comes when the first are written down still finds the run at work
 LAUNCHERS = ["torchrun", "accelerate", "srun"]

@@ -8,6 +8,7 @@ import pytest
 
 from shardstep.launch.jobs.job_script import Job, Launcher, render
 from tests.conftest import ROOT
+from tests.distributed import HANG_S
 
 SRUN = """#!/bin/bash
 [ -z "$MARKER" ] || echo "$MARKER" > "$SHARDSTEP_STOPPED_FILE"
@@ -48,7 +49,7 @@ class Script:
     def run(self, code: int, marker: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         """Run it once: srun ends with `code`, and the ranks leave `marker`."""
         given = self._environment | {"CODE": str(code), "MARKER": marker} | environment
-        return subprocess.run(["bash"], input=self.script, env=given, capture_output=True, text=True, timeout=30)
+        return subprocess.run(["bash"], input=self.script, env=given, capture_output=True, text=True, timeout=HANG_S)
 
     def requeued(self) -> list[str]:
         return self.calls.read_text().split("\n")[:-1] if self.calls.exists() else []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from shardstep.configs.errors import InputError
+from shardstep.launch.cli import run
 from shardstep.launch.grid import file_name, points_of
 from shardstep.launch.jobs.job_script import Job, render, sbatch_word
 from shardstep.launch.submit import main, seconds_of
@@ -185,12 +186,18 @@ def test_arrays(capsys: pytest.CaptureFixture[str]) -> None:
         (["--time", "5", "train.device=cpu", "--gpus-per-node", "1"], "would leave the GPUs"),
     ],
 )  # fmt: skip
-def test_bad_input_is_reported_and_nothing_is_submitted(arguments: list[str], message: str, tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).parent / "shardstep"), "submit", "smoke", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 2, result.stdout
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_bad_input_is_reported_and_nothing_is_submitted(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(main, ["smoke", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
     assert not list(tmp_path.iterdir())
 
 

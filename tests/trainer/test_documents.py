@@ -44,12 +44,12 @@ def xor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, shards: Path, **sections: dict[str, Any]) -> list[dict[str, Any]]:
+def train(folder: Path, shards: Path, pictures: bool = False, **sections: dict[str, Any]) -> list[dict[str, Any]]:
     """Train on one rank; returns the lines of metrics.jsonl."""
     recipe = write_recipe(
         folder, shards, **{"eval": {"every": "10 epochs"}, "checkpoint": {"every": "1000 epochs"}} | sections
     )
-    train_ranks(1, recipe)
+    train_ranks(1, recipe, pictures=pictures)
     return read_lines(folder / "run" / "metrics.jsonl")
 
 
@@ -91,7 +91,7 @@ def test_an_autoencoder_learns_and_leaves_pictures(shards: Path, tmp_path: Path)
         "train": {"duration": "30 epochs"},
         "log": {"every": "4 steps"},
     }
-    lines = train(tmp_path, shards, **sections)
+    lines = train(tmp_path, shards, pictures=True, **sections)
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     assert {line["accuracy"] for line in lines} == {None}
     assert (tmp_path / "run" / "reconstructions.png").stat().st_size > 10_000

@@ -89,7 +89,6 @@ def train_each(recipes: list[str], damages: list[tuple[Damage, Path, Path] | Non
     from shardstep.trainer import finish, loop
 
     finish.leave_world = lambda accelerator: None  # the world goes on to the next recipe
-    finish.draw_pictures = lambda run, evaluation: []
     function, outcomes = loop.train_step, []
     for recipe, happening in zip(recipes, damages, strict=True):
 

@@ -17,7 +17,7 @@ from PIL import Image
 from shardstep.launch.comparison.results import read_result
 from shardstep.trainer.analysis.trained_model import find_weights
 from shardstep.trainer.monitoring.wandb_tracker import logged_steps, read_records
-from tests.distributed import run_ranks
+from tests.distributed import HANG_S, run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, train_until, write_recipe
 
 
@@ -25,7 +25,7 @@ from tests.runs import failure_of, read_lines, train_lines, train_ranks, train_u
 def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two epochs on one rank. Read only."""
     folder = tmp_path_factory.mktemp("finished")
-    train_ranks(1, write_recipe(folder, shards, log={"every": "2 steps"}))
+    train_ranks(1, write_recipe(folder, shards, log={"every": "2 steps"}), pictures=True)
     return folder / "run"
 
 
@@ -356,7 +356,7 @@ def test_a_run_resumes_from_its_checkpoint(shards: Path, tmp_path: Path, world_s
 
 def test_a_run_that_ended_before_its_summary_is_finished(shards: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards)
-    train_ranks(2, recipe)
+    train_ranks(2, recipe, pictures=True)
     before = json.loads((tmp_path / "run" / "summary.json").read_text())
     for name in ("summary.json", "model.safetensors", "curves.png"):
         (tmp_path / "run" / name).unlink()
@@ -520,7 +520,7 @@ def log_to_wandb(folder: str, num_steps: int) -> None:
 def test_a_cut_wandb_file_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     run_ranks(1, log_to_wandb, str(tmp_path), 60)
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + HANG_S
     while logged_steps(path) != {"train": 59}:  # wandb's own process may outlive the rank's, and write until then
         assert time.monotonic() < give_up
         time.sleep(0.1)

@@ -55,14 +55,14 @@ def test_training_ends_after_its_seconds_on_all_ranks(shards: Path, tmp_path: Pa
     evaluations = sum(line["kind"] == "eval" for line in lines)
     # evaluations do not count; the last step began before the limit
     assert LIMIT_S <= summary["train_s"] < summary["wall_s"] - evaluations * EVALUATION_S * 0.99
-    assert lines[-1]["train_s"] == pytest.approx(summary["train_s"], abs=0.3)
+    assert lines[-1]["train_s"] == pytest.approx(summary["train_s"], abs=1.0)
     assert {line["total_steps"] for line in lines} == {None}
     assert lines[-1]["share_done"] == 1.0
     shares = [line["share_done"] for line in lines]
     assert shares == sorted(shares)
     for line in train_lines(tmp_path / "run"):  # at most so many seconds of training, and an evaluation each 10 steps
         training_s = (1 - line["share_done"]) * LIMIT_S
-        assert training_s - 0.1 <= line["left_s"] <= training_s + (1 + training_s / (10 * STEP_S)) * 2 * EVALUATION_S
+        assert training_s - 0.1 <= line["left_s"] <= training_s + (1 + training_s / (10 * STEP_S)) * 5 * EVALUATION_S
 
     ((code, out, _),) = run_ranks(1, failure_of, recipe, *limits)
     assert code == 0

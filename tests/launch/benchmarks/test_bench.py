@@ -46,8 +46,11 @@ ROWS = {  # those that need nothing but our own requirements
 }  # fmt: skip
 
 
+DRILL = {False: [], True: [pytest.mark.drill]}  # startup compiles torch's Python files first
+
+
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves its shards to the collector
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=DRILL[name == "startup"]) for name in TINY])
 def test_a_benchmark_runs_and_its_json_has_what_it_promises(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

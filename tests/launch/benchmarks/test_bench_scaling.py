@@ -1,7 +1,6 @@
 """`shardstep bench scaling`: what it prints, what it refuses, and that docs/scaling.md shows the model's own figures."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from shardstep.launch.benchmarks.bench_scaling import COLUMNS, cells
 from shardstep.launch.benchmarks.scaling_model import prediction_rows
 from shardstep.launch.cli import run
 from tests.conftest import ROOT
-from tests.launch.test_launch import BIN
+from tests.distributed import run_command
 
 
 def test_a_prediction_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,16 +47,10 @@ def test_bad_options_are_reported_together(capsys: pytest.CaptureFixture[str]) -
         assert part in message
 
 
-@pytest.mark.parametrize("all_reduce", ["buckets", "flat"])
+@pytest.mark.parametrize("all_reduce", ["buckets", pytest.param("flat", marks=pytest.mark.drill)])
 def test_it_measures_this_machine(tmp_path: Path, all_reduce: str) -> None:
     options = ["--repeats", "1", "--steps", "1", "--batch", "7", "--all-reduce", all_reduce, "--json"]
-    result = subprocess.run(
-        [str(BIN / "shardstep"), "bench", "scaling", *options],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    result = run_command("bench", "scaling", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["parts"]["gradient_bytes"] == 4 * 299_434  # of the article's net

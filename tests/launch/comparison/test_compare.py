@@ -26,11 +26,12 @@ from shardstep.launch.comparison.results import (
     worst_outcome,
 )
 from shardstep.launch.comparison.variants import SEARCH_SEED
+from tests.distributed import HANG_S, run_command
 from tests.launch.test_launch import BIN
 from tests.runs import read_lines, write_recipe
 
 SPARING: dict[str, Any] = {
-    "eval": {"every": "500 steps"},
+    "eval": {"every": "200 steps"},
     "checkpoint": {"every": "100000 steps"},
     "log": {"every": "20 steps"},
 }
@@ -49,7 +50,7 @@ def command(folder: Path, shards: Path, *options: str) -> list[str]:
 
 
 def wait_for_steps(metrics: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 170
+    deadline = time.monotonic() + HANG_S
     while not (metrics.is_file() and metrics.stat().st_size > 200):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -57,12 +58,12 @@ def wait_for_steps(metrics: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_an_interrupted_comparison_is_resumed(shards: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the second of three runs: the first is kept, the second resumed, the third, which diverges, is a row."""
-    arguments, out = command(tmp_path, shards, "--seeds", "1", "--budget", "3000 steps"), tmp_path / "out"
+    """Ctrl-C in the second of three runs: the first is kept, the second resumed, the third is a row though it diverges."""
+    arguments, out = command(tmp_path, shards, "--seeds", "1", "--budget", "1200 steps"), tmp_path / "out"
     process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_steps(out / "adam" / "0" / "metrics.jsonl", process)
     process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=120)
+    _, message = process.communicate(timeout=HANG_S)
     assert process.returncode == 85, message
     assert "the same command resumes: shardstep compare" in message
     first, second = read_result(out / "sgd" / "0"), read_result(out / "adam" / "0")
@@ -71,19 +72,19 @@ def test_an_interrupted_comparison_is_resumed(shards: Path, tmp_path: Path) -> N
     assert not (out / "diverging").exists()
     before = (out / "sgd" / "0" / "summary.json").stat().st_mtime_ns
 
-    result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=170)
+    result = run_command(*arguments[1:], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (out / "sgd" / "0" / "summary.json").stat().st_mtime_ns == before
     assert "resuming from" in (out / "adam" / "0.log").read_text()
     steps = [line["step"] for line in read_lines(out / "adam" / "0" / "metrics.jsonl") if line["kind"] == "train"]
-    assert steps == list(range(20, 3001, 20))
+    assert steps == list(range(20, 1201, 20))
     assert re.search(r"diverging 0: the (test )?loss is (nan|inf)", result.stdout)
     rows = {line.split()[0]: line.split()[1:3] for line in (out / "table.txt").read_text().splitlines() if line}
     assert rows["diverging"] == ["0", "failed"]
     assert rows["sgd"][0] == rows["adam"][0] == "1"
 
     found = json.loads((out / "results.json").read_text())
-    assert [len(variant["runs"]["0"]["curve"]) for variant in found["variants"][:2]] == [6, 6]  # each 500 steps
+    assert [len(variant["runs"]["0"]["curve"]) for variant in found["variants"][:2]] == [6, 6]  # each 200 steps
     # Adam keeps two numbers of 4 bytes per parameter, SGD without momentum none
     assert found["variants"][1]["optimizer_state_bytes_per_parameter"] == pytest.approx(8, abs=0.01)
     assert found["variants"][0]["optimizer_state_bytes_per_parameter"] == 0
@@ -92,15 +93,13 @@ def test_an_interrupted_comparison_is_resumed(shards: Path, tmp_path: Path) -> N
     assert not re.search(r"<script|<link|(?:src|href)=.http", page)  # namespaces aside, no address and no code
     assert "No difference can be called real" in page
 
-    again = subprocess.run(
-        arguments, cwd=tmp_path, capture_output=True, text=True, timeout=170
-    )  # nothing is left to do
+    again = run_command(*arguments[1:], cwd=tmp_path)  # nothing is left to do
     assert again.returncode == 0, again.stderr
     assert "diverging 0:" not in again.stdout
-    other = subprocess.run([*arguments, "--budget", "10 steps"], cwd=tmp_path, capture_output=True, text=True)
+    other = run_command(*arguments[1:], "--budget", "10 steps", cwd=tmp_path)
     assert other.returncode == 2
     assert "holds another comparison" in other.stderr
-    assert "budget: 3000 steps -> 10 steps" in other.stderr
+    assert "budget: 1200 steps -> 10 steps" in other.stderr
 
 
 def finish(folder: Path, lr: float, loss: float) -> None:
@@ -225,7 +224,7 @@ def test_live_runs_are_waited_for(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "sgd" / "0").mkdir(parents=True)
     with (tmp_path / "out" / "sgd" / "0" / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        result = subprocess.run([str(BIN / "shardstep"), "compare", *options], capture_output=True, text=True)
+        result = run_command("compare", *options, cwd=tmp_path)
     assert result.returncode == 2
     assert "an earlier command left 1 run running" in result.stderr
 
@@ -264,7 +263,7 @@ def test_more_runs_need_the_same_share_and_the_report_does_not(
     recipe = str(write_recipe(tmp_path, shards, **SPARING))
     out = tmp_path / "out"
     given = [recipe, "--over", "optimizer.name=sgd", "--out", str(out), "--budget", "0.2 s", "--doc", str(out / "a.md")]
-    subprocess.run([str(BIN / "shardstep"), "compare", *given, "--seeds", "1"], check=True)
+    assert run_command("compare", *given, "--seeds", "1", cwd=tmp_path).returncode == 0
     (out / "a.md").unlink()
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3, 4, 5, 6})
     assert compare.main([*given, "--seeds", "1"]) == 0
@@ -278,7 +277,7 @@ def test_auto_is_measured_once_for_all_runs(shards: Path, tmp_path: Path) -> Non
     recipe = write_recipe(tmp_path, shards, **SPARING)
     automatic = ["train.precision=auto", "train.memory_format=auto", "train.device=cpu"]
     options = [str(recipe), *automatic, "--over", "optimizer.name=sgd,adam", "--seeds", "1", "--budget", "2 steps"]
-    subprocess.run([str(BIN / "shardstep"), "compare", *options, "--out", str(tmp_path / "out")], check=True)
+    assert run_command("compare", *options, "--out", str(tmp_path / "out"), cwd=tmp_path).returncode == 0
     chosen = json.loads((tmp_path / "out" / "comparison.json").read_text())["settled"]
     assert [text.partition("=")[0] for text in chosen] == [
         "train.precision",

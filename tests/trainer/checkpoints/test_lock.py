@@ -12,14 +12,14 @@ import pytest
 
 from shardstep.configs.errors import InputError
 from shardstep.trainer.checkpoints import lock
-from tests.distributed import context, free_port, join_world, run_ranks
+from tests.distributed import HANG_S, context, free_port, join_world, run_ranks
 from tests.runs import failure_of, train_lines, train_ranks, train_until, write_recipe
 
 SECTIONS: dict[str, Any] = {"checkpoint": {"every": "2 steps"}, "train": {"duration": "8 steps"}}
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + HANG_S
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} does not come"
         time.sleep(0.02)
@@ -44,7 +44,8 @@ def train_alone(recipe: str, results: Any, pause: str) -> None:
 
     def paused_step(run: Any, batch: Any) -> Any:
         if pause == "step" and run.state.progress.step == 3:
-            time.sleep(0.5)  # until step 2 is saved
+            wait_for(folder / "run" / "checkpoints" / "step-00000002")
+            time.sleep(0.5)  # for what is done after it
             wait()
         return function(run, batch)
 
@@ -82,7 +83,7 @@ def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(shards: Path,
             )
         assert content_of(tmp_path) == before
     (tmp_path / "go").touch()
-    assert results.get(timeout=60)[0] == 0
+    assert results.get(timeout=HANG_S)[0] == 0
     first.join()
     assert [line["step"] for line in train_lines(tmp_path / "run")] == list(range(1, 9))
 
@@ -103,7 +104,7 @@ def test_of_two_that_begin_at_once_one_trains(shards: Path, tmp_path: Path) -> N
     for process in processes:
         wait_for(tmp_path / f"waiting-{process.pid}")
     (tmp_path / "go").touch()
-    outcomes = sorted(results.get(timeout=90) for _ in processes)
+    outcomes = sorted(results.get(timeout=HANG_S) for _ in processes)
     assert [code for code, _, _ in outcomes] == [0, 2]
     assert "is in use by" in outcomes[1][2] or "another run started" in outcomes[1][2]
     assert [line["step"] for line in train_lines(tmp_path / "run")] == list(range(1, 9))
@@ -117,7 +118,7 @@ def test_a_run_that_has_come_and_gone_meanwhile_is_not_put_aside(shards: Path, t
     train_ranks(1, recipe)
     before = content_of(tmp_path / "run")
     (tmp_path / "go").touch()
-    code, _, message = results.get(timeout=60)
+    code, _, message = results.get(timeout=HANG_S)
     assert code == 2
     assert f"another run started in {tmp_path / 'run'} while this one was starting" in message
     assert content_of(tmp_path / "run") == before

@@ -14,7 +14,7 @@ from shardstep.trainer.distributed.gradients import FlatGradients, bucket_mb, gr
 from shardstep.trainer.validate import validate_recipe
 from tests.distributed import run_ranks
 from tests.runs import failure_of, train_lines, train_ranks, train_until, write_recipe
-from tests.trainer.distributed.test_world import curves, largest_difference
+from tests.trainer.distributed.test_world import BESIDE_ONE, curves, largest_difference
 
 FLAT = {"all_reduce": "flat"}
 WIDE = {"name": "mlp", "hidden": [64, 512, 512, 512, 16]}  # 0.75, 0.13, 1, 1, 0.03 and 0.001 MiB of gradients
@@ -95,7 +95,8 @@ def test_small_nets_have_small_buckets() -> None:
 # --- the same curve ---------------------------------------------------------------------------------------------------
 
 
-def test_a_flat_buffer_gives_the_same_curve(shards: Path, tmp_path: Path) -> None:
+@BESIDE_ONE
+def test_a_flat_buffer_gives_the_same_curve(shards: Path, tmp_path: Path, worlds: list[int]) -> None:
     # 101 samples in batches of 25: the fifth has one sample, so that ranks have empty shares; micro-batches of 3
     train = {"duration": "26 steps", "global_batch_size": 25, "max_micro_batch": 3}
     convolutions = {"model": {"name": "article_cnn", "dropout": 0.0}}
@@ -105,7 +106,7 @@ def test_a_flat_buffer_gives_the_same_curve(shards: Path, tmp_path: Path) -> Non
     }
     plain = {name: case | {"train": case["train"] | {"all_reduce": "buckets"}} for name, case in cases.items()}
     reference = curves(tmp_path / "plain", shards, 1, plain)
-    for world in (2, 3, 4):
+    for world in worlds:
         found = curves(tmp_path, shards, world, cases)
         for name in cases:
             assert len(found[name]) == 26

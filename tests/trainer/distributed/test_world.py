@@ -15,6 +15,8 @@ from tests.distributed import run_ranks
 from tests.runs import read_lines, train_lines, train_ranks, write_recipe
 
 WORLDS = [1, 2, 3, 4]
+BESIDE_ONE = pytest.mark.parametrize("worlds", [[2], pytest.param([3, 4], marks=pytest.mark.drill)], ids=["2", "3-4"])
+"""The numbers of ranks whose curves are compared with that of one rank."""
 DOCUMENTS = {
     "sgd": {"name": "sgd", "lr": 0.05},
     "momentum": {"name": "sgd", "lr": 0.003, "momentum": 0.9},
@@ -53,17 +55,18 @@ def largest_difference(one: list[float], other: list[float]) -> float:
     return max(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(one, other, strict=True))
 
 
-def test_the_same_curve_for_every_optimizer_of_the_documents(shards: Path, tmp_path: Path) -> None:
+@BESIDE_ONE
+def test_the_same_curve_for_every_optimizer_of_the_documents(shards: Path, tmp_path: Path, worlds: list[int]) -> None:
     # 101 samples in batches of 30: 4 steps an epoch, the last of 11 samples; 7 a time: shares that no rank divides evenly
     cases = {
         name: {"optimizer": optimizer, "train": {"duration": "28 steps", "max_micro_batch": 7}}
         for name, optimizer in DOCUMENTS.items()
     }
-    found = {world: curves(tmp_path, shards, world, cases) for world in WORLDS}
+    found = {world: curves(tmp_path, shards, world, cases) for world in (1, *worlds)}
     for name in cases:
         assert len(found[1][name]) == 28
         assert found[1][name][-1] < found[1][name][0], f"{name} does not learn"
-        for world in WORLDS[1:]:
+        for world in worlds:
             assert largest_difference(found[1][name], found[world][name]) < 1e-5, (name, world)
 
 
@@ -71,7 +74,8 @@ CNN = {"name": "whitening_cnn", "widths": [8, 8]}
 NO_NORM = {"name": "article_cnn", "dropout": 0.0}
 
 
-def test_the_same_curve_for_other_settings(shards: Path, tmp_path: Path) -> None:
+@BESIDE_ONE
+def test_the_same_curve_for_other_settings(shards: Path, tmp_path: Path, worlds: list[int]) -> None:
     steps = {"train": {"duration": "26 steps", "global_batch_size": 13}}
     cases: dict[str, dict[str, Any]] = {
         "convolutions": steps | {"model": NO_NORM, "data": {"augment": ["flip", {"name": "translate", "pixels": 2}]}},
@@ -92,15 +96,19 @@ def test_the_same_curve_for_other_settings(shards: Path, tmp_path: Path) -> None
         "lookahead": {"average": {"name": "lookahead", "every": "3 steps"}, "train": {"duration": "26 steps"}},
         "few samples a step": {"train": {"duration": "26 steps", "global_batch_size": 4}},
     }
-    found = {world: curves(tmp_path, shards, world, cases) for world in WORLDS}
+    found = {world: curves(tmp_path, shards, world, cases) for world in (1, *worlds)}
     for name in cases:
         assert len(found[1][name]) >= 25
-        for world in WORLDS[1:]:
+        for world in worlds:
             assert largest_difference(found[1][name], found[world][name]) < 1e-5, (name, world)
 
 
-def test_the_same_curve_for_the_documents_models(shards: Path, tmp_path: Path) -> None:
-    # 101 samples in batches of 25: the fifth has one sample, so that two of three ranks have an empty share
+EMPTY_SHARES = pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.drill)])
+"""101 samples in batches of 25: the fifth has one sample, so that all ranks but one have an empty share."""
+
+
+@EMPTY_SHARES
+def test_the_same_curve_for_the_documents_models(shards: Path, tmp_path: Path, world: int) -> None:
     train = {"duration": "10 steps", "global_batch_size": 25}
     cases: dict[str, dict[str, Any]] = {
         "convnet": {"model": {"name": "convnet", "dropout": 0, "feature_dropout": 0}, "loss": {"name": "nll"}},
@@ -110,34 +118,36 @@ def test_the_same_curve_for_the_documents_models(shards: Path, tmp_path: Path) -
         "muon": {"optimizer": {"name": "sgd", "lr": 0.05, "groups": [{"ndim": 2, "name": "muon", "lr": 0.01}]}},
     }
     found = {
-        world: curves(tmp_path, shards, world, {name: case | {"train": train} for name, case in cases.items()})
-        for world in (1, 3)
+        size: curves(tmp_path, shards, size, {name: case | {"train": train} for name, case in cases.items()})
+        for size in (1, world)
     }
     for name in cases:
         assert len(found[1][name]) == 10
         tolerance = 1e-2 if name == "muon" else 1e-5  # muon makes its update orthogonal in bf16
-        assert largest_difference(found[1][name], found[3][name]) < tolerance, name
+        assert largest_difference(found[1][name], found[world][name]) < tolerance, name
 
 
-def test_torchvision_on_ranks_without_samples(shards: Path, tmp_path: Path) -> None:
+@EMPTY_SHARES
+def test_torchvision_on_ranks_without_samples(shards: Path, tmp_path: Path, world: int) -> None:
     model = {"name": "torchvision/shufflenet_v2_x0_5", "sync_batch_norm": True}
     train = {"duration": "5 steps", "global_batch_size": 25}
     # a small lr: so deep a net multiplies the rounding of its sums at every step
     cases = {"sync": {"model": model, "optimizer": {"name": "sgd", "lr": 1e-4}, "train": train}}
-    found = {world: curves(tmp_path, shards, world, cases)["sync"] for world in (1, 3)}
-    assert largest_difference(found[1], found[3]) < 1e-3
+    found = {size: curves(tmp_path, shards, size, cases)["sync"] for size in (1, world)}
+    assert largest_difference(found[1], found[world]) < 1e-3
 
 
-def test_synchronised_batch_norm_gives_the_same_curve(shards: Path, tmp_path: Path) -> None:
+@BESIDE_ONE
+def test_synchronised_batch_norm_gives_the_same_curve(shards: Path, tmp_path: Path, worlds: list[int]) -> None:
     cases = {
         "sync": {"model": CNN | {"sync_batch_norm": True}, "train": {"duration": "26 steps"}},
         "alone": {"model": CNN, "train": {"duration": "26 steps"}},
     }
-    found = {world: curves(tmp_path, shards, world, cases) for world in WORLDS}
+    found = {world: curves(tmp_path, shards, world, cases) for world in (1, *worlds)}
     assert largest_difference(found[1]["sync"], found[1]["alone"]) < 1e-4  # on one rank it is torch's own
-    for world in WORLDS[1:]:
+    for world in worlds:
         assert largest_difference(found[1]["sync"], found[world]["sync"]) < 1e-3, world
-    assert largest_difference(found[1]["alone"], found[3]["alone"]) > 1e-3  # so that the test can fail
+        assert largest_difference(found[1]["alone"], found[world]["alone"]) > 1e-3  # so that the test can fail
 
 
 def test_ranks_agree_on_what_is_measured_on_one(shards: Path, tmp_path: Path) -> None:

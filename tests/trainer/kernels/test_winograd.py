@@ -414,11 +414,12 @@ def test_auto_is_chosen_by_the_first_start(shards: Path, tmp_path: Path) -> None
 
 
 def test_a_precision_that_changes_takes_the_method_with_it(shards: Path, tmp_path: Path) -> None:
-    train = {"precision": "fp32", "memory_format": "channels_last", "duration": "2 steps"}
+    # one step of one image in fp16: on a CPU torch takes seconds for the gradients of each
+    train = {"precision": "fp32", "memory_format": "channels_last", "duration": "1 steps", "global_batch_size": 1}
     recipe = write_recipe(tmp_path, shards, model=WIDE, train=train)
     train_ranks(1, recipe, "train.convolutions=winograd")
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    other = ["train.precision=fp16", "train.duration=4 steps"]
+    other = ["train.precision=fp16", "train.duration=2 steps"]
     allowed = "run.allow_changes=[train.precision,train.convolutions,train.duration]"
     train_ranks(1, recipe, f"run.dir={tmp_path / 'copy'}", *other, allowed)
     code, _, told = failure_of(str(recipe), *other)

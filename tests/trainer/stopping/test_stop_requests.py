@@ -290,7 +290,7 @@ def failing(recipe: str, rank: int) -> tuple[int, str, str, float]:
 def test_the_rank_that_failed_prints_first_and_the_others_end(shards: Path, tmp_path: Path, rank: int) -> None:
     began = time.monotonic()
     outcomes = run_ranks(3, failing, str(write_recipe(tmp_path, shards, **SECTIONS)), rank)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300  # and not after train.timeout_s
     codes = [code for code, _, _, _ in outcomes]
     assert codes == [2 if place == rank else 1 for place in range(3)]
     assert (
@@ -327,7 +327,7 @@ def test_a_hang_ends_the_run_and_reports_the_rank(shards: Path, tmp_path: Path, 
     began = time.monotonic()
     with pytest.raises(AssertionError, match="died without a word, exit codes .*1"):
         run_ranks(world_size, hanging, str(write_recipe(tmp_path, shards, **SECTIONS)), rank)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300  # and not after train.timeout_s
     told = "".join((tmp_path / f"stderr{number}").read_text() for number in range(world_size))
     assert told.count("failed:") == 1
     assert f"failed: rank {rank} has not moved for" in told
@@ -523,7 +523,7 @@ def on_a_disk_that_fills(recipe: str, folder: str) -> tuple[int, str, str]:
 def test_a_full_disk_gives_a_warning_and_training_continues(shards: Path, tmp_path: Path, small_disk: Path) -> None:
     own: dict[str, Any] = {"run": {"dir": str(small_disk / "run")}, "model": {"name": "mlp", "hidden": [4]}}
     recipe = write_recipe(tmp_path, shards, **SECTIONS | own | {"optimizer": {"name": "sgd", "lr": 0.05}})
-    ((code, _, message),) = run_ranks(1, on_a_disk_that_fills, str(recipe), str(small_disk))
+    ((code, _, message),) = run_ranks(1, on_a_disk_that_fills, str(recipe), str(small_disk), pictures=True)
     assert "warning: step 6 could not be saved, training continues: [Errno 28] No space left on device" in message
     assert [line["step"] for line in train_lines(small_disk / "run")] == list(range(1, 13))
     from shardstep.trainer.checkpoints import checkpoint_files
