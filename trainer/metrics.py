@@ -44,14 +44,10 @@ class Metrics:
     ):
         """
         Args:
-            accelerator: the world.
             path: metrics.jsonl; it already holds the lines from before a resume.
             state: of the run, with the sums from before a resume.
-            plan, evaluate_every: for the estimate of the time left.
             listeners: called on rank 0 with every line.
-            warn: called when lines cannot be written.
             has_accuracy: False for reconstruction, whose outputs are neither correct nor wrong.
-            clip: measures the gradient's norm, if the recipe asks for it.
         """
         self._accelerator = accelerator
         self._has_accuracy, self._clip = has_accuracy, clip
@@ -71,8 +67,6 @@ class Metrics:
 
         Args:
             sums: this rank's loss and correct predictions; None if the step was skipped.
-            size: of the global batch.
-            wait_s: seconds of waiting for data.
             scaler_skipped: whether fp16's scaler skipped the update, because the gradient overflowed.
         """
         if sums is not None:
@@ -259,11 +253,9 @@ class Stopwatch:
 
 
 def cut_lines(path: Path, step: int, evaluation_due: bool) -> None:
-    """Remove the lines of a .jsonl file that a resumed run will write again.
+    """Remove the lines of a .jsonl file, which need not exist, that a run resumed from `step` will write again.
 
     Args:
-        path: the file, which need not exist.
-        step: of the checkpoint: all later lines are removed.
         evaluation_due: whether the evaluation at `step` is removed, too.
     """
     if not path.is_file():

@@ -25,9 +25,6 @@ class Saver:
     ):
         """
         Args:
-            folder: of the checkpoints.
-            keep: how many of the newest to keep.
-            warn: called when a checkpoint cannot be saved.
             best: step and score of the best evaluation so far, as TrainState has it.
             listeners: called in the saver's thread with each checkpoint, once it is intact and on disk.
         """

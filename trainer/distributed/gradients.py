@@ -38,9 +38,8 @@ def bucket_mb(num_bytes: int, compress: str) -> int:
 def describe_gradient_sync(config: TrainConfig, module: nn.Module) -> str:
     """Describe in a line how the ranks share the gradients of a model."""
     num_bytes = gradient_bytes(module)
-    how = (
-        "in one buffer" if config.all_reduce == "flat" else f"in buckets of {bucket_mb(num_bytes, config.compress)} MiB"
-    )
+    buckets = f"in buckets of {bucket_mb(num_bytes, config.compress)} MiB"
+    how = "in one buffer" if config.all_reduce == "flat" else buckets
     compressed = "" if config.compress == "none" else f", sent as {config.compress}"
     return f"{num_bytes / 1e6:.3g} MB a step, all-reduced {how}{compressed}"
 

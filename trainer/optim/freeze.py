@@ -13,8 +13,6 @@ class Freezer:
     def __init__(self, groups: list[dict[str, Any]], plan: Plan, rewrap: Callable[..., None]):
         """
         Args:
-            groups: of the optimizer.
-            plan: of the run.
             rewrap: called after parameters were frozen, because DDP expects a gradient of each parameter that it was given;
                 with `compiled_before`: whether it has been called with the same parameters frozen.
         """

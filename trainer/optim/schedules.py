@@ -19,7 +19,6 @@ class Clock:
 
     Attributes:
         progress: before the step.
-        samples_per_epoch: samples that an epoch consumes.
         fraction: share of the run that is done, not counting the warm-up: 0 at its end, 1 at the end of the run.
     """
 
@@ -81,15 +80,8 @@ def one_cycle(
     return begin + (end - begin) * weight
 
 
-SCHEDULES: dict[str, Callable[..., float]] = {
-    "constant": constant,
-    "step": step,
-    "multistep": multistep,
-    "exponential": exponential,
-    "cosine": cosine,
-    "linear": linear,
-    "one_cycle": one_cycle,
-}
+_FUNCTIONS = (constant, step, multistep, exponential, cosine, linear, one_cycle)
+SCHEDULES: dict[str, Callable[..., float]] = {function.__name__: function for function in _FUNCTIONS}
 
 ENDS_WITH_RUN = ("cosine", "linear", "one_cycle")
 """Schedules that need to know when the run will end."""
@@ -102,13 +94,6 @@ class LearningRate:
     """The factor on the learning rates at each step of a run."""
 
     def __init__(self, section: dict[str, Any], duration: Duration, samples_per_epoch: int, global_batch_size: int):
-        """
-        Args:
-            section: the recipe's schedule, checked.
-            duration: of the run.
-            samples_per_epoch: samples that an epoch consumes.
-            global_batch_size: samples per step.
-        """
         self._of_section = partial(
             LearningRate, section, samples_per_epoch=samples_per_epoch, global_batch_size=global_batch_size
         )

@@ -78,10 +78,7 @@ class StopRequests:
     ):
         """
         Args:
-            stop_signal: of this process.
             folder: of the run, in which rank 0 looks for the files STOP and SAVE.
-            is_main: whether this is rank 0.
-            agree: exchanges numbers with the other ranks.
             time_limit: of the allocation; only rank 0 uses it.
             max_train_s: of the recipe, by rank 0's clock.
         """

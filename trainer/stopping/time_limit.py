@@ -30,10 +30,8 @@ class TimeLimit:
     ):
         """
         Args:
-            allocation: None where time is not limited.
             save_s: returns the longest time that a checkpoint has taken, None before the first.
             share_done: returns how much of the run is done, 0 to 1.
-            clock: returns seconds since the epoch.
         """
         self._allocation, self._save_s, self._share_done, self._clock = allocation, save_s, share_done, clock
         self._intervals_s: deque[float] = deque(maxlen=_RECENT)
@@ -94,7 +92,6 @@ def jobs_needed(done_before: float, done: float, elapsed_s: float, usable_s: flo
 
     Args:
         done_before, done: share of the run that was done when this job began to train, and that is done now.
-        elapsed_s: seconds between the two.
         usable_s: seconds of a job that are left for training.
 
     Returns:
