@@ -106,8 +106,7 @@ def wrap_model(
 ) -> None:
     """Wrap a state's model for training on all ranks; again whenever parameters have been frozen or unfrozen. All ranks.
 
-    Args:
-        compiled_before: the model has been compiled with the same parameters frozen.
+    `compiled_before`: the model has been compiled with the same parameters frozen.
 
     Raises:
         InputError: the model cannot be compiled here.

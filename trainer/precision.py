@@ -132,20 +132,15 @@ def candidates(
     Raises:
         InputError: this device, processor or model cannot use the method of train.convolutions, or does not gain from it.
     """
-    formats: list[MemoryFormat]
+    convolves = any(isinstance(layer, nn.Conv2d) for layer in module.modules())
+    formats: list[MemoryFormat] = ["channels_last", "contiguous"] if convolves else ["contiguous"]
     if config.memory_format != "auto":
         formats = [config.memory_format]
-    elif any(isinstance(layer, nn.Conv2d) for layer in module.modules()):
-        formats = ["channels_last", "contiguous"]
-    else:
-        formats = ["contiguous"]
-    precisions: list[Precision]
+    precisions: list[Precision] = ["fp32"] if cpu.vectors and not cpu.bf16_units else ["bf16", "fp32"]
     if config.precision != "auto":
         precisions = [config.precision]
     elif device.type == "cuda":
         precisions = ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
-    else:
-        precisions = ["fp32"] if cpu.vectors and not cpu.bf16_units else ["bf16", "fp32"]
     if device.type == "cuda":
         formats = formats[:1]  # a GPU with half precision is fastest with it and channels_last: nothing to measure
     choices = [ComputeFormat(p, f) for p in precisions for f in formats]

@@ -57,10 +57,9 @@ class Snapshot:
 
 
 def take_snapshot(state: TrainState, recipe: str, world_size: int, rank_buffers: Tensor | None) -> Snapshot:
-    """Copy a state to the host.
+    """Copy a state, between two steps, to the host.
 
-    Args:
-        rank_buffers: (world_size, n), each rank's floating-point buffers if they differ; the weights get their mean.
+    `rank_buffers`: (world_size, n), each rank's floating-point buffers if they differ; the weights get their mean.
     """
     kept = weights(state.module)
     if rank_buffers is not None:

@@ -171,17 +171,12 @@ _REMEDIES = {
 _FUSED_ON_CPU_ONLY = ("adagrad",)
 
 
-def _every_optimizer() -> dict[str, Callable[..., Optimizer]]:
-    ours = {function.__name__: function for function in (sgd, adagrad, adadelta, rmsprop, adam, adamw, filter_muon)}
-    classes = {
-        name.lower(): value
-        for name, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
-    }
-    return {**{name: value for name, value in classes.items() if name not in CANNOT_WORK}, **ours}
-
-
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = _every_optimizer()
+_OURS = (sgd, adagrad, adadelta, rmsprop, adam, adamw, filter_muon)
+_TORCHS = [value for value in vars(torch.optim).values() if isinstance(value, type) and issubclass(value, Optimizer)]
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    **{value.__name__.lower(): value for value in _TORCHS if value.__name__.lower() not in (*CANNOT_WORK, "optimizer")},
+    **{function.__name__: function for function in _OURS},
+}
 
 COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"decay_biases_and_norms": (bool, False), "groups": (list[Any], [])}
 """Options of every optimizer: type and default.
@@ -224,10 +219,8 @@ def build_optimizer(
 ) -> Optimizer:
     """Build the optimizer of a checked recipe section, for the trainable parameters of a model.
 
-    Each parameter group keeps its base learning rate as `initial_lr`, which schedules multiply.
-
-    Args:
-        has_scaler: whether fp16's scaler checks the gradients before a step.
+    Each parameter group keeps its base learning rate as `initial_lr`, which schedules multiply. `has_scaler`: whether fp16's
+    scaler checks the gradients before a step.
 
     Raises:
         InputError: the options contradict each other, or a group matches no parameter.

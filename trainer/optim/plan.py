@@ -72,12 +72,7 @@ class Plan:
     def left_s(
         self, progress: Progress, train_s: float, samples_per_s: float, evaluate_every: Duration, evaluation_s: float
     ) -> float:
-        """Estimate the seconds that the rest of the run takes, including evaluations.
-
-        Args:
-            progress, train_s: how far the run is, in samples and in seconds of training.
-            evaluate_every: interval of evaluations; there is always one at the end.
-        """
+        """Estimate the seconds that the rest of the run takes, including evaluations, of which one is always at the end."""
         samples = (1 - self.duration_done(progress)) * self.samples_in(self.duration)
         if self.max_train_s is not None:
             samples = min(samples, max(0.0, self.max_train_s - train_s) * samples_per_s)
@@ -97,10 +92,7 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, num_samples: int, drop_last: bool, world_size: int) -> Plan:
-    """Work out the batches of a run.
-
-    Args:
-        drop_last: whether to drop an epoch's last global batch if it is not full.
+    """Work out the batches of a run; `drop_last` drops an epoch's last global batch if it is not full.
 
     Raises:
         InputError: the batch is smaller than the number of ranks, or larger than the training set.

@@ -28,11 +28,7 @@ class TimeLimit:
         share_done: Callable[[], float],
         clock: Callable[[], float] = time.time,
     ):
-        """
-        Args:
-            save_s: returns the longest time that a checkpoint has taken, None before the first.
-            share_done: returns how much of the run is done, 0 to 1.
-        """
+        """`save_s` returns the longest time that a checkpoint has taken, None before the first; `share_done`: 0 to 1."""
         self._allocation, self._save_s, self._share_done, self._clock = allocation, save_s, share_done, clock
         self._intervals_s: deque[float] = deque(maxlen=_RECENT)
         self._outlook_given = False

@@ -44,11 +44,7 @@ class Watchdog:
         stop_signal: StopSignal,
         tell: Callable[[str], None],
     ):
-        """
-        Args:
-            timeout_s: how long a rank may stand still; None watches nothing.
-            stop_signal: once it has arrived, a rank may stand still for less time.
-        """
+        """`timeout_s`: how long a rank may stand still, less once `stop_signal` has arrived; None watches nothing."""
         self._store, self._folder, self._stop_signal, self._tell = store, folder, stop_signal, tell
         self._timeout_s = timeout_s
         self._step, self._phase, self._moved_s, self._moves = 0, "starting", time.monotonic(), 0
