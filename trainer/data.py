@@ -153,9 +153,8 @@ def load(config: DataConfig, mode: DataMode, train: ShardFolder, test: ShardFold
                 f"data.augment: {entry['name']} with these options needs images of at least "
                 f"{smallest_side(entry)} pixels a side, but these are {width}x{height}"
             )
-    return Data(
-        train, test, train_reader, test_reader, make_normalize(config, train.manifest, train_reader.image_shape, device)
-    )
+    normalize = make_normalize(config, train.manifest, train_reader.image_shape, device)
+    return Data(train, test, train_reader, test_reader, normalize)
 
 
 def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data, plan: Plan) -> TrainBatches:

@@ -12,8 +12,7 @@ from shardstep.trainer.models.batch_norm import SyncBatchNorm2d
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.run import Run
 
-INDENT = 13
-"""Width of the column of names."""
+INDENT = 13  # width of the column of names
 
 
 def describe(run: Run) -> list[str]:

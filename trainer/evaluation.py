@@ -24,7 +24,6 @@ class Evaluation:
 
     Attributes:
         loss: mean, not smoothed.
-        samples: number of samples counted.
         accuracy: share of samples whose highest output is their label; for reconstruction, this and all below are None.
         top5: share of samples whose label is among the five highest outputs.
         confusion: int64 (classes, classes); row: label, column: prediction.
@@ -61,13 +60,8 @@ def evaluate(
     """Evaluate a model on all ranks together.
 
     Args:
-        accelerator: the world.
         module: the model without DDP's wrapper, which would broadcast buffers in its forward pass.
-        batches: this rank's part of the test set.
-        objective: whose loss to compute.
         num_samples: size of the test set, for a check that each sample was counted.
-        num_classes: outputs of the model.
-        config: which views of an image to use.
         stop_requested: called after each batch, equally often on every rank; returns the same on all.
 
     Returns:

@@ -31,15 +31,11 @@ Ending = Literal["finished", "stopped", "unsaved"]
 def train_to_end(run: Run, arguments: list[str]) -> Ending:
     """Train, and write what belongs to the way the run ends. All ranks.
 
-    Args:
-        run: as `setup.build` returned it.
-        arguments: of `shardstep train`, as they were typed.
-
     Raises:
         TrainingFailed: see loop.train. The run's summary then has this or any other error.
     """
-    world, before = run.accelerator.state, run.state.progress
-    was_finished = broadcast_object(world, _holds_this_end(run))
+    world, before, earlier = run.accelerator.state, run.state.progress, run.dir.summary
+    was_finished = broadcast_object(world, earlier.get("status") == "finished" and earlier.get("step") == before.step)
     is_over = run.plan.is_over(before) or run.plan.is_out_of_time(run.state.train_s)
     if world.is_main_process and not (was_finished and is_over):
         write_start(run, arguments)
@@ -60,9 +56,8 @@ def train_to_end(run: Run, arguments: list[str]) -> Ending:
                 f"one, give run.dir or run.name, or run.resume=never to set this one aside"
             )
         else:
-            evaluation = (
-                result.evaluation or run.evaluate()
-            )  # the last start ended between its checkpoint and its summary
+            # There is none if the last start ended between its checkpoint and its summary.
+            evaluation = result.evaluation or run.evaluate()
             if evaluation is None:
                 return _stop(run, is_safe)
             run.watchdog.stop()
@@ -77,12 +72,6 @@ def train_to_end(run: Run, arguments: list[str]) -> Ending:
         run.watchdog.stop()
     leave_world(run.accelerator)
     return "finished"
-
-
-def _holds_this_end(run: Run) -> bool:
-    """Return whether the run's folder holds a finished run that ended at the step where this one starts."""
-    earlier = run.dir.summary
-    return earlier.get("status") == "finished" and earlier.get("step") == run.state.progress.step
 
 
 def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
@@ -195,9 +184,6 @@ def _tell_job_script(run: Run) -> None:
 def _close_trackers(run: Run, summary: dict[str, Any], failed: bool = False) -> None:
     for note in run.trackers.finish(summary, failed):
         run.display.note(note)
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def draw_pictures(run: Run, evaluation: Evaluation) -> list[str]:

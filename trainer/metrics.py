@@ -42,16 +42,8 @@ class Metrics:
         has_accuracy: bool = True,
         clip: Clip | None = None,
     ):
-        """
-        Args:
-            accelerator: the world.
-            path: metrics.jsonl; it already holds the lines from before a resume.
-            state: of the run, with the sums from before a resume.
-            plan, evaluate_every: for the estimate of the time left.
-            listeners: called on rank 0 with every line.
-            warn: called when lines cannot be written.
-            has_accuracy: False for reconstruction, whose outputs are neither correct nor wrong.
-            clip: measures the gradient's norm, if the recipe asks for it.
+        """Rank 0 calls `listeners` with every line. `path` and `state` hold the lines and sums from before a resume;
+        `has_accuracy` is False for reconstruction, whose outputs are neither correct nor wrong.
         """
         self._accelerator = accelerator
         self._has_accuracy, self._clip = has_accuracy, clip
@@ -71,8 +63,6 @@ class Metrics:
 
         Args:
             sums: this rank's loss and correct predictions; None if the step was skipped.
-            size: of the global batch.
-            wait_s: seconds of waiting for data.
             scaler_skipped: whether fp16's scaler skipped the update, because the gradient overflowed.
         """
         if sums is not None:
@@ -115,6 +105,8 @@ class Metrics:
         samples_per_s = self._window_samples / self._window_s
         self._pace = _RECENT * samples_per_s + (1 - _RECENT) * (self._pace or samples_per_s)
         left_s = self._plan.left_s(state.progress, state.train_s, self._pace, self._evaluate_every, state.evaluation_s)
+        device = self._accelerator.device
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes()
         line: dict[str, Any] = {
             "kind": "train",
             "step": state.progress.step,
@@ -125,7 +117,7 @@ class Metrics:
             "lr": state.lr,
             "samples_per_s": round(samples_per_s, 1),
             "data_wait_share": round(self._window_wait_s / self._window_s, 4),
-            "memory_mb": round(self._memory_bytes() / 1e6),  # of rank 0
+            "memory_mb": round(memory / 1e6),  # of rank 0: the GPU's peak, or the process's current memory
             "total_steps": self._plan.total_steps,
             "share_done": round(self._plan.share_done(state.progress, state.train_s), 6),
             "left_s": round(left_s, 1),
@@ -195,11 +187,6 @@ class Metrics:
         if self._lines:
             self._lines.close()
 
-    def _memory_bytes(self) -> int:
-        """Return the GPU's peak memory, or the current memory of this process."""
-        device = self._accelerator.device
-        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes()
-
     def _write(self, line: dict[str, Any]) -> None:
         self._record(line)
         if self._accelerator.is_main_process:
@@ -259,12 +246,9 @@ class Stopwatch:
 
 
 def cut_lines(path: Path, step: int, evaluation_due: bool) -> None:
-    """Remove the lines of a .jsonl file that a resumed run will write again.
+    """Remove the lines of a .jsonl file, which need not exist, that a run resumed from `step` will write again.
 
-    Args:
-        path: the file, which need not exist.
-        step: of the checkpoint: all later lines are removed.
-        evaluation_due: whether the evaluation at `step` is removed, too.
+    `evaluation_due`: whether the evaluation at `step` is removed, too.
     """
     if not path.is_file():
         return

@@ -58,8 +58,7 @@ def initial_model(
 def initialize(module: nn.Module, loaded: Data, device: torch.device) -> float:
     """Set the weights that depend on the data, equally on all ranks; return the seconds it took."""
     began = time.perf_counter()
-    set_weights = getattr(module, "initialize", None)
-    if set_weights:
+    if set_weights := getattr(module, "initialize", None):
         images, _ = loaded.first_samples(_INITIALIZE_SAMPLES, device)
         set_weights(images)
         next(module.parameters()).sum().item()  # waits for the device
@@ -107,14 +106,7 @@ def wrap_model(
 ) -> None:
     """Wrap a state's model for training on all ranks; again whenever parameters have been frozen or unfrozen. All ranks.
 
-    Args:
-        accelerator: the world.
-        recipe: the resolved one.
-        state: between two steps; its `module` gets a new wrapper, `model`.
-        objective: whose gradient it is.
-        loaded: the data, for the shape of its images.
-        plan: for the sizes of batches.
-        compiled_before: the model has been compiled with the same parameters frozen.
+    `compiled_before`: the model has been compiled with the same parameters frozen.
 
     Raises:
         InputError: the model cannot be compiled here.
@@ -124,9 +116,7 @@ def wrap_model(
     shapes = {(2, height, width)}
     if recipe.train.compile != "none":
         sides = [(height, width), *((entry["size"],) * 2 for entry in recipe.data.augment if entry["name"] == "shrink")]
-        counts = _micro_batch_sizes(recipe, plan) - {
-            0
-        }  # of all ranks: synchronised batch norm communicates in each pass
+        counts = _micro_batch_sizes(recipe, plan) - {0}  # of all ranks: synchronised batch norm communicates
         shapes = {(count, *side) for count in counts for side in sides} or shapes
     batches = [  # in the loader's memory layout
         torch.zeros(count, *side, channels, device=device).permute(0, 3, 1, 2).contiguous(memory_format=layout)
@@ -168,10 +158,10 @@ def check_gradient_sync(recipe: ResolvedRecipe, world: PartialState, plan: Plan,
     if problems:
         raise InputError("\n".join(problems))
     without_graphs = graphs_problem(recipe.train, world.device.type, world.num_processes, plan.micro_steps)
-    warnings = (
-        [f"train.compile={recipe.train.compile} runs without CUDA graphs: {without_graphs}"] if without_graphs else []
-    )
-    return [*warnings, *gradient_sync_warnings(recipe.train, world.num_processes, resumed)]
+    warnings = gradient_sync_warnings(recipe.train, world.num_processes, resumed)
+    if without_graphs:
+        warnings.insert(0, f"train.compile={recipe.train.compile} runs without CUDA graphs: {without_graphs}")
+    return warnings
 
 
 def _micro_batch_sizes(recipe: Recipe, plan: Plan) -> set[int]:

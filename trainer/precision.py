@@ -54,15 +54,6 @@ def resolve_precision(
 ) -> tuple[ComputeFormat, dict[ComputeFormat, float]]:
     """Choose on rank 0, for all ranks, what the train section leaves to `auto`. All ranks.
 
-    Args:
-        world: for its device.
-        config: the train section, validated.
-        module: the model with its initial weights.
-        objective: whose gradient is measured.
-        data: for the shape of its images, and for samples to measure with.
-        plan: for the size of a rank's batch.
-        display: for warnings.
-
     Returns:
         The choice, and the measured seconds per step of each candidate; empty where there was nothing to measure.
 
@@ -101,18 +92,14 @@ def _warn_of_missing_method(world: PartialState, chosen: ComputeFormat, display:
 def check_precision(precision: str, device: torch.device, module: nn.Module, cpu: Cpu) -> str | None:
     """Check that a device can train a model in a precision; return a warning, if there is reason for one.
 
-    Args:
-        precision: fp32, bf16 or fp16.
-        device: where the model will be.
-        module: the model.
-        cpu: of this machine.
-
     Raises:
         InputError: the device cannot train the model in this precision.
     """
     has_lstm = any(isinstance(layer, nn.LSTM) for layer in module.modules())
-    if has_lstm and device.type == "cpu" and (precision == "fp16" or (precision == "bf16" and _lacks_bf16_lstm(cpu))):
-        others = "fp32" if _lacks_bf16_lstm(cpu) else "bf16 or fp32"
+    # oneDNN has a bf16 LSTM only for AVX-512 and above; elsewhere torch would raise in the first step.
+    lacks_bf16_lstm = cpu.vectors in ("AVX", "AVX2")
+    if has_lstm and device.type == "cpu" and (precision == "fp16" or (precision == "bf16" and lacks_bf16_lstm)):
+        others = "fp32" if lacks_bf16_lstm else "bf16 or fp32"
         raise InputError(
             f"train.precision={precision}: torch has no LSTM in {precision} on this CPU; use {others}, or model.cell=gru"
         )
@@ -123,11 +110,6 @@ def check_precision(precision: str, device: torch.device, module: nn.Module, cpu
     if device.type == "cpu" and precision == "fp16":
         return "train.precision=fp16 on a CPU is for testing the scaler: it is slower than fp32; bf16 is the fast precision"
     return None
-
-
-def _lacks_bf16_lstm(cpu: Cpu) -> bool:
-    """oneDNN has a bf16 LSTM only for AVX-512 and above; elsewhere torch would raise in the first step."""
-    return cpu.vectors in ("AVX", "AVX2")
 
 
 def halve(module: nn.Module, precision: str) -> None:
@@ -145,30 +127,20 @@ def candidates(
 ) -> list[ComputeFormat]:
     """Return the formats to choose from, the best guess first; a single one is the choice.
 
-    Args:
-        config: of the recipe.
-        module: the model.
-        image_shape: (channels, height, width).
-        device: where the model will be.
-        cpu: of this machine; without bf16 units, bf16 is no candidate: it would take 15 times as long.
+    On a CPU without bf16 units, bf16 is no candidate: it would take 15 times as long.
 
     Raises:
         InputError: this device, processor or model cannot use the method of train.convolutions, or does not gain from it.
     """
-    formats: list[MemoryFormat]
+    convolves = any(isinstance(layer, nn.Conv2d) for layer in module.modules())
+    formats: list[MemoryFormat] = ["channels_last", "contiguous"] if convolves else ["contiguous"]
     if config.memory_format != "auto":
         formats = [config.memory_format]
-    elif any(isinstance(layer, nn.Conv2d) for layer in module.modules()):
-        formats = ["channels_last", "contiguous"]
-    else:
-        formats = ["contiguous"]
-    precisions: list[Precision]
+    precisions: list[Precision] = ["fp32"] if cpu.vectors and not cpu.bf16_units else ["bf16", "fp32"]
     if config.precision != "auto":
         precisions = [config.precision]
     elif device.type == "cuda":
         precisions = ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
-    else:
-        precisions = ["fp32"] if cpu.vectors and not cpu.bf16_units else ["bf16", "fp32"]
     if device.type == "cuda":
         formats = formats[:1]  # a GPU with half precision is fastest with it and channels_last: nothing to measure
     choices = [ComputeFormat(p, f) for p in precisions for f in formats]
@@ -198,21 +170,19 @@ def _check_method(
     precisions: list[Precision],
 ) -> list[Precision]:
     """Check that the method of train.convolutions can be used; return the precisions in which it can."""
-    method = CONVOLUTION_METHODS[config.convolutions]
+    method = config.convolutions
     if device.type != "cpu":
+        raise InputError(f"train.convolutions={method} is for CPUs, and this is {device}: use auto or direct")
+    if not gains(module, image_shape, method):
         raise InputError(
-            f"train.convolutions={config.convolutions} is for CPUs, and this is {device}: use auto or direct"
+            f"train.convolutions={method} has no effect: this model has no 3x3 convolutions that it would make faster"
         )
-    if not gains(module, image_shape, config.convolutions):
-        raise InputError(
-            f"train.convolutions={config.convolutions} has no effect: this model has no 3x3 convolutions that it would "
-            f"make faster"
-        )
-    fitting = [precision for precision in precisions if precision in method.precisions]
+    supported = CONVOLUTION_METHODS[method].precisions
+    fitting = [precision for precision in precisions if precision in supported]
     if not fitting:
         raise InputError(
-            f"train.convolutions={config.convolutions} is for {' and '.join(method.precisions)}, for which this processor "
-            f"has no units: use auto or direct"
+            f"train.convolutions={method} is for {' and '.join(supported)}, for which this processor has no units: use auto "
+            f"or direct"
         )
     return fitting
 

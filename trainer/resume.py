@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,9 +62,8 @@ def with_earlier_choices(recipe: Recipe) -> Recipe:
     if newest is None:
         return recipe
     saved = load_recipe(str(newest / RECIPE)).recipe
-    recipe = _with_choices(
-        recipe, {place: _value(saved, place) for place in CHOICES if _value(recipe, place) == "auto"}
-    )
+    left = [place for place in CHOICES if _value(recipe, place) == "auto"]
+    recipe = _with_choices(recipe, {place: _value(saved, place) for place in left})
     method = recipe.train.convolutions
     if method in CONVOLUTION_METHODS and excludes(recipe.train, method):
         recipe = with_keys(recipe, train={"convolutions": "direct"})  # it was chosen for another device, say
@@ -76,8 +76,7 @@ def with_choices_of_rank_0(world: PartialState, recipe: Recipe) -> Recipe:
 
 
 def _value(recipe: Recipe, place: tuple[str, str]) -> Any:
-    section, key = place
-    return getattr(getattr(recipe, section), key)
+    return attrgetter(".".join(place))(recipe)
 
 
 def _with_choices(recipe: Recipe, values: dict[tuple[str, str], Any]) -> Recipe:
@@ -247,17 +246,13 @@ def _is_taken(run_dir: RunDir) -> bool:
 def _differences(saved: Recipe, given: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return the keys that affect a run's mathematics and differ, with their old and new values."""
     pairs = {
-        f"{section}.{key}": (getattr(getattr(saved, section), key), getattr(getattr(given, section), key))
+        f"{section}.{key}": (_value(saved, (section, key)), _value(given, (section, key)))
         for section, keys in _MATHEMATICS.items()
         for key in keys
     }
     for section in OPEN_SECTIONS:
         before, after = getattr(saved, section), getattr(given, section)
         pairs |= {f"{section}.{key}": (before.get(key), after.get(key)) for key in {**before, **after}}
-    return {key: (was, now) for key, (was, now) in pairs.items() if not _same(key, was, now)}
-
-
-def _same(key: str, was: Any, now: Any) -> bool:
-    if key == "train.duration":
-        return Duration.parse(was) == Duration.parse(now)  # "1 epoch" is "1 epochs"
-    return was == now
+    if Duration.parse(saved.train.duration) == Duration.parse(given.train.duration):  # "1 epoch" is "1 epochs"
+        del pairs["train.duration"]
+    return {key: (was, now) for key, (was, now) in pairs.items() if was != now}

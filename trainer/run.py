@@ -136,10 +136,7 @@ def assemble(
 ) -> Run:
     """Put a run together: add everything that watches, saves, stops and records to its model and data. All ranks.
 
-    Args:
-        wrap: wraps the model again after parameters have been frozen.
-        stop_signal: of this process.
-        accelerator, recipe and the others: as Run has them.
+    `wrap` wraps the model again after parameters have been frozen.
     """
     world, folder, share_done = accelerator.state, run_dir.path, lambda: plan.share_done(state.progress, state.train_s)
     trackers = _start_trackers(world, recipe, run_dir, state, display, stop_signal)

@@ -36,51 +36,30 @@ another rank's end, or any other error."""
 STATUSES: tuple[Status, ...] = ("finished", "preempted", "failed")
 
 
+class _Name:
+    """The name of a file in a run's folder; as an attribute of a RunDir, its path."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, run_dir: "RunDir", owner: type | None = None) -> Path:
+        return run_dir.path / self._name
+
+
 @dataclass(frozen=True)
 class RunDir:
     """A run's folder, which need not exist."""
 
     path: Path
 
-    @property
-    def config_path(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "config.yaml"
-
-    @property
-    def train_manifest_path(self) -> Path:
-        """The manifest of the training set, without the shards: what an evaluation needs of it."""
-        return self.path / "train_manifest.json"
-
-    @property
-    def starts_path(self) -> Path:
-        """The starts of the run."""
-        return self.path / "starts.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        """The curves."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary_path(self) -> Path:
-        """The end of the last start."""
-        return self.path / "summary.json"
-
-    @property
-    def weights_path(self) -> Path:
-        """The final weights."""
-        return self.path / WEIGHTS
-
-    @property
-    def predictions_path(self) -> Path:
-        """The predictions for the test set that a report has kept."""
-        return self.path / "predictions.npz"
-
-    @property
-    def checkpoints_path(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
+    config_path = _Name("config.yaml")
+    train_manifest_path = _Name("train_manifest.json")  # without the shards: what an evaluation needs of it
+    starts_path = _Name("starts.json")
+    metrics_path = _Name("metrics.jsonl")
+    summary_path = _Name("summary.json")
+    weights_path = _Name(WEIGHTS)
+    predictions_path = _Name("predictions.npz")
+    checkpoints_path = _Name("checkpoints")
 
     @property
     def is_run(self) -> bool:

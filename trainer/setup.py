@@ -23,9 +23,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, stop_signal: St
     """Build a run. All ranks call it; a problem of any rank is raised on all.
 
     Args:
-        world: the one that came up.
         recipe: validated; this function makes every choice that it leaves to `auto`, and writes them to config.yaml.
-        display: for notes and warnings.
         stop_signal: of this process; None where it listens to no signals.
 
     Raises:
@@ -40,7 +38,6 @@ def build(world: PartialState, recipe: Recipe, display: Display, stop_signal: St
 
     with raise_on_all_ranks(world):
         train, test = data.open_both(recipe.data)
-    with raise_on_all_ranks(world):
         plan = make_plan(recipe.train, train.manifest.samples, recipe.data.last_batch == "drop", world.num_processes)
     mode = broadcast_object(world, data.choose_mode(recipe.data, train, test, world.device))
     with raise_on_all_ranks(world):
@@ -48,7 +45,6 @@ def build(world: PartialState, recipe: Recipe, display: Display, stop_signal: St
 
     with raise_on_all_ranks(world):
         module = model_setup.initial_model(recipe, loaded, world.device, display, is_resumed)
-    with raise_on_all_ranks(world):
         initialized_s = model_setup.initialize(module, loaded, world.device)
     objective = build_objective(recipe.loss, recipe.model)
     compute, measured_s = resolve_precision(world, recipe.train, module, objective, loaded, plan, display)
@@ -58,7 +54,6 @@ def build(world: PartialState, recipe: Recipe, display: Display, stop_signal: St
 
     with raise_on_all_ranks(world):
         accelerator, state = model_setup.build_state(resolved, module)
-    with raise_on_all_ranks(world):
         warnings = model_setup.check_gradient_sync(resolved, world, plan, is_resumed)
     for warning in warnings:
         display.warn(warning)

@@ -13,12 +13,7 @@ _CODE = Path(__file__).resolve().parent.parent
 
 
 def write_start(run: Run, arguments: list[str]) -> None:
-    """Add this start to the run's starts.json, after the starts that its checkpoint knows. Called on rank 0.
-
-    Args:
-        run: the one that is about to train.
-        arguments: of `shardstep train`, as they were typed.
-    """
+    """Add this start to the run's starts.json, after the starts that its checkpoint knows. Called on rank 0."""
     path, known = run.dir.starts_path, len(run.state.starts) - 1
     parameters = list(run.state.module.parameters())
     start = run.state.starts[-1] | {

@@ -19,23 +19,18 @@ class TrainState:
     Attributes:
         module: the bare model.
         model: the same model, wrapped for training.
-        optimizer: wrapped by Accelerate.
         scaler: of fp16, else None.
         average: average of the weights over the steps, by name, if the recipe asks for one.
         progress: how far the run is: steps, samples, and the position in the data.
         fingerprint: of the training set that `progress` counts in.
         test_fingerprint: of the test set that `best` was measured on.
-        lr: learning rate of the last step.
         wall_s: seconds of training and evaluation, over all restarts.
         starts: for every start of the run: its first step, its number of ranks, and its time.
         best: step and metrics of the best evaluation, None before the first.
-        evaluation_s: seconds of the longest evaluation so far.
         evaluating_s: seconds of all evaluations, a part of wall_s.
         evaluation_due: whether the run was stopped before the evaluation that belongs to `progress`.
-        skipped_steps: number of steps skipped because of a NaN or infinite loss or gradient.
         sums: sums of loss and correct predictions since the last evaluation, per rank.
         samples_in_sums: number of samples in `sums`, over all ranks.
-        wandb_id: of the run in Weights & Biases.
     """
 
     module: nn.Module
@@ -46,14 +41,14 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     fingerprint: str = ""
     test_fingerprint: str = ""
-    lr: float = 0.0
+    lr: float = 0.0  # of the last step
     wall_s: float = 0.0
     starts: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
-    evaluation_s: float = 0.0
+    evaluation_s: float = 0.0  # the longest so far
     evaluating_s: float = 0.0
     evaluation_due: bool = False
-    skipped_steps: int = 0
+    skipped_steps: int = 0  # because of a NaN or infinite loss or gradient
     sums: list[list[float]] = field(default_factory=list)
     samples_in_sums: int = 0
     wandb_id: str | None = None

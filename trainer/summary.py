@@ -13,14 +13,7 @@ from shardstep.trainer.run_dir import Failure, Status
 def write_summary(
     run: Run, status: Status, evaluation: Evaluation | None = None, failure: Failure | None = None, reason: str = ""
 ) -> dict[str, Any]:
-    """Write summary.json, and return its content. Called on rank 0.
-
-    Args:
-        run: the one that has ended.
-        status: how it ended.
-        evaluation: the last one of a finished run.
-        failure, reason: the kind of failure, and a sentence that describes it.
-    """
+    """Write summary.json, and return its content. Called on rank 0; `evaluation` is the last one of a finished run."""
     recipe, state, manifest = run.recipe, run.state, run.data.train.manifest
     train, last_evaluation = run.metrics.last_train, run.metrics.last_evaluation
     # DDP does not answer while it waits for a rank that hangs.

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, excludes
 from shardstep.trainer.monitoring import profiler
 from shardstep.trainer.optim import average, losses, optimizers, schedules
 
+_AT_LEAST = {
+    "data.workers": 0, "data.lanes": 1, "data.resize": 1, "train.max_micro_batch": 1, "train.world_size": 1,
+    "eval.batch_size": 1, "checkpoint.keep": 1, "train.max_skipped_steps": 0, "run.seed": 0,
+}  # fmt: skip
+_ABOVE_0 = ("train.clip_norm", "train.clip_value", "train.max_wall_s", "run.hang_timeout")
 _LARGEST_SIDE = 16_384  # pixels: one image with three channels of floats takes 3 GB
 
 
@@ -33,38 +39,29 @@ def validate_recipe(loaded: LoadedRecipe) -> Recipe:
     recipe, problems = loaded.recipe, list(loaded.problems)
     resolved_sections: dict[str, Any] = {}
     sections = (
-        ("model", models.models_for(str(recipe.model.get("name"))), models.COMMON_OPTIONS),
-        ("loss", losses.LOSSES, losses.COMMON_OPTIONS),
-        ("optimizer", optimizers.OPTIMIZERS, optimizers.COMMON_OPTIONS),
-        ("schedule", schedules.SCHEDULES, schedules.COMMON_OPTIONS),
-        ("average", average.AVERAGES, None),
+        ("model", models.models_for(str(recipe.model.get("name"))), models.COMMON_OPTIONS, None),
+        ("loss", losses.LOSSES, losses.COMMON_OPTIONS, None),
+        ("optimizer", optimizers.OPTIMIZERS, optimizers.COMMON_OPTIONS, optimizers.check_optimizer),
+        ("schedule", schedules.SCHEDULES, schedules.COMMON_OPTIONS, schedules.check_schedule),
+        ("average", average.AVERAGES, None, average.check_average),
     )
-    extra = {
-        "optimizer": optimizers.check_optimizer,
-        "schedule": schedules.check_schedule,
-        "average": average.check_average,
-    }
-    for section, functions, common in sections:
+    for section, functions, common, check_section in sections:
         given = getattr(recipe, section)
         refused = optimizers.CANNOT_WORK.get(str(given.get("name")).lower()) if section == "optimizer" else None
         if refused:
             problems.append(f"optimizer.name={given['name']} cannot work here: {refused}")
             continue
         resolved, found = resolve_options(section, given, functions, common)
-        if not found and section in extra:
-            found = extra[section](resolved)
+        if not found and check_section:
+            found = check_section(resolved)
         resolved_sections[section] = resolved
         problems += found
 
     augment, found = _resolve_augment(recipe.data.augment)
     recipe = replace(recipe, data=replace(recipe.data, augment=augment), **resolved_sections)
-    problems += (
-        found
-        + _check_durations(recipe)
-        + _check_values(recipe)
-        + _check_combinations(recipe)
-        + _check_normalize(recipe)
-    )
+    problems += found
+    for check in (_check_durations, _check_values, _check_combinations, _check_normalize):
+        problems += check(recipe)
     problems += gradient_sync_problems(recipe.train)
     if not problems:
         problems += optimizers.check_schedule_has_effect(recipe.optimizer, recipe.schedule)
@@ -117,32 +114,15 @@ def _check_values(recipe: Recipe) -> list[str]:
         )
     if recipe.data.resize is not None and recipe.data.resize > _LARGEST_SIDE:
         problems.append(f"data.resize={recipe.data.resize} must be at most {_LARGEST_SIDE} pixels")
-    at_least = {
-        "data.workers": (recipe.data.workers, 0),
-        "data.lanes": (recipe.data.lanes, 1),
-        "data.resize": (recipe.data.resize, 1),
-        "train.max_micro_batch": (recipe.train.max_micro_batch, 1),
-        "train.world_size": (recipe.train.world_size, 1),
-        "eval.batch_size": (recipe.eval.batch_size, 1),
-        "checkpoint.keep": (recipe.checkpoint.keep, 1),
-        "train.max_skipped_steps": (recipe.train.max_skipped_steps, 0),
-        "run.seed": (recipe.run.seed, 0),
-    }
     problems += [
         f"{key}={value} must be at least {least}"
-        for key, (value, least) in at_least.items()
-        if value is not None and value < least
+        for key, least in _AT_LEAST.items()
+        if (value := attrgetter(key)(recipe)) is not None and value < least
     ]
-    above_0 = {
-        "train.clip_norm": recipe.train.clip_norm,
-        "train.clip_value": recipe.train.clip_value,
-        "train.max_wall_s": recipe.train.max_wall_s,
-        "run.hang_timeout": recipe.run.hang_timeout,
-    }
     problems += [
         f"{key}={value} must be above 0; null turns it off"
-        for key, value in above_0.items()
-        if value is not None and not value > 0
+        for key in _ABOVE_0
+        if (value := attrgetter(key)(recipe)) is not None and not value > 0
     ]
     sure = recipe.eval.sure_above
     if sure is not None and not 0 < sure <= 1:

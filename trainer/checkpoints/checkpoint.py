@@ -8,22 +8,23 @@ never executes a pickle.
 import hashlib
 import io
 import json
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from shardstep.configs.durations import Progress
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import sync_to_disk, write_atomically
+from shardstep.trainer.checkpoints import checkpoint_files
 from shardstep.trainer.checkpoints.checkpoint_files import (
     AVERAGE,
     BUFFERS,
@@ -32,22 +33,11 @@ from shardstep.trainer.checkpoints.checkpoint_files import (
     STATE,
     WEIGHTS,
     problems_of,
-    step_name,
-    write_manifest,
 )
 from shardstep.trainer.distributed.buffers import set_buffers, split_buffers
 from shardstep.trainer.state import TrainState
 
-_LOAD_ERRORS = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    TypeError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
+_LOAD_ERRORS = (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, UnpicklingError, SafetensorError)
 _NOT_PLAIN_JSON = ("module", "model", "optimizer", "scaler", "average", "progress")  # stored in other forms
 _FACTS = tuple(f.name for f in fields(TrainState) if f.name not in _NOT_PLAIN_JSON)
 
@@ -66,17 +56,10 @@ class Snapshot:
     rank_buffers: Tensor | None
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
 def take_snapshot(state: TrainState, recipe: str, world_size: int, rank_buffers: Tensor | None) -> Snapshot:
-    """Copy a state to the host.
+    """Copy a state, between two steps, to the host.
 
-    Args:
-        state: between two steps.
-        recipe: the resolved recipe as YAML.
-        world_size: number of ranks.
-        rank_buffers: (world_size, n), each rank's floating-point buffers if they differ; the weights get their mean.
+    `rank_buffers`: (world_size, n), each rank's floating-point buffers if they differ; the weights get their mean.
     """
     kept = weights(state.module)
     if rank_buffers is not None:
@@ -102,20 +85,19 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
     Raises:
         OSError: it could not be written, or was read back differently. Earlier checkpoints are still there.
     """
-    target = folder / step_name(snapshot.step)
+    target = folder / checkpoint_files.step_name(snapshot.step)
     if target.is_dir() and not problems_of(target):
         return target
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    folder.mkdir(
-        exist_ok=True
-    )  # not its parents: a run whose disk is gone must not continue below the empty mount point
+    # Not its parents: a run whose disk is gone must not continue below the empty mount point.
+    folder.mkdir(exist_ok=True)
     partial.mkdir()
     entries = {}
     for name, content in _files(snapshot):
         (partial / name).write_bytes(content)
         entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_manifest(partial, snapshot.step, snapshot.world_size, entries)
+    checkpoint_files.write_manifest(partial, snapshot.step, snapshot.world_size, entries)
     for path in (*partial.iterdir(), partial):
         sync_to_disk(path)
     if target.exists():  # damaged, and skipped when this run was resumed
@@ -135,10 +117,7 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 def write_weights(module: nn.Module, path: Path) -> None:
     """Write a model's weights as safetensors."""
-    write_atomically(path, safetensors.torch.save(weights(module)))
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
+    write_atomically(path, save(weights(module)))
 
 
 def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set: Literal["allow", "refuse"]) -> None:
@@ -146,8 +125,6 @@ def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set
 
     Args:
         state: a new one, with the fingerprints of the current data sets.
-        path: of the checkpoint.
-        rank, world_size: this rank's place.
         new_test_set: whether the test set may have changed; the best evaluation so far is forgotten then.
 
     Raises:
@@ -162,11 +139,13 @@ def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set
         _load_optimizer(state.optimizer, optimizer)
         if state.scaler is not None and scaler:
             state.scaler.load_state_dict(scaler)
-        state.module.load_state_dict(safetensors.torch.load_file(path / WEIGHTS))
-        if state.average is not None:
-            _load_average(state, path)
+        state.module.load_state_dict(load_file(path / WEIGHTS))
+        if state.average is not None:  # a run that kept none until now begins it with the weights
+            kept = load_file(path / AVERAGE) if (path / AVERAGE).is_file() else state.module.state_dict()
+            for name, value in state.average.items():
+                value.copy_(kept[name])
         if (path / BUFFERS).is_file():
-            every = safetensors.torch.load_file(path / BUFFERS)["buffers"]
+            every = load_file(path / BUFFERS)["buffers"]
             if len(every) == world_size:  # another number of ranks uses their mean, which the weights hold
                 set_buffers(state.module, every[rank])
     except _LOAD_ERRORS as error:
@@ -193,14 +172,6 @@ def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set
         setattr(state, name, value)
 
 
-def _load_average(state: TrainState, path: Path) -> None:
-    """Load the average of the weights; if the run kept none until now, the average begins with the weights."""
-    assert state.average is not None
-    kept = safetensors.torch.load_file(path / AVERAGE) if (path / AVERAGE).is_file() else state.module.state_dict()
-    for name, value in state.average.items():
-        value.copy_(kept[name])
-
-
 def _load_optimizer(optimizer: AcceleratedOptimizer, saved: dict[str, Any]) -> None:
     """Load an optimizer's state, but keep its options, which the recipe may have changed."""
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -217,8 +188,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """
     try:
         average = path.with_name(AVERAGE)
-        kept = safetensors.torch.load_file(average) if average.is_file() else {}  # parameters, without buffers
-        module.load_state_dict(safetensors.torch.load_file(path) | kept)
+        kept = load_file(average) if average.is_file() else {}  # parameters, without buffers
+        module.load_state_dict(load_file(path) | kept)
     except FileNotFoundError:
         raise InputError(f"no weights in {path.parent}: {path.name} is missing") from None
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -226,16 +197,16 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
-    yield WEIGHTS, safetensors.torch.save(snapshot.weights)
+    yield WEIGHTS, save(snapshot.weights)
     if snapshot.average is not None:
-        yield AVERAGE, safetensors.torch.save(snapshot.average)
+        yield AVERAGE, save(snapshot.average)
     stream = io.BytesIO()
     torch.save(snapshot.optimizer, stream)
     yield OPTIMIZER, stream.getvalue()
     yield STATE, (json.dumps(snapshot.facts, indent=1) + "\n").encode()
     yield RECIPE, snapshot.recipe.encode()
     if snapshot.rank_buffers is not None:
-        yield BUFFERS, safetensors.torch.save({"buffers": snapshot.rank_buffers})
+        yield BUFFERS, save({"buffers": snapshot.rank_buffers})
 
 
 def _contiguous_on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

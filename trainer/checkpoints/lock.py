@@ -19,7 +19,6 @@ def hold(folder: Path, warn: Callable[[str], None], patience_s: float = 0.0) -> 
     """Lock a run's folder until this process ends. Rank 0.
 
     Args:
-        folder: must exist.
         warn: called with a message if the file system has no locks; the run continues without one.
         patience_s: how long to wait for another process to end.
 

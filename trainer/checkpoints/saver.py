@@ -23,14 +23,7 @@ class Saver:
         best: dict[str, Any] | None = None,
         listeners: Sequence[Callable[[Path], None]] = (),
     ):
-        """
-        Args:
-            folder: of the checkpoints.
-            keep: how many of the newest to keep.
-            warn: called when a checkpoint cannot be saved.
-            best: step and score of the best evaluation so far, as TrainState has it.
-            listeners: called in the saver's thread with each checkpoint, once it is intact and on disk.
-        """
+        """`best` is TrainState's; `listeners` are called in the saver's thread with each checkpoint, once it is on disk."""
         self._folder, self._keep, self._warn, self._listeners = folder, keep, warn, listeners
         self._best_step = best["step"] if best else None  # of the best checkpoint on disk
         self._thread: threading.Thread | None = None

@@ -36,12 +36,11 @@ def raise_on_all_ranks(world: PartialState) -> Iterator[None]:
         if message is not None:
             ranks_of.setdefault(message, []).append(rank)
     if ranks_of:
-        raise InputError(
-            "\n".join(
-                message if len(ranks) == len(messages) else f"rank {', '.join(map(str, ranks))}: {message}"
-                for message, ranks in ranks_of.items()
-            )
+        lines = (
+            message if len(ranks) == len(messages) else f"rank {', '.join(map(str, ranks))}: {message}"
+            for message, ranks in ranks_of.items()
         )
+        raise InputError("\n".join(lines))
 
 
 def broadcast_object(world: PartialState, value: Any) -> Any:

@@ -13,15 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from shardstep.configs.schema import TrainConfig
-from shardstep.trainer.distributed.gradients import (
-    GRAPH_MODES,
-    POWERSGD_RANK,
-    POWERSGD_START,
-    FlatGradients,
-    bucket_mb,
-    gradient_bytes,
-    uncompiled,
-)
+from shardstep.trainer.distributed import gradients
+from shardstep.trainer.distributed.gradients import FlatGradients, uncompiled
 
 _DDP_HOOKS = {
     "none": DDPCommunicationHookType.NO,
@@ -52,10 +45,7 @@ def wrap_for_training(
     another order.
 
     Args:
-        accelerator: the world.
         module: the bare model, on its device, without gradients.
-        config: the recipe's train section, for all_reduce, compress and compile.
-        loss_of: computes the loss from the model's outputs and the images.
         batches: images; the first batch is for the warm-up pass, and the compiler needs one of every shape.
         before: the result of the last call for this model, which becomes unusable. Each rank keeps its buffers then.
         compiled_before: the model has been compiled with the same parameters frozen.
@@ -84,7 +74,7 @@ def wrap_for_training(
         _broadcast_weights(module)
         model = FlatGradients(model, lambda values: _average(values, _SENT_AS[config.compress]))
     if config.compile != "none" and not compiler_is_ready:
-        with_graphs = accelerator.device.type == "cuda" and config.compile in GRAPH_MODES
+        with_graphs = accelerator.device.type == "cuda" and config.compile in gradients.GRAPH_MODES
         for images in batches:
             for _ in range(_GRAPH_PASSES if with_graphs else 1):
                 with accelerator.no_sync(model):  # no all-reduce: these gradients are discarded
@@ -140,9 +130,10 @@ def wrap_for_evaluation(accelerator: Accelerator, module: nn.Module) -> nn.Modul
 
 def _ddp_options(module: nn.Module, config: TrainConfig) -> DistributedDataParallelKwargs:
     """Return DDP's options for Accelerate. static_graph stays off: it only saves a search for unused parameters, also off."""
-    powersgd = {"matrix_approximation_rank": POWERSGD_RANK, "start_powerSGD_iter": POWERSGD_START}
+    rank, start = gradients.POWERSGD_RANK, gradients.POWERSGD_START
+    powersgd = {"matrix_approximation_rank": rank, "start_powerSGD_iter": start}
     return DistributedDataParallelKwargs(
-        bucket_cap_mb=bucket_mb(gradient_bytes(module), config.compress),
+        bucket_cap_mb=gradients.bucket_mb(gradients.gradient_bytes(module), config.compress),
         gradient_as_bucket_view=True,
         comm_hook=_DDP_HOOKS[config.compress],
         comm_state_option=powersgd if config.compress == "powersgd" else {},

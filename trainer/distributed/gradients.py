@@ -3,7 +3,7 @@
 The collectives themselves are in ddp.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,9 +38,8 @@ def bucket_mb(num_bytes: int, compress: str) -> int:
 def describe_gradient_sync(config: TrainConfig, module: nn.Module) -> str:
     """Describe in a line how the ranks share the gradients of a model."""
     num_bytes = gradient_bytes(module)
-    how = (
-        "in one buffer" if config.all_reduce == "flat" else f"in buckets of {bucket_mb(num_bytes, config.compress)} MiB"
-    )
+    buckets = f"in buckets of {bucket_mb(num_bytes, config.compress)} MiB"
+    how = "in one buffer" if config.all_reduce == "flat" else buckets
     compressed = "" if config.compress == "none" else f", sent as {config.compress}"
     return f"{num_bytes / 1e6:.3g} MB a step, all-reduced {how}{compressed}"
 
@@ -125,7 +124,9 @@ class FlatGradients(nn.Module):
             alike = [value for value in parameters if value.dtype == dtype]
             bucket = torch.zeros(sum(value.numel() for value in alike), dtype=dtype, device=alike[0].device)
             self._buckets.append(bucket)
-            self._gradients += zip(alike, _views(bucket, alike), strict=True)
+            parts = bucket.split([value.numel() for value in alike])
+            for value, part in zip(alike, parts, strict=True):  # channels_last stays so
+                self._gradients.append((value, part.as_strided(value.shape, torch.empty_like(value).stride())))
         for value in parameters:
             value.grad = None
 
@@ -152,12 +153,3 @@ def forward(model: nn.Module, images: Tensor) -> Any:
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module that torch.compile was given."""
     return getattr(model, "_orig_mod", model)
-
-
-def _views(bucket: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Return parts of a buffer, with the shapes and memory layouts of some parameters."""
-    views, offset = [], 0
-    for value in parameters:
-        views.append(bucket.as_strided(value.shape, torch.empty_like(value).stride(), offset))  # channels_last stays so
-        offset += value.numel()
-    return views

@@ -75,15 +75,8 @@ def environment_of_rank(rank: int, world_size: int, port: int) -> dict[str, str]
     }
 
 
-# --- the world that was asked for ------------------------------------------------------------------------------------
-
-
 def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
     """Compare the world that the environment describes with the requested one.
-
-    Args:
-        environment: os.environ.
-        wanted: train.world_size, if the recipe has it.
 
     Raises:
         InputError: several worlds of one rank would come up, or a world of the wrong size.
@@ -132,9 +125,6 @@ def threads_per_rank(environment: Mapping[str, str]) -> int:
     return max(1, cores // ranks)
 
 
-# --- the allocation --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Allocation:
     """The time that a batch system gives this job, in seconds since the epoch."""
@@ -163,8 +153,6 @@ def stopped_file() -> Path | None:
     given = os.environ.get("SHARDSTEP_STOPPED_FILE")
     return Path(given) if given else None
 
-
-# --- for a preflight ----------------------------------------------------------------------------------------------
 
 _LAUNCH_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),

@@ -15,7 +15,6 @@ class ConvolutionMethod(NamedTuple):
     """A value of train.convolutions.
 
     Attributes:
-        precisions: those that it supports.
         layer: replaces nn.Conv2d.
         is_faster: returns whether a convolution of images (N, C, H, W) gains.
         missing: returns what this machine lacks for it, in a few words, or None.

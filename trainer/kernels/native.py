@@ -35,7 +35,8 @@ def load(source: Path) -> ctypes.CDLL:
     """
     try:
         command = [*shlex.split(os.environ.get("CC") or "cc"), *_OPTIONS]
-        library = _own_folder() / f"{source.stem}-{_digest(source, command)}.so"
+        text = "\n".join([source.read_text(), *command, platform.machine(), _abilities()])
+        library = _own_folder() / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
         with contextlib.suppress(OSError):  # not compiled yet
             return ctypes.CDLL(str(library))
         _compile(command, source, library)
@@ -62,11 +63,6 @@ def _own_folder() -> Path:
     if found.st_uid != os.getuid() or found.st_mode & _OTHERS_MAY_WRITE:
         raise NoCompilerError(f"{folder} belongs to others, or others may write there")
     return folder
-
-
-def _digest(source: Path, command: list[str]) -> str:
-    text = "\n".join([source.read_text(), *command, platform.machine(), _abilities()])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _abilities() -> str:

@@ -62,11 +62,9 @@ class WinogradConv2d(UnfoldConv2d):
         return self._convolve(input, rectify=True) if self._takes(input) else functional.relu_(super().forward(input))
 
     def _takes(self, images: Tensor) -> bool:
-        fits = (
-            compute_dtype(images, self.weight) in _FORMATS and images.device.type == "cpu" and is_faster(self, images)
-        )
+        fits = images.device.type == "cpu" and compute_dtype(images, self.weight) in _FORMATS
         trains = torch.is_grad_enabled() and (images.requires_grad or self.weight.requires_grad)
-        return fits and trains and not missing()
+        return fits and is_faster(self, images) and trains and not missing()
 
     def _convolve(self, images: Tensor, rectify: bool = False) -> Tensor:
         dtype = compute_dtype(images, self.weight)
@@ -123,10 +121,8 @@ def _sums() -> ctypes.CDLL:
 def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, padding: int, rectify: bool = False) -> Tensor:
     """Cross-correlate images (N, C, H, W) with 3x3 filters (O, C, 3, 3), both fp32 or bf16: (N, O, H + 2p - 2, W + 2p - 2).
 
-    It is fast for images in torch.channels_last. Outputs always are. There are no second derivatives.
-
-    Args:
-        rectify: whether to set negative outputs to 0.
+    With `rectify`, negative outputs become 0. It is fast for images in torch.channels_last. Outputs always are. There are no
+    second derivatives.
 
     Raises:
         ValueError: the tensors are not all on the CPU, and all fp32 or all bf16.
@@ -240,15 +236,11 @@ def _image_numbers(tiles: int, channels: int) -> int:
 class _Shape(ctypes.Structure):
     """The struct Shape of winograd.c."""
 
+    _NUMBERS = "count height width channels padding down right rows half threads rectify"
     _fields_ = [
-        *(
-            (name, ctypes.c_long)
-            for name in (
-                "count", "height", "width", "channels", "padding", "down", "right", "rows", "half", "threads", "rectify"
-            )
-        ),
+        *((name, ctypes.c_long) for name in _NUMBERS.split()),
         *((name, ctypes.c_void_p) for name in ("bias", "outputs", "pixel_sums")),
-    ]  # fmt: skip
+    ]
 
 
 def _transform(kind: str, images: Tensor, grid: _Grid) -> Tensor:

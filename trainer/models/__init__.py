@@ -1,5 +1,8 @@
 """Models by name. A builder is a function of (image_shape, num_classes); its keyword arguments are the recipe's options.
 
+`image_shape` is (channels, height, width). Where a builder has `output_activation`, none gives logits, and log_softmax gives
+log-probabilities for loss.name=nll; `negative_slope` goes with activation=leaky_relu.
+
 Imports distributed/, for batch norm over all ranks.
 """
 
@@ -18,15 +21,8 @@ from shardstep.trainer.models.perceptron import perceptron
 from shardstep.trainer.models.recurrent import recurrent
 from shardstep.trainer.models.whitening_cnn import whitening_cnn
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "article_cnn": article_cnn,
-    "autoencoder": autoencoder,
-    "convnet": convnet,
-    "mlp": mlp,
-    "perceptron": perceptron,
-    "recurrent": recurrent,
-    "whitening_cnn": whitening_cnn,
-}
+_BUILDERS = (article_cnn, autoencoder, convnet, mlp, perceptron, recurrent, whitening_cnn)
+MODELS: dict[str, Callable[..., nn.Module]] = {builder.__name__: builder for builder in _BUILDERS}
 """shardstep's models. Every classifier of torchvision is available, too, as torchvision/<name>."""
 
 COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"sync_batch_norm": (bool, False)}
@@ -45,11 +41,6 @@ def models_for(name: str) -> dict[str, Callable[..., nn.Module]]:
 
 def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """Build the model of a checked recipe section.
-
-    Args:
-        section: `name` and options.
-        image_shape: (channels, height, width).
-        num_classes: number of outputs.
 
     Raises:
         InputError: an option does not fit the others, or the images do not fit the model.

@@ -48,10 +48,8 @@ def autoencoder(
     Train it with loss.name=mse or l1, on normalised images. The classes are not used.
 
     Args:
-        image_shape: (channels, height, width).
-        num_classes: of the data set.
         widths: channels after each halving; a 32x32 image becomes a code of 16 x 4 x 4 numbers.
-        activation: after each convolution but the last; `negative_slope` goes with leaky_relu.
+        activation: after each convolution but the last.
         dropout: share of the code that is dropped in training.
 
     Raises:

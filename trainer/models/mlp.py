@@ -21,10 +21,8 @@ def mlp(
     """A multi-layer perceptron on flattened images: (B, C, H, W) -> (B, num_classes).
 
     Args:
-        image_shape: (channels, height, width).
-        num_classes: number of outputs.
         hidden: units of the hidden layers.
-        activation: after each hidden layer; `negative_slope` goes with leaky_relu.
+        activation: after each hidden layer.
         dropout: share of hidden units that is dropped in training.
         output_activation: none gives logits. The document's listing has a ReLU on the output, too, which makes negative
             logits impossible.

@@ -10,9 +10,5 @@ def perceptron(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module
 
     With loss.name=perceptron and optimizer.name=sgd this is the perceptron algorithm; for two classes,
     outputs[1] - outputs[0] is the document's w x + b, and its sign the document's label -1 or 1.
-
-    Args:
-        image_shape: (channels, height, width).
-        num_classes: number of outputs.
     """
     return nn.Sequential(nn.Flatten(), nn.Linear(prod(image_shape), num_classes))

@@ -40,15 +40,12 @@ def recurrent(
     """Recurrent layers over the rows of an image; linear layers turn the last state into (B, num_classes).
 
     Args:
-        image_shape: (channels, height, width).
-        num_classes: number of outputs.
         cell: rnn (Elman, with tanh), lstm or gru.
         hidden: units of the state.
         layers: recurrent layers, one on top of the other.
         head: units of the hidden linear layer.
-        activation: after the hidden linear layer; `negative_slope` goes with leaky_relu.
+        activation: after the hidden linear layer.
         dropout: share of the hidden linear layer's units that is dropped in training.
-        output_activation: none gives logits.
     """
     channels, _, width = image_shape
     return Recurrent(

@@ -50,8 +50,6 @@ def _plain(name: str) -> Callable[..., nn.Module]:
         """Build a classifier: (B, C, H, W) -> (B, num_classes).
 
         Args:
-            image_shape: (channels, height, width).
-            num_classes: number of outputs.
             pretrained: true downloads torchvision's weights; or a file of weights (.pth, .safetensors). A head for another
                 number of classes is initialized randomly.
             stem: cifar: the first convolution is 3x3 with stride 1, and no pooling follows it; imagenet: torchvision's; auto:
@@ -102,10 +100,7 @@ def _with_heads(name: str) -> Callable[..., nn.Module]:
 def load_pretrained(name: str, net: nn.Module, pretrained: bool | str) -> list[str]:
     """Load pretrained weights into a model; return the names of the head's tensors that stay randomly initialized.
 
-    Args:
-        name: of the model, `torchvision/...`.
-        net: the model that its builder returned.
-        pretrained: True for torchvision's weights, or the path of a file.
+    `pretrained`: True for torchvision's weights, or the path of a file.
 
     Raises:
         InputError: the weights are not available, or belong to another model.
@@ -211,8 +206,7 @@ def _use_small_stem(net: nn.Module) -> bool:
         return False
     net.set_submodule(first, _like(conv, conv.in_channels, (3, 3), (1, 1), (1, 1)))
     names = [name for name, _ in net.named_modules()]
-    until = names.index(rest[0][0])
-    for name in names[names.index(first) : until]:
+    for name in names[names.index(first) : names.index(rest[0][0])]:
         if isinstance(net.get_submodule(name), nn.MaxPool2d):
             net.set_submodule(name, nn.Identity())
     return True
@@ -230,11 +224,8 @@ def _replace(
     activations = [place for place, module in modules if isinstance(module, _ACTIVATIONS)]
     pools = [(place, module) for place, module in modules if isinstance(module, nn.MaxPool2d)]
     dropouts = [module for _, module in modules if isinstance(module, nn.Dropout)]
-    for option, value, found in (
-        ("activation", activation, activations),
-        ("pooling", pooling, pools),
-        ("dropout", dropout, dropouts),
-    ):
+    options = (("activation", activation, activations), ("pooling", pooling, pools), ("dropout", dropout, dropouts))
+    for option, value, found in options:
         if value is not None and not found:
             raise ValueError(f"{option}={value} has no effect: {name} has no such layer")
     if negative_slope is not None and activation is None:
@@ -244,8 +235,9 @@ def _replace(
             net.set_submodule(place, activation_layer(activation, negative_slope))
     if pooling is not None:
         for place, pool in pools:
-            size, stride, padding = (_side(value) for value in (pool.kernel_size, pool.stride, pool.padding))
-            net.set_submodule(place, Pool(pooling, size, stride, padding, pool.ceil_mode))
+            sizes = (pool.kernel_size, pool.stride, pool.padding)
+            side, stride, padding = (size if isinstance(size, int) else size[0] for size in sizes)
+            net.set_submodule(place, Pool(pooling, side, stride, padding, pool.ceil_mode))
     for module in dropouts:
         module.inplace = module.inplace and activation is None  # it would overwrite what some activations keep
         module.p = module.p if dropout is None else dropout
@@ -286,10 +278,6 @@ def _takes(name: str, side: int, small: bool, with_heads: bool) -> bool:
 
 def _convolutions(net: nn.Module) -> list[tuple[str, nn.Conv2d]]:
     return [(name, module) for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
-
-
-def _side(size: int | tuple[int, ...]) -> int:
-    return size if isinstance(size, int) else size[0]
 
 
 def _like(conv: nn.Conv2d, channels: int, size: Any, stride: Any, padding: Any) -> nn.Conv2d:

@@ -16,9 +16,7 @@ def predict(model: nn.Module, images: Tensor, views: Views, sure_above: float | 
     and down and right, where the shifted ones have half the weight (Jordan 2024, arXiv 2404.00498, section 3.5).
 
     Args:
-        model: a classifier.
         images: (B, C, H, W), normalised.
-        views: which views to use.
         sure_above: images whose plain view gives a class at least this probability get no further views.
     """
     outputs = model(images).float()

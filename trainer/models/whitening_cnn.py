@@ -133,18 +133,14 @@ def whitening_cnn(
     """Frozen 2x2 whitening convolution, then one group of 3x3 convolutions per width, each halving the image.
 
     Args:
-        image_shape: (channels, height, width).
-        num_classes: number of outputs.
         widths: channels of the groups.
         depths: convolutions of the groups, 2 or more; from 3 on with a shortcut, as in Jordan's networks for 95 % and 96 %.
             By default 2 in each.
-        activation: of all layers.
         norm_momentum: weight of the newest batch in batch norm's running statistics, as in torch.
         norm_eps: added to the variances in batch norm.
         norm_scale: whether batch norm has a trained scale, and not only a bias.
         output_scale: factor on the logits.
         unit_head: whether the last layer's initial weights have a standard deviation of 1.
-        output_activation: none gives logits.
 
     Raises:
         ValueError: the images are too small, or there are not as many depths as widths, of 2 or more each.
@@ -153,9 +149,7 @@ def whitening_cnn(
         raise ValueError("widths must have at least one entry")
     if depths and (len(depths) != len(widths) or min(depths) < 2):
         raise ValueError(f"depths must be {len(widths)} numbers of 2 or more, one for each of widths")
-    check_size(
-        image_shape, 2 ** (len(widths) + 1) + 1
-    )  # 2x2 positions at the end: batch norm needs more than one value
+    check_size(image_shape, 2 ** (len(widths) + 1) + 1)  # at the end 2x2 positions: batch norm needs more than one
 
     def norm(channels: int) -> nn.Module:
         layer = nn.BatchNorm2d(channels, eps=norm_eps, momentum=norm_momentum)

@@ -70,7 +70,7 @@ class Average:
         """Update the average with the weights of a step, if that is due."""
         if self._every and self._plan.is_due(self._every, before, state.progress):
             assert state.average is not None
-            slow, fast = list(state.average.values()), _parameters(state)
+            slow, fast = list(state.average.values()), [*state.module.parameters()]
             self._function(slow, fast, self._plan.duration_done(state.progress), **self._options)
 
 
@@ -81,7 +81,7 @@ def averaged(state: TrainState) -> Iterator[None]:
         yield
         return
     with torch.no_grad():
-        fast = _parameters(state)
+        fast: Tensors = list(state.module.parameters())
         own = [value.clone() for value in fast]
         torch._foreach_copy_(fast, list(state.average.values()))
         try:
@@ -93,7 +93,3 @@ def averaged(state: TrainState) -> Iterator[None]:
 def check_average(section: dict[str, Any]) -> list[str]:
     """Return the problems of the section's values that their types do not show."""
     return duration_problems({"average.every": section["every"]} if "every" in section else {})
-
-
-def _parameters(state: TrainState) -> Tensors:
-    return list(state.module.parameters())

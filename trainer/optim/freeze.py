@@ -11,12 +11,8 @@ class Freezer:
     """Freezes the parameter groups of an optimizer that have a duration `until`."""
 
     def __init__(self, groups: list[dict[str, Any]], plan: Plan, rewrap: Callable[..., None]):
-        """
-        Args:
-            groups: of the optimizer.
-            plan: of the run.
-            rewrap: called after parameters were frozen, because DDP expects a gradient of each parameter that it was given;
-                with `compiled_before`: whether it has been called with the same parameters frozen.
+        """`rewrap` is called after parameters were frozen, because DDP expects a gradient of each parameter that it was
+        given; with `compiled_before`: whether it has been called with the same parameters frozen.
         """
         pending = [(Duration.parse(group["until"]), group["params"]) for group in groups if "until" in group]
         self._pending = sorted(pending, key=lambda pair: plan.samples_in(pair[0]))

@@ -57,11 +57,7 @@ def l1(outputs: Tensor, images: Tensor) -> Tensor:
     return (outputs.float() - images).abs().sum() / images.shape[1:].numel()
 
 
-CLASSIFICATION: dict[str, Callable[..., Tensor]] = {
-    "cross_entropy": cross_entropy,
-    "nll": nll,
-    "perceptron": perceptron,
-}
+CLASSIFICATION: dict[str, Callable[..., Tensor]] = {loss.__name__: loss for loss in (cross_entropy, nll, perceptron)}
 RECONSTRUCTION: dict[str, Callable[..., Tensor]] = {"mse": mse, "l1": l1}
 LOSSES = CLASSIFICATION | RECONSTRUCTION
 
@@ -77,8 +73,6 @@ class Objective:
         training_loss: summed over a batch.
         evaluation_loss: the same without options that only serve training, such as label smoothing.
         reconstructs: whether the images are the targets, so that no output is correct or wrong.
-        auxiliary_weight: weight of the losses of auxiliary heads.
-        reduction: of the training loss over a global batch.
     """
 
     training_loss: Callable[[Tensor, Tensor], Tensor]
@@ -109,12 +103,7 @@ class Objective:
 
 
 def build_objective(loss: dict[str, Any], model: dict[str, Any]) -> Objective:
-    """Build the objective of checked recipe sections.
-
-    Args:
-        loss: `name` and options.
-        model: may have the option `auxiliary_weight`.
-    """
+    """Build the objective of checked recipe sections; a model may have the option `auxiliary_weight`."""
     function = LOSSES[loss["name"]]
     return Objective(
         training_loss=partial(function, **{key: loss[key] for key in loss if key not in ("name", *COMMON_OPTIONS)}),

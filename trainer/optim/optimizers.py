@@ -42,15 +42,7 @@ def sgd(
     rate. In torch's form, a new learning rate applies to all of the velocity at once. The first v is g, undampened. With
     nesterov, the step is along g + mu v. Memory: one number per parameter with momentum, none without.
     """
-    return torch.optim.SGD(
-        parameters,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        fused=fused,
-    )
+    return torch.optim.SGD(parameters, lr, momentum, dampening, weight_decay, nesterov, fused=fused)
 
 
 def adagrad(
@@ -69,15 +61,7 @@ def adagrad(
 
     The documents write sqrt(s + eps); torch has eps outside the root. Memory: one number per parameter.
     """
-    return torch.optim.Adagrad(
-        parameters,
-        lr=lr,
-        lr_decay=lr_decay,
-        weight_decay=weight_decay,
-        initial_accumulator_value=initial_accumulator_value,
-        eps=eps,
-        fused=fused,
-    )
+    return torch.optim.Adagrad(parameters, lr, lr_decay, weight_decay, initial_accumulator_value, eps, fused=fused)
 
 
 def adadelta(
@@ -109,9 +93,7 @@ def rmsprop(
     The documents write sqrt(s + eps) and use alpha = 0.9; torch has eps outside the root and alpha = 0.99.
     Memory: one number per parameter, one more with momentum, one more if centered.
     """
-    return torch.optim.RMSprop(
-        parameters, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, centered=centered
-    )
+    return torch.optim.RMSprop(parameters, lr, alpha, eps, weight_decay, momentum, centered)
 
 
 def adam(
@@ -131,9 +113,7 @@ def adam(
     The same as in the documents. weight_decay adds to the gradient, not to the step: see adamw. Memory: two numbers per
     parameter, three with amsgrad.
     """
-    return torch.optim.Adam(
-        parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, fused=fused
-    )
+    return torch.optim.Adam(parameters, lr, betas, eps, weight_decay, amsgrad, fused=fused)
 
 
 def adamw(
@@ -150,9 +130,7 @@ def adamw(
 
     Loshchilov and Hutter 2017, arXiv 1711.05101. Memory: two numbers per parameter, three with amsgrad.
     """
-    return torch.optim.AdamW(
-        parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, fused=fused
-    )
+    return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, amsgrad, fused=fused)
 
 
 def filter_muon(
@@ -193,22 +171,14 @@ _REMEDIES = {
 _FUSED_ON_CPU_ONLY = ("adagrad",)
 
 
-def _every_optimizer() -> dict[str, Callable[..., Optimizer]]:
-    ours = {function.__name__: function for function in (sgd, adagrad, adadelta, rmsprop, adam, adamw, filter_muon)}
-    classes = {
-        name.lower(): value
-        for name, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
-    }
-    return {**{name: value for name, value in classes.items() if name not in CANNOT_WORK}, **ours}
-
-
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = _every_optimizer()
-
-COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {
-    "decay_biases_and_norms": (bool, False),
-    "groups": (list[Any], []),
+_OURS = (sgd, adagrad, adadelta, rmsprop, adam, adamw, filter_muon)
+_TORCHS = [value for value in vars(torch.optim).values() if isinstance(value, type) and issubclass(value, Optimizer)]
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    **{value.__name__.lower(): value for value in _TORCHS if value.__name__.lower() not in (*CANNOT_WORK, "optimizer")},
+    **{function.__name__: function for function in _OURS},
 }
+
+COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"decay_biases_and_norms": (bool, False), "groups": (list[Any], [])}
 """Options of every optimizer: type and default.
 
 decay_biases_and_norms: whether weight_decay also applies to parameters of fewer than two dimensions.
@@ -236,11 +206,10 @@ class CombinedOptimizer(Optimizer):
         return {"optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if len(state_dict["optimizers"]) != len(self._optimizers):
-            raise ValueError(
-                f"the state is of {len(state_dict['optimizers'])} optimizers, but there are {len(self._optimizers)}"
-            )
-        for optimizer, state in zip(self._optimizers, state_dict["optimizers"], strict=True):
+        saved = state_dict["optimizers"]
+        if len(saved) != len(self._optimizers):
+            raise ValueError(f"the state is of {len(saved)} optimizers, but there are {len(self._optimizers)}")
+        for optimizer, state in zip(self._optimizers, saved, strict=True):
             optimizer.load_state_dict(state)
         self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
@@ -250,20 +219,13 @@ def build_optimizer(
 ) -> Optimizer:
     """Build the optimizer of a checked recipe section, for the trainable parameters of a model.
 
-    Each parameter group keeps its base learning rate as `initial_lr`, which schedules multiply.
-
-    Args:
-        section: `name`, its options, and those of COMMON_OPTIONS.
-        model: on its device.
-        has_scaler: whether fp16's scaler checks the gradients before a step.
-        precision: of the forward and backward pass.
+    Each parameter group keeps its base learning rate as `initial_lr`, which schedules multiply. `has_scaler`: whether fp16's
+    scaler checks the gradients before a step.
 
     Raises:
         InputError: the options contradict each other, or a group matches no parameter.
     """
-    optimizers = [
-        _build_one(options, groups, has_scaler, precision) for options, groups in _parameter_groups(section, model)
-    ]
+    optimizers = [_build_one(*pair, has_scaler, precision) for pair in _parameter_groups(section, model)]
     optimizer = optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
     if all("until" in group for group in optimizer.param_groups):
         raise InputError(

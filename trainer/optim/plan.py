@@ -17,9 +17,7 @@ class Plan:
     Attributes:
         global_batch_size: samples per step over all ranks.
         samples_per_epoch: samples that an epoch consumes: all, or fewer if the last batch is dropped.
-        world_size: number of ranks.
         micro_steps: backward passes per rank and full step.
-        duration: of the run.
         max_train_s: seconds of training after which the run ends even if its duration is not over; None without a limit.
     """
 
@@ -74,14 +72,7 @@ class Plan:
     def left_s(
         self, progress: Progress, train_s: float, samples_per_s: float, evaluate_every: Duration, evaluation_s: float
     ) -> float:
-        """Estimate the seconds that the rest of the run takes, including evaluations.
-
-        Args:
-            progress, train_s: how far the run is, in samples and in seconds of training.
-            samples_per_s: the training speed.
-            evaluate_every: interval of evaluations; there is always one at the end.
-            evaluation_s: seconds per evaluation.
-        """
+        """Estimate the seconds that the rest of the run takes, including evaluations, of which one is always at the end."""
         samples = (1 - self.duration_done(progress)) * self.samples_in(self.duration)
         if self.max_train_s is not None:
             samples = min(samples, max(0.0, self.max_train_s - train_s) * samples_per_s)
@@ -101,13 +92,7 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, num_samples: int, drop_last: bool, world_size: int) -> Plan:
-    """Work out the batches of a run.
-
-    Args:
-        config: the recipe's train section.
-        num_samples: of the training set.
-        drop_last: whether to drop an epoch's last global batch if it is not full.
-        world_size: number of ranks.
+    """Work out the batches of a run; `drop_last` drops an epoch's last global batch if it is not full.
 
     Raises:
         InputError: the batch is smaller than the number of ranks, or larger than the training set.

@@ -7,7 +7,6 @@ are the recipe's options; durations are texts such as "30 epochs".
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from shardstep.configs.durations import Duration, Progress, duration_problems
@@ -17,13 +16,10 @@ from shardstep.configs.durations import Duration, Progress, duration_problems
 class Clock:
     """The time of a step, the input of schedules.
 
-    Attributes:
-        progress: before the step.
-        samples_per_epoch: samples that an epoch consumes.
-        fraction: share of the run that is done, not counting the warm-up: 0 at its end, 1 at the end of the run.
+    `fraction`: share of the run that is done, not counting the warm-up: 0 at its end, 1 at the end of the run.
     """
 
-    progress: Progress
+    progress: Progress  # before the step
     samples_per_epoch: int
     fraction: float
 
@@ -81,15 +77,8 @@ def one_cycle(
     return begin + (end - begin) * weight
 
 
-SCHEDULES: dict[str, Callable[..., float]] = {
-    "constant": constant,
-    "step": step,
-    "multistep": multistep,
-    "exponential": exponential,
-    "cosine": cosine,
-    "linear": linear,
-    "one_cycle": one_cycle,
-}
+_FUNCTIONS = (constant, step, multistep, exponential, cosine, linear, one_cycle)
+SCHEDULES: dict[str, Callable[..., float]] = {function.__name__: function for function in _FUNCTIONS}
 
 ENDS_WITH_RUN = ("cosine", "linear", "one_cycle")
 """Schedules that need to know when the run will end."""
@@ -102,16 +91,7 @@ class LearningRate:
     """The factor on the learning rates at each step of a run."""
 
     def __init__(self, section: dict[str, Any], duration: Duration, samples_per_epoch: int, global_batch_size: int):
-        """
-        Args:
-            section: the recipe's schedule, checked.
-            duration: of the run.
-            samples_per_epoch: samples that an epoch consumes.
-            global_batch_size: samples per step.
-        """
-        self._of_section = partial(
-            LearningRate, section, samples_per_epoch=samples_per_epoch, global_batch_size=global_batch_size
-        )
+        self._until = lambda end: LearningRate(section, Duration.parse(end), samples_per_epoch, global_batch_size)
         self._parts: dict[str, LearningRate] = {}
         self._function = SCHEDULES[section["name"]]
         self._options = {key: section[key] for key in section if key not in ("name", *COMMON_OPTIONS)}
@@ -132,7 +112,7 @@ class LearningRate:
         """Return the factor for the step that begins at `progress`; with `until`, as if the run ended then, and then 0."""
         if until is not None:
             if until not in self._parts:
-                self._parts[until] = self._of_section(Duration.parse(until))
+                self._parts[until] = self._until(until)
             part = self._parts[until]
             return 0.0 if part._duration.is_over(progress, self._samples_per_epoch) else part.factor(progress)
         if self._warmup:

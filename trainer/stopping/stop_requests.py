@@ -76,15 +76,7 @@ class StopRequests:
         time_limit: TimeLimit,
         max_train_s: float | None = None,
     ):
-        """
-        Args:
-            stop_signal: of this process.
-            folder: of the run, in which rank 0 looks for the files STOP and SAVE.
-            is_main: whether this is rank 0.
-            agree: exchanges numbers with the other ranks.
-            time_limit: of the allocation; only rank 0 uses it.
-            max_train_s: of the recipe, by rank 0's clock.
-        """
+        """Rank 0 looks for the files STOP and SAVE in `folder`, and it alone uses `time_limit` and `max_train_s`."""
         self._signal, self._folder, self._is_main, self._agree = stop_signal, folder, is_main, agree
         self._time_limit, self._max_train_s = time_limit, max_train_s
         self._calls, self._previous_call, self._next_call = 0, 0, 1

@@ -28,13 +28,7 @@ class TimeLimit:
         share_done: Callable[[], float],
         clock: Callable[[], float] = time.time,
     ):
-        """
-        Args:
-            allocation: None where time is not limited.
-            save_s: returns the longest time that a checkpoint has taken, None before the first.
-            share_done: returns how much of the run is done, 0 to 1.
-            clock: returns seconds since the epoch.
-        """
+        """`save_s` returns the longest time that a checkpoint has taken, None before the first; `share_done`: 0 to 1."""
         self._allocation, self._save_s, self._share_done, self._clock = allocation, save_s, share_done, clock
         self._intervals_s: deque[float] = deque(maxlen=_RECENT)
         self._outlook_given = False
@@ -94,7 +88,6 @@ def jobs_needed(done_before: float, done: float, elapsed_s: float, usable_s: flo
 
     Args:
         done_before, done: share of the run that was done when this job began to train, and that is done now.
-        elapsed_s: seconds between the two.
         usable_s: seconds of a job that are left for training.
 
     Returns:

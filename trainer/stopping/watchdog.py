@@ -44,14 +44,7 @@ class Watchdog:
         stop_signal: StopSignal,
         tell: Callable[[str], None],
     ):
-        """
-        Args:
-            store: where ranks leave their heartbeats.
-            folder: of the run, for stacks.
-            timeout_s: how long a rank may stand still; None watches nothing.
-            stop_signal: once it has arrived, a rank may stand still for less time.
-            tell: prints a line, on any rank.
-        """
+        """`timeout_s`: how long a rank may stand still, less once `stop_signal` has arrived; None watches nothing."""
         self._store, self._folder, self._stop_signal, self._tell = store, folder, stop_signal, tell
         self._timeout_s = timeout_s
         self._step, self._phase, self._moved_s, self._moves = 0, "starting", time.monotonic(), 0
@@ -62,11 +55,9 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self, on_hang: Callable[[str], object] | None) -> None:
-        """Watch from now on.
+        """Watch from now on. When a rank hangs, rank 0 calls `on_hang` with the reason.
 
-        Args:
-            on_hang: called with the reason when a rank hangs, on rank 0, in a thread of its own: the process exits two
-                seconds later even if the call blocks.
+        The call is in a thread of its own: the process exits two seconds later even if it blocks.
         """
         self._on_hang, self._moved_s = on_hang, time.monotonic()
         if self._timeout_s is not None:
