@@ -1,4 +1,10 @@
-"""One world of several processes: the launcher's environment, Accelerate, DDP, collectives, the launcher's store.
+"""One world of several processes. The only room that reads RANK or imports torch.distributed; it imports no other room.
 
-The only room that reads RANK or imports torch.distributed. It imports no other room.
+launch_env       what the launcher's environment says; needs no torch
+world            bring a world up and down, build the Accelerator
+gradients        how ranks share gradients: DDP's bucket size, one flat buffer, compression
+ddp              wrap a model for training
+collectives      reductions, broadcasts, and raising on all ranks
+store            heartbeats and notes in the launcher's store
+buffers, lazy_dynamo   batch norm's statistics per rank; torch.compile imported when it is needed
 """
