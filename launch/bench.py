@@ -14,7 +14,6 @@ installed is left out with a note.
 """
 
 import argparse
-import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 from shardstep.configs.files import check_output_file
 from shardstep.launch.benchmarks import bench_scaling
 from shardstep.launch.benchmarks.bench_tables import report, whole_number
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import run_script
 
 BENCHMARKS = {
     "loader": "images per second of the loaders, on one core",
@@ -62,4 +61,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    run_script(main)

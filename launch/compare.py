@@ -18,8 +18,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
-from shardstep.launch.cli import FAILED, STOPPED, leave
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import FAILED, STOPPED, run_script
 from shardstep.launch.comparison.planned_runs import Comparison, prepare
 from shardstep.launch.comparison.pool import End, Task, run_tasks, visible_gpus
 from shardstep.launch.comparison.results import read_result
@@ -70,8 +69,7 @@ def _run(comparison: Comparison, args: argparse.Namespace) -> int:
         lock.hold(comparison.folder, lambda text: print(f"warning: {text}", file=sys.stderr))
     except InputError:
         raise InputError(f"another `shardstep compare` is running in {comparison.folder}: wait until it ends") from None
-    running = comparison.running()
-    if running:
+    if running := comparison.running():
         stop = shlex.quote(str(running[0] / STOP_FILE))
         raise InputError(
             f"an earlier command left {count(len(running), 'run')} running: wait for the end, or stop with `touch {stop}`"
@@ -80,14 +78,13 @@ def _run(comparison: Comparison, args: argparse.Namespace) -> int:
     room = len(gpus) or len(os.sched_getaffinity(0))
     if args.parallel > room:
         kind = "GPU" if gpus else "core"
-        warning = f"--parallel {args.parallel} on {count(room, kind)}: several runs share a {kind} and take longer"
-        print(f"warning: {warning}", file=sys.stderr)
+        text = f"--parallel {args.parallel} on {count(room, kind)}: several runs share a {kind} and take longer"
+        print(f"warning: {text}", file=sys.stderr)
     deadline = time.monotonic() + (60 * args.within if args.within else math.inf)
     tried: set[str] = set()  # in this call: a run that could not finish is a row of the table, not retried at once
     end: End = "done"
     progress = _Progress(comparison)
-    probe = comparison.probe_task()
-    if probe:
+    if probe := comparison.probe_task():
         end = run_tasks([probe], args.parallel, gpus, lambda task, code, seconds: None)
         if end == "done":
             comparison.resolve_auto()
@@ -166,4 +163,4 @@ def _submit(comparison: Comparison, args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    leave(run_command(main, sys.argv[1:]))
+    run_script(main)

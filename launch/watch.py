@@ -14,8 +14,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import duration
-from shardstep.launch.cli import FAILED, INTERRUPTED, STOPPED
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import FAILED, INTERRUPTED, STOPPED, run_script
 from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.monitoring.status import describe_line, length
 from shardstep.trainer.monitoring.wandb_tracker import sync_note
@@ -161,4 +160,4 @@ class Watched:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    run_script(main)

@@ -13,9 +13,7 @@ class ComparisonReport:
     """The results of a comparison as text.
 
     Attributes:
-        title, command: what was compared.
         facts: budget, data, hardware and versions, by name.
-        columns, rows: the table.
         tune: the key that was searched; empty without a search.
         search: the rows of the search's table.
         variants: names, and what each changes in the recipe.

@@ -103,8 +103,6 @@ def _columns(target: float | None, tune: str) -> list[str]:
 
 
 def _row(variant: Variant, target: float | None) -> list[str]:
-    rate = "" if variant.rate is None else f"{variant.rate:g}"
-    memory = "" if variant.bytes_per_parameter is None else f"{variant.bytes_per_parameter:.1f}"
     costs = [_cost(run, target) for run in variant.finished]
     return [
         variant.name,
@@ -114,8 +112,8 @@ def _row(variant: Variant, target: float | None) -> list[str]:
         _mean([run.last.epoch for run in variant.finished if run.last], _three_digits),
         _mean([cost["train_s"] if cost else None for cost in costs], _three_digits),
         _mean([cost["step"] if cost else None for cost in costs], lambda value: f"{value:.0f}"),
-        memory,
-        rate,
+        "" if variant.bytes_per_parameter is None else f"{variant.bytes_per_parameter:.1f}",
+        "" if variant.rate is None else f"{variant.rate:g}",
     ]
 
 
@@ -205,21 +203,14 @@ def _complaints(variants: list[Variant]) -> list[str]:
 def _facts(comparison: Comparison, variants: list[Variant]) -> dict[str, str]:
     """Return the facts that the finished runs recorded; where runs differ, all values."""
     finished = [run for variant in variants for run in variant.finished]
-    facts = {
-        "budget": f"{comparison.budget.text} for each run",
-        "seeds": str(comparison.seeds),
-        "recipe": " ".join(comparison.arguments),
-    }
+    facts = {"budget": f"{comparison.budget.text} for each run", "seeds": str(comparison.seeds)}
+    facts["recipe"] = " ".join(comparison.arguments)
+    versions = [run.start.get("versions", {}).items() for run in finished]
     found = {
         "data": [_data(run.data) for run in finished],
         "hardware": [_hardware(run.start.get("hardware", {})) for run in finished],
-        "ranks, device, precision": [
-            f"{run.world['world_size']} x {run.world['device']}, {run.world['precision']}" for run in finished
-        ],
-        "versions": [
-            ", ".join(f"{name} {version}" for name, version in run.start.get("versions", {}).items())
-            for run in finished
-        ],
+        "ranks, device, precision": ["{world_size} x {device}, {precision}".format(**run.world) for run in finished],
+        "versions": [", ".join(f"{name} {version}" for name, version in of) for of in versions],
     }
     return facts | {name: "; ".join(sorted(set(values) - {""})) for name, values in found.items() if any(values)}
 
