@@ -43,9 +43,8 @@ def main(arguments: list[str]) -> int:
         command.add_argument("--repeats", "--runs", type=whole_number, default=7, help="(default: %(default)s)")
         command.add_argument("--json", metavar="PATH", help="write the figures to this file as JSON; - is stdout")
         modules[name].add_options(command)
-    bench_scaling.add_arguments(
-        commands.add_parser("scaling", help="the speedup of more ranks: measured here, and predicted for a cluster")
-    )
+    scaling = commands.add_parser("scaling", help="the speedup of more ranks: measured here, predicted for a cluster")
+    bench_scaling.add_arguments(scaling)
     args, left = parser.parse_known_args(arguments)
     if left and not (hasattr(args, "overrides") and all("=" in text and not text.startswith("-") for text in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")

@@ -28,7 +28,7 @@ from shardstep.trainer.stopping.stop_requests import STOP_FILE
 
 def main(arguments: list[str]) -> int:
     """Compare; return the exit code: 0 even if some variants failed, 85 if interrupted."""
-    args = _parser().parse_intermixed_args(arguments)
+    args = _parse(arguments)
     comparison = prepare(args, f"shardstep compare {shlex.join(arguments)}")
     if args.dry_run:
         for task in [*comparison.search_tasks(), *comparison.seed_tasks()]:
@@ -38,10 +38,9 @@ def main(arguments: list[str]) -> int:
     return _submit(comparison, args) if args.slurm is not None else _run(comparison, args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="shardstep compare", description="Compare variants of a recipe.", allow_abbrev=False
-    )
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    what = "Compare variants of a recipe."
+    parser = argparse.ArgumentParser(prog="shardstep compare", description=what, allow_abbrev=False)
     add = parser.add_argument
     add("recipe", help="a YAML file, or the name of a recipe")
     add("overrides", nargs="*", metavar="section.key=value", help="overrides for all variants")
@@ -58,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="(default: runs/compare-<recipe>)")
     add("--doc", type=Path, metavar="FILE", help="also write the report as Markdown, with its plots beside it")
     add("--dry-run", action="store_true", help="print the commands of the runs, start nothing")
-    return parser
+    return parser.parse_intermixed_args(arguments)
 
 
 def _run(comparison: Comparison, args: argparse.Namespace) -> int:
@@ -83,7 +82,7 @@ def _run(comparison: Comparison, args: argparse.Namespace) -> int:
     deadline = time.monotonic() + (60 * args.within if args.within else math.inf)
     tried: set[str] = set()  # in this call: a run that could not finish is a row of the table, not retried at once
     end: End = "done"
-    progress = _Progress(comparison)
+    progress = _Progress(comparison.folder)
     if probe := comparison.probe_task():
         end = run_tasks([probe], args.parallel, gpus, lambda task, code, seconds: None)
         if end == "done":
@@ -116,9 +115,8 @@ def _run(comparison: Comparison, args: argparse.Namespace) -> int:
 class _Progress:
     """Prints how each run ended."""
 
-    def __init__(self, comparison: Comparison):
-        self._comparison, self._total, self._done = comparison, 0, 0
-        self.longest_s = 0.0
+    def __init__(self, folder: Path):
+        self._folder, self._total, self._done, self.longest_s = folder, 0, 0, 0.0
 
     def begin(self, total: int) -> None:
         """Start counting a batch of runs."""
@@ -127,8 +125,7 @@ class _Progress:
     def ended(self, task: Task, code: int, seconds: float) -> None:
         """Print a line for a run that has ended."""
         self._done, self.longest_s = self._done + 1, max(self.longest_s, seconds)
-        name, run = task.name.split(" ")
-        result = read_result(self._comparison.folder / name / run, task.log)
+        result = read_result(self._folder.joinpath(*task.name.split(" ")), task.log)
         text = result.reason or f"exit code {code}, see {task.log}"
         if result.last and result.last.accuracy is not None:
             loss = "" if result.train_loss is None else f", training loss {result.train_loss:.4f}"

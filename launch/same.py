@@ -11,7 +11,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shardstep.configs.errors import InputError, TrainingFailed
 from shardstep.configs.load import load_recipe
@@ -84,7 +83,10 @@ def compare(reference: Path, other: Path, tolerance: float) -> Gap:
     Loss and gradient norm are compared at each step, each parameter at the end: the 2-norm of the difference relative to the
     2-norm of the reference.
     """
-    one, two = _train_lines(reference), _train_lines(other)
+    one, two = (
+        {line["step"]: line for line in RunDir(folder).metrics() if line["kind"] == "train"}
+        for folder in (reference, other)
+    )
     differs_at, largest = None, {"loss": 0.0, "grad_norm": 0.0}
     for step in sorted(one | two):
         for key in largest:
@@ -137,10 +139,6 @@ def _train(recipe: str, overrides: list[str], ranks: int, place: Path) -> Path:
     return folder
 
 
-def _train_lines(folder: Path) -> dict[int, dict[str, Any]]:
-    return {line["step"]: line for line in RunDir(folder).metrics() if line["kind"] == "train"}
-
-
 def _relative(one: float | None, other: float | None) -> float:
     """Return the difference relative to the first; infinite if one of the two is missing."""
     if one == other:
@@ -152,12 +150,11 @@ def _weight_gap(reference: Path, other: Path) -> float:
     from safetensors.torch import load_file
 
     one, two = (load_file(RunDir(folder).weights_path) for folder in (reference, other))
-    gaps = [0.0]
-    for name, value in one.items():
-        if value.is_floating_point():
-            difference = (two[name].double() - value.double()).norm().item()
-            gaps.append(difference / (value.double().norm().item() or 1.0))
-    return max(gaps)
+    parameters = {name: value.double() for name, value in one.items() if value.is_floating_point()}
+    gaps = [
+        (two[name].double() - value).norm().item() / (value.norm().item() or 1.0) for name, value in parameters.items()
+    ]
+    return max(gaps, default=0.0)
 
 
 def _reasons(folder: Path) -> list[str]:

@@ -81,13 +81,6 @@ def submit_tasks(arguments: list[str], tasks: list[list[str]], command: str) -> 
     return _submit(args, _check(args, tasks), tasks, command)
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _make_parser()
-    args, unknown = parser.parse_known_intermixed_args(arguments)
-    parser.check_unknown(unknown)
-    return args
-
-
 def _submit(args: argparse.Namespace, recipe: Recipe, tasks: list[list[str]], command: str) -> int:
     script = render(_job(args, recipe, len(tasks)), [args.recipe, *args.overrides], tasks, command)
     if args.dry_run:
@@ -106,7 +99,7 @@ def _submit(args: argparse.Namespace, recipe: Recipe, tasks: list[list[str]], co
     return follow(job_id, None if tasks else Path(recipe.run.dir))
 
 
-def _make_parser() -> _Parser:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="shardstep submit", description="Submit a recipe to Slurm.", allow_abbrev=False)
     add, repeated = parser.add_argument, partial(parser.add_argument, action="append", default=[])
     add("recipe", help="a YAML file, or the name of a recipe")
@@ -134,7 +127,9 @@ def _make_parser() -> _Parser:
     add("--stop-before", type=int, default=120, metavar="S", help=before)
     add("--no-requeue", action="store_true", help="do not requeue a stopped job")
     repeated("--sbatch", metavar="OPTION", help="any other sbatch option, without dashes: gres=gpu:2")
-    return parser
+    args, unknown = parser.parse_known_intermixed_args(arguments)
+    parser.check_unknown(unknown)
+    return args
 
 
 def _check(args: argparse.Namespace, points: list[list[str]]) -> Recipe:
@@ -159,16 +154,14 @@ def _check(args: argparse.Namespace, points: list[list[str]]) -> Recipe:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             problems.append(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
     if args.gpus_per_node and args.ranks_per_node > args.gpus_per_node:
-        problems.append(
-            f"--ranks-per-node {args.ranks_per_node} on --gpus-per-node {args.gpus_per_node}: ranks cannot share a GPU"
-        )
+        both = f"--ranks-per-node {args.ranks_per_node} on --gpus-per-node {args.gpus_per_node}"
+        problems.append(f"{both}: ranks cannot share a GPU")
     if args.array and not _ARRAY.fullmatch(args.array):
         problems.append(f"--array {args.array!r} is not of a form such as 0-5, 0,2,4 or 0-5%2")
     for text in args.sbatch:
         if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", text):
             problems.append(f"--sbatch {text!r} is not of the form key or key=value, without leading dashes")
-    words = args.container.split()
-    if any(re.search(r"""["'\\*?\[$`]""", word) for word in words):
+    if re.search(r"""["'\\*?\[$`]""", args.container):
         plain = "must be plain words: put anything that needs quotes into a script"
         problems.append(f"--container {args.container!r} {plain}")
     values = [*args.setup, *args.sbatch, *(getattr(args, name) or "" for name in _PASSED_ON), args.log_folder]
@@ -231,7 +224,6 @@ def _job(args: argparse.Namespace, recipe: Recipe, num_points: int) -> Job:
     if args.mail:
         options["mail-type"] = "END,FAIL,REQUEUE"
     options |= {key: value if equals else None for key, equals, value in (text.partition("=") for text in args.sbatch)}
-    container = args.container.split()
     return Job(
         name=file_name(recipe.run.name),
         nodes=args.nodes,
@@ -244,8 +236,8 @@ def _job(args: argparse.Namespace, recipe: Recipe, num_points: int) -> Job:
         requeue=not args.no_requeue,
         options=options,
         setup=args.setup,
-        container=container,
-        python=args.python or ("python" if container else sys.executable),
+        container=args.container.split(),
+        python=args.python or ("python" if args.container.split() else sys.executable),
         folder=str(Path.cwd()),
         log_folder=args.log_folder,
         array=args.array or f"0-{num_points - 1}",

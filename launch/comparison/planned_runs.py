@@ -38,7 +38,7 @@ _CONVOLUTIONS_DEPEND_ON = (
 
 @dataclass
 class Comparison:
-    """A comparison: what to run, and where.
+    """What to run, and where.
 
     Attributes:
         arguments: of every run: the recipe and the overrides that all variants share.
@@ -351,9 +351,8 @@ def _check_same_comparison(comparison: Comparison) -> None:
         return
     try:
         saved, new = json.loads(path.read_text()), comparison.as_json()
-        differences = [
-            f"{key}: {saved[key]} -> {new[key]}" for key in ("budget", "tune", "trials") if saved[key] != new[key]
-        ]
+        changed = [key for key in ("budget", "tune", "trials") if saved[key] != new[key]]
+        differences = [f"{key}: {saved[key]} -> {new[key]}" for key in changed]
         differences += [
             f"variant {name} differs from its runs there"
             for name, digest in new["digests"].items()

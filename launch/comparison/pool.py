@@ -40,7 +40,7 @@ def run_tasks(
     On Ctrl-C, SIGTERM or the loss of the terminal, ask the running ones to save and wait for them; on the next, kill them.
 
     Args:
-        parallel: number of tasks at once. On CPUs they share the cores equally.
+        parallel: tasks at once. On CPUs they share the cores equally.
         gpus: names for CUDA_VISIBLE_DEVICES, one per process; empty to train on CPU cores.
         ended: called with each task, its exit code (negative: a signal) and its seconds.
         within_s: start no task that would exceed this time, judging by the longest so far.
