@@ -107,8 +107,7 @@ def _run(comparison: Comparison, args: argparse.Namespace) -> int:
     if end == "out of time":
         print(f"--within {args.within:g} minutes are over: the report is of the runs so far; {again}", file=sys.stderr)
     variants = comparison.read_results()
-    for path in write_report(comparison, variants, args.doc):
-        print(f"written: {path}")
+    print(*(f"written: {path}" for path in write_report(comparison, variants, args.doc)), sep="\n")
     return 0 if any(variant.finished for variant in variants) else FAILED
 
 
@@ -143,8 +142,7 @@ def _submit(comparison: Comparison, args: argparse.Namespace) -> int:
     tasks = [*comparison.search_tasks(), *comparison.seed_tasks()]
     variants = comparison.read_results()
     if any(variant.finished for variant in variants) or not tasks:
-        for path in write_report(comparison, variants, args.doc):
-            print(f"written: {path}")
+        print(*(f"written: {path}" for path in write_report(comparison, variants, args.doc)), sep="\n")
     if running:
         print(f"{count(len(running), 'run')} still running: nothing submitted; repeat the command when they have ended")
         return 0

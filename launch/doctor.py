@@ -108,8 +108,7 @@ def _print(report: "DoctorReport") -> None:
     console.print(Text(f"shardstep {report.facts['versions']['shardstep']} doctor on {report.facts['host']}"))
     for label, text in _fact_lines(report):
         line(label, text)
-    console.print()
-    for row in _rank_table(report):
+    for row in ["", *_rank_table(report)]:
         console.print(Text(row), soft_wrap=True)
     for finding in report.findings:
         console.print()
@@ -154,8 +153,8 @@ def _data(facts: dict[str, Any]) -> str:
             f"{facts['data']['mode']}; {train['folder']}, {test['folder']}"
         )
     if "no_data" in facts:
-        source = facts["no_data"]["source"]
-        return f"missing: {', '.join(facts['no_data']['missing'])}{f'; training writes them from {source}' if source else ''}"
+        missing, source = ", ".join(facts["no_data"]["missing"]), facts["no_data"]["source"]
+        return f"missing: {missing}; training writes them from {source}" if source else f"missing: {missing}"
     return ""
 
 
@@ -176,9 +175,9 @@ def _step(step: dict[str, Any]) -> str:
 def _world(report: "DoctorReport") -> str:
     first = report.ranks[0]
     hosts = len({rank.host for rank in report.ranks})
-    size = f"{len(report.ranks)} of {count(first.world_size, 'rank')} on {count(hosts, 'host')}"
     if first.world_size == 1:
         return "1 rank"
+    size = f"{len(report.ranks)} of {count(first.world_size, 'rank')} on {count(hosts, 'host')}"
     way = f" through {first.interface}" if first.interface else ""
     return f"{size}, meeting at {first.launch['MASTER_ADDR']}:{first.launch['MASTER_PORT']}{way}"
 

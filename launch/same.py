@@ -83,10 +83,8 @@ def compare(reference: Path, other: Path, tolerance: float) -> Gap:
     Loss and gradient norm are compared at each step, each parameter at the end: the 2-norm of the difference relative to the
     2-norm of the reference.
     """
-    one, two = (
-        {line["step"]: line for line in RunDir(folder).metrics() if line["kind"] == "train"}
-        for folder in (reference, other)
-    )
+    lines = [[line for line in RunDir(folder).metrics() if line["kind"] == "train"] for folder in (reference, other)]
+    one, two = ({line["step"]: line for line in of} for of in lines)
     differs_at, largest = None, {"loss": 0.0, "grad_norm": 0.0}
     for step in sorted(one | two):
         for key in largest:

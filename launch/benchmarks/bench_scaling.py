@@ -97,11 +97,9 @@ def _check(args: argparse.Namespace) -> list[int]:
         for key, value, known in (("cluster", args.cluster, CLUSTERS), ("workload", args.workload, WORKLOADS))
         if value not in known
     ]
-    problems += [
-        f"--{key} {value} must be at least {least}"
-        for key, value, least in (("repeats", args.repeats, 1), ("steps", args.steps, 1), ("batch", args.batch, 2))
-        if value < least
-    ]
+    least = {"repeats": 1, "steps": 1, "batch": 2}
+    found = {key: getattr(args, key) for key in least}
+    problems += [f"--{key} {found[key]} must be at least {least[key]}" for key in least if found[key] < least[key]]
     parts = args.gpus.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         problems.append(f"--gpus {args.gpus} must be whole numbers from 1, separated by commas, such as 8,64,512")
@@ -260,10 +258,8 @@ def _print_measured(args: argparse.Namespace, found: dict[str, Any]) -> None:
         f"  {_TWO} / {_ONE}: median of the paired ratios {ratio['median']:.3f}, {ratio['min']:.3f} to {ratio['max']:.3f} "
         f"(target {_TARGET})\n"
     )
-    print("parts of a step on two ranks")
-    print(
-        f"  compute      {1e3 * parts['compute_s_per_image']:.3f} ms per image, on one thread beside the other rank's"
-    )
+    compute = f"{1e3 * parts['compute_s_per_image']:.3f} ms per image"
+    print(f"parts of a step on two ranks\n  compute      {compute}, on one thread beside the other rank's")
     print(f"  gradients    {parts['gradient_bytes']:,.0f} bytes")
     print(f"  all-reduce   {1e6 * parts['latency_s']:,.0f} us per message, {parts['bytes_per_s'] / 1e9:.2f} GB/s")
     for size, seconds in parts["all_reduce_s"].items():

@@ -41,7 +41,6 @@ class Workload:
     """The work of a step.
 
     Attributes:
-        global_batch_size: images of a step over all ranks.
         gradient_bytes: size of each rank's gradients on the wire.
         image_s: compute seconds of a rank per image: forward, backward, and all else that scales with images.
         fixed_s: seconds of a step that do not depend on the number of images: the optimizer.
@@ -88,9 +87,7 @@ _BACKWARD_SHARE = 2 / 3  # of forward and backward: two matrix products for each
 
 
 def predict(workload: Workload, cluster: Cluster, ranks: int) -> Prediction:
-    """Predict the step of a workload on a number of ranks.
-
-    The global batch is kept and split among ranks: the same mathematics on any number of ranks.
+    """Predict the step on a number of ranks; the global batch is kept and split among them: the same mathematics.
 
     Raises:
         ValueError: there are more ranks than images in a batch.

@@ -16,7 +16,7 @@ class ComparisonReport:
         facts: budget, data, hardware and versions, by name.
         tune: the key that was searched; empty without a search.
         search: the rows of the search's table.
-        variants: names, and what each changes in the recipe.
+        variants: names, and what each changes.
         words: sentences on which differences are real.
         notes: how to read the table, and which runs did not finish.
         plots: captions by name.
