@@ -14,7 +14,6 @@ installed is left out with a note.
 """
 
 import argparse
-import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 from shardstep.configs.files import check_output_file
 from shardstep.launch.benchmarks import bench_scaling
 from shardstep.launch.benchmarks.bench_tables import report, whole_number
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import run_script
 
 BENCHMARKS = {
     "loader": "images per second of the loaders, on one core",
@@ -44,9 +43,8 @@ def main(arguments: list[str]) -> int:
         command.add_argument("--repeats", "--runs", type=whole_number, default=7, help="(default: %(default)s)")
         command.add_argument("--json", metavar="PATH", help="write the figures to this file as JSON; - is stdout")
         modules[name].add_options(command)
-    bench_scaling.add_arguments(
-        commands.add_parser("scaling", help="the speedup of more ranks: measured here, and predicted for a cluster")
-    )
+    scaling = commands.add_parser("scaling", help="the speedup of more ranks: measured here, predicted for a cluster")
+    bench_scaling.add_arguments(scaling)
     args, left = parser.parse_known_args(arguments)
     if left and not (hasattr(args, "overrides") and all("=" in text and not text.startswith("-") for text in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
@@ -62,4 +60,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    run_script(main)

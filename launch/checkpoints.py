@@ -7,13 +7,12 @@
 """
 
 import argparse
-import sys
 from datetime import datetime
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import run_script
 from shardstep.trainer.checkpoints.checkpoint_files import problems_of, read_manifest
 from shardstep.trainer.run_dir import RunDir
 
@@ -54,4 +53,4 @@ def _figures(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    run_script(main)

@@ -61,6 +61,14 @@ def main() -> int:
     return code
 
 
+def run_script(command: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command with the arguments of this process, and end the process."""
+    code = run(command, sys.argv[1:])
+    if "torch" in sys.modules:
+        leave(code)
+    sys.exit(code)
+
+
 def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command; errors that the user can fix become a message and an exit code, others keep their traceback."""
     try:
@@ -83,7 +91,9 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
             reason = (str(error) or "out of memory").splitlines()[0]
             _print_error(f"failed: {prefix}{reason}\n{_LESS_MEMORY}", everywhere=False)
             return FAILED
-        if not _lost_rank(error):
+        from shardstep.trainer.distributed.collectives import is_lost_rank
+
+        if not is_lost_rank(error):
             raise
         time.sleep(_HEAD_START_S)
         _print_error(f"failed: rank {launch_env.rank()} ends because another rank has ended", everywhere=False)
@@ -135,12 +145,6 @@ def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     )
-
-
-def _lost_rank(error: Exception) -> bool:
-    from shardstep.trainer.distributed.collectives import is_lost_rank
-
-    return is_lost_rank(error)
 
 
 def _print_error(message: str, everywhere: bool = True) -> None:

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
-from shardstep.launch.cli import FAILED, STOPPED, leave
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import FAILED, STOPPED, run_script
 from shardstep.launch.comparison.planned_runs import Comparison, prepare
 from shardstep.launch.comparison.pool import End, Task, run_tasks, visible_gpus
 from shardstep.launch.comparison.results import read_result
@@ -29,7 +28,7 @@ from shardstep.trainer.stopping.stop_requests import STOP_FILE
 
 def main(arguments: list[str]) -> int:
     """Compare; return the exit code: 0 even if some variants failed, 85 if interrupted."""
-    args = _parser().parse_intermixed_args(arguments)
+    args = _parse(arguments)
     comparison = prepare(args, f"shardstep compare {shlex.join(arguments)}")
     if args.dry_run:
         for task in [*comparison.search_tasks(), *comparison.seed_tasks()]:
@@ -39,10 +38,9 @@ def main(arguments: list[str]) -> int:
     return _submit(comparison, args) if args.slurm is not None else _run(comparison, args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="shardstep compare", description="Compare variants of a recipe.", allow_abbrev=False
-    )
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    what = "Compare variants of a recipe."
+    parser = argparse.ArgumentParser(prog="shardstep compare", description=what, allow_abbrev=False)
     add = parser.add_argument
     add("recipe", help="a YAML file, or the name of a recipe")
     add("overrides", nargs="*", metavar="section.key=value", help="overrides for all variants")
@@ -59,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="(default: runs/compare-<recipe>)")
     add("--doc", type=Path, metavar="FILE", help="also write the report as Markdown, with its plots beside it")
     add("--dry-run", action="store_true", help="print the commands of the runs, start nothing")
-    return parser
+    return parser.parse_intermixed_args(arguments)
 
 
 def _run(comparison: Comparison, args: argparse.Namespace) -> int:
@@ -70,8 +68,7 @@ def _run(comparison: Comparison, args: argparse.Namespace) -> int:
         lock.hold(comparison.folder, lambda text: print(f"warning: {text}", file=sys.stderr))
     except InputError:
         raise InputError(f"another `shardstep compare` is running in {comparison.folder}: wait until it ends") from None
-    running = comparison.running()
-    if running:
+    if running := comparison.running():
         stop = shlex.quote(str(running[0] / STOP_FILE))
         raise InputError(
             f"an earlier command left {count(len(running), 'run')} running: wait for the end, or stop with `touch {stop}`"
@@ -80,14 +77,13 @@ def _run(comparison: Comparison, args: argparse.Namespace) -> int:
     room = len(gpus) or len(os.sched_getaffinity(0))
     if args.parallel > room:
         kind = "GPU" if gpus else "core"
-        warning = f"--parallel {args.parallel} on {count(room, kind)}: several runs share a {kind} and take longer"
-        print(f"warning: {warning}", file=sys.stderr)
+        text = f"--parallel {args.parallel} on {count(room, kind)}: several runs share a {kind} and take longer"
+        print(f"warning: {text}", file=sys.stderr)
     deadline = time.monotonic() + (60 * args.within if args.within else math.inf)
     tried: set[str] = set()  # in this call: a run that could not finish is a row of the table, not retried at once
     end: End = "done"
-    progress = _Progress(comparison)
-    probe = comparison.probe_task()
-    if probe:
+    progress = _Progress(comparison.folder)
+    if probe := comparison.probe_task():
         end = run_tasks([probe], args.parallel, gpus, lambda task, code, seconds: None)
         if end == "done":
             comparison.resolve_auto()
@@ -111,17 +107,15 @@ def _run(comparison: Comparison, args: argparse.Namespace) -> int:
     if end == "out of time":
         print(f"--within {args.within:g} minutes are over: the report is of the runs so far; {again}", file=sys.stderr)
     variants = comparison.read_results()
-    for path in write_report(comparison, variants, args.doc):
-        print(f"written: {path}")
+    print(*(f"written: {path}" for path in write_report(comparison, variants, args.doc)), sep="\n")
     return 0 if any(variant.finished for variant in variants) else FAILED
 
 
 class _Progress:
     """Prints how each run ended."""
 
-    def __init__(self, comparison: Comparison):
-        self._comparison, self._total, self._done = comparison, 0, 0
-        self.longest_s = 0.0
+    def __init__(self, folder: Path):
+        self._folder, self._total, self._done, self.longest_s = folder, 0, 0, 0.0
 
     def begin(self, total: int) -> None:
         """Start counting a batch of runs."""
@@ -130,8 +124,7 @@ class _Progress:
     def ended(self, task: Task, code: int, seconds: float) -> None:
         """Print a line for a run that has ended."""
         self._done, self.longest_s = self._done + 1, max(self.longest_s, seconds)
-        name, run = task.name.split(" ")
-        result = read_result(self._comparison.folder / name / run, task.log)
+        result = read_result(self._folder.joinpath(*task.name.split(" ")), task.log)
         text = result.reason or f"exit code {code}, see {task.log}"
         if result.last and result.last.accuracy is not None:
             loss = "" if result.train_loss is None else f", training loss {result.train_loss:.4f}"
@@ -149,8 +142,7 @@ def _submit(comparison: Comparison, args: argparse.Namespace) -> int:
     tasks = [*comparison.search_tasks(), *comparison.seed_tasks()]
     variants = comparison.read_results()
     if any(variant.finished for variant in variants) or not tasks:
-        for path in write_report(comparison, variants, args.doc):
-            print(f"written: {path}")
+        print(*(f"written: {path}" for path in write_report(comparison, variants, args.doc)), sep="\n")
     if running:
         print(f"{count(len(running), 'run')} still running: nothing submitted; repeat the command when they have ended")
         return 0
@@ -166,4 +158,4 @@ def _submit(comparison: Comparison, args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    leave(run_command(main, sys.argv[1:]))
+    run_script(main)

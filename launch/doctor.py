@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, is_override, load_recipe, recipe_names
 from shardstep.configs.text import count, table
-from shardstep.launch.cli import FAILED, leave
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import FAILED, run_script
 from shardstep.trainer.distributed import launch_env
 
 if TYPE_CHECKING:
@@ -41,9 +40,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for `shardstep train`")
     parser.add_argument("--json", action="store_true", help="print one JSON object: facts, ranks, findings")
-    parser.add_argument(
-        "--timeout", type=_seconds, default=60.0, metavar="S", help="seconds that each wait may take (default: 60)"
-    )
+    longest = "seconds that each wait may take (default: 60)"
+    parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help=longest)
     args = parser.parse_intermixed_args(arguments)
     if args.recipe and is_override(args.recipe):
         args.overrides.insert(0, args.recipe)
@@ -84,16 +82,14 @@ def _as_json(report: "DoctorReport") -> str:
     """Return the report as one object; a rank's entry includes its speed."""
     ranks = [dataclasses.asdict(rank) for rank in report.ranks]
     for row in ranks:
-        row |= dataclasses.asdict(report.speeds[row["rank"]]) if row["rank"] in report.speeds else {}
         del row["findings"]
+        if row["rank"] in report.speeds:
+            row |= dataclasses.asdict(report.speeds[row["rank"]])
     findings = [
         {"severity": finding.severity, "check": finding.check, "what": finding.what, "cure": finding.remedy}
         for finding in report.findings
     ]
     return json.dumps({"errors": report.errors, "facts": report.facts, "ranks": ranks, "findings": findings})
-
-
-# --- as text ----------------------------------------------------------------------------------------------------------
 
 
 def _print(report: "DoctorReport") -> None:
@@ -112,8 +108,7 @@ def _print(report: "DoctorReport") -> None:
     console.print(Text(f"shardstep {report.facts['versions']['shardstep']} doctor on {report.facts['host']}"))
     for label, text in _fact_lines(report):
         line(label, text)
-    console.print()
-    for row in _rank_table(report):
+    for row in ["", *_rank_table(report)]:
         console.print(Text(row), soft_wrap=True)
     for finding in report.findings:
         console.print()
@@ -121,13 +116,10 @@ def _print(report: "DoctorReport") -> None:
         line(finding.severity, f"{finding.check}: {finding.what}", style)
         line("fix", finding.remedy)
     console.print()
-    console.print(Text(_verdict(report), "bold red" if report.errors else "bold green"))
-
-
-def _verdict(report: "DoctorReport") -> str:
     warnings = len(report.findings) - report.errors
     also = f"; {count(warnings, 'warning')}" if warnings else ""
-    return f"{count(report.errors, 'error') if report.errors else 'nothing'} would break a run{also}"
+    verdict = f"{count(report.errors, 'error') if report.errors else 'nothing'} would break a run{also}"
+    console.print(Text(verdict, "bold red" if report.errors else "bold green"))
 
 
 def _fact_lines(report: "DoctorReport") -> list[tuple[str, str]]:
@@ -161,8 +153,8 @@ def _data(facts: dict[str, Any]) -> str:
             f"{facts['data']['mode']}; {train['folder']}, {test['folder']}"
         )
     if "no_data" in facts:
-        source = facts["no_data"]["source"]
-        return f"missing: {', '.join(facts['no_data']['missing'])}{f'; training writes them from {source}' if source else ''}"
+        missing, source = ", ".join(facts["no_data"]["missing"]), facts["no_data"]["source"]
+        return f"missing: {missing}; training writes them from {source}" if source else f"missing: {missing}"
     return ""
 
 
@@ -183,9 +175,9 @@ def _step(step: dict[str, Any]) -> str:
 def _world(report: "DoctorReport") -> str:
     first = report.ranks[0]
     hosts = len({rank.host for rank in report.ranks})
-    size = f"{len(report.ranks)} of {count(first.world_size, 'rank')} on {count(hosts, 'host')}"
     if first.world_size == 1:
         return "1 rank"
+    size = f"{len(report.ranks)} of {count(first.world_size, 'rank')} on {count(hosts, 'host')}"
     way = f" through {first.interface}" if first.interface else ""
     return f"{size}, meeting at {first.launch['MASTER_ADDR']}:{first.launch['MASTER_PORT']}{way}"
 
@@ -216,4 +208,4 @@ def _size(num_bytes: float) -> str:
 
 
 if __name__ == "__main__":
-    leave(run_command(main, sys.argv[1:]))
+    run_script(main)

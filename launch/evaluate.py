@@ -10,11 +10,9 @@ loss, accuracy, top5, samples, world_size; a loss that is NaN or infinite is nul
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
-from shardstep.launch.cli import leave
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import run_script
 
 
 def main(arguments: list[str]) -> int:
@@ -27,13 +25,7 @@ def main(arguments: list[str]) -> int:
 
     from shardstep.configs.resolve import with_keys
     from shardstep.trainer import data
-    from shardstep.trainer.analysis.trained_model import (
-        find_device,
-        find_weights,
-        open_trained_model,
-        read_recipe,
-        unfinished_note,
-    )
+    from shardstep.trainer.analysis import trained_model
     from shardstep.trainer.distributed import launch_env
     from shardstep.trainer.distributed.collectives import raise_on_all_ranks
     from shardstep.trainer.distributed.ddp import wrap_for_evaluation
@@ -41,14 +33,15 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.evaluation import evaluate
     from shardstep.trainer.precision import MEMORY_FORMATS
 
-    weights, run_dir = find_weights(args.run)
-    note = unfinished_note(args.run, weights)
+    weights, run_dir = trained_model.find_weights(args.run)
+    note = trained_model.unfinished_note(args.run, weights)
     if note and launch_env.is_first_rank():
         print(note)
-    find_device(args.device)
-    world = start_world(with_keys(read_recipe(run_dir), train={"device": args.device, "world_size": None}).train)
+    trained_model.find_device(args.device)
+    recipe = with_keys(trained_model.read_recipe(run_dir), train={"device": args.device, "world_size": None})
+    world = start_world(recipe.train)
     with raise_on_all_ranks(world):
-        trained = open_trained_model(args.run, world.device)
+        trained = trained_model.open_trained_model(args.run, world.device)
         test, reader = trained.open_test_set(args.data)
     recipe = trained.recipe
     accelerator = build_accelerator(recipe.train.precision)
@@ -59,20 +52,12 @@ def main(arguments: list[str]) -> int:
     result = evaluate(accelerator, model, batches, trained.objective, samples, num_classes, recipe.eval)
     assert result is not None  # no stop can be requested
     if accelerator.is_main_process:
-        print(
-            json.dumps(
-                {
-                    "loss": result.loss if math.isfinite(result.loss) else None,
-                    "accuracy": result.accuracy,
-                    "top5": result.top5,
-                    "samples": result.samples,
-                    "world_size": accelerator.num_processes,
-                }
-            )
-        )
+        found = {"loss": result.loss if math.isfinite(result.loss) else None, "accuracy": result.accuracy}
+        found |= {"top5": result.top5, "samples": result.samples, "world_size": accelerator.num_processes}
+        print(json.dumps(found))
     leave_world(accelerator)
     return 0
 
 
 if __name__ == "__main__":
-    leave(run_command(main, sys.argv[1:]))
+    run_script(main)

@@ -14,8 +14,7 @@ from pathlib import Path
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file
 from shardstep.configs.text import count
-from shardstep.launch.cli import FAILED, leave
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import FAILED, run_script
 
 
 def main(arguments: list[str]) -> int:
@@ -45,9 +44,8 @@ def main(arguments: list[str]) -> int:
         test, reader = trained.open_test_set(args.data)
     except InputError as error:
         remedy = "another --data" if args.data else "--data"
-        raise InputError(
-            f"there are no images to compare the exported model on, so it is not written: {error}. Give {remedy}"
-        ) from None
+        missing = "there are no images to compare the exported model on, so it is not written"
+        raise InputError(f"{missing}: {error}. Give {remedy}") from None
     try:
         found = export(trained, args.format, out, reader, test.manifest.samples)
     except ExportFailed as error:
@@ -62,4 +60,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(run_command(main, sys.argv[1:]))
+    run_script(main)

@@ -7,7 +7,6 @@ import argparse
 import ast
 import dataclasses
 import inspect
-import sys
 import textwrap
 import types
 import typing
@@ -19,8 +18,7 @@ import yaml
 from shardstep.configs import schema
 from shardstep.configs.components import hint_of, neighbours, options_of
 from shardstep.configs.errors import InputError
-from shardstep.launch.cli import page_width
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import page_width, run_script
 
 _SECTIONS = {section.name: section for section in dataclasses.fields(schema.Recipe)}
 _AUGMENT = "augment"  # not a section, but the entries of data.augment have names and options like one
@@ -33,13 +31,11 @@ def main(arguments: list[str]) -> int:
         description="Explain the keys of a recipe: type, default and meaning.",
         epilog="Set a key in a YAML file, or as section.key=value on the command line.",
     )
-    parser.add_argument(
-        "section", nargs="?", help=f"one of {', '.join(_SECTIONS)}, or {_AUGMENT} (what data.augment can name)"
-    )
+    sections = f"one of {', '.join(_SECTIONS)}, or {_AUGMENT} (what data.augment can name)"
+    parser.add_argument("section", nargs="?", help=sections)
     section = parser.parse_args(arguments).section
-    known = [*_SECTIONS, _AUGMENT]
-    if section is not None and section not in known:
-        raise InputError(f"no section {section!r}; {neighbours(section, known)}")
+    if section not in (None, _AUGMENT, *_SECTIONS):
+        raise InputError(f"no section {section!r}; {neighbours(section, [*_SECTIONS, _AUGMENT])}")
     for name in [section] if section else _SECTIONS:
         if name in _SECTIONS and name not in schema.OPEN_SECTIONS:
             _print_section(name)
@@ -53,12 +49,10 @@ def _print_section(name: str) -> None:
     print(f"{name}: {section.__doc__}\n")
     types_of, meanings = typing.get_type_hints(section), field_docs(section)
     for key in dataclasses.fields(section):
-        factory = key.default_factory
-        default = key.default if factory is dataclasses.MISSING else factory()
+        default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
         print(f"  {name}.{key.name}: {type_text(types_of[key.name])} = {yaml_text(default)}")
-        _print_wrapped(
-            meanings[key.name] + (" `shardstep keys augment` lists them." if key.name == _AUGMENT else ""), 6
-        )
+        listed = " `shardstep keys augment` lists them." if key.name == _AUGMENT else ""
+        _print_wrapped(meanings[key.name] + listed, 6)
     print()
 
 
@@ -75,8 +69,8 @@ def _print_open_section(name: str, with_choices: bool) -> None:
     functions, common = _choices(name)
     for choice, function in functions.items():
         print(f"\n  {choice}")
-        if inspect.getdoc(function):
-            _print_wrapped(" ".join(inspect.getdoc(function).split("\n\n")[0].split()), 6)  # type: ignore[union-attr]
+        if text := inspect.getdoc(function):
+            _print_wrapped(" ".join(text.split("\n\n")[0].split()), 6)
         _print_options({key: (hint_of(function, key), default) for key, default in options_of(function).items()})
     if common:
         print("\n  with any name")
@@ -133,9 +127,7 @@ def type_text(hint: Any) -> str:
 
 def yaml_text(value: Any) -> str:
     """Return a value as one writes it in a recipe."""
-    if isinstance(value, tuple):
-        value = list(value)
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -150,4 +142,4 @@ def _print_wrapped(text: str, indent: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    run_script(main)

@@ -15,8 +15,7 @@ from pathlib import Path
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file
 from shardstep.configs.text import count
-from shardstep.launch.cli import leave
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import run_script
 
 _MOST_IN_GRID = 96
 _NAME_WIDTH = 48  # of a table's column; a longer name makes its own line longer
@@ -29,9 +28,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images, or folders of them")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="classes to print per image (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of the table")
-    parser.add_argument(
-        "--grid", type=Path, metavar="PICTURE", help="draw the images with their predictions, such as a.png"
-    )
+    parser.add_argument("--grid", type=Path, metavar="PICTURE", help="draw images with predictions, such as a.png")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     args = parser.parse_args(arguments)
     if args.top < 1:
@@ -56,8 +53,6 @@ def main(arguments: list[str]) -> int:
         raise InputError(
             f"{args.run} reconstructs images: it has no classes to predict. `shardstep report` shows its reconstructions"
         )
-    classes = trained.manifest.classes
-
     left_out = 0
 
     def leave_out(path: Path, reason: str) -> None:
@@ -75,11 +70,13 @@ def main(arguments: list[str]) -> int:
     predicted, drawn, captions = 0, list[np.ndarray](), list[str]()
     for found in predict_files(trained, files, args.top, leave_out):
         predicted += 1
-        top = [(classes[label], share) for label, share in found.top]
+        top = [(trained.manifest.classes[label], share) for label, share in found.top]
         if math.isnan(top[0][1]):
             raise InputError(f"{args.run}: its outputs are NaN or infinite, as those of a run that has diverged")
         if args.json:
-            print(json.dumps(_object(found.path, top)), flush=True)
+            shown = [{"class": name, "probability": share} for name, share in top]
+            best = {"prediction": top[0][0], "confidence": top[0][1]}
+            print(json.dumps({"file": str(found.path), **best, "top": shown}), flush=True)
         else:
             columns = (f"{name} {100 * share:.1f} %" for name, share in top)
             print(f"{_printable(found.path):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}")
@@ -90,21 +87,9 @@ def main(arguments: list[str]) -> int:
         raise InputError(f"nothing could be predicted: {left_out} of {left_out} could not be read")
     if args.grid:
         draw_grid(drawn, captions, args.grid)
-        images = count(predicted, "image")
-        print(
-            f"{args.grid}: {images if len(drawn) == predicted else f'the first {len(drawn)} of {images}'}",
-            file=sys.stderr,
-        )
+        first = "" if len(drawn) == predicted else f"the first {len(drawn)} of "
+        print(f"{args.grid}: {first}{count(predicted, 'image')}", file=sys.stderr)
     return 0
-
-
-def _object(path: Path, top: list[tuple[str, float]]) -> dict[str, object]:
-    return {
-        "file": str(path),
-        "prediction": top[0][0],
-        "confidence": top[0][1],
-        "top": [{"class": name, "probability": share} for name, share in top],
-    }
 
 
 def _printable(path: Path) -> str:
@@ -114,4 +99,4 @@ def _printable(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    leave(run_command(main, sys.argv[1:]))
+    run_script(main)

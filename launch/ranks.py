@@ -19,11 +19,7 @@ _POLL_S = 0.1
 
 
 def start_ranks(count: int, command: list[str]) -> int:
-    """Run a command once per rank, pass signals on to all of them, and wait for the last to end.
-
-    Args:
-        count: number of ranks.
-        command: with its arguments; each process finds its rank in its environment.
+    """Run a command once for each of `count` ranks, pass signals on to all of them, and wait for the last to end.
 
     Returns:
         0 if every rank returned 0, else the exit code of the first that did not; 1 if a signal killed it.

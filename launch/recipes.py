@@ -4,14 +4,13 @@ shardstep recipes
 """
 
 import argparse
+import itertools
 import re
-import sys
 import textwrap
 from pathlib import Path
 
 from shardstep.configs.load import find_recipe, recipe_names
-from shardstep.launch.cli import page_width
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import page_width, run_script
 
 
 def main(arguments: list[str]) -> int:
@@ -37,17 +36,13 @@ def read_head(path: Path) -> tuple[str, str]:
     A head is a paragraph on what the recipe is, one with its command, and one that begins with "HARDWARE, VERSIONS: RESULT."
     or "Not yet run". The first sentences count.
     """
-    comments = []
-    for line in path.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        comments.append(line.removeprefix("#").removeprefix(" "))
-    what, _, *rest = "\n".join(comments).split("\n\n")
+    head = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    what, _, *rest = "\n".join(line[1:].removeprefix(" ") for line in head).split("\n\n")
     measured = _first_sentence(rest[0])
-    hardware, _, result = measured.partition(": ")
-    return _first_sentence(what), measured if measured.startswith(
-        "Not yet run"
-    ) else f"measured: {result}; on {hardware}"
+    if not measured.startswith("Not yet run"):
+        hardware, _, result = measured.partition(": ")
+        measured = f"measured: {result}; on {hardware}"
+    return _first_sentence(what), measured
 
 
 def _first_sentence(text: str) -> str:
@@ -55,4 +50,4 @@ def _first_sentence(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    run_script(main)

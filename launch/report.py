@@ -7,24 +7,20 @@ the run's folder. Running, stopped and failed runs have a page too; it says what
 """
 
 import argparse
-import sys
 from datetime import datetime
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file, write_atomically
 from shardstep.configs.text import count
-from shardstep.launch.cli import leave
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import run_script
 
 
 def main(arguments: list[str]) -> int:
     """Make the page; return the exit code."""
     parser = argparse.ArgumentParser(prog="shardstep report", description="Make one HTML page of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument(
-        "--out", type=Path, help="the page (default: report.html, in the run's folder if there is only one)"
-    )
+    parser.add_argument("--out", type=Path, help="the page (default: report.html, in the folder of a single run)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     args = parser.parse_args(arguments)
     out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
@@ -40,10 +36,9 @@ def main(arguments: list[str]) -> int:
     first_named: dict[Path, Path] = {}
     for folder in args.runs:
         first = first_named.setdefault(folder.resolve(), folder)
-        if first is not folder:
-            problems.append(f"{first} and {folder} are the same folder: give each run once")
-            continue
         try:
+            if first is not folder:
+                raise InputError(f"{first} and {folder} are the same folder: give each run once")
             records.append(read_record(folder))
         except InputError as error:
             problems.append(str(error))
@@ -61,4 +56,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(run_command(main, sys.argv[1:]))
+    run_script(main)

@@ -11,14 +11,12 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shardstep.configs.errors import InputError, TrainingFailed
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import Recipe
 from shardstep.configs.text import count, table
-from shardstep.launch.cli import BAD_INPUT, FAILED, leave
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import BAD_INPUT, FAILED, run_script
 from shardstep.launch.comparison.results import last_complaint
 from shardstep.launch.ranks import TRAIN_SCRIPT
 from shardstep.trainer.distributed import launch_env
@@ -42,7 +40,16 @@ class Gap:
 
 def main(arguments: list[str]) -> int:
     """Train on each number of ranks and compare; return the exit code."""
-    args = _parser().parse_intermixed_args(arguments)
+    parser = argparse.ArgumentParser(
+        prog="shardstep same", description="Check that a recipe trains the same on any number of ranks."
+    )
+    add = parser.add_argument
+    add("recipe", help="a YAML file, or the name of a recipe")
+    add("overrides", nargs="*", metavar="section.key=value", help="such as model.dropout=0")
+    add("--ranks", default="1,2", metavar="N,N,...", help="compare the first with all others (default: %(default)s)")
+    add("--steps", type=int, default=25, help="optimizer steps to train (default: %(default)s)")
+    add("--tolerance", type=float, default=1e-5, help="largest relative difference (default: %(default)s)")
+    args = parser.parse_intermixed_args(arguments)
     worlds = _check(args)
     recipe = load_recipe(args.recipe, args.overrides)
     if recipe.problems:
@@ -64,10 +71,9 @@ def main(arguments: list[str]) -> int:
     if not apart:
         print(f"the same on {', '.join(map(str, worlds))} ranks, to {args.tolerance:g}")
         return 0
-    for text in [
-        f"not the same: {count(ranks, 'rank')} differ by more than {args.tolerance:g}" for ranks in apart
-    ] + reasons:
-        print(text)
+    for ranks in apart:
+        print(f"not the same: {count(ranks, 'rank')} differ by more than {args.tolerance:g}")
+    print(*reasons, sep="\n", end="\n" if reasons else "")
     return FAILED
 
 
@@ -77,7 +83,8 @@ def compare(reference: Path, other: Path, tolerance: float) -> Gap:
     Loss and gradient norm are compared at each step, each parameter at the end: the 2-norm of the difference relative to the
     2-norm of the reference.
     """
-    one, two = _train_lines(reference), _train_lines(other)
+    lines = [[line for line in RunDir(folder).metrics() if line["kind"] == "train"] for folder in (reference, other)]
+    one, two = ({line["step"]: line for line in of} for of in lines)
     differs_at, largest = None, {"loss": 0.0, "grad_norm": 0.0}
     for step in sorted(one | two):
         for key in largest:
@@ -86,19 +93,6 @@ def compare(reference: Path, other: Path, tolerance: float) -> Gap:
             if gap > tolerance and differs_at is None:
                 differs_at = step
     return Gap(largest["loss"], largest["grad_norm"], _weight_gap(reference, other), differs_at)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="shardstep same", description="Check that a recipe trains the same on any number of ranks."
-    )
-    add = parser.add_argument
-    add("recipe", help="a YAML file, or the name of a recipe")
-    add("overrides", nargs="*", metavar="section.key=value", help="such as model.dropout=0")
-    add("--ranks", default="1,2", metavar="N,N,...", help="compare the first with all others (default: %(default)s)")
-    add("--steps", type=int, default=25, help="optimizer steps to train (default: %(default)s)")
-    add("--tolerance", type=float, default=1e-5, help="largest relative difference (default: %(default)s)")
-    return parser
 
 
 def _check(args: argparse.Namespace) -> list[int]:
@@ -120,25 +114,17 @@ def _check(args: argparse.Namespace) -> list[int]:
 
 def _overrides(recipe: Recipe, steps: int) -> list[str]:
     """Return overrides for short runs that can be compared: `auto`, which each run would measure again, is fixed."""
-    fixed = [
-        f"train.{key}={value}"
-        for key, value in (("precision", "fp32"), ("memory_format", "contiguous"))
-        if getattr(recipe.train, key) == "auto"
-    ]
-    rare = [f"{key}.every={steps} steps" for key in ("eval", "checkpoint")]
+    choices = {"precision": "fp32", "memory_format": "contiguous"}
     return [
-        *fixed, *rare, f"train.duration={steps} steps", "train.world_size=null", "train.max_wall_s=null",
-        "log.every=1 steps", "log.grad_norm=true", "log.wandb=disabled",
+        *(f"train.{key}={value}" for key, value in choices.items() if getattr(recipe.train, key) == "auto"),
+        f"eval.every={steps} steps", f"checkpoint.every={steps} steps", f"train.duration={steps} steps",
+        "train.world_size=null", "train.max_wall_s=null", "log.every=1 steps", "log.grad_norm=true",
+        "log.wandb=disabled",
     ]  # fmt: skip
 
 
 def _train(recipe: str, overrides: list[str], ranks: int, place: Path) -> Path:
-    """Train on a number of ranks and return the run's folder.
-
-    Raises:
-        InputError: the recipe is refused.
-        TrainingFailed: the run failed.
-    """
+    """Train on a number of ranks and return the run's folder."""
     folder, log = place / str(ranks), place / f"{ranks}.log"
     command = [sys.executable, str(TRAIN_SCRIPT), recipe, *overrides, f"run.dir={folder}"]
     print(f"training on {count(ranks, 'rank')} ...", flush=True)
@@ -151,29 +137,22 @@ def _train(recipe: str, overrides: list[str], ranks: int, place: Path) -> Path:
     return folder
 
 
-def _train_lines(folder: Path) -> dict[int, dict[str, Any]]:
-    return {line["step"]: line for line in RunDir(folder).metrics() if line["kind"] == "train"}
-
-
 def _relative(one: float | None, other: float | None) -> float:
     """Return the difference relative to the first; infinite if one of the two is missing."""
-    if one is None or other is None:
-        return 0.0 if one is other else float("inf")
     if one == other:
         return 0.0
-    return abs(other - one) / abs(one) if one else float("inf")
+    return abs(other - one) / abs(one) if one and other is not None else float("inf")
 
 
 def _weight_gap(reference: Path, other: Path) -> float:
     from safetensors.torch import load_file
 
     one, two = (load_file(RunDir(folder).weights_path) for folder in (reference, other))
-    gaps = [0.0]
-    for name, value in one.items():
-        if value.is_floating_point():
-            difference = (two[name].double() - value.double()).norm().item()
-            gaps.append(difference / (value.double().norm().item() or 1.0))
-    return max(gaps)
+    parameters = {name: value.double() for name, value in one.items() if value.is_floating_point()}
+    gaps = [
+        (two[name].double() - value).norm().item() / (value.norm().item() or 1.0) for name, value in parameters.items()
+    ]
+    return max(gaps, default=0.0)
 
 
 def _reasons(folder: Path) -> list[str]:
@@ -197,11 +176,10 @@ def _reasons(folder: Path) -> list[str]:
         zero = " ".join(f"model.{key}=0" for key in dropped)
         reasons.append(f"each rank draws a different dropout mask: turn it off with {zero}")
     if recipe.train.precision != "fp32":
-        reasons.append(
-            f"{recipe.train.precision} rounds coarsely: with train.precision=fp32 only the order of sums differs"
-        )
+        sums = "with train.precision=fp32 only the order of sums differs"
+        reasons.append(f"{recipe.train.precision} rounds coarsely: {sums}")
     return reasons
 
 
 if __name__ == "__main__":
-    leave(run_command(main, sys.argv[1:]))
+    run_script(main)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, get_args
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import run_script
 
 if TYPE_CHECKING:
     from shardstep.datasets.manifest import Manifest
@@ -32,56 +32,34 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="shardstep shards", description="Write, check and inspect data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
-    write = commands.add_parser("write", help="write shards from a source of images")
-    write.add_argument(
-        "--source",
-        required=True,
-        help="cifar10, digits, synthetic:N, a folder of <class>/<file>, a .tar of one, or CIFAR-10's own archive",
-    )
-    write.add_argument("--split", choices=["train", "test"], default="train", help="split to write (default: train)")
-    write.add_argument("--out", type=Path, required=True, help="folder to create")
-    write.add_argument(
-        "--samples-per-shard",
-        type=int,
-        metavar="N",
-        default=SAMPLES_PER_SHARD,
-        help="images per tar (default: %(default)s)",
-    )
-    write.add_argument("--seed", type=int, default=0, help="seed of the shuffle and of --limit's choice (default: 0)")
-    write.add_argument(
-        "--limit", type=int, metavar="N", help="write N images, balanced over the classes (default: all)"
-    )
-    write.add_argument(
-        "--classes-of",
-        type=Path,
-        metavar="DIR",
-        help="use the classes of this data set (default: those of the source)",
-    )
-    write.add_argument(
-        "--bad-images",
-        choices=get_args(BadImages),
-        default="refuse",
-        help="treat files that cannot be decoded as an error, or skip and list them (default: refuse)",
-    )
+    add = commands.add_parser("write", help="write shards from a source of images").add_argument
+    sources = "cifar10, digits, synthetic:N, a folder of <class>/<file>, a .tar of one, or CIFAR-10's own archive"
+    add("--source", required=True, help=sources)
+    add("--split", choices=["train", "test"], default="train", help="split to write (default: train)")
+    add("--out", type=Path, required=True, help="folder to create")
+    per_shard = "images per tar (default: %(default)s)"
+    add("--samples-per-shard", type=int, metavar="N", default=SAMPLES_PER_SHARD, help=per_shard)
+    add("--seed", type=int, default=0, help="seed of the shuffle and of --limit's choice (default: 0)")
+    add("--limit", type=int, metavar="N", help="write N images, balanced over the classes (default: all)")
+    classes_of = "use the classes of this data set (default: those of the source)"
+    add("--classes-of", type=Path, metavar="DIR", help=classes_of)
+    bad_images = "treat files that cannot be decoded as an error, or skip and list them (default: refuse)"
+    add("--bad-images", choices=get_args(BadImages), default="refuse", help=bad_images)
     for name, what in (("verify", "compare every byte with the manifest"), ("info", "print counts, classes and sizes")):
         commands.add_parser(name, help=what).add_argument("dir", type=Path)
-    index = commands.add_parser("index", help="write manifest.json and index for existing tars")
-    index.add_argument("dir", type=Path)
-    index.add_argument(
-        "--classes",
-        help="class names by label, separated by commas (default: those of the manifest that --force replaces, else numbers)",
-    )
-    index.add_argument("--force", action="store_true", help="replace an existing manifest")
-    order = commands.add_parser("order", help="print position and key of samples in the global order")
-    order.add_argument("dir", type=Path)
-    order.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
-    order.add_argument("--epoch", type=int, default=0, help="epoch, from 0 (default: 0)")
-    order.add_argument("--start", type=int, default=0, help="first position (default: 0)")
-    order.add_argument("--count", type=int, help="number of positions (default: to the end of the epoch)")
-    order.add_argument("--lanes", type=int, default=1, help="data.lanes of the run (default: 1)")
-    order.add_argument(
-        "--window-shards", default="auto", help="data.window_shards: a number, all, or auto (default: auto)"
-    )
+    add = commands.add_parser("index", help="write manifest.json and index for existing tars").add_argument
+    add("dir", type=Path)
+    names = "class names by label, separated by commas (default: those of the manifest replaced, else numbers)"
+    add("--classes", help=names)
+    add("--force", action="store_true", help="replace an existing manifest")
+    add = commands.add_parser("order", help="print position and key of samples in the global order").add_argument
+    add("dir", type=Path)
+    add("--seed", type=int, default=0, help="seed of the run (default: 0)")
+    add("--epoch", type=int, default=0, help="epoch, from 0 (default: 0)")
+    add("--start", type=int, default=0, help="first position (default: 0)")
+    add("--count", type=int, help="number of positions (default: to the end of the epoch)")
+    add("--lanes", type=int, default=1, help="data.lanes of the run (default: 1)")
+    add("--window-shards", default="auto", help="data.window_shards: a number, all, or auto (default: auto)")
     return parser
 
 
@@ -172,4 +150,4 @@ def _size(manifest: "Manifest") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    run_script(main)

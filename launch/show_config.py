@@ -18,10 +18,6 @@ from shardstep.trainer.validate import validate_recipe
 def show_config(loaded: LoadedRecipe, world_size: int) -> None:
     """Print a recipe as YAML that `shardstep train` reads, with the arithmetic in comments. Writes no file.
 
-    Args:
-        loaded: the recipe.
-        world_size: number of ranks to show the arithmetic for.
-
     Raises:
         InputError: the recipe is invalid, or its batch does not fit the data or the ranks.
     """
@@ -35,8 +31,11 @@ def show_config(loaded: LoadedRecipe, world_size: int) -> None:
     print(recipe_text(recipe), end="")
 
     num_samples = None if missing else train.manifest.samples
-    for text in [*loaded.notes, *_arithmetic(recipe, num_samples, world_size, " and ".join(missing)), *_open(recipe)]:
-        print(f"# {text}")
+    notes = [*loaded.notes, *_arithmetic(recipe, num_samples, world_size, " and ".join(missing))]
+    left = [f"{section}.{key}" for section, key in CHOICES if getattr(getattr(recipe, section), key) == "auto"]
+    if left:
+        notes.append(f"chosen when the run starts, by the data or by measuring: {', '.join(left)}")
+    print(*(f"# {text}" for text in notes), sep="\n")
 
 
 def _arithmetic(recipe: Recipe, num_samples: int | None, world_size: int, missing: str) -> list[str]:
@@ -53,9 +52,3 @@ def _arithmetic(recipe: Recipe, num_samples: int | None, world_size: int, missin
         f"duration   {plan.duration}; steps per epoch = ceil(training samples / {plan.global_batch_size}) need the data",
         f"there are no shards in {missing}",
     ]
-
-
-def _open(recipe: Recipe) -> list[str]:
-    """Return the note on choices that only a run can make, if the recipe leaves any."""
-    keys = [f"{section}.{key}" for section, key in CHOICES if getattr(getattr(recipe, section), key) == "auto"]
-    return [f"chosen when the run starts, by the data or by measuring: {', '.join(keys)}"] if keys else []

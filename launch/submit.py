@@ -24,8 +24,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import Recipe
 from shardstep.configs.text import count
-from shardstep.launch.cli import leave
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import run_script
 from shardstep.launch.grid import file_name, names_of, points_of
 from shardstep.launch.jobs.job_script import Job, render
 
@@ -59,19 +58,19 @@ def main(arguments: list[str]) -> int:
     if not points and _ARRAY.fullmatch(args.array):  # then an index is a seed
         points = [[f"run.seed={index}"] for index in range(_last_index(args.array) + 1)]
     recipe = _check(args, points)
-    tasks = [
-        [*point, folder] for point, folder in zip(points, _run_folders(points, recipe, args.overrides), strict=True)
-    ]
+    has_folder = any(text.startswith("run.dir=") for text in args.overrides)
+    base = f"run.dir={recipe.run.dir}" if has_folder else f"run.name={recipe.run.name}"
+    tasks = [[*point, f"{base}-{name}"] for point, name in zip(points, names_of(points), strict=True)]
     return _submit(args, recipe, tasks, f"shardstep submit {shlex.join(arguments)}")
 
 
 def submit_tasks(arguments: list[str], tasks: list[list[str]], command: str) -> int:
-    """Submit a job array of the given tasks or print its script; returns the exit code.
+    """Submit a job array or print its script; returns the exit code.
 
     Args:
         arguments: of `shardstep submit`, without --over.
-        tasks: the overrides that each task adds, its run.dir included.
-        command: the command that submits, for the script's head.
+        tasks: the overrides that each adds, its run.dir included.
+        command: that submits, for the script's head.
 
     Raises:
         InputError: something would fail later.
@@ -80,13 +79,6 @@ def submit_tasks(arguments: list[str], tasks: list[list[str]], command: str) -> 
     if args.over:
         raise InputError("--over belongs to the comparison: give it before --slurm, not in it")
     return _submit(args, _check(args, tasks), tasks, command)
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _make_parser()
-    args, unknown = parser.parse_known_intermixed_args(arguments)
-    parser.check_unknown(unknown)
-    return args
 
 
 def _submit(args: argparse.Namespace, recipe: Recipe, tasks: list[list[str]], command: str) -> int:
@@ -107,32 +99,22 @@ def _submit(args: argparse.Namespace, recipe: Recipe, tasks: list[list[str]], co
     return follow(job_id, None if tasks else Path(recipe.run.dir))
 
 
-def _make_parser() -> _Parser:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="shardstep submit", description="Submit a recipe to Slurm.", allow_abbrev=False)
     add, repeated = parser.add_argument, partial(parser.add_argument, action="append", default=[])
     add("recipe", help="a YAML file, or the name of a recipe")
     add("overrides", nargs="*", metavar="section.key=value", help="such as train.duration='2 epochs'")
     add("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
     add("--ranks-per-node", type=int, metavar="R", help="ranks on each machine (default: one per GPU, or 1)")
-    add(
-        "--gpus-per-node",
-        type=int,
-        default=0,
-        metavar="G",
-        help="GPUs on each machine (default: 0, trains on CPU cores)",
-    )
+    add("--gpus-per-node", type=int, default=0, metavar="G", help="GPUs on each machine (default: 0, trains on CPUs)")
     add("--cpus-per-rank", type=int, metavar="C", help="cores of each rank (default: 1 + data.workers)")
     add("--time", metavar="T", help="time limit: minutes, h:mm:ss, d-hh:mm:ss, ...; required")
     add("--launcher", choices=["torchrun", "accelerate", "srun"], default="torchrun", help="(default: torchrun)")
     add("--dry-run", action="store_true", help="print the script, submit nothing")
     add("--follow", action="store_true", help="show the job and the run's progress until it ends")
     repeated("--over", metavar="KEY=A,B,...", help="a job array with one task per value; several make a grid")
-    add(
-        "--array",
-        default="",
-        metavar="RANGE",
-        help="tasks of --over to run, and how many at once: 0-5%%2; without --over: seeds",
-    )
+    some = "tasks of --over to run, and how many at once: 0-5%%2; without --over: seeds"
+    add("--array", default="", metavar="RANGE", help=some)
     for name in ("partition", "account", "qos", "constraint", "reservation", "mem"):
         add(f"--{name}", metavar="NAME" if name != "mem" else "SIZE", help=f"sbatch's --{name}")
     add("--dependency", metavar="JOBS", help="sbatch's --dependency, such as afterok:123")
@@ -141,23 +123,13 @@ def _make_parser() -> _Parser:
     add("--container", default="", metavar="COMMAND", help="runs ranks in a container: 'apptainer exec --nv image.sif'")
     add("--python", metavar="PATH", help="Python on the nodes (default: this one; with --container: python)")
     add("--log-folder", default="logs", metavar="DIR", help="(default: logs)")
-    add(
-        "--stop-before",
-        type=int,
-        default=120,
-        metavar="S",
-        help="seconds before the time limit to save at (default: 120)",
-    )
+    before = "seconds before the time limit to save at (default: 120)"
+    add("--stop-before", type=int, default=120, metavar="S", help=before)
     add("--no-requeue", action="store_true", help="do not requeue a stopped job")
     repeated("--sbatch", metavar="OPTION", help="any other sbatch option, without dashes: gres=gpu:2")
-    return parser
-
-
-def _run_folders(points: list[list[str]], recipe: Recipe, overrides: list[str]) -> list[str]:
-    """Return, for each task of an array, the override that gives it its own run folder."""
-    has_folder = any(text.startswith("run.dir=") for text in overrides)
-    base = f"run.dir={recipe.run.dir}" if has_folder else f"run.name={recipe.run.name}"
-    return [f"{base}-{name}" for name in names_of(points)]
+    args, unknown = parser.parse_known_intermixed_args(arguments)
+    parser.check_unknown(unknown)
+    return args
 
 
 def _check(args: argparse.Namespace, points: list[list[str]]) -> Recipe:
@@ -182,19 +154,16 @@ def _check(args: argparse.Namespace, points: list[list[str]]) -> Recipe:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             problems.append(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
     if args.gpus_per_node and args.ranks_per_node > args.gpus_per_node:
-        problems.append(
-            f"--ranks-per-node {args.ranks_per_node} on --gpus-per-node {args.gpus_per_node}: ranks cannot share a GPU"
-        )
+        both = f"--ranks-per-node {args.ranks_per_node} on --gpus-per-node {args.gpus_per_node}"
+        problems.append(f"{both}: ranks cannot share a GPU")
     if args.array and not _ARRAY.fullmatch(args.array):
         problems.append(f"--array {args.array!r} is not of a form such as 0-5, 0,2,4 or 0-5%2")
     for text in args.sbatch:
         if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", text):
             problems.append(f"--sbatch {text!r} is not of the form key or key=value, without leading dashes")
-    words = args.container.split()
-    if any(re.search(r"""["'\\*?\[$`]""", word) for word in words):
-        problems.append(
-            f"--container {args.container!r} must be plain words: put anything that needs quotes into a script"
-        )
+    if re.search(r"""["'\\*?\[$`]""", args.container):
+        plain = "must be plain words: put anything that needs quotes into a script"
+        problems.append(f"--container {args.container!r} {plain}")
     values = [*args.setup, *args.sbatch, *(getattr(args, name) or "" for name in _PASSED_ON), args.log_folder]
     problems += [f"{value!r} contains a line break" for value in values if "\n" in value or "\r" in value]
     if "%" in args.log_folder:
@@ -251,13 +220,10 @@ def _problems_of_world(args: argparse.Namespace, recipe: Recipe) -> list[str]:
 
 
 def _job(args: argparse.Namespace, recipe: Recipe, num_points: int) -> Job:
-    options: dict[str, str | None] = {
-        sbatch_name: getattr(args, name) for name, sbatch_name in _PASSED_ON.items() if getattr(args, name)
-    }
+    options: dict[str, str | None] = {to: getattr(args, name) for name, to in _PASSED_ON.items() if getattr(args, name)}
     if args.mail:
         options["mail-type"] = "END,FAIL,REQUEUE"
     options |= {key: value if equals else None for key, equals, value in (text.partition("=") for text in args.sbatch)}
-    container = args.container.split()
     return Job(
         name=file_name(recipe.run.name),
         nodes=args.nodes,
@@ -270,8 +236,8 @@ def _job(args: argparse.Namespace, recipe: Recipe, num_points: int) -> Job:
         requeue=not args.no_requeue,
         options=options,
         setup=args.setup,
-        container=container,
-        python=args.python or ("python" if container else sys.executable),
+        container=args.container.split(),
+        python=args.python or ("python" if args.container.split() else sys.executable),
         folder=str(Path.cwd()),
         log_folder=args.log_folder,
         array=args.array or f"0-{num_points - 1}",
@@ -279,11 +245,7 @@ def _job(args: argparse.Namespace, recipe: Recipe, num_points: int) -> Job:
 
 
 def _sbatch(script: str, log_folder: Path) -> str:
-    """Submit a script; returns the job's id.
-
-    Raises:
-        InputError: there is no Slurm here, or it rejects the job.
-    """
+    """Submit a script; returns the job's id."""
     if not shutil.which("sbatch"):
         raise InputError(
             "there is no sbatch here: submit from a machine of the cluster, or print the script with --dry-run"
@@ -298,4 +260,4 @@ def _sbatch(script: str, log_folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    leave(run_command(main, sys.argv[1:]))
+    run_script(main)

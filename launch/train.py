@@ -10,8 +10,7 @@ import sys
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import is_override, load_recipe, recipe_names
-from shardstep.launch.cli import FAILED, STOPPED, leave
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import FAILED, STOPPED, run_script
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.stopping.stop_requests import StopSignal
 
@@ -23,14 +22,11 @@ def main(arguments: list[str]) -> int:
         description="Train a model from a recipe.",
         epilog=f"Recipes: {', '.join(recipe_names())}. See also `shardstep recipes`, and `shardstep keys` for all keys.",
     )
-    parser.add_argument(
-        "recipe", nargs="?", default="quickstart", help="a YAML file, or the name of a recipe (default: quickstart)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.duration='2 epochs'")
-    parser.add_argument("--nproc", type=int, help="ranks to start on this machine, without torchrun (default: 1)")
-    parser.add_argument(
-        "--show-config", action="store_true", help="print the resolved recipe and the batch arithmetic, start nothing"
-    )
+    add = parser.add_argument
+    add("recipe", nargs="?", default="quickstart", help="a YAML file, or the name of a recipe (default: quickstart)")
+    add("overrides", nargs="*", metavar="section.key=value", help="such as train.duration='2 epochs'")
+    add("--nproc", type=int, help="ranks to start on this machine, without torchrun (default: 1)")
+    add("--show-config", action="store_true", help="print the resolved recipe and batch arithmetic, start nothing")
     args = parser.parse_intermixed_args(arguments)
     if is_override(args.recipe):
         args.overrides.insert(0, args.recipe)
@@ -46,7 +42,11 @@ def main(arguments: list[str]) -> int:
             show_config(loaded, args.nproc or loaded.recipe.train.world_size or 1)
         return 0
     if args.nproc not in (None, 1):
-        return _start_ranks(args.nproc, [args.recipe, *args.overrides])
+        from shardstep.launch.ranks import start_ranks
+
+        if launch_env.is_launched():
+            raise InputError("--nproc starts ranks itself: do not use it under torchrun, accelerate launch or srun")
+        return start_ranks(args.nproc, [sys.executable, __file__, args.recipe, *args.overrides])
     request = StopSignal()
     request.install()  # before torch is imported, so that no signal is lost
 
@@ -90,14 +90,5 @@ def main(arguments: list[str]) -> int:
     return 0 if ending == "finished" else FAILED
 
 
-def _start_ranks(count: int, arguments: list[str]) -> int:
-    """Start this command on several ranks; returns the exit code."""
-    from shardstep.launch.ranks import start_ranks
-
-    if launch_env.is_launched():
-        raise InputError("--nproc starts ranks itself: do not use it under torchrun, accelerate launch or srun")
-    return start_ranks(count, [sys.executable, __file__, *arguments])
-
-
 if __name__ == "__main__":
-    leave(run_command(main, sys.argv[1:]))
+    run_script(main)

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import duration
-from shardstep.launch.cli import FAILED, INTERRUPTED, STOPPED
-from shardstep.launch.cli import run as run_command
+from shardstep.launch.cli import FAILED, INTERRUPTED, STOPPED, run_script
 from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.monitoring.status import describe_line, length
 from shardstep.trainer.monitoring.wandb_tracker import sync_note
@@ -77,10 +76,10 @@ def _follow(watched: "Watched", display: Display) -> int:
     while True:
         lines = watched.lines.new()
         if watched.lines.restarted:
-            display.status.forget()
+            status.forget()
             for line in lines:  # shown before
-                display.status.take(line)
-            display.note(f"started again, from step {display.status.step:,}")
+                status.take(line)
+            display.note(f"started again, from step {status.step:,}")
         else:
             for line in lines:
                 display.line(line)
@@ -98,12 +97,10 @@ def _follow(watched: "Watched", display: Display) -> int:
 
 def _remark(watched: "Watched", state: State) -> tuple[str, float]:
     """Return what to say about a run that makes no progress, and for how many seconds it has made none; else nothing."""
-    silent_s = watched.silent_s()
+    silent_s = max(0.0, time.time() - max(map(modified_s, (watched.run.metrics_path, watched.run.config_path))))
     if state == "killed":
         return "no process is in this run, and it has no summary of its end: killed? No news for", silent_s
-    if silent_s > watched.quiet_s():
-        return "no news for", silent_s
-    return "", 0.0
+    return ("no news for", silent_s) if silent_s > watched.quiet_s() else ("", 0.0)
 
 
 class Watched:
@@ -146,10 +143,6 @@ class Watched:
         accuracy = (summary.get("eval") or {}).get("accuracy")
         return text if accuracy is None else f"{text}, test accuracy {accuracy:.2%}"
 
-    def silent_s(self) -> float:
-        """Return the seconds since the run last wrote a line, or began."""
-        return max(0.0, time.time() - max(map(modified_s, (self.run.metrics_path, self.run.config_path))))
-
     def quiet_s(self) -> float:
         """Return the seconds without a line that are unusual for this run."""
         return max(_QUIET_S, 3 * self.lines.usual_gap_s())
@@ -161,4 +154,4 @@ class Watched:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    run_script(main)

@@ -10,24 +10,20 @@ from shardstep.launch.benchmarks.bench_tables import Table, in_turn, whole_numbe
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    parser.add_argument(
-        "--steps", type=whole_number, default=200, help="steps to time in each repeat (default: %(default)s)"
-    )
+    steps = "steps to time in each repeat (default: %(default)s)"
+    parser.add_argument("--steps", type=whole_number, default=200, help=steps)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
     """Measure the steps per second of both."""
     precision, method = probe_choices(folder, "auto")
     compute = [f"train.precision={precision}", "train.memory_format=channels_last", f"train.convolutions={method}"]
-    values = in_turn(
-        {
-            "no checkpoint": lambda: _steps_per_s(folder, args.steps, "1000 epochs", compute),
-            "a checkpoint every 50 steps": lambda: _steps_per_s(folder, args.steps, "50 steps", compute),
-        },
-        args.repeats,
-    )
+    works = {
+        "no checkpoint": lambda: _steps_per_s(folder, args.steps, "1000 epochs", compute),
+        "a checkpoint every 50 steps": lambda: _steps_per_s(folder, args.steps, "50 steps", compute),
+    }
     title = f"article_cnn, Adam, {precision}, {method} convolutions, batch 16, {args.steps} steps"
-    return [Table(title, "steps/s", values, "no checkpoint")]
+    return [Table(title, "steps/s", in_turn(works, args.repeats), "no checkpoint")]
 
 
 def _steps_per_s(folder: Path, steps: int, checkpoints: str, compute: list[str]) -> float:

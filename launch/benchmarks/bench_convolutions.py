@@ -27,22 +27,17 @@ def layer(text: str) -> Layer:
     """Parse an option's value such as 64,256,15."""
     numbers = text.split(",")
     if len(numbers) != len(Layer._fields):
-        raise argparse.ArgumentTypeError(
-            f"{text} is not a layer: give channels in, channels out and pixels, such as 64,256,15"
-        )
+        form = "give channels in, channels out and pixels, such as 64,256,15"
+        raise argparse.ArgumentTypeError(f"{text} is not a layer: {form}")
     return Layer(*map(whole_number, numbers))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    parser.add_argument(
-        "--precision", choices=("bf16", "fp32"), help="(default: bf16 on a processor with bf16 units, else fp32)"
-    )
-    parser.add_argument("--images", type=whole_number, default=128, help="images in a batch (default: %(default)s)")
-    parser.add_argument(
-        "--layers", type=layer, nargs="+", default=[layer(text) for text in _LAYERS], metavar="IN,OUT,SIDE",
-        help=f"channels and pixels (default: {' '.join(_LAYERS)})",
-    )  # fmt: skip
+    add, layers = parser.add_argument, f"channels and pixels (default: {' '.join(_LAYERS)})"
+    add("--precision", choices=("bf16", "fp32"), help="(default: bf16 on a processor with bf16 units, else fp32)")
+    add("--images", type=whole_number, default=128, help="images in a batch (default: %(default)s)")
+    add("--layers", type=layer, nargs="+", default=[*map(layer, _LAYERS)], metavar="IN,OUT,SIDE", help=layers)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
@@ -75,9 +70,10 @@ def _pass_ms(one: Layer, method: str, precision: str, count: int) -> Callable[[]
     convolution = torch.nn.Conv2d(one.inputs, one.outputs, 3, padding=1).to(memory_format=torch.channels_last)
     if method in CONVOLUTION_METHODS:
         convert_convolutions(convolution, method)
-    autocast = partial(torch.autocast, "cpu", DTYPES[precision], enabled=precision != "fp32")
-    images = torch.randn(count, one.inputs, one.side, one.side).to(memory_format=torch.channels_last)
-    images = images.to(DTYPES[precision]).requires_grad_()
+    dtype = DTYPES[precision]
+    autocast = partial(torch.autocast, "cpu", dtype, enabled=precision != "fp32")
+    images = torch.randn(count, one.inputs, one.side, one.side)
+    images = images.to(dtype, memory_format=torch.channels_last).requires_grad_()
     with torch.no_grad(), autocast():
         gradient = torch.randn_like(convolution(images))
 

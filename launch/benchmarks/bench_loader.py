@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from shardstep.configs.errors import InputError
 from shardstep.launch.benchmarks.bench_tables import (
@@ -23,8 +24,6 @@ from shardstep.launch.benchmarks.bench_tables import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from shardstep.datasets.manifest import ShardFolder
     from shardstep.datasets.reader import Reader
 
@@ -38,15 +37,10 @@ _MORE_FROM_MEMORY = 10  # times as many images as others read, which would be to
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     add_clock_option(parser)
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="shards of small images (default: 5,000 synthetic ones, 32x32)"
-    )
-    parser.add_argument(
-        "--samples", type=whole_number, default=5000, help="limit of small images in a repeat (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--jpegs", type=whole_number, default=300, help="synthetic 500x375 JPEGs in a repeat (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("--images", type=Path, metavar="DIR", help="shards of small images (default: 5,000 synthetic ones, 32x32)")
+    add("--samples", type=whole_number, default=5000, help="limit of small images in a repeat (default: %(default)s)")
+    add("--jpegs", type=whole_number, default=300, help="synthetic 500x375 JPEGs in a repeat (default: %(default)s)")
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
@@ -72,10 +66,8 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
     large = _large_jpegs(args.jpegs, folder)
     yield _small_images(small, min(args.samples, small.manifest.samples), folder, args)
     yield _large_images(large, args)
-    yield _cold_reads(small, f"small images, {small.manifest.bytes / 1e6:,.0f} MB", args.repeats)
-    yield _cold_reads(
-        large, f"JPEGs of {_JPEG_WIDTH}x{_JPEG_HEIGHT}, {large.manifest.bytes / 1e6:,.0f} MB", args.repeats
-    )
+    yield _cold_reads(small, "small images", args.repeats)
+    yield _cold_reads(large, f"JPEGs of {_JPEG_WIDTH}x{_JPEG_HEIGHT}", args.repeats)
     yield _starts(small, folder, args)
 
 
@@ -158,8 +150,7 @@ def _batches(reader: "Reader", shards: "ShardFolder", count: int) -> Callable[[]
 def _torchvision_transforms(shards: "ShardFolder") -> Callable[[Any], Any]:
     from torchvision import transforms
 
-    channels = shards.manifest.channels
-    side = shards.manifest.image_shape
+    channels, side = shards.manifest.channels, shards.manifest.image_shape
     assert side is not None
     return transforms.Compose([
         transforms.RandomHorizontalFlip(),
@@ -286,6 +277,7 @@ def _large_jpegs(count: int, folder: Path) -> "ShardFolder":
 
 def _large_images(shards: "ShardFolder", args: argparse.Namespace) -> Table:
     import numpy as np
+    from torchvision import transforms
 
     from shardstep.datasets.decode import decode
     from shardstep.datasets.reader import StreamReader
@@ -294,7 +286,7 @@ def _large_images(shards: "ShardFolder", args: argparse.Namespace) -> Table:
     ids = np.random.default_rng(0).permutation(shards.manifest.samples)
     files = [full_size.read_bytes(sample) for sample in ids.tolist()]
     batches = np.array_split(ids, max(1, len(ids) // 32))
-    transform = _resizing_transform()
+    transform = transforms.Compose([transforms.Resize(224), transforms.CenterCrop(224)])
     works: dict[str, Callable[[], int]] = {
         "the decoder alone: OpenCV": lambda: sum(1 for file in files if decode(file, "RGB").size),
         "stream: index, pread, crc32, decode": lambda: sum(len(full_size.read(batch)[1]) for batch in batches),
@@ -302,17 +294,9 @@ def _large_images(shards: "ShardFolder", args: argparse.Namespace) -> Table:
         "PIL from memory, resized to 224 by torchvision": lambda: sum(1 for file in files if transform(_pil(file))),
     }
     values = in_turn({name: per_second(work, args.clock) for name, work in works.items()}, args.repeats)
-    size = sum(map(len, files)) / len(files) / 1000
-    title = (
-        f"jpg images of {_JPEG_WIDTH}x{_JPEG_HEIGHT}, {size:.0f} KB, one core, {len(ids):,} a repeat, {args.clock} time"
-    )
+    size = f"{_JPEG_WIDTH}x{_JPEG_HEIGHT}, {sum(map(len, files)) / len(files) / 1000:.0f} KB"
+    title = f"jpg images of {size}, one core, {len(ids):,} a repeat, {args.clock} time"
     return Table(title, "images/s", values, "the decoder alone: OpenCV")
-
-
-def _resizing_transform() -> Callable[[Any], Any]:
-    from torchvision import transforms
-
-    return transforms.Compose([transforms.Resize(224), transforms.CenterCrop(224)])
 
 
 # --- cold reads -------------------------------------------------------------------------------------------------------
@@ -333,16 +317,14 @@ def _cold_reads(shards: "ShardFolder", what: str, repeats: int) -> Table:
 
         return work
 
-    values = in_turn(
-        {
-            "the files one after the other": cold(lambda: _read_through(paths)),
-            "stream, all shards shuffled together": cold(lambda: _read_shuffled(shards, window_shards=None)),
-            "stream, shuffled in windows of 4 shards": cold(lambda: _read_shuffled(shards, window_shards=4)),
-        },
-        repeats,
-    )
+    works = {
+        "the files one after the other": cold(lambda: _read_through(paths)),
+        "stream, all shards shuffled together": cold(lambda: _read_shuffled(shards, window_shards=None)),
+        "stream, shuffled in windows of 4 shards": cold(lambda: _read_shuffled(shards, window_shards=4)),
+    }
     note = "the stream reads images one by one and checks their crc32; MB of complete shards"
-    return Table(f"cold reads, {what}, one thread", "MB/s", values, "the files one after the other", [note])
+    title = f"cold reads, {what}, {megabytes:,.0f} MB, one thread"
+    return Table(title, "MB/s", in_turn(works, repeats), "the files one after the other", [note])
 
 
 def _forget(path: Path) -> None:
@@ -360,17 +342,12 @@ def _read_through(paths: list[Path]) -> None:
 
 
 def _read_shuffled(shards: "ShardFolder", window_shards: int | None) -> None:
+    """Read an epoch in batches, and announce shards one block ahead, as training does."""
     from shardstep.datasets.order import EpochOrder
     from shardstep.datasets.reader import StreamReader
 
     reader = StreamReader(shards)
-    for batch in _announced_batches(EpochOrder(shards.samples_per_shard, 0, 0, 1, window_shards), reader):
-        for sample in sorted(batch.tolist()):
-            reader.read_bytes(sample)
-
-
-def _announced_batches(order: Any, reader: "Reader") -> Iterator["np.ndarray"]:
-    """Yield batches of an epoch's ids, and announce shards one block ahead, as training does."""
+    order = EpochOrder(shards.samples_per_shard, 0, 0, 1, window_shards)
     announced = set()
     for start in range(0, order.num_samples, _BATCH):
         stop = min(start + _BATCH, order.num_samples)
@@ -379,7 +356,8 @@ def _announced_batches(order: Any, reader: "Reader") -> Iterator["np.ndarray"]:
                 if (lane, upcoming) not in announced:
                     announced.add((lane, upcoming))
                     reader.will_need(order.shards_of(lane, upcoming))
-        yield order.slice(start, stop)
+        for sample in sorted(order.slice(start, stop).tolist()):
+            reader.read_bytes(sample)
 
 
 # --- starts -----------------------------------------------------------------------------------------------------------
@@ -392,8 +370,7 @@ def _starts(shards: "ShardFolder", folder: Path, args: argparse.Namespace) -> Ta
     from shardstep.datasets.manifest import open_shards
     from shardstep.datasets.resident import load_resident
 
-    before, cache = os.environ.get("SHARDSTEP_CACHE"), folder / "cache"
-
+    cache = folder / "cache"
     start = seconds(lambda: load_resident(open_shards(shards.path), None, torch.device("cpu")), args.clock)
 
     def first_start() -> float:
@@ -401,16 +378,9 @@ def _starts(shards: "ShardFolder", folder: Path, args: argparse.Namespace) -> Ta
             path.unlink()
         return start()
 
-    os.environ["SHARDSTEP_CACHE"] = str(cache)
-    try:
-        works = {"first start: decode and keep": first_start, "later start: check and map": start}
+    works = {"first start: decode and keep": first_start, "later start: check and map": start}
+    with mock.patch.dict(os.environ, {"SHARDSTEP_CACHE": str(cache)}):
         values = in_turn(works, args.repeats)
-    finally:
-        del os.environ["SHARDSTEP_CACHE"]
-        if before is not None:
-            os.environ["SHARDSTEP_CACHE"] = before
-    cores = len(os.sched_getaffinity(0))
-    title = (
-        f"start of a resident set of {shards.manifest.samples:,} images, decoded by {cores} threads, {args.clock} time"
-    )
+    what = f"start of a resident set of {shards.manifest.samples:,} images"
+    title = f"{what}, decoded by {len(os.sched_getaffinity(0))} threads, {args.clock} time"
     return Table(title, "s", values, "first start: decode and keep")

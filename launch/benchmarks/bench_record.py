@@ -46,10 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     parser.add_argument("recipe", nargs="?", default=_RECIPE, help="(default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument(
-        "--script", action="store_true",
-        help="take turns with a standalone script of speedrun94's method, on the same data",
-    )  # fmt: skip
+    turns = "take turns with a standalone script of speedrun94's method, on the same data"
+    parser.add_argument("--script", action="store_true", help=turns)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
@@ -73,9 +71,8 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
         raise InputError(f"recipe {args.recipe} reconstructs images, so it has no accuracy to report")
     train = RunDir(folder / "warm-up").config.recipe.train  # with `auto` resolved, once for all runs
     fixed = [f"train.{key}={getattr(train, key)}" for key in ("device", "precision", "memory_format", "convolutions")]
-    notes = [
-        f"{args.recipe}: {train.device}, {train.precision}, {train.memory_format}, {train.convolutions} convolutions"
-    ]
+    chosen = f"{train.device}, {train.precision}, {train.memory_format}, {train.convolutions} convolutions"
+    notes = [f"{args.recipe}: {chosen}"]
     runs: dict[str, list[Timed]] = {name: [] for name in (args.recipe, *(["a script"] if args.script else []))}
     for seed in range(args.repeats):
         recipe = _load(args, seed, folder / f"seed{seed}", *fixed)
@@ -107,15 +104,13 @@ def script_plan(samples: int, batch_size: int | str, run_steps: int) -> tuple[in
 
 def _tables(title: str, runs: dict[str, list[Timed]], run_notes: list[str]) -> list[Table]:
     accuracies = {name: [100 * run.accuracy for run in of] for name, of in runs.items()}
-    seconds: dict[str, list[float]] = {}
-    for name, of in runs.items():
-        parts = {
-            "initialisation, training and evaluation": [run.seconds for run in of],
-            "initialisation": [run.initialize_s for run in of],
-            "training": [run.train_s for run in of],
-            "evaluation, with all views": [run.evaluate_s for run in of],
-        }
-        seconds |= {f"{name}: {part}": values for part, values in parts.items()}
+    parts = {
+        "initialisation, training and evaluation": "seconds", "initialisation": "initialize_s", "training": "train_s",
+        "evaluation, with all views": "evaluate_s",
+    }  # fmt: skip
+    seconds = {
+        f"{name}: {part}": [getattr(run, key) for run in of] for name, of in runs.items() for part, key in parts.items()
+    }
     reference = list(runs)[-1]
     notes = [f"{name}: {_spread(values)}" for name, values in accuracies.items()]
     return [
@@ -158,9 +153,8 @@ def _script_samples(recipe: "Recipe") -> int:
 
     manifest = open_shards(recipe.data.train).manifest
     if manifest.image_shape != [3, 32, 32] or len(manifest.classes) != 10 or recipe.data.resize not in (None, 32):
-        raise InputError(
-            f"--script is for 32x32 colour images of 10 classes, as in CIFAR-10; {recipe.data.train} has others"
-        )
+        wanted = "32x32 colour images of 10 classes, as in CIFAR-10"
+        raise InputError(f"--script is for {wanted}; {recipe.data.train} has others")
     return manifest.samples
 
 

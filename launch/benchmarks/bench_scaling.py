@@ -35,19 +35,16 @@ _ONE, _TWO, _APART = "1 rank x 2 threads", "2 ranks x 1 thread", "2 runs x 1 thr
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    parser.add_argument("--repeats", type=int, default=5, help="of every measurement (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each run (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=512, help="global batch size (default: %(default)s)")
-    parser.add_argument("--all-reduce", choices=("buckets", "flat"), default="buckets", help="like train.all_reduce")
-    parser.add_argument("--cluster", default="a100", help="cluster to predict for: a100, h100 (default: %(default)s)")
-    parser.add_argument(
-        "--workload",
-        default="record94",
-        help="step to predict: record94, record94_captured, resnet50 (default: %(default)s)",
-    )
-    parser.add_argument("--gpus", default="1,8,64,512", help="numbers of ranks to predict (default: %(default)s)")
-    parser.add_argument("--predict-only", action="store_true", help="measure nothing")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add, presets = parser.add_argument, "step to predict: record94, record94_captured, resnet50 (default: %(default)s)"
+    add("--repeats", type=int, default=5, help="of every measurement (default: %(default)s)")
+    add("--steps", type=int, default=3, help="timed steps of each run (default: %(default)s)")
+    add("--batch", type=int, default=512, help="global batch size (default: %(default)s)")
+    add("--all-reduce", choices=("buckets", "flat"), default="buckets", help="like train.all_reduce")
+    add("--cluster", default="a100", help="cluster to predict for: a100, h100 (default: %(default)s)")
+    add("--workload", default="record94", help=presets)
+    add("--gpus", default="1,8,64,512", help="numbers of ranks to predict (default: %(default)s)")
+    add("--predict-only", action="store_true", help="measure nothing")
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -100,11 +97,9 @@ def _check(args: argparse.Namespace) -> list[int]:
         for key, value, known in (("cluster", args.cluster, CLUSTERS), ("workload", args.workload, WORKLOADS))
         if value not in known
     ]
-    problems += [
-        f"--{key} {value} must be at least {least}"
-        for key, value, least in (("repeats", args.repeats, 1), ("steps", args.steps, 1), ("batch", args.batch, 2))
-        if value < least
-    ]
+    least = {"repeats": 1, "steps": 1, "batch": 2}
+    found = {key: getattr(args, key) for key in least}
+    problems += [f"--{key} {found[key]} must be at least {least[key]}" for key in least if found[key] < least[key]]
     parts = args.gpus.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         problems.append(f"--gpus {args.gpus} must be whole numbers from 1, separated by commas, such as 8,64,512")
@@ -123,6 +118,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from shardstep.datasets.write import write_shards
     from shardstep.launch.benchmarks import scaling_model
     from shardstep.trainer import machine
+    from shardstep.trainer.run_dir import RunDir
 
     cores = sorted(os.sched_getaffinity(0))[:2]
     os.sched_setaffinity(0, cores)  # inherited by the runs: two cores for each way
@@ -132,7 +128,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         for split, count in (("train", 4 * args.batch), ("test", 16)):
             write_shards(f"synthetic:{count}", split, folder / split)
-        options = _warm_up(args, folder)
+        _train(args, folder, {})  # to warm up files, and to resolve `auto` once for all runs
+        config = RunDir(folder / "run").config.recipe.train
+        options = {key: getattr(config, key) for key in ("precision", "memory_format", "convolutions")}
         rates: dict[str, list[float]] = {_ONE: [], _TWO: [], _APART: []}
         for _ in range(args.repeats):  # in turn, so that all meet the same load of the machine
             rates[_ONE].append(_train(args, folder, options))
@@ -151,15 +149,12 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         bucket_bytes=None if args.all_reduce == "flat" else float(1 << 20),
     )
     here = scaling_model.Cluster(2, link, link, start_s=0.0)
-    predicted = scaling_model.predict(workload, here, 2)
+    predicted_s = scaling_model.predict(workload, here, 2).step_s
     measured_s = args.batch / statistics.median(rates[_TWO])
+    two_ranks = {"predicted_step_s": predicted_s, "measured_step_s": measured_s, "error": predicted_s / measured_s - 1}
+    host = {"cpu": machine.read_cpu().name, "cores": len(cores)}
     return {
-        "machine": {
-            "cpu": machine.read_cpu().name,
-            "cores": len(cores),
-            "torch": metadata.version("torch"),
-            "platform": platform.platform(),
-        },
+        "machine": host | {"torch": metadata.version("torch"), "platform": platform.platform()},
         "settings": options | {"batch": args.batch, "all_reduce": args.all_reduce, "steps": args.steps},
         "images_per_s": rates,
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "target": _TARGET},
@@ -170,21 +165,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             "latency_s": link.latency_s,
             "bytes_per_s": link.bytes_per_s,
         },
-        "two_ranks": {
-            "predicted_step_s": predicted.step_s,
-            "measured_step_s": measured_s,
-            "error": predicted.step_s / measured_s - 1,
-        },
+        "two_ranks": two_ranks,
     }
-
-
-def _warm_up(args: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """Train once without counting, to warm up files and to resolve `auto` once for all runs."""
-    from shardstep.trainer.run_dir import RunDir
-
-    _train(args, folder, {})
-    config = RunDir(folder / "run").config.recipe.train
-    return {key: getattr(config, key) for key in ("precision", "memory_format", "convolutions")}
 
 
 def _train(args: argparse.Namespace, folder: Path, options: dict[str, str], *more: str) -> float:
@@ -194,10 +176,8 @@ def _train(args: argparse.Namespace, folder: Path, options: dict[str, str], *mor
 def _train_apart(args: argparse.Namespace, folder: Path, options: dict[str, str], cores: list[int]) -> float:
     """Run half the batch twice at once, each on its own core: two ranks without communication."""
     half = f"train.global_batch_size={-(-args.batch // 2)}"
-    return _finish(
-        [_start(args, folder, f"run{place}", options, half, core=cores[place % len(cores)]) for place in (0, 1)],
-        folder,
-    )
+    halves = [_start(args, folder, f"run{place}", options, half, core=cores[place % len(cores)]) for place in (0, 1)]
+    return _finish(halves, folder)
 
 
 def _start(
@@ -211,13 +191,8 @@ def _start(
         *(f"train.{key}={value}" for key, value in options.items()), *more,
     ]  # fmt: skip
     pin = [] if core is None else ["taskset", "--cpu-list", str(core)]
-    process = subprocess.Popen(
-        [*pin, sys.executable, str(TRAIN_SCRIPT), "article_cnn", *overrides],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return name, process
+    command = [*pin, sys.executable, str(TRAIN_SCRIPT), "article_cnn", *overrides]
+    return name, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def _finish(started: list[tuple[str, "subprocess.Popen[str]"]], folder: Path) -> float:
@@ -235,14 +210,12 @@ def _finish(started: list[tuple[str, "subprocess.Popen[str]"]], folder: Path) ->
 
 
 def _count_gradients(folder: Path) -> int:
-    import math
-
-    from safetensors import safe_open
+    from safetensors.numpy import load_file
 
     from shardstep.trainer.run_dir import RunDir
 
-    with safe_open(RunDir(folder / "run").weights_path, "numpy") as weights:  # the article's net: all are trained
-        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    weights = load_file(RunDir(folder / "run").weights_path)
+    return sum(value.size for value in weights.values())  # the article's net: all are trained
 
 
 def _time_all_reduces(folder: Path) -> dict[int, float]:
@@ -285,10 +258,8 @@ def _print_measured(args: argparse.Namespace, found: dict[str, Any]) -> None:
         f"  {_TWO} / {_ONE}: median of the paired ratios {ratio['median']:.3f}, {ratio['min']:.3f} to {ratio['max']:.3f} "
         f"(target {_TARGET})\n"
     )
-    print("parts of a step on two ranks")
-    print(
-        f"  compute      {1e3 * parts['compute_s_per_image']:.3f} ms per image, on one thread beside the other rank's"
-    )
+    compute = f"{1e3 * parts['compute_s_per_image']:.3f} ms per image"
+    print(f"parts of a step on two ranks\n  compute      {compute}, on one thread beside the other rank's")
     print(f"  gradients    {parts['gradient_bytes']:,.0f} bytes")
     print(f"  all-reduce   {1e6 * parts['latency_s']:,.0f} us per message, {parts['bytes_per_s'] / 1e9:.2f} GB/s")
     for size, seconds in parts["all_reduce_s"].items():

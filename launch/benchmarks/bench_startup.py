@@ -38,13 +38,14 @@ lightning.Trainer(accelerator="cpu", max_steps=2, logger=False, enable_checkpoin
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     add_clock_option(parser)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="overrides of quickstart, such as data.train=DIR"
-    )
+    text = "overrides of quickstart, such as data.train=DIR"
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
     """Measure the seconds of imports, `--help` and starts."""
+    from shardstep.datasets.manifest import MANIFEST_NAME
+
     notes = []
     works = {
         "import torch": _python(folder, "import torch"),
@@ -54,7 +55,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
         "smoke: a small recipe, to its first step": _start("smoke", folder, _smoke_data(folder)),
     }
     quickstart = _absolute(args.overrides)
-    if _has_shards(quickstart):
+    if all((Path(text.partition("=")[2]) / MANIFEST_NAME).is_file() for text in quickstart[-2:]):
         works["quickstart, to its first step"] = _start("quickstart", folder, quickstart)
     else:
         notes.append("quickstart is left out: no shards found; give data.train=DIR data.test=DIR")
@@ -91,9 +92,8 @@ def _python(folder: Path, code: str, *arguments: str) -> Callable[[], None]:
         command = [sys.executable, "-c", code, *arguments]
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         if result.returncode:
-            raise RuntimeError(
-                f"exit code {result.returncode} of {code!r} {arguments}:\n{result.stdout}{result.stderr}"
-            )
+            output = result.stdout + result.stderr
+            raise RuntimeError(f"exit code {result.returncode} of {code!r} {arguments}:\n{output}")
 
     return work
 
@@ -117,9 +117,3 @@ def _absolute(overrides: list[str]) -> list[str]:
 
     data = validate_recipe(load_recipe("quickstart", overrides)).data
     return [*overrides, f"data.train={Path(data.train).resolve()}", f"data.test={Path(data.test).resolve()}"]
-
-
-def _has_shards(overrides: list[str]) -> bool:
-    from shardstep.datasets.manifest import MANIFEST_NAME
-
-    return all((Path(text.partition("=")[2]) / MANIFEST_NAME).is_file() for text in overrides[-2:])

@@ -4,6 +4,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +16,10 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    parser.add_argument(
-        "--batches", type=whole_number, nargs="+", default=[16, 256], metavar="SIZE",
-        help="global batch sizes (default: 16 256)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--images", type=whole_number, default=3000, help="images to time in each repeat (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--precision", choices=["bf16", "fp32"], help="of all loops (default: the faster one for the trainer here)"
-    )
+    add, sizes = parser.add_argument, "global batch sizes (default: 16 256)"
+    add("--batches", type=whole_number, nargs="+", default=[16, 256], metavar="SIZE", help=sizes)
+    add("--images", type=whole_number, default=3000, help="images to time in each repeat (default: %(default)s)")
+    add("--precision", choices=["bf16", "fp32"], help="of all loops (default: the faster one for the trainer here)")
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
@@ -34,18 +29,15 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
     notes = [] if with_lightning else ["Lightning is not installed"]
     for batch_size in args.batches:
         steps = max(2, args.images // batch_size)
+        ours = partial(_trainer, folder, batch_size, steps, precision)
         works = {
-            "bare loop": lambda size=batch_size, count=steps: _in_own_process("bare_loop", size, count, precision),
-            "shardstep": lambda size=batch_size, count=steps: _trainer(folder, size, count, precision, "direct"),
+            "bare loop": partial(_in_own_process, "bare_loop", batch_size, steps, precision),
+            "shardstep": partial(ours, "direct"),
         }
         if method != "direct":
-            works[f"shardstep, {method} convolutions"] = lambda size=batch_size, count=steps: _trainer(
-                folder, size, count, precision, method
-            )
+            works[f"shardstep, {method} convolutions"] = partial(ours, method)
         if with_lightning:
-            works["Lightning"] = lambda size=batch_size, count=steps: _in_own_process(
-                "lightning_loop", size, count, precision
-            )
+            works["Lightning"] = partial(_in_own_process, "lightning_loop", batch_size, steps, precision)
         values = in_turn(works, args.repeats)
         title = f"article_cnn, Adam, {precision}, batch {batch_size}, {steps} steps after as many to warm up"
         yield Table(title, "images/s", values, "bare loop", notes)
@@ -74,8 +66,7 @@ def article_run(folder: Path, *overrides: str) -> "Run":
 
 def probe_choices(folder: Path, precision: str) -> tuple[str, str]:
     """Return the precision, bf16 or fp32, and the convolution method that the trainer's probe chooses at batch size 16."""
-    overrides = [f"train.precision={precision}", "train.global_batch_size=16", "train.duration=1 steps"]
-    run = article_run(folder, *overrides)
+    run = article_run(folder, f"train.precision={precision}", "train.global_batch_size=16", "train.duration=1 steps")
     run.watchdog.stop()
     train = run.recipe.train
     return "bf16" if train.precision == "bf16" else "fp32", train.convolutions

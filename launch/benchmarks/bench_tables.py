@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
 from textwrap import fill
@@ -31,8 +31,6 @@ class Table:
     """The result of a benchmark.
 
     Attributes:
-        title: what was measured, on what.
-        unit: of the values, such as images/s or s.
         rows: name of a work -> its values, one per repeat, in the order of the repeats.
         reference: the row that the others are divided by.
         notes: lines to print below, such as what was left out and why.
@@ -88,9 +86,8 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_
 
 def add_clock_option(parser: argparse.ArgumentParser) -> None:
     """Add --clock, which lets a benchmark on one core count CPU time, not the time when others have the core."""
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: for a busy machine (default: %(default)s)"
-    )
+    text = "cpu: for a busy machine (default: %(default)s)"
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help=text)
 
 
 def per_second(work: Callable[[], int], clock: str = "wall") -> Callable[[], float]:
@@ -181,14 +178,7 @@ def as_json(table: Table) -> dict[str, Any]:
             "mean": statistics.mean(values), "standard_error": standard_error(values),
             "ratio": statistics.median(ratios), "ratio_lowest": min(ratios), "ratio_highest": max(ratios),
         })  # fmt: skip
-    return {
-        "title": table.title,
-        "unit": table.unit,
-        "reference": table.reference,
-        "repeats": len(table.rows[table.reference]),
-        "rows": rows,
-        "notes": table.notes,
-    }
+    return asdict(table) | {"repeats": len(table.rows[table.reference]), "rows": rows}
 
 
 def hardware() -> dict[str, Any]:

@@ -41,7 +41,6 @@ class Workload:
     """The work of a step.
 
     Attributes:
-        global_batch_size: images of a step over all ranks.
         gradient_bytes: size of each rank's gradients on the wire.
         image_s: compute seconds of a rank per image: forward, backward, and all else that scales with images.
         fixed_s: seconds of a step that do not depend on the number of images: the optimizer.
@@ -62,7 +61,6 @@ class Prediction:
     """The predicted step on a number of ranks.
 
     Attributes:
-        ranks: total number.
         images_per_rank: the largest number of images of a rank.
         compute_s: compute seconds for these.
         all_reduce_s: seconds of the all-reduce of all gradients, hidden or not.
@@ -89,9 +87,7 @@ _BACKWARD_SHARE = 2 / 3  # of forward and backward: two matrix products for each
 
 
 def predict(workload: Workload, cluster: Cluster, ranks: int) -> Prediction:
-    """Predict the step of a workload on a number of ranks.
-
-    The global batch is kept and split among ranks: the same mathematics on any number of ranks.
+    """Predict the step on a number of ranks; the global batch is kept and split among them: the same mathematics.
 
     Raises:
         ValueError: there are more ranks than images in a batch.
@@ -162,13 +158,8 @@ def fit_link(seconds_of: Mapping[int, float], ranks: int) -> Link:
     small, large = min(seconds_of), max(seconds_of)
     messages = 2 * (ranks - 1)
     travelled = messages / ranks * (large - small)
-    return Link(
-        latency_s=seconds_of[small] / messages,
-        bytes_per_s=travelled / max(seconds_of[large] - seconds_of[small], 1e-9),
-    )
+    return Link(seconds_of[small] / messages, travelled / max(seconds_of[large] - seconds_of[small], 1e-9))
 
-
-# --- published parts --------------------------------------------------------------------------------------------------
 
 # NCCL's tuning table (github.com/NVIDIA/nccl, src/graph/tuning.cc, protocol Simple): 8.4 us to start, 3.4 us a message on
 # NVLink and 9.6 us between nodes, at most 235 GB/s on A100: 78 % of the 300 GB/s per direction of NVIDIA's data sheet. H100:

@@ -13,12 +13,10 @@ class ComparisonReport:
     """The results of a comparison as text.
 
     Attributes:
-        title, command: what was compared.
         facts: budget, data, hardware and versions, by name.
-        columns, rows: the table.
         tune: the key that was searched; empty without a search.
         search: the rows of the search's table.
-        variants: names, and what each changes in the recipe.
+        variants: names, and what each changes.
         words: sentences on which differences are real.
         notes: how to read the table, and which runs did not finish.
         plots: captions by name.

@@ -97,12 +97,13 @@ def _draw_final(plt: Any, variants: Sequence[Variant], target: float | None, tun
 
 def _draw_rates(plt: Any, variants: Sequence[Variant], target: float | None, tune: str) -> Any:
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    losses = []
     for place, variant in enumerate(variants):
         known = {rate: run.train_loss for rate, run in variant.search.items() if run.train_loss is not None}
+        losses.append(list(known.values()))
         style = {"color": f"C{place % 10}", "linestyle": _STYLES[place // 10 % len(_STYLES)]}
-        axis.plot(list(known), list(known.values()), marker="o", markersize=4, label=variant.name, **style)
+        axis.plot(list(known), losses[-1], marker="o", markersize=4, label=variant.name, **style)
     axis.set(xscale="log", xlabel=tune, ylabel="training loss, last fifth of the samples")
-    losses = [[run.train_loss for run in variant.search.values() if run.train_loss is not None] for variant in variants]
     shown = [loss for found in losses for loss in found if loss <= EXPLODED * min(found)]
     if len(shown) < sum(map(len, losses)):  # exploded ones may leave the picture at its top
         margin = 0.05 * (max(shown) - min(shown))

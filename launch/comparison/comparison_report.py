@@ -55,11 +55,13 @@ def make_report(comparison: Comparison, variants: list[Variant], target: float |
     ranked = sorted(variants, key=lambda v: -fmean(v.accuracies) if v.accuracies else math.inf)  # failures last
     rows = [_row(variant, target) for variant in ranked]
     used = [place for place in range(len(rows[0])) if any(row[place] for row in rows)]
+    reaching, key = "target" if target is None else f"{100 * target:.4g} %", comparison.tune.rpartition(".")[2]
+    columns = ["variant", "n", "accuracy %", "s/epoch", "epochs", f"s to {reaching}", "steps", "B/param", key]
     return ComparisonReport(
         title=f"{comparison.arguments[0]}: {', '.join(variant.name for variant in variants)}",
         command=comparison.command,
         facts=_facts(comparison, variants),
-        columns=[_columns(target, comparison.tune)[place] for place in used],
+        columns=[columns[place] for place in used],
         rows=[[row[place] for place in used] for row in rows],
         tune=comparison.tune,
         search=_search_rows(variants) if comparison.tune else [],
@@ -97,14 +99,7 @@ def default_target(variants: list[Variant]) -> float | None:
     return math.floor(100 * _TARGET_SHARE * max(means)) / 100 if means else None
 
 
-def _columns(target: float | None, tune: str) -> list[str]:
-    reaching, key = "target" if target is None else f"{100 * target:.4g} %", tune.rpartition(".")[2]
-    return ["variant", "n", "accuracy %", "s/epoch", "epochs", f"s to {reaching}", "steps", "B/param", key]
-
-
 def _row(variant: Variant, target: float | None) -> list[str]:
-    rate = "" if variant.rate is None else f"{variant.rate:g}"
-    memory = "" if variant.bytes_per_parameter is None else f"{variant.bytes_per_parameter:.1f}"
     costs = [_cost(run, target) for run in variant.finished]
     return [
         variant.name,
@@ -114,8 +109,8 @@ def _row(variant: Variant, target: float | None) -> list[str]:
         _mean([run.last.epoch for run in variant.finished if run.last], _three_digits),
         _mean([cost["train_s"] if cost else None for cost in costs], _three_digits),
         _mean([cost["step"] if cost else None for cost in costs], lambda value: f"{value:.0f}"),
-        memory,
-        rate,
+        "" if variant.bytes_per_parameter is None else f"{variant.bytes_per_parameter:.1f}",
+        "" if variant.rate is None else f"{variant.rate:g}",
     ]
 
 
@@ -205,21 +200,14 @@ def _complaints(variants: list[Variant]) -> list[str]:
 def _facts(comparison: Comparison, variants: list[Variant]) -> dict[str, str]:
     """Return the facts that the finished runs recorded; where runs differ, all values."""
     finished = [run for variant in variants for run in variant.finished]
-    facts = {
-        "budget": f"{comparison.budget.text} for each run",
-        "seeds": str(comparison.seeds),
-        "recipe": " ".join(comparison.arguments),
-    }
+    facts = {"budget": f"{comparison.budget.text} for each run", "seeds": str(comparison.seeds)}
+    facts["recipe"] = " ".join(comparison.arguments)
+    versions = [run.start.get("versions", {}).items() for run in finished]
     found = {
         "data": [_data(run.data) for run in finished],
         "hardware": [_hardware(run.start.get("hardware", {})) for run in finished],
-        "ranks, device, precision": [
-            f"{run.world['world_size']} x {run.world['device']}, {run.world['precision']}" for run in finished
-        ],
-        "versions": [
-            ", ".join(f"{name} {version}" for name, version in run.start.get("versions", {}).items())
-            for run in finished
-        ],
+        "ranks, device, precision": ["{world_size} x {device}, {precision}".format(**run.world) for run in finished],
+        "versions": [", ".join(f"{name} {version}" for name, version in of) for of in versions],
     }
     return facts | {name: "; ".join(sorted(set(values) - {""})) for name, values in found.items() if any(values)}
 

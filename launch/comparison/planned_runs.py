@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ _CONVOLUTIONS_DEPEND_ON = (
 
 @dataclass
 class Comparison:
-    """A comparison: what to run, and where.
+    """What to run, and where.
 
     Attributes:
         arguments: of every run: the recipe and the overrides that all variants share.
@@ -65,32 +65,28 @@ class Comparison:
     target: float | None
     base_rates: dict[str, float | None]
     digests: dict[str, str]
-    auto_choices: list[str]
-    rates: dict[str, float]
     probed: str
     on_cpu: bool
     share: str
     share_now: str
+    auto_choices: list[str] = field(default_factory=list)
+    rates: dict[str, float] = field(default_factory=dict)
 
     def search(self, name: str) -> dict[float, RunResult]:
         """Read a variant's search by learning rate: the first grid, and its extensions while an edge was best."""
-        base = self.base_rates[name]
-        if base is None:
+        if (base := self.base_rates[name]) is None:
             return {}
         found = {rate: self._result(name, f"rate-{rate:g}") for rate in rate_grid(base, self.trials)}
         for _ in range(MOST_EXTENSIONS):
-            is_complete = all(run.is_over for run in found.values())
-            extra = next_rate(losses_of(found), base) if is_complete else None
-            if extra is None:
+            extra = next_rate(losses_of(found), base)
+            if extra is None or not all(run.is_over for run in found.values()):
                 break
             found[extra] = self._result(name, f"rate-{extra:g}")
         return dict(sorted(found.items()))
 
     def rate(self, name: str) -> float | None:
         """Return the learning rate of a variant's runs: the best of the search, else the recipe's."""
-        if name in self.rates:
-            return self.rates[name]
-        return best_rate(losses_of(self.search(name))) or self.base_rates[name]
+        return self.rates.get(name) or best_rate(losses_of(self.search(name))) or self.base_rates[name]
 
     def search_tasks(self) -> list[Task]:
         """Return the runs that the search is known to need still."""
@@ -102,10 +98,7 @@ class Comparison:
         ]
 
     def seed_tasks(self) -> list[Task]:
-        """Return the missing runs by seed: all variants with the first seed, then with the next.
-
-        Variants whose search is not over are left out.
-        """
+        """Return the missing runs by seed of variants whose search is over: all with the first seed, then the next."""
         tasks, names = [], self._searched()
         for seed in range(self.seeds):
             for name in names:
@@ -117,22 +110,17 @@ class Comparison:
 
     def read_results(self) -> list[Variant]:
         """Read the present results of every variant."""
-        return [
-            Variant(
-                name,
-                overrides,
-                self.rate(name),
-                {seed: self._result(name, str(seed)) for seed in range(self.seeds)},
-                self.search(name),
-                self._memory(name),
-            )
-            for name, overrides in self.variants.items()
-        ]
+        variants = []
+        for name, overrides in self.variants.items():
+            runs = {seed: self._result(name, str(seed)) for seed in range(self.seeds)}
+            first = next((self.folder / name / str(seed) for seed, run in runs.items() if run.last), None)
+            memory = optimizer_memory(first) if first else None
+            variants.append(Variant(name, overrides, self.rate(name), runs, self.search(name), memory))
+        return variants
 
     def fix_rates(self) -> None:
         """Fix the learning rates as they are now: runs of one variant must not differ in it."""
-        found = {name: self.rate(name) for name in self._searched()}
-        self.rates |= {name: rate for name, rate in found.items() if rate is not None}
+        self.rates |= {name: rate for name in self._searched() if (rate := self.rate(name)) is not None}
         self.save()
 
     def _searched(self) -> list[str]:
@@ -153,11 +141,11 @@ class Comparison:
         Raises:
             InputError: the probe did not finish.
         """
-        place = self.folder / ".probe"
-        probe = read_result(place / "run", place / "log")
+        folder, log = self.folder / ".probe" / "run", self.folder / ".probe" / "log"
+        probe = read_result(folder, log)
         if probe.state != "finished":
-            raise InputError(f"the first step of variant {self.probed} failed: {probe.reason}. See {place / 'log'}")
-        train = RunDir(place / "run").config.recipe.train
+            raise InputError(f"the first step of variant {self.probed} failed: {probe.reason}. See {log}")
+        train = RunDir(folder).config.recipe.train
         self.auto_choices = [f"train.{key}={getattr(train, key)}" for key in _MEASURED]
         self.save()
 
@@ -185,17 +173,9 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as comparison.json and results.json have them."""
-        return {
-            "command": self.command,
-            "arguments": self.arguments,
-            "budget": self.budget.text,
-            "tune": self.tune,
-            "trials": self.trials,
-            "share": self.share,
-            "settled": self.auto_choices,
-            "rates": self.rates,
-            "digests": self.digests,
-        }
+        found = {"command": self.command, "arguments": self.arguments, "budget": self.budget.text, "tune": self.tune}
+        choices = {"settled": self.auto_choices, "rates": self.rates, "digests": self.digests}
+        return found | {"trials": self.trials, "share": self.share} | choices
 
     def log(self, name: str, run: str) -> Path:
         """Return the path of a run's output."""
@@ -204,19 +184,15 @@ class Comparison:
     def _result(self, name: str, run: str) -> RunResult:
         return read_result(self.folder / name / run, self.log(name, run))
 
-    def _memory(self, name: str) -> float | None:
-        runs = [str(seed) for seed in range(self.seeds) if self._result(name, str(seed)).last]
-        return optimizer_memory(self.folder / name / runs[0]) if runs else None
-
-    def _convolution_conditions(self, name: str) -> set[str]:
-        """Return the overrides of a variant that the choice of train.convolutions depends on."""
-        return {override for override in self.variants[name] if override.startswith(_CONVOLUTIONS_DEPEND_ON)}
-
     def _task(self, name: str, run: str, added: list[str]) -> Task:
         place = [f"run.dir={self.folder / name / run}", f"run.name={name}-{run}"]
         chosen = self.auto_choices
-        if chosen and self._convolution_conditions(name) != self._convolution_conditions(self.probed):
-            chosen = [override for override in chosen if not override.startswith("train.convolutions=")]
+        if chosen:
+            one, probed = (
+                {text for text in self.variants[of] if text.startswith(_CONVOLUTIONS_DEPEND_ON)}
+                for of in (name, self.probed)
+            )
+            chosen = [text for text in chosen if one == probed or not text.startswith("train.convolutions=")]
         overrides = [*chosen, *self.variants[name], *self.budget.overrides, *added, *place]
         return Task(f"{name} {run}", [*self.arguments, *overrides], self.log(name, run))
 
@@ -236,13 +212,13 @@ def prepare(args: argparse.Namespace, command: str) -> Comparison:
     problems = _option_problems(args, folder)
     if problems:
         raise InputError.from_problems("nothing was started", problems)
+    from shardstep.trainer.precision import is_measured
+
     budget, variants = Budget.parse(args.budget), read_variants(args.over, args.variants)
     recipes, problems = _load_variants(args, budget, variants)
     base_rates, tune_problems = _base_rates(args, budget, variants, recipes)
-    from shardstep.trainer.precision import is_measured
-
-    with_auto = [name for name, recipe in recipes.items() if is_measured(recipe.train)]
     problems += tune_problems
+    with_auto = [name for name, recipe in recipes.items() if is_measured(recipe.train)]
     if with_auto and args.slurm is not None:
         problems.append(
             f"variant {with_auto[0]} leaves train.precision or train.memory_format to auto, so each job would measure it "
@@ -269,8 +245,6 @@ def prepare(args: argparse.Namespace, command: str) -> Comparison:
         target=args.target,
         base_rates=base_rates,
         digests={name: hashlib.sha256(recipe_text(recipe).encode()).hexdigest() for name, recipe in recipes.items()},
-        auto_choices=[],
-        rates={},
         probed=with_auto[0] if with_auto else "",
         on_cpu=on_cpu,
         share=share,
@@ -328,8 +302,7 @@ def _base_rates(
     args: argparse.Namespace, budget: Budget, variants: dict[str, list[str]], recipes: dict[str, Recipe]
 ) -> tuple[dict[str, float | None], list[str]]:
     """Return where each variant's search begins, None without --tune, and the problems of its first grid's edges."""
-    base_rates: dict[str, float | None] = dict.fromkeys(variants)
-    problems = []
+    base_rates, problems = dict[str, float | None].fromkeys(variants), list[str]()
     for name, recipe in recipes.items() if args.tune else ():
         rate = base_rates[name] = _positive_number(recipe, args.tune)
         if rate is None:
@@ -369,23 +342,17 @@ def _check(arguments: list[str]) -> Recipe:
 
 
 def _check_same_comparison(comparison: Comparison) -> None:
-    """Check that the folder holds this comparison or nothing; take over the choices of an earlier command.
-
-    Raises:
-        InputError: it holds another comparison, or other files.
-    """
+    """Check that the folder holds this comparison or nothing; take over the choices of an earlier command."""
     path = comparison.folder / PLAN_NAME
     if not path.is_file():
         if comparison.folder.exists() and any(comparison.folder.iterdir()):
-            raise InputError(
-                f"--out {comparison.folder} holds files that are not a comparison's: choose another folder"
-            )
+            foreign = "holds files that are not a comparison's: choose another folder"
+            raise InputError(f"--out {comparison.folder} {foreign}")
         return
     try:
         saved, new = json.loads(path.read_text()), comparison.as_json()
-        differences = [
-            f"{key}: {saved[key]} -> {new[key]}" for key in ("budget", "tune", "trials") if saved[key] != new[key]
-        ]
+        changed = [key for key in ("budget", "tune", "trials") if saved[key] != new[key]]
+        differences = [f"{key}: {saved[key]} -> {new[key]}" for key in changed]
         differences += [
             f"variant {name} differs from its runs there"
             for name, digest in new["digests"].items()
@@ -398,10 +365,8 @@ def _check_same_comparison(comparison: Comparison) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({error}): give another --out, or remove the file") from None
     if differences:
-        raise InputError.from_problems(
-            f"{comparison.folder} holds another comparison. Give another --out; more --seeds or variants are fine",
-            differences,
-        )
+        remedy = "Give another --out; more --seeds or variants are fine"
+        raise InputError.from_problems(f"{comparison.folder} holds another comparison. {remedy}", differences)
 
 
 def _positive_number(recipe: Recipe, key: str) -> float | None:

@@ -40,8 +40,7 @@ def run_tasks(
     On Ctrl-C, SIGTERM or the loss of the terminal, ask the running ones to save and wait for them; on the next, kill them.
 
     Args:
-        tasks: to run.
-        parallel: number of tasks at once. On CPUs they share the cores equally.
+        parallel: tasks at once. On CPUs they share the cores equally.
         gpus: names for CUDA_VISIBLE_DEVICES, one per process; empty to train on CPU cores.
         ended: called with each task, its exit code (negative: a signal) and its seconds.
         within_s: start no task that would exceed this time, judging by the longest so far.
@@ -76,11 +75,8 @@ def run_tasks(
             time.sleep(_POLL_S)
             if interrupts and not is_announced:
                 names = ", ".join(task.name for task, _, _ in running.values())
-                print(
-                    f"{names}: saving after this step; press Ctrl-C again to kill without saving",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                kill = "press Ctrl-C again to kill without saving"
+                print(f"{names}: saving after this step; {kill}", file=sys.stderr, flush=True)
                 is_announced = True
             for slot, (task, process, started_s) in list(running.items()):
                 if process.poll() is not None:
@@ -109,15 +105,12 @@ def visible_gpus() -> list[str]:
     """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
-    args = os.environ.get("CUDA_VISIBLE_DEVICES")
-    num_gpus = torch.cuda.device_count()
-    return args.split(",")[:num_gpus] if args else [str(number) for number in range(num_gpus)]
+    names, num_gpus = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    return names.split(",")[:num_gpus] if names else [str(number) for number in range(num_gpus)]
 
 
 def _start(task: Task, slot: int, parallel: int, gpus: Sequence[str]) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {})
     task.log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(TRAIN_SCRIPT), *task.arguments]
     with task.log.open("ab") as log:

@@ -3,7 +3,7 @@
 import math
 import pickle
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from shardstep.launch.comparison.significance import mean_interval
 from shardstep.trainer.run_dir import RunDir, State
 
 _TAIL_SHARE = 0.2  # of a run's samples: the final training loss is the mean over this last part
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norm: no optimizer updates them
 EXPLODED = 10.0
 """Times the training loss of a variant's best learning rate: a loss above that counts as exploded."""
 
@@ -82,9 +83,7 @@ class RunResult:
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as results.json has them."""
-        fields = asdict(self) | {"state": self.outcome}
-        del fields["has_diverged"]
-        return fields
+        return {key: value for key, value in asdict(self).items() if key != "has_diverged"} | {"state": self.outcome}
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,9 @@ def read_result(folder: Path, log: Path | None = None) -> RunResult:
         return RunResult(str(folder), "missing", last_complaint(log))
     lines, summary = run.metrics(), run.summary
     state = run.state(lines[-1].get("step") if lines else 0)
-    curve = [_point(line) for line in lines if line["kind"] == "eval"]
+    unknown: dict[str, Any] = {"loss": None, "accuracy": None, "train_loss": None}
+    evaluations = [unknown | {"train_s": line["wall_s"]} | line for line in lines if line["kind"] == "eval"]
+    curve = [Point(**{key.name: line[key.name] for key in fields(Point)}) for line in evaluations]
     if state != "finished":
         # Summaries of earlier versions have no `failure`; their last line then tells whether the loss was NaN or infinite.
         guess = "nonfinite" if lines and lines[-1].get("loss") is None else "error"
@@ -181,8 +182,7 @@ def optimizer_memory(run: Path) -> float | None:
 
     from shardstep.trainer.checkpoints.checkpoint_files import OPTIMIZER, WEIGHTS
 
-    checkpoints = RunDir(run).checkpoints
-    if not checkpoints:
+    if not (checkpoints := RunDir(run).checkpoints):
         return None
     try:
         saved = torch.load(checkpoints[-1] / OPTIMIZER, weights_only=True, map_location="cpu")
@@ -209,9 +209,6 @@ def worst_outcome(variant: Variant) -> str:
     return next((outcome for outcome in ("failed", "unfinished", "missing") if outcome in found), "not evaluated")
 
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norm: no optimizer updates them
-
-
 def _tensor_bytes(value: Any) -> int:
     """Return the bytes of all tensors in nested containers."""
     if hasattr(value, "element_size"):
@@ -219,12 +216,6 @@ def _tensor_bytes(value: Any) -> int:
     if isinstance(value, dict):
         return sum(_tensor_bytes(part) for part in value.values())
     return sum(_tensor_bytes(part) for part in value) if isinstance(value, (list, tuple)) else 0
-
-
-def _point(line: dict[str, Any]) -> Point:
-    train_s = line.get("train_s", line["wall_s"])
-    values = [line.get(key) for key in ("loss", "accuracy", "train_loss")]
-    return Point(line["step"], line["epoch"], line["samples"], train_s, *values)
 
 
 def last_complaint(log: Path | None) -> str:

@@ -39,9 +39,6 @@ class Difference:
         return self.adjusted_p < 1 - CONFIDENCE
 
 
-# --- intervals and tests ----------------------------------------------------------------------------------------------
-
-
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Return the mean and its confidence interval by Student's t: t s / sqrt(n), with n - 1 degrees of freedom."""
     from scipy import stats
@@ -98,9 +95,6 @@ def compare_groups(groups: Mapping[str, Sequence[float]]) -> list[Difference]:
     return sorted(differences, key=lambda pair: (pair.adjusted_p, -pair.difference))
 
 
-# --- in words ---------------------------------------------------------------------------------------------------------
-
-
 def sentences(groups: Mapping[str, Sequence[float]], runs: Mapping[str, int] | None = None) -> list[str]:
     """Describe which differences between the groups' accuracies (0 to 1) are real, and which groups cannot be told apart.
 
@@ -121,9 +115,8 @@ def sentences(groups: Mapping[str, Sequence[float]], runs: Mapping[str, int] | N
     ]
     ranked = sorted(several, key=lambda name: -fmean(several[name]))
     for name in ranked:
-        beaten = [pair for pair in real if pair.better == name]
+        beaten = sorted((pair for pair in real if pair.better == name), key=lambda pair: pair.difference)
         if beaten:
-            beaten.sort(key=lambda pair: pair.difference)
             others = ", ".join(f"{pair.worse} by {_points(pair)}" for pair in beaten)
             lines.append(f"{name} is better than {others}.")
     best = ranked[0]
@@ -134,8 +127,7 @@ def sentences(groups: Mapping[str, Sequence[float]], runs: Mapping[str, int] | N
     for name, total in (runs or {}).items():
         if name in several and len(several[name]) < total:
             lines.append(f"Only {len(several[name])} of {total} runs of {name} finished; its comparisons use those.")
-    single = [name for name in groups if name not in several]
-    if single:
+    if single := [name for name in groups if name not in several]:
         lines.append(f"{_and(single)} cannot be compared: fewer than two runs finished.")
     return lines
 

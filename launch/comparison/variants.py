@@ -45,8 +45,7 @@ def read_variants(over: Sequence[str], file: str | None) -> dict[str, list[str]]
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    problems = _problems(content)
-    if problems:
+    if problems := _problems(content):
         raise InputError.from_problems(f"{path} is not a file of variants (name: [section.key=value, ...])", problems)
     return content
 
@@ -67,16 +66,14 @@ class Budget:
         """
         if text is None:
             return cls("the recipe's duration", ())
-        match = _TIME.fullmatch(text.strip())
-        if match:
+        if match := _TIME.fullmatch(text.strip()):
             seconds = float(match[1]) * _SECONDS[match[2]]
             return cls(f"{seconds:g} s of training", (f"train.max_wall_s={seconds:g}", f"train.duration={_ENDLESS}"))
         try:
             duration = Duration.parse(text)
         except InputError:
-            raise InputError(
-                f'--budget {text!r}: write epochs, steps or a time: "3 epochs", "500 steps", "120 s", "2 min"'
-            ) from None
+            forms = 'write epochs, steps or a time: "3 epochs", "500 steps", "120 s", "2 min"'
+            raise InputError(f"--budget {text!r}: {forms}") from None
         return cls(str(duration), (f"train.duration={duration}",))
 
 

@@ -18,13 +18,10 @@ class Job:
     name: str
     """Shown by squeue; the log's name begins with it."""
     nodes: int
-    """Machines."""
     ranks_per_node: int
-    """Ranks on each."""
     time: str
     """Time limit in one of Slurm's forms: minutes, hours:minutes:seconds, days-hours, ..."""
     launcher: Launcher = "torchrun"
-    """What starts the ranks of a node."""
     gpus_per_node: int = 0
     """GPUs on each machine; 0 trains on CPU cores."""
     cpus_per_rank: int = 1
