@@ -36,51 +36,30 @@ another rank's end, or any other error."""
 STATUSES: tuple[Status, ...] = ("finished", "preempted", "failed")
 
 
+class _PathOf:
+    """A read-only attribute of RunDir: the path of a name in the run's folder."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, run: "RunDir", owner: type) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True)
 class RunDir:
     """A run's folder, which need not exist."""
 
     path: Path
 
-    @property
-    def config_path(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "config.yaml"
-
-    @property
-    def train_manifest_path(self) -> Path:
-        """The manifest of the training set, without the shards: what an evaluation needs of it."""
-        return self.path / "train_manifest.json"
-
-    @property
-    def starts_path(self) -> Path:
-        """The starts of the run."""
-        return self.path / "starts.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        """The curves."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary_path(self) -> Path:
-        """The end of the last start."""
-        return self.path / "summary.json"
-
-    @property
-    def weights_path(self) -> Path:
-        """The final weights."""
-        return self.path / WEIGHTS
-
-    @property
-    def predictions_path(self) -> Path:
-        """The predictions for the test set that a report has kept."""
-        return self.path / "predictions.npz"
-
-    @property
-    def checkpoints_path(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
+    config_path = _PathOf("config.yaml")
+    train_manifest_path = _PathOf("train_manifest.json")  # without the shards: what an evaluation needs of it
+    starts_path = _PathOf("starts.json")
+    metrics_path = _PathOf("metrics.jsonl")
+    summary_path = _PathOf("summary.json")
+    weights_path = _PathOf(WEIGHTS)
+    predictions_path = _PathOf("predictions.npz")
+    checkpoints_path = _PathOf("checkpoints")
 
     @property
     def is_run(self) -> bool:
