@@ -14,19 +14,12 @@ _PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*(epochs?|steps?)")
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a run.
+    """The progress of a run."""
 
-    Attributes:
-        step: completed optimizer steps.
-        epoch: completed epochs, which is also the number of the current epoch, from 0.
-        position: samples consumed in the current epoch, which is also the next global position.
-        samples: samples consumed since the start of the run.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    samples: int = 0
+    step: int = 0  # completed optimizer steps
+    epoch: int = 0  # completed epochs; the number of the current one, from 0
+    position: int = 0  # samples consumed in this epoch; the next global position
+    samples: int = 0  # consumed since the start of the run
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,10 @@
 class InputError(ValueError):
     """Bad input: a recipe, an option, an environment or a data set that cannot be used as it is.
 
-    The message says what is wrong (with the values), the consequence, and the remedy. Several problems found together are
-    joined by newlines.
-
-    Attributes:
-        everywhere: whether every rank raises it, so that only one of them needs to print it.
+    The message says what is wrong (with the values), the consequence, and the remedy; one line for each problem.
     """
 
-    everywhere = True
+    everywhere = True  # whether every rank raises it, so that only one of them needs to print it
 
     @classmethod
     def from_problems(cls, headline: str, problems: list[str], most: int | None = None) -> "InputError":

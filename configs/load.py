@@ -28,21 +28,14 @@ _ON_DEVICE = {"on_cpu": "cpu", "on_cuda": "cuda"}
 
 @dataclass
 class LoadedRecipe:
-    """A recipe as it was read, with the problems found so far.
+    """A recipe as it was read, with the problems found so far."""
 
-    Attributes:
-        recipe: without the parts that apply on one kind of device only.
-        source: the path or name that was given.
-        problems: what could not be read.
-        notes: what the user should know.
-        for_device: loads the recipe for a device (cpu or cuda); None if it is the same for all devices.
-    """
-
-    recipe: Recipe
-    source: str = ""
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    recipe: Recipe  # without the parts that apply on one kind of device only
+    source: str = ""  # the path or name that was given
+    problems: list[str] = field(default_factory=list)  # what could not be read
+    notes: list[str] = field(default_factory=list)  # what the user should know
     for_device: Callable[[str], "LoadedRecipe"] | None = None
+    """Loads the recipe for a device (cpu or cuda); None if it is the same for all devices."""
 
 
 def recipe_names() -> list[str]:

@@ -42,12 +42,10 @@ def translate(images: Tensor, draws: Draws, *, pixels: int = 4) -> Tensor:
     per_image, per_row, per_pixel, _ = padded.stride()
     run = height * per_row
     runs = padded.as_strided((padded.untyped_storage().nbytes() - run + 1, run), (1, 1))
-    starts = (
-        torch.arange(batch_size, device=images.device) * per_image + shift[:, 0] * per_row + shift[:, 1] * per_pixel
-    )
-    return (
-        runs.index_select(0, starts).view(batch_size, height, width + 2 * pixels, channels)[:, :, :width].contiguous()
-    )
+    starts = torch.arange(batch_size, device=images.device) * per_image
+    starts += shift[:, 0] * per_row + shift[:, 1] * per_pixel
+    windows = runs.index_select(0, starts).view(batch_size, height, width + 2 * pixels, channels)
+    return windows[:, :, :width].contiguous()
 
 
 def cutout(images: Tensor, draws: Draws, *, size: int = 8) -> Tensor:
@@ -98,12 +96,7 @@ def color_jitter(
 
 
 TRANSFORMS: dict[str, Callable[..., Tensor]] = {
-    "flip": flip,
-    "alternating_flip": alternating_flip,
-    "translate": translate,
-    "cutout": cutout,
-    "shrink": shrink,
-    "color_jitter": color_jitter,
+    function.__name__: function for function in (flip, alternating_flip, translate, cutout, shrink, color_jitter)
 }
 
 

@@ -24,19 +24,12 @@ from shardstep.datasets.rng import Draws
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The input of one rank's forward and backward pass.
+    """The input of one rank's forward and backward pass."""
 
-    Attributes:
-        images: float32 (batch, channels, height, width), normalised, on the device.
-        labels: int64 (batch,), on the device.
-        positions: int64 (batch,), global positions in the epoch, on the host.
-        sample_ids: int64 (batch,), on the host.
-    """
-
-    images: Tensor
-    labels: Tensor
-    positions: np.ndarray
-    sample_ids: np.ndarray
+    images: Tensor  # float32 (batch, channels, height, width), normalised, on the device
+    labels: Tensor  # int64 (batch,), on the device
+    positions: np.ndarray  # int64 (batch,), global positions in the epoch, on the host
+    sample_ids: np.ndarray  # int64 (batch,), on the host
 
 
 @dataclass(frozen=True)
@@ -85,38 +78,23 @@ def micro_pieces(size: int, rank: int, world_size: int, max_micro_batch: int) ->
 
 @dataclass(eq=False)
 class TrainBatches:
-    """Endless batches of a training set, starting at any position.
-
-    Attributes:
-        reader: reads the pixels.
-        order: determines which sample is at which position.
-        global_batch_size: samples per optimizer step over all ranks.
-        samples_per_epoch: all samples, or fewer if the last batch is dropped.
-        rank, world_size: of this process.
-        max_micro_batch: largest number of samples of one rank in one pass.
-        transforms, normalize: applied to a batch on the device.
-        memory_format: of the images.
-        device: where the batches go.
-        workers: threads that read ahead; 0 reads in the calling thread.
-        wait_s: seconds spent waiting for data and preparing it since the start.
-        to_device_s, augment_s: parts of wait_s: copying batches to the device, and transforming them; host time.
-    """
+    """Endless batches of a training set, starting at any position."""
 
     reader: Reader
     order: OrderConfig
-    global_batch_size: int
-    samples_per_epoch: int
+    global_batch_size: int  # over all ranks
+    samples_per_epoch: int  # all samples, or fewer if the last batch is dropped
     rank: int
     world_size: int
-    max_micro_batch: int
+    max_micro_batch: int  # samples of one rank in one pass, at most
     transforms: Sequence[Transform]
     normalize: Normalize
-    memory_format: torch.memory_format
+    memory_format: torch.memory_format  # of the images
     device: torch.device
-    workers: int
-    wait_s: float = field(default=0.0, init=False)
-    to_device_s: float = field(default=0.0, init=False)
-    augment_s: float = field(default=0.0, init=False)
+    workers: int  # threads that read ahead; 0 reads in the calling thread
+    wait_s: float = field(default=0.0, init=False)  # waiting for data and preparing it; host time
+    to_device_s: float = field(default=0.0, init=False)  # of wait_s: copying batches to the device
+    augment_s: float = field(default=0.0, init=False)  # of wait_s: transforming and normalizing them
     _epoch: int = field(default=-1, init=False)
     _epoch_order: EpochOrder | None = field(default=None, init=False)
     _announced: set[tuple[int, int]] = field(default_factory=set, init=False)

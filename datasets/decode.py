@@ -33,14 +33,9 @@ def _flag(mode: str) -> int:
 
 
 def decode(data: bytes, mode: str) -> np.ndarray:
-    """Decode an image file.
+    """Decode an image file to uint8, shape (height, width, channels). EXIF orientation and transparency are dropped.
 
-    Args:
-        data: the file.
-        mode: "RGB", "L", or "UNCHANGED" for one or three channels, as in the file. Transparency is dropped.
-
-    Returns:
-        uint8, shape (height, width, channels). The EXIF orientation is ignored.
+    `mode`: "RGB", "L", or "UNCHANGED" for one or three channels, as in the file.
 
     Raises:
         ValueError: the bytes are not an 8-bit image.

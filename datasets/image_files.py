@@ -29,15 +29,11 @@ def find_image_files(path: Path) -> list[Path]:
 
 
 def read_image_file(path: Path, mode: str, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Read an image of any size and format.
+    """Read an image of any size and format. The EXIF orientation is ignored, as in a data set.
 
     Args:
-        path: of the file.
         mode: "RGB" or "L", like the data set's images.
-        image_shape: (height, width, channels): the image is scaled until it covers this, and its centre is cropped.
-
-    Returns:
-        uint8, of that shape. The EXIF orientation is ignored, as in a data set.
+        image_shape: (height, width, channels) of the result: the image is scaled to cover it, and cropped to its centre.
 
     Raises:
         ValueError: the file cannot be read.

@@ -7,7 +7,7 @@ index           20 bytes a sample: shard, offset / 512, size, label, crc32 (five
 import hashlib
 import json
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,35 +38,21 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of manifest.json.
+    """The contents of manifest.json."""
 
-    Attributes:
-        classes: class names; the index is the label.
-        samples: number of samples.
-        samples_per_class: in the order of `classes`.
-        image_mode: "RGB", or "L" when every image is greyscale.
-        image_shape: (channels, height, width), or None if sizes differ (then data.resize is needed).
-        encodings: file name extensions of the images, such as ["png"].
-        mean, std: per channel over all pixels, on the 0..1 scale.
-        made: how the shards were made.
-        shards: in the order of the sample ids.
-        index_sha256: of the index file.
-        fingerprint: SHA-256 over all of the above; identifies this data set in caches, checkpoints and summaries.
-    """
-
-    classes: list[str]
+    classes: list[str]  # names; the index is the label
     samples: int
-    samples_per_class: list[int]
-    image_mode: str
-    image_shape: list[int] | None
-    encodings: list[str]
-    mean: list[float]
+    samples_per_class: list[int]  # in the order of `classes`
+    image_mode: str  # "RGB", or "L" when every image is greyscale
+    image_shape: list[int] | None  # (channels, height, width); None if sizes differ (then data.resize is needed)
+    encodings: list[str]  # file name extensions of the images, such as ["png"]
+    mean: list[float]  # per channel over all pixels, on the 0..1 scale, like `std`
     std: list[float]
-    made: dict[str, Any]
-    shards: list[Shard]
+    made: dict[str, Any]  # how the shards were made
+    shards: list[Shard]  # in the order of the sample ids
     index_sha256: str
     format_version: int = FORMAT_VERSION
-    fingerprint: str = field(default="")
+    fingerprint: str = ""  # SHA-256 over all of the above; identifies the data set in caches, checkpoints, summaries
 
     @property
     def channels(self) -> int:

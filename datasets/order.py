@@ -47,24 +47,21 @@ class EpochOrder:
     ):
         """
         Args:
-            samples_per_shard: number of samples in each shard, in manifest order.
-            seed: the run's seed.
-            epoch: number of the epoch, from 0.
+            samples_per_shard: in manifest order.
+            epoch: from 0.
             lanes: L, at least 1; lanes beyond the number of samples are empty.
             window_shards: W, at least 1; None is all.
         """
         counts = np.asarray(samples_per_shard, dtype=np.int64)
         self.num_samples = int(counts.sum())
-        self._key = (seed, epoch)
-        self._lanes = lanes
+        self._key, self._lanes = (seed, epoch), lanes
         self._window_shards = window_shards or max(len(counts), 1)
         self._shard_order = permutation(len(counts), self._key, (_SHARDS, 0, 0))
         # The start of each shard in the manifest's order, and on the permuted line.
         self._first_id = np.concatenate([[0], np.cumsum(counts)])
         self._line = np.concatenate([[0], np.cumsum(counts[self._shard_order])])
-        self._ends: list[int] = (
-            self._line.tolist()
-        )  # for single places, where a search in an array takes ten times as long
+        # For single places: a search in an array takes ten times as long.
+        self._ends: list[int] = self._line.tolist()
         # A batch touches one block per lane, and the next batch mostly touches the same blocks.
         self._block = lru_cache(maxsize=lanes + 1)(self._permuted_block)
 
@@ -94,10 +91,7 @@ class EpochOrder:
     def shards_of(self, lane: int, block: int) -> list[int]:
         """Return the manifest indices of the shards of a block's samples; empty past the lane's last block."""
         begin, end = self._block_bounds(lane, block)
-        if begin >= end:
-            return []
-        first, last = self._shard_at(begin), self._shard_at(end - 1)
-        return [int(shard) for shard in self._shard_order[first : last + 1]]
+        return self._shard_order[self._shard_at(begin) : self._shard_at(end - 1) + 1].tolist() if begin < end else []
 
     def _lane_slice(self, lane: int, start: int, stop: int) -> np.ndarray:
         begin = self._lane_start(lane)

@@ -24,13 +24,8 @@ def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], N
         yield lambda done: None
         console.print(f"{what}: {total:,} {unit} in {time.perf_counter() - start:.1f} s", soft_wrap=True, markup=False)
         return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-    )
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.advance(task, done)

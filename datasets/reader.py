@@ -59,16 +59,12 @@ class StreamReader:
     """A reader of images from shards; checks each against the size and crc32 in the index."""
 
     def __init__(self, shards: ShardFolder, resize: int | None = None):
-        """
-        Args:
-            shards: the data set.
-            resize: side of the square that images are scaled and cropped to; None keeps their size.
+        """`resize`: side of the square that images are scaled and cropped to; None keeps their size.
 
         Raises:
             InputError: the images differ in size and `resize` is None.
         """
-        self._shards = shards
-        self._resize = resize
+        self._shards, self._resize = shards, resize
         self._labels = torch.from_numpy(shards.labels)
         self._open = lru_cache(maxsize=_MOST_OPEN_SHARDS)(lambda shard: _OpenFile(shards.shard_path(shard)))
         manifest = shards.manifest

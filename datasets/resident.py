@@ -27,8 +27,7 @@ class ResidentReader:
 
     def __init__(self, pixels: Tensor, labels: Tensor):
         """`pixels`: uint8 (samples, height, width, channels); `labels`: int64 (samples,), on the same device."""
-        self._pixels = pixels
-        self._labels = labels
+        self._pixels, self._labels = pixels, labels
         height, width, channels = pixels.shape[1:]
         self.image_shape = (height, width, channels)
 
@@ -70,8 +69,7 @@ def load_resident(shards: ShardFolder, resize: int | None, device: torch.device)
         ) from None
     # Copy on write: ranks share the pages, and torch gets writable memory, as it expects.
     pixels = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", shape=shape))
-    labels = torch.from_numpy(shards.labels)
-    return ResidentReader(pixels.to(device), labels.to(device))
+    return ResidentReader(pixels.to(device), torch.from_numpy(shards.labels).to(device))
 
 
 def _decode_all(stream: StreamReader, shape: tuple[int, ...], path: Path, name: str) -> None:

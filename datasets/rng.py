@@ -18,15 +18,9 @@ WORD = 2**64
 
 
 def philox_words(count: int, key: tuple[int, int], counter: tuple[int, int, int]) -> np.ndarray:
-    """Return the first `count` words of the Philox stream with this key and counter.
+    """Return the first `count` words of the Philox stream with this key and counter. uint64, shape (count,).
 
-    Args:
-        count: number of words.
-        key: two 64-bit words, here always (seed, epoch).
-        counter: three 64-bit words that distinguish streams with the same key.
-
-    Returns:
-        uint64 array of shape (count,).
+    All are 64-bit words. The key is always (seed, epoch); the counter distinguishes streams with the same key.
     """
     start = np.array([0, *counter], dtype=np.uint64)  # the lowest word counts the blocks of the stream
     generator = np.random.Philox(key=np.array([word % WORD for word in key], dtype=np.uint64), counter=start)
@@ -63,11 +57,8 @@ class Draws:
 
     def __init__(self, seed: int, epoch: int, positions: "Tensor", sample_ids: "Tensor"):
         """`positions`, `sample_ids`: int64, shape (batch,), on the device that needs the numbers."""
-        self.epoch = epoch
-        self._seed = seed
-        self._positions = positions
-        self._sample_ids = sample_ids
-        self._stream = 0
+        self.epoch, self._seed, self._stream = epoch, seed, 0
+        self._positions, self._sample_ids = positions, sample_ids
 
     def uniform(self, columns: int = 1) -> "Tensor":
         """Draw float64 in [0, 1), shape (batch, columns). Each call uses the next stream."""

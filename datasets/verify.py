@@ -9,27 +9,15 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
-from shardstep.datasets.manifest import (
-    INDEX_NAME,
-    MANIFEST_NAME,
-    ShardFolder,
-    parse_index,
-    parse_manifest,
-    size_problem,
-    split_name,
-)
+from shardstep.datasets import manifest as manifests
+from shardstep.datasets.manifest import INDEX_NAME, MANIFEST_NAME, ShardFolder, split_name
 from shardstep.datasets.tar import BLOCK, read_members
 
 
 def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None) -> list[str]:
-    """Compare a folder of shards with its manifest, byte by byte.
+    """Compare a folder of shards with its manifest, byte by byte; return one line per problem.
 
-    Args:
-        folder: the data set.
-        advance: called with the number of samples just checked.
-
-    Returns:
-        One line per problem; empty if every byte is as it was written.
+    `advance` is called with the number of samples just checked.
 
     Raises:
         InputError: the manifest is missing or damaged.
@@ -37,12 +25,11 @@ def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None)
     manifest_path = folder / MANIFEST_NAME
     if not manifest_path.is_file():
         raise InputError(f"no data set in {folder}: {MANIFEST_NAME} is missing")
-    manifest = parse_manifest(manifest_path.read_text(errors="replace"), str(manifest_path))
+    manifest = manifests.parse_manifest(manifest_path.read_text(errors="replace"), str(manifest_path))
 
-    problems = []
-    shards = None
+    problems, shards = [], None
     try:
-        index = parse_index((folder / INDEX_NAME).read_bytes(), manifest, INDEX_NAME)
+        index = manifests.parse_index((folder / INDEX_NAME).read_bytes(), manifest, INDEX_NAME)
         shards = ShardFolder(folder, manifest, index)
     except FileNotFoundError:
         problems.append(f"{INDEX_NAME} is missing")
@@ -50,13 +37,12 @@ def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None)
         problems.append(str(error))
 
     known = {shard.name for shard in manifest.shards}
-    problems += [
-        f"{path.name} is not in the manifest" for path in sorted(folder.glob("*.tar")) if path.name not in known
-    ]
+    unknown = sorted({path.name for path in folder.glob("*.tar")} - known)
+    problems += [f"{name} is not in the manifest" for name in unknown]
     by_hash = {shard.sha256: shard.name for shard in manifest.shards}
     for number, shard in enumerate(manifest.shards):
         path = folder / shard.name
-        wrong_size = size_problem(path, shard.bytes)
+        wrong_size = manifests.size_problem(path, shard.bytes)
         if wrong_size:
             problems.append(wrong_size)
         if path.is_file():
@@ -81,10 +67,8 @@ def _damage_inside(shards: ShardFolder, shard: int) -> list[str]:
             data = os.pread(file.fileno(), int(entry["size"]), place)
             if zlib.crc32(data) != entry["crc32"] or len(data) != entry["size"]:
                 name = os.pread(file.fileno(), 100, place - BLOCK).partition(b"\0")[0].decode(errors="replace")
-                damage.append(
-                    f"the image of sample {split_name(name)[0] or '?'} (number {number} of the shard, "
-                    f"byte {place}) is damaged"
-                )
+                sample = f"sample {split_name(name)[0] or '?'} (number {number} of the shard, byte {place})"
+                damage.append(f"the image of {sample} is damaged")
     labels = {
         split_name(shards.key(int(number)))[0]: int(shards.index[number]["label"])
         for number in np.flatnonzero(shards.index["shard"] == shard)

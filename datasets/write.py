@@ -9,8 +9,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -48,7 +47,6 @@ def write_shards(
 
     Args:
         source: a name or path, see datasets/sources/__init__.py.
-        split: "train" or "test".
         out: folder to create; if it exists, it must be empty.
         samples_per_shard: samples per tar; the last one holds the rest.
         seed: of the shuffle. Shards sorted by class would ruin every windowed order.
@@ -142,12 +140,8 @@ def _write_locked(
             order = permutation(total, (seed, 0), (0, 0, 0))
             bad = _write_tars(images, order, partial, split, samples_per_shard, advance)
             if bad and (bad_images == "refuse" or len(bad) == total):
-                raise InputError.from_problems(
-                    f"{source} has images that cannot be used (fix or remove them, or leave them out with "
-                    f"`shardstep shards write --bad-images skip`)",
-                    bad,
-                    MOST_NAMED,
-                )
+                remedy = "fix or remove them, or leave them out with `shardstep shards write --bad-images skip`"
+                raise InputError.from_problems(f"{source} has images that cannot be used ({remedy})", bad, MOST_NAMED)
         if bad:
             print(f"left out: {len(bad):,} of {total:,} images", *bad, sep="\n  - ", file=sys.stderr)
         made = {"source": images.description, "split": split, "seed": seed, "samples_per_shard": samples_per_shard}
@@ -198,6 +192,7 @@ def _write_tars(
 
 def _encoded(images: Source, order: np.ndarray) -> Iterator[bytes | ValueError]:
     """Yield the image files in order, or their problems; threads encode and decode a bounded number of tasks ahead."""
+    from shardstep.datasets.batches import read_ahead  # here: it imports torch, like webdataset above
 
     def encode(number: int) -> bytes | ValueError:
         content = images.read(number)
@@ -209,13 +204,7 @@ def _encoded(images: Source, order: np.ndarray) -> Iterator[bytes | ValueError]:
             return error
         return content
 
-    def encode_all(numbers: np.ndarray) -> list[bytes | ValueError]:
-        return [encode(number) for number in numbers.tolist()]
-
-    tasks = iter(np.split(order, range(_ENCODE_TOGETHER, len(order), _ENCODE_TOGETHER)))
+    groups = iter(np.split(order, range(_ENCODE_TOGETHER, len(order), _ENCODE_TOGETHER)))
     workers = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(workers) as pool:
-        pending = [pool.submit(encode_all, task) for task in islice(tasks, 2 * workers)]
-        while pending:
-            yield from pending.pop(0).result()
-            pending += [pool.submit(encode_all, task) for task in islice(tasks, 1)]
+    for encoded in read_ahead(groups, lambda group: lambda: [encode(number) for number in group.tolist()], workers):
+        yield from encoded

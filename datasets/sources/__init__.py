@@ -16,13 +16,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets.manifest import Manifest
-from shardstep.datasets.sources.cifar10 import (
-    CIFAR10_CLASSES,
-    download_cifar10,
-    is_cifar10_tar,
-    read_cifar10_archive,
-    read_cifar10_folder,
-)
+from shardstep.datasets.sources import cifar10
 from shardstep.datasets.sources.digits import DIGIT_CLASSES, DIGITS, read_digits
 from shardstep.datasets.sources.image_folder import open_image_folder
 from shardstep.datasets.sources.image_tar import open_image_tar
@@ -31,11 +25,7 @@ from shardstep.datasets.sources.synthetic import make_synthetic
 
 
 def open_source(source: str, split: str) -> Source:
-    """Find the images of one split.
-
-    Args:
-        source: one of the names above, or a path.
-        split: "train" or "test".
+    """Find the images of one split, "train" or "test"; `source` is one of the names above, or a path.
 
     Raises:
         InputError: there is no such source, or it cannot be read.
@@ -48,9 +38,8 @@ def open_source(source: str, split: str) -> Source:
         return make_synthetic(source, split)
     path = Path(source).expanduser()
     if not path.exists():
-        raise InputError(
-            f"no source {source!r}: neither cifar10, digits, synthetic:N, nor a folder or archive that exists"
-        )
+        known = "cifar10, digits, synthetic:N, nor a folder or archive that exists"
+        raise InputError(f"no source {source!r}: neither {known}")
     return _open_path(path, split)
 
 
@@ -64,7 +53,7 @@ def surely_differs(source: str, manifest: Manifest, split: str) -> bool:
         count = source.removeprefix("synthetic:").lstrip("0")
         return made_from not in (f"synthetic:{count}", WRITTEN_ELSEWHERE)
     if source == "cifar10":
-        return made_here or (classes != CIFAR10_CLASSES and not os.environ.get("CIFAR10_SOURCE"))
+        return made_here or (classes != cifar10.CIFAR10_CLASSES and not os.environ.get("CIFAR10_SOURCE"))
     return made_here or not _shares_a_class(os.path.join(os.path.expanduser(source), split), classes)
 
 
@@ -79,7 +68,7 @@ def _shares_a_class(folder: str, classes: list[str]) -> bool:
 def _open_cifar10(split: str) -> Source:
     given = os.environ.get("CIFAR10_SOURCE")
     if not given:
-        return _open_path(download_cifar10(), split)
+        return _open_path(cifar10.download_cifar10(), split)
     if not Path(given).exists():
         raise InputError(f"CIFAR10_SOURCE={given} does not exist")
     try:
@@ -90,7 +79,7 @@ def _open_cifar10(split: str) -> Source:
 
 def _open_path(path: Path, split: str) -> Source:
     if path.is_dir():
-        source = read_cifar10_folder(path, split)
+        source = cifar10.read_cifar10_folder(path, split)
         if source:
             return source
         # A folder with one tar per split, or with a packed archive, stands for its content.
@@ -98,8 +87,8 @@ def _open_path(path: Path, split: str) -> Source:
             if (path / name).is_file():
                 return _open_path(path / name, split)
         return open_image_folder(path, split)
-    if path.name.endswith((".tar.gz", ".tgz")) or (path.suffix == ".tar" and is_cifar10_tar(path)):
-        return read_cifar10_archive(path, split)
+    if path.name.endswith((".tar.gz", ".tgz")) or (path.suffix == ".tar" and cifar10.is_cifar10_tar(path)):
+        return cifar10.read_cifar10_archive(path, split)
     if path.suffix == ".tar":
         return open_image_tar(path, split)
     raise InputError(f"{path} is neither a folder nor a .tar or .tar.gz archive")

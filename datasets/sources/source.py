@@ -15,27 +15,16 @@ WRITTEN_ELSEWHERE = "tars written elsewhere"  # in a manifest, instead of a Sour
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled images, read one at a time.
+    """Labelled images, read one at a time."""
 
-    Attributes:
-        description: what this is, for the manifest, without paths of this machine.
-        classes: class names; the index is the label.
-        labels: one label per image.
-        read: returns the bytes of an image's file, or its pixels as uint8 (height, width, channels), by its number.
-        name: returns how messages refer to an image, by its number.
-        has_splits: whether train and test are separate; if not, every split holds all images.
-        ignored: files that are not images in a supported format: their number by suffix.
-        empty_folders: class folders without an image in a supported format.
-    """
-
-    description: str
-    classes: list[str]
-    labels: np.ndarray
-    read: Callable[[int], bytes | np.ndarray]
-    name: Callable[[int], str]
-    has_splits: bool = True
-    ignored: dict[str, int] = field(default_factory=dict)
-    empty_folders: list[str] = field(default_factory=list)
+    description: str  # what this is, for the manifest, without paths of this machine
+    classes: list[str]  # the index is the label
+    labels: np.ndarray  # one per image
+    read: Callable[[int], bytes | np.ndarray]  # bytes of a file, or pixels: uint8 (height, width, channels)
+    name: Callable[[int], str]  # how messages refer to an image, by its number
+    has_splits: bool = True  # whether train and test are separate; if not, every split holds all images
+    ignored: dict[str, int] = field(default_factory=dict)  # by suffix, the number of files that are no images
+    empty_folders: list[str] = field(default_factory=list)  # class folders without images
 
     def extension(self, number: int) -> str:
         """Return the file name extension of an image; pixels become PNG."""

@@ -33,6 +33,5 @@ def make_synthetic(source: str, split: str) -> Source:
         noise = words.view(np.uint8).reshape(size, size, 3)  # 0..255
         return (patterns[labels[number]] * 0.5 + noise * 0.5).astype(np.uint8)
 
-    return Source(
-        source, [f"class{label}" for label in range(num_classes)], labels, read, lambda number: f"image {number}"
-    )
+    classes = [f"class{label}" for label in range(num_classes)]
+    return Source(source, classes, labels, read, lambda number: f"image {number}")

@@ -24,7 +24,6 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, num_bins: int = NUM
     Args:
         confidence: (N,), probability of the predicted class.
         correct: bool (N,), whether that class is the label.
-        num_bins: over 0..1.
     """
     place = np.clip(np.ceil(confidence.astype(np.float64) * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
     return [

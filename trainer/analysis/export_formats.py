@@ -82,9 +82,9 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
     """Describe the use of an exported model, for the file's metadata."""
     height, width, channels = trained.image_shape
     mean, std = mean_and_std(trained.recipe.data, trained.manifest)
-    outputs = {"nll": "log-probabilities of the classes"}.get(
-        trained.recipe.loss["name"], "logits of the classes: their softmax are probabilities"
-    )
+    outputs = "logits of the classes: their softmax are probabilities"
+    if trained.recipe.loss["name"] == "nll":
+        outputs = "log-probabilities of the classes"
     return {
         "shardstep": metadata.version("shardstep"),
         "weights": trained.which,
@@ -111,9 +111,7 @@ def export(trained: TrainedModel, name: str, path: Path, reader: Reader, num_sam
     Args:
         trained: on the CPU.
         name: of the format, a key of FORMATS.
-        path: of the file.
-        reader: of real images.
-        num_samples: how many it has.
+        reader: of `num_samples` real images.
 
     Raises:
         InputError: the libraries for this format are missing, or the images cannot be read.
@@ -134,11 +132,9 @@ def export(trained: TrainedModel, name: str, path: Path, reader: Reader, num_sam
                 f"{found.allowed:.3g} is allowed. No file was written"
             )
         partial.replace(path)
-    except InputError:
+    except (InputError, ExportFailed):
         raise
     except (RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, ExportFailed):
-            raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportFailed(f"{trained.recipe.model['name']} cannot be exported to {name}: {reason}") from error
     finally:
@@ -166,9 +162,6 @@ def compare(trained: TrainedModel, loaded: Loaded, reader: Reader, num_samples: 
     return Comparison(largest, TOLERANCE * scale, start)
 
 
-# --- the formats ------------------------------------------------------------------------------------------------------
-
-
 def _write_safetensors(trained: TrainedModel, path: Path) -> None:
     path.write_bytes(safetensors.torch.save(weights(trained.module), metadata={KEY: json.dumps(describe(trained))}))
 
@@ -186,16 +179,11 @@ def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
     height, width, channels = trained.image_shape
     module = WithNormalize(copy.deepcopy(trained.module), *mean_and_std(trained.recipe.data, trained.manifest)).eval()
     example = torch.zeros(2, channels, height, width, dtype=torch.uint8)
-    batch = torch.export.Dim("batch", min=1)
-    return torch.export.export(module, (example,), dynamic_shapes={"pixels": {0: batch}})
+    return torch.export.export(module, (example,), dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}})
 
 
 def _write_torch_export(trained: TrainedModel, path: Path) -> None:
     torch.export.save(_program(trained), path, extra_files={f"{KEY}.json": json.dumps(describe(trained))})
-
-
-def _load_torch_export(path: Path) -> Loaded:
-    return torch.export.load(path).module()
 
 
 def _write_onnx(trained: TrainedModel, path: Path) -> None:
@@ -216,6 +204,6 @@ def _load_onnx(path: Path) -> Loaded:
 
 FORMATS = {
     "safetensors": Format(".safetensors", _write_safetensors, _load_safetensors),
-    "torch_export": Format(".pt2", _write_torch_export, _load_torch_export),
+    "torch_export": Format(".pt2", _write_torch_export, lambda path: torch.export.load(path).module()),
     "onnx": Format(".onnx", _write_onnx, _load_onnx),
 }

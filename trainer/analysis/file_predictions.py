@@ -17,17 +17,11 @@ _WORKERS = 2
 
 @dataclass(frozen=True)
 class FilePrediction:
-    """The prediction for an image file.
-
-    Attributes:
-        path: of the file.
-        pixels: uint8 (height, width, channels), as the model gets them.
-        top: numbers and probabilities of the most probable classes, the most probable first.
-    """
+    """The prediction for an image file."""
 
     path: Path
-    pixels: np.ndarray
-    top: list[tuple[int, float]]
+    pixels: np.ndarray  # uint8 (height, width, channels), as the model gets them
+    top: list[tuple[int, float]]  # classes and probabilities, the most probable first
 
 
 def predict_files(
@@ -37,7 +31,6 @@ def predict_files(
 
     Args:
         trained: a model that classifies.
-        files: of any size and kind of image.
         top: how many classes to return for each, at most all.
         leave_out: called with each file that cannot be read, and why.
     """

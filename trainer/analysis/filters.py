@@ -11,8 +11,7 @@ def first_filters(module: nn.Module, image_shape: tuple[int, int, int]) -> np.nd
     """Return the weights of the first layer as pictures, of its first units if there are many.
 
     Args:
-        module: the model.
-        image_shape: (height, width, channels) of the images that it takes.
+        image_shape: (height, width, channels) of the images that the model takes.
 
     Returns:
         uint8 (units, height, width, 1 or 3): middle grey is 0, each unit has its own scale. Or the reason why there are none.
@@ -33,6 +32,5 @@ def first_filters(module: nn.Module, image_shape: tuple[int, int, int]) -> np.nd
 def _pictures(weights: Tensor) -> np.ndarray:
     largest = weights.abs().amax(dim=(1, 2, 3), keepdim=True)
     values = 0.5 + 0.5 * weights / torch.where(largest > 0, largest, 1.0)
-    return (
-        (255 * values).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    )  # (U, C, h, w) -> (U, h, w, C)
+    pixels = (255 * values).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()  # (U, C, h, w) -> (U, h, w, C)

@@ -25,19 +25,12 @@ _DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.Ba
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's predictions for a test set, in the order of the manifest.
+    """A model's predictions for a test set, in the order of the manifest."""
 
-    Attributes:
-        labels: int64 (N,).
-        predicted: int64 (N,), the class with the highest output; empty for reconstruction, like `confidence`.
-        confidence: float32 (N,), the softmax of that output, which is the mean over the views of the recipe's evaluation.
-        errors: float32 (N,), each sample's loss if the model reconstructs images, else empty.
-    """
-
-    labels: np.ndarray
-    predicted: np.ndarray
-    confidence: np.ndarray
-    errors: np.ndarray
+    labels: np.ndarray  # int64 (N,)
+    predicted: np.ndarray  # int64 (N,), the class with the highest output; empty for reconstruction, like `confidence`
+    confidence: np.ndarray  # float32 (N,), the softmax of that output: the mean over the recipe's views
+    errors: np.ndarray  # float32 (N,), each sample's loss if the model reconstructs images, else empty
 
     @property
     def correct(self) -> np.ndarray:
@@ -61,12 +54,9 @@ class Predictions:
 
 
 def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], None]) -> Predictions:
-    """Predict every sample of a run's test set, or return the predictions that an earlier call has kept.
-
-    Where the test set is gone, those kept for these weights are returned.
+    """Predict a run's test set, or return what an earlier call has kept for these weights, also if the test set is gone.
 
     Args:
-        trained: the model.
         cache: file that the predictions are kept in; a folder that cannot be written is no error.
         tell: called with a message when they cannot be kept.
 

@@ -40,27 +40,16 @@ class Reconstruction:
 
 @dataclass
 class RunAnalysis:
-    """What a report shows of one run.
-
-    Attributes:
-        record: the content of its folder.
-        weights: which weights the rest belongs to; empty where there are none.
-        predictions: over the test set.
-        bins: of the reliability diagram.
-        mistakes: those with the highest confidence.
-        reconstructions: those with the largest error, if the model reconstructs.
-        filters: of the first layer, uint8 (units, height, width, channels).
-        left_out: what cannot be shown, and why.
-    """
+    """What a report shows of one run."""
 
     record: RunRecord
-    weights: str = ""
-    predictions: Predictions | None = None
-    bins: list[Bin] = field(default_factory=list)
-    mistakes: list[Mistake] = field(default_factory=list)
-    reconstructions: list[Reconstruction] = field(default_factory=list)
-    filters: np.ndarray | None = None
-    left_out: list[str] = field(default_factory=list)
+    weights: str = ""  # which weights the rest belongs to; empty where there are none
+    predictions: Predictions | None = None  # for the test set
+    bins: list[Bin] = field(default_factory=list)  # of the reliability diagram
+    mistakes: list[Mistake] = field(default_factory=list)  # those with the highest confidence
+    reconstructions: list[Reconstruction] = field(default_factory=list)  # those with the largest error
+    filters: np.ndarray | None = None  # of the first layer, uint8 (units, height, width, channels)
+    left_out: list[str] = field(default_factory=list)  # what cannot be shown, and why
 
     @property
     def classes(self) -> list[str]:

@@ -21,28 +21,17 @@ from shardstep.trainer.run_dir import RunDir, State
 
 @dataclass
 class RunRecord:
-    """The content of a run's folder.
-
-    Attributes:
-        run_dir: of the run.
-        recipe: as it was used.
-        state: of the run.
-        train, evaluations: the lines of metrics.jsonl, in their order.
-        summary: summary.json, empty where there is none.
-        starts: of each start, command, hardware and versions.
-        manifest: of the training set; None where it was not written.
-        left_out: what cannot be shown, and why.
-    """
+    """The content of a run's folder."""
 
     run_dir: RunDir
     recipe: Recipe
     state: State
-    train: list[Line]
+    train: list[Line]  # the lines of metrics.jsonl, in their order, like `evaluations`
     evaluations: list[Line]
-    summary: dict[str, Any]
-    starts: list[dict[str, Any]]
-    manifest: Manifest | None
-    left_out: list[str] = field(default_factory=list)
+    summary: dict[str, Any]  # empty where there is none
+    starts: list[dict[str, Any]]  # of each: command, hardware and versions
+    manifest: Manifest | None  # of the training set; None where it was not written
+    left_out: list[str] = field(default_factory=list)  # what cannot be shown, and why
 
     @property
     def folder(self) -> Path:
@@ -148,14 +137,14 @@ def differing_keys(recipes: list[Recipe]) -> dict[str, list[Any]]:
     flat = [
         {
             f"{section}.{key}": value
-            for section, content in dataclasses.asdict(recipe).items()
-            for key, value in content.items()
+            for section, keys in dataclasses.asdict(recipe).items()
+            for key, value in keys.items()
         }
         for recipe in recipes
     ]
-    keys = [key for key in {key: None for one in flat for key in one} if key not in ("run.dir", "run.name")]
-    values = {key: [one.get(key) for one in flat] for key in keys}
-    return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+    values = {key: [one.get(key) for one in flat] for keys in flat for key in keys}
+    differing = {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+    return {key: row for key, row in differing.items() if key not in ("run.dir", "run.name")}
 
 
 def number(line: Line, key: str) -> float | None:

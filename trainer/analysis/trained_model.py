@@ -24,38 +24,23 @@ from shardstep.trainer.validate import validate_recipe
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model, ready for images.
-
-    Attributes:
-        run_dir: of the run.
-        weights: the file that they come from.
-        recipe: of the run.
-        manifest: of the training set.
-        image_shape: (height, width, channels) of the images that the model takes.
-        module: in evaluation mode, in fp32, on the device.
-        normalize: uint8 pixels (B, H, W, C) to the input of the model.
-        objective: that it was trained for.
-        device: of the module.
-    """
+    """A trained model, ready for images."""
 
     run_dir: RunDir
-    weights: Path
+    weights: Path  # the file that they come from
     recipe: ResolvedRecipe
-    manifest: Manifest
-    image_shape: tuple[int, int, int]
-    module: nn.Module
-    normalize: Normalize
+    manifest: Manifest  # of the training set
+    image_shape: tuple[int, int, int]  # (height, width, channels) that the model takes
+    module: nn.Module  # in evaluation mode, in fp32, on the device
+    normalize: Normalize  # uint8 pixels (B, H, W, C) to the input of the model
     objective: Objective
     device: torch.device
 
     @property
     def which(self) -> str:
         """A name for the weights: "the final weights", or which checkpoint."""
-        return (
-            "the final weights"
-            if self.weights.parent == self.run_dir.path
-            else f"the checkpoint {self.weights.parent.name}"
-        )
+        is_final = self.weights.parent == self.run_dir.path
+        return "the final weights" if is_final else f"the checkpoint {self.weights.parent.name}"
 
     def open_test_set(self, folder: str | None = None) -> tuple[ShardFolder, StreamReader]:
         """Open the run's test set, or another one of the same task.
@@ -80,10 +65,8 @@ def open_trained_model(path: Path, device: torch.device | Literal["auto", "cpu",
     manifest = read_train_manifest(run_dir)
     shape = (manifest.channels, recipe.data.resize, recipe.data.resize) if recipe.data.resize else manifest.image_shape
     if shape is None:
-        raise InputError(
-            f"{run_dir.path}: neither {run_dir.config_path.name} nor {run_dir.train_manifest_path.name} says how large the "
-            f"images are"
-        )
+        files = f"neither {run_dir.config_path.name} nor {run_dir.train_manifest_path.name}"
+        raise InputError(f"{run_dir.path}: {files} says how large the images are")
     channels, height, width = shape
     place = find_device(device) if isinstance(device, str) else device
     module = build_model(recipe.model, (channels, height, width), len(manifest.classes))
@@ -125,9 +108,7 @@ def read_train_manifest(run_dir: RunDir) -> Manifest:
 
 
 def find_weights(path: Path) -> tuple[Path, RunDir]:
-    """Find the weights of a run's folder or of one of its checkpoints, and the run's folder.
-
-    The weights of a folder are the final ones if the run is finished, else those of its newest intact checkpoint.
+    """Find the weights of a checkpoint or a run: the final ones if it is finished, else of its newest intact checkpoint.
 
     Raises:
         InputError: there are none, or they are damaged.
@@ -135,9 +116,8 @@ def find_weights(path: Path) -> tuple[Path, RunDir]:
     resolved = path.resolve()
     run_dir = next((found for place in (resolved, resolved.parent.parent) if (found := RunDir(place)).is_run), None)
     if run_dir is None:
-        raise InputError(
-            f"{path} is neither a run's folder nor a checkpoint of one: no {RunDir(path).config_path.name}"
-        )
+        name = RunDir(path).config_path.name
+        raise InputError(f"{path} is neither a run's folder nor a checkpoint of one: no {name}")
     if run_dir.path != resolved:
         problems = problems_of(resolved, only=(WEIGHTS, AVERAGE))
         if problems:

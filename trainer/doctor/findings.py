@@ -5,7 +5,7 @@ import json
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
@@ -19,21 +19,16 @@ PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 """The variables that give a process its place in the world."""
 
 Severity = Literal["error", "warning"]
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that would break a run (error) or make it worse than necessary (warning).
-
-    Attributes:
-        check: what was checked, in one word.
-        what: the problem, with its values.
-        remedy: how to fix it.
-    """
+    """Something that would break a run (error) or make it worse than necessary (warning)."""
 
     severity: Severity
-    check: str
-    what: str
+    check: str  # what was checked, in one word
+    what: str  # the problem, with its values
     remedy: str
 
     @classmethod
@@ -52,19 +47,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one process of a launch reports about itself, and its own findings.
-
-    Attributes:
-        launch: the launchers' variables.
-        device: "cpu", or the name of its GPU.
-        gpu: that GPU's UUID; None without one.
-        cores: that this process may use.
-        threads: that it will use.
-        shm_bytes: size of /dev/shm.
-        recipe_sha256: of the resolved recipe; None if it is invalid.
-        data: fingerprints of training and test set; None if they do not exist.
-        interface: the network interface towards MASTER_ADDR.
-    """
+    """What one process of a launch reports about itself, and its own findings."""
 
     host: str
     pid: int = 0
@@ -72,16 +55,16 @@ class RankReport:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    launch: Mapping[str, str] = field(default_factory=dict)
+    launch: Mapping[str, str] = field(default_factory=dict)  # the launchers' variables
     versions: Mapping[str, str] = field(default_factory=dict)
-    device: str = "cpu"
-    gpu: str | None = None
-    cores: int = 1
-    threads: int = 1
-    shm_bytes: int | None = None
-    recipe_sha256: str | None = None
-    data: str | None = None
-    interface: str | None = None
+    device: str = "cpu"  # "cpu", or the name of its GPU
+    gpu: str | None = None  # that GPU's UUID; None without one
+    cores: int = 1  # that this process may use
+    threads: int = 1  # that it will use
+    shm_bytes: int | None = None  # size of /dev/shm
+    recipe_sha256: str | None = None  # of the resolved recipe; None if it is invalid
+    data: str | None = None  # fingerprints of training and test set; None if they do not exist
+    interface: str | None = None  # the network interface towards MASTER_ADDR
     findings: Sequence[Finding] = ()
 
     def to_json(self) -> str:
@@ -127,9 +110,7 @@ def place_findings(launch: Mapping[str, str]) -> list[Finding]:
 def launch_findings(launch: Mapping[str, str], parent: Mapping[str, str]) -> list[Finding]:
     """Look for signs that this launch brings up another world than intended.
 
-    Args:
-        launch: the launchers' variables, which have passed `place_findings`.
-        parent: those of the parent process; they count if it is a launcher's agent.
+    `launch`: the launchers' variables, which have passed `place_findings`; `parent`: those of the parent process.
     """
     if "RANK" not in launch:
         return []
@@ -173,9 +154,8 @@ def socket_findings(launch: Mapping[str, str], interfaces: Collection[str], uses
             continue
         names = wanted.removeprefix("=").split(",")
         exact = backend == "GLOO" or wanted.startswith("=")
-        absent = [
-            name for name in names if not any(has == name if exact else has.startswith(name) for has in interfaces)
-        ]
+        present = interfaces if exact else {name for name in names for has in interfaces if has.startswith(name)}
+        absent = [name for name in names if name not in present]
         if absent if backend == "GLOO" else len(absent) == len(names):  # NCCL uses those that exist
             what = f"{variable}={wanted}, but there is no such interface here: {', '.join(sorted(interfaces))}"
             remedy = f"set {variable} to one of these that leads to the other hosts, or unset it"
@@ -207,12 +187,7 @@ def disk_findings(free: DiskSpace, num_bytes: int, contents: str, remedy: str) -
 
 
 def findings_of(reports: Sequence[RankReport], timeout_s: float = 60) -> list[Finding]:
-    """Return each rank's own findings, and those that only a comparison of the ranks shows.
-
-    Args:
-        reports: of the processes that came, in any order.
-        timeout_s: how long they waited for the others.
-    """
+    """Return the findings of the ranks that came, and of their comparison; they waited `timeout_s` for the others."""
     own = merge(((report.rank, finding) for report in reports for finding in report.findings), len(reports))
     checks = (_one_world, _ranks_once, _gpus_once, _hosts_by_group, _same_everywhere, _cores, _shared_memory)
     return own + _missing(reports, timeout_s) + [finding for check in checks for finding in check(reports)]
@@ -297,9 +272,8 @@ def _ranks_once(reports: Sequence[RankReport]) -> list[Finding]:
             found.append(Finding("error", "launch", what, remedy))
     once = [same[0] for same in by_rank.values()]
     for (host, local_rank), same in _grouped(once, lambda report: (report.host, report.local_rank)).items():
-        if (
-            len(same) > 1 and len({report.launch.get("GROUP_RANK") for report in same}) == 1
-        ):  # two agents each count from 0
+        agents = {report.launch.get("GROUP_RANK") for report in same}  # each counts from 0
+        if len(same) > 1 and len(agents) == 1:
             what = f"{_ranks_of(same)} on {host} all have LOCAL_RANK={local_rank}"
             found.append(Finding("error", "launch", what, "LOCAL_RANK counts the ranks of one host: $SLURM_LOCALID"))
     return found
@@ -345,11 +319,11 @@ def _same_everywhere(reports: Sequence[RankReport]) -> list[Finding]:
 
 def _cores(reports: Sequence[RankReport]) -> list[Finding]:
     found = []
+    remedy = "start at most one rank per core, or ask Slurm for more: --cpus-per-task, also for srun"
     for host, same in _grouped(reports, lambda report: report.host).items():
         cores = max(report.cores for report in same)
         if len(same) > cores and all(report.gpu is None for report in same):
             what = f"{len(same)} ranks on {host}, where they may use {count(cores, 'core')}"
-            remedy = "start at most one rank per core, or ask Slurm for more: --cpus-per-task, also for srun"
             found.append(Finding("warning", "cores", what, remedy))
     return found
 
@@ -366,10 +340,10 @@ def _shared_memory(reports: Sequence[RankReport]) -> list[Finding]:
     return found
 
 
-def _grouped(reports: Iterable[RankReport], key: Callable[[RankReport], Any]) -> dict[Any, list[RankReport]]:
-    groups: dict[Any, list[RankReport]] = {}
-    for report in reports:
-        groups.setdefault(key(report), []).append(report)
+def _grouped(items: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, list[_Item]]:
+    groups: dict[Any, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 
@@ -379,21 +353,12 @@ def _ranks_of(reports: Iterable[RankReport]) -> str:
 
 def _values(by_rank: Mapping[int, str]) -> str:
     """Return the different values and the ranks that have them: "2.15 on ranks 0-2, 2.14 on rank 3"."""
-    ranks_of: dict[str, list[int]] = {}
-    for rank, value in sorted(by_rank.items()):
-        ranks_of.setdefault(value, []).append(rank)
+    ranks_of = _grouped(sorted(by_rank), by_rank.__getitem__)
     return ", ".join(f"{value} on {rank_list(ranks)}" for value, ranks in ranks_of.items())
 
 
 def unmet_finding(report: RankReport, error: str, timeout_s: float, is_loopback: bool) -> Finding:
-    """Return the finding of a process that could not reach the others at MASTER_ADDR and MASTER_PORT.
-
-    Args:
-        report: of the process.
-        error: the message of its attempt.
-        timeout_s: how long it tried.
-        is_loopback: whether MASTER_ADDR is a loopback address.
-    """
+    """Return the finding of a process that could not reach the others in `timeout_s`; is MASTER_ADDR a loopback address?"""
     address = f"MASTER_ADDR={report.launch['MASTER_ADDR']}, MASTER_PORT={report.launch['MASTER_PORT']}"
     message = error.splitlines()[0] if error else "the process that listens there does not answer"
     what = f"rank {report.rank} on {report.host} could not reach the others at {address} in {timeout_s:g} s: {message}"

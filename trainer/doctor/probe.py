@@ -92,9 +92,8 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
     loss = None if sums is None else sums.tolist()[0]  # waits for the device
     seconds = time.perf_counter() - began
     if loss is None or not math.isfinite(loss):
-        raise InputError(
-            "the loss of the first step is NaN or infinite. Try a lower optimizer.lr, or train.precision=fp32"
-        )
+        remedy = "Try a lower optimizer.lr, or train.precision=fp32"
+        raise InputError(f"the loss of the first step is NaN or infinite. {remedy}")
 
     tensors = [*state.module.state_dict().values(), *_tensors(state.optimizer.state_dict()["state"])]
     on_gpu = world.device.type == "cuda"
@@ -113,8 +112,5 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
 def _tensors(content: object) -> list[Tensor]:
     if isinstance(content, Tensor):
         return [content]
-    if isinstance(content, dict):
-        return [tensor for value in content.values() for tensor in _tensors(value)]
-    if isinstance(content, list | tuple):
-        return [tensor for value in content for tensor in _tensors(value)]
-    return []
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
+    return [tensor for value in values for tensor in _tensors(value)]

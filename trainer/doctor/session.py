@@ -31,7 +31,6 @@ from shardstep.datasets.manifest import MANIFEST_NAME, Manifest
 from shardstep.trainer import data, machine
 from shardstep.trainer.distributed import launch_env, world
 from shardstep.trainer.distributed.store import LaunchStore
-from shardstep.trainer.distributed.world import choose_device, collective_backends
 from shardstep.trainer.doctor import findings as checks
 from shardstep.trainer.doctor import probe
 from shardstep.trainer.doctor.findings import PLACE, Finding, RankReport, Speed, merge, rank_list
@@ -50,21 +49,13 @@ _VISIBLE_S = 3.0  # within which a new file becomes visible on a network file sy
 
 @dataclass
 class DoctorReport:
-    """The result of a preflight.
+    """The result of a preflight."""
 
-    Attributes:
-        prints: what this process prints: the report, only the findings (when the others cannot know of them), or nothing.
-        facts: by topic.
-        ranks: the reports of the processes that came, by rank.
-        speeds: by rank, of those that were measured.
-        findings: errors first.
-    """
-
-    prints: Literal["report", "findings", "nothing"]
-    facts: dict[str, Any]
-    ranks: list[RankReport]
-    speeds: dict[int, Speed] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    prints: Literal["report", "findings", "nothing"]  # by this process; findings: the others cannot know of them
+    facts: dict[str, Any]  # by topic
+    ranks: list[RankReport]  # by rank, of those that came
+    speeds: dict[int, Speed] = field(default_factory=dict)  # by rank, of those that were measured
+    findings: list[Finding] = field(default_factory=list)  # errors first
 
     @property
     def errors(self) -> int:
@@ -150,7 +141,7 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
         "memory_bytes": machine.memory_bytes(),
         "shm_bytes": machine.shared_memory_bytes(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "backends": collective_backends(),
+        "backends": world.collective_backends(),
         "launcher": launch,
     }
     fingerprints, digest = None, None
@@ -181,7 +172,7 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
 def _device(wanted: str, local_rank: int) -> tuple[torch.device, list[Finding]]:
     """Return this rank's device; the CPU, with a finding, if the right one is not available."""
     try:
-        kind = choose_device(wanted)
+        kind = world.choose_device(wanted)
     except InputError as error:
         remedy = "ask Slurm for GPUs (--gpus-per-node), or use train.device=cpu"
         return torch.device("cpu"), [Finding.from_error("device", error, remedy)]
@@ -224,9 +215,8 @@ def _check_data(
         remedy = "run `shardstep shards verify` on the folder, and write damaged shards again"
         return None, [Finding.from_error("data", error, remedy)]
     shards = {"train": train.manifest, "test": test.manifest}
-    facts["data"] = {split: _data_facts(manifest, folders[split]) for split, manifest in shards.items()} | {
-        "mode": mode
-    }
+    facts["data"] = {split: _data_facts(manifest, folders[split]) for split, manifest in shards.items()}
+    facts["data"]["mode"] = mode
     both = f"{train.manifest.fingerprint[:12]} and {test.manifest.fingerprint[:12]}"
     return both, _check_cache(recipe, train.manifest, test.manifest) if mode == "resident" else []
 
@@ -283,9 +273,8 @@ def _check_disk(report: DoctorReport, recipe: Recipe) -> None:
     report.facts["disk"] = dataclasses.asdict(disk_space) | sizes
     if not any(finding.check == "disk" for finding in report.findings):
         contents = f"{checkpoints} checkpoints of {size / 1e6:,.1f} MB" if size else "a run"
-        report.findings += checks.disk_findings(
-            disk_space, checkpoints * size, contents, "free space, or choose another run.dir"
-        )
+        remedy = "free space, or choose another run.dir"
+        report.findings += checks.disk_findings(disk_space, checkpoints * size, contents, remedy)
 
 
 # --- with the other processes -----------------------------------------------------------------------------------------
@@ -297,17 +286,13 @@ class _AllRanks:
     def __init__(
         self, worker: futures.Executor, meeting: LaunchStore, report: DoctorReport, rank: int, timeout_s: float
     ):
-        self.report, self.is_first = report, rank == 0
-        self.timeout_s = timeout_s
+        self.report, self.is_first, self.timeout_s = report, rank == 0, timeout_s
         self._worker, self._meeting, self._rank = worker, meeting, rank
 
     def run(self, check: str, action: Callable[[], Any], remedy: str) -> dict[int, Any] | None:
         """Run an action; returns each rank's result, or None, with findings in the report, unless it succeeded on all.
 
-        Args:
-            check: name of the action.
-            action: returns what JSON can hold. One thread runs all actions.
-            remedy: for errors without their own.
+        The action returns what JSON can hold; one thread runs all actions. `remedy` is for errors without their own.
         """
         note = {"rank": self._rank} | self._attempt(check, action, remedy)
         try:
@@ -317,10 +302,8 @@ class _AllRanks:
             notes = [note]
             if self.report.prints == "nothing":
                 self.report.prints = "findings"
-        failed, hung = (
-            [(entry["rank"], Finding(**entry[kind])) for entry in notes if kind in entry]
-            for kind in ("finding", "hung")
-        )
+        failed = [(entry["rank"], Finding(**entry["finding"])) for entry in notes if "finding" in entry]
+        hung = [(entry["rank"], Finding(**entry["hung"])) for entry in notes if "hung" in entry]
         gone = {report.rank for report in self.report.ranks} - {entry["rank"] for entry in notes}
         found = failed if failed or gone else hung  # other ranks hang because they wait for these
         self.report.findings += merge(found, len(self.report.ranks))
@@ -342,9 +325,7 @@ class _AllRanks:
         if not future.done():
             what = f"not done after {self.timeout_s:g} s{_stack_text(threads)}"
             finding = Finding("error", check, what, f"{remedy}; or give a longer --timeout")
-            if (
-                check == "step" and len(self.report.ranks) == 1
-            ):  # waits for no other rank: it is slow, but does not hang
+            if check == "step" and len(self.report.ranks) == 1:  # waits for no other rank: slow, but it does not hang
                 finding = Finding("warning", "step", f"the first step, with its setup: {what}", _FASTER_STEP)
             return {"hung": dataclasses.asdict(finding)}
         if error := future.exception():  # of any kind: a run would fail with it

@@ -30,11 +30,7 @@ class _Output:
     """A stream that drops text when its disk is full or its reader has left, instead of raising."""
 
     def __init__(self, stream: TextIO, tell: Callable[[str], None] | None = None):
-        """
-        Args:
-            stream: to write to.
-            tell: called with a message about the first failure.
-        """
+        """`tell` is called with a message about the first failure."""
         self._stream, self._tell = stream, tell
 
     def write(self, text: str) -> int:
@@ -62,11 +58,7 @@ class Display:
     """Output of a run. On ranks other than 0 every method does nothing."""
 
     def __init__(self, enabled: bool, drops_output: bool = False):
-        """
-        Args:
-            enabled: on rank 0.
-            drops_output: whether text that cannot be written is dropped, instead of an error that ends training.
-        """
+        """`enabled`: on rank 0; `drops_output`: text that cannot be written is dropped, and does not end training."""
         self._enabled = enabled
         output, errors = (_Output(sys.stdout, self.warn), _Output(sys.stderr)) if drops_output else (None, None)
         self._console = Console(highlight=False, file=cast(TextIO | None, output))
@@ -131,12 +123,7 @@ class Display:
             self.status.saved(int(path.name.removeprefix("step-")), path.stat().st_mtime)
 
     def remark(self, what: str, since_s: float = 0.0) -> None:
-        """Show a remark below the metrics while it is true, and for how long it has been; once where there is no terminal.
-
-        Args:
-            what: empty when it is no longer true.
-            since_s: seconds.
-        """
+        """Show a remark below the metrics and for how long it is true, once without a terminal; an empty one ends it."""
         said, self._remark = self._remark, f"{what} {duration(since_s)}" if what else ""
         if what and not said.startswith(what) and not self._live:
             self._timed(self._remark)

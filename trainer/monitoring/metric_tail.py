@@ -21,11 +21,7 @@ class MetricTail:
     """A reader of the lines that are appended to a run's metrics.jsonl; complete lines only."""
 
     def __init__(self, path: Path, begin_at: Literal["start", "end"]):
-        """
-        Args:
-            path: the file, which may come later.
-            begin_at: start to return the present lines too, and those that a restarted run has kept; end for new ones only.
-        """
+        """`path` may come later; `begin_at`: start also returns present lines, and those that a restarted run has kept."""
         self._path, self._begin_at = path, begin_at
         self._offset, self._file_id = 0, None
         self._gaps_s: deque[float] = deque(maxlen=_RECENT)
@@ -57,8 +53,12 @@ class MetricTail:
             return []
         complete = content[: content.rfind(b"\n") + 1]
         self._offset += len(complete)
-        lines = [line for text in complete.splitlines() if (line := self._read(text))]
+        # None: the file was cut and has grown again since the last call
+        lines = [line for text in complete.splitlines() if (line := parse_line(text))]
         for line in lines:
+            if missing := _NEEDED[line["kind"]] - line.keys():
+                lacking = ", ".join(sorted(missing))
+                raise InputError(f"{self._path} was written by an older version of shardstep: its lines lack {lacking}")
             self._gaps_s.append(line["time"] - (self._last_s or line["time"]))
             self._last_s = line["time"]
         return lines
@@ -66,17 +66,6 @@ class MetricTail:
     def usual_gap_s(self) -> float:
         """Return the longest time between two of the last lines."""
         return max(self._gaps_s, default=0.0)
-
-    def _read(self, text: bytes) -> dict[str, Any] | None:
-        line = parse_line(text)
-        if line is None:  # the file was cut and has grown again since the last call
-            return None
-        missing = _NEEDED[line["kind"]] - line.keys()
-        if missing:
-            raise InputError(
-                f"{self._path} was written by an older version of shardstep: its lines lack {', '.join(sorted(missing))}"
-            )
-        return line
 
     def _stat(self) -> os.stat_result | None:
         try:

@@ -31,9 +31,8 @@ def draw_curves(metrics_path: Path, picture: Path, extras: str) -> None:
             ("eval", f"test set{of_test}", {"marker": "o"}),
         ):
             chosen = [line for line in lines if line["kind"] == kind and line[name] is not None]
-            axis.plot(
-                [line["epoch"] for line in chosen], [line[name] for line in chosen], label=label, markersize=4, **style
-            )
+            epochs, values = ([line[key] for line in chosen] for key in ("epoch", name))
+            axis.plot(epochs, values, label=label, markersize=4, **style)
         axis.set(xlabel="epoch", ylabel=name)
         axis.grid(alpha=0.3)
         axis.legend()

@@ -42,14 +42,7 @@ class Profiler:
     def __init__(
         self, steps: tuple[int, int] | None, folder: Path, rank: int, on_gpu: bool, note: Callable[[str], None]
     ):
-        """
-        Args:
-            steps: first and last.
-            folder: for the files; made when it is needed.
-            rank: of this process.
-            on_gpu: whether to profile a GPU.
-            note: called with what was written, or why not.
-        """
+        """`steps`: first and last; `folder`: made when needed; `note`: called with what was written, or why not."""
         self._steps, self._folder, self._rank, self._on_gpu, self._note = steps, folder, rank, on_gpu, note
         self._profile: Any = None
 

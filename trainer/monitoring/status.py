@@ -23,23 +23,15 @@ def parse_line(text: str | bytes) -> Line | None:
 
 @dataclass
 class Status:
-    """The newest metrics of a run.
+    """The newest metrics of a run."""
 
-    Attributes:
-        total_steps, step: its length and its present step; 0 while they are not known. A length of None: time may end it
-            before.
-        share_done: the share of the run that was done at the last line, 0 to 1.
-        train, evaluation: the last line of each kind; empty before the first.
-        saved_step, saved_at_s: the last checkpoint, and when it was saved, in seconds since the epoch.
-    """
-
-    total_steps: int | None = 0
+    total_steps: int | None = 0  # 0: not known; None: time may end the run before
     step: int = 0
-    share_done: float = 0.0
-    train: Line = field(default_factory=dict)
+    share_done: float = 0.0  # 0 to 1, at the last line
+    train: Line = field(default_factory=dict)  # the last line of its kind, like `evaluation`; empty before the first
     evaluation: Line = field(default_factory=dict)
-    saved_step: int | None = None
-    saved_at_s: float = 0.0
+    saved_step: int | None = None  # of the last checkpoint
+    saved_at_s: float = 0.0  # since the epoch
 
     def take(self, line: Line) -> None:
         """Take in a line of metrics.jsonl."""
@@ -100,13 +92,13 @@ def describe_line(line: Line) -> str:
     """Describe a line of metrics.jsonl on one line."""
     if line["kind"] == "eval":
         score, before = line["accuracy"], line["train_accuracy"]
-        shown = "" if score is None else f"accuracy {score:.2%} (train {_percent(before)})"
+        trained = "-" if before is None else f"{before:.1%}"
+        shown = "" if score is None else f"accuracy {score:.2%} (train {trained})"
         parts = [f"epoch {line['epoch']:<5.4g} step {_of(line)}", f"test {_loss(line)}", shown]
         return "  ".join(filter(None, [*parts, f"{line['wall_s']:.0f} s"]))
     parts = [f"epoch {line['epoch']:<5.4g} {_loss(line)}", _accuracy(line), *_speed(line), f"lr {line['lr']:.3g}"]
-    return "  ".join(
-        filter(None, [*parts, f"step {_of(line)}", f"{line['memory_mb']:,} MB", f"{duration(line['left_s'])} left"])
-    )
+    parts += [f"step {_of(line)}", f"{line['memory_mb']:,} MB", f"{duration(line['left_s'])} left"]
+    return "  ".join(filter(None, parts))
 
 
 def scalars_of(line: Line) -> dict[str, float]:
@@ -144,7 +136,3 @@ def _speed(line: Line) -> list[str]:
 
 def _of(line: Line) -> str:
     return f"{line['step']}" if line["total_steps"] is None else f"{line['step']}/{line['total_steps']}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"

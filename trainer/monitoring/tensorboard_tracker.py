@@ -26,13 +26,7 @@ class TensorBoardTracker:
     sends_files = False
 
     def __init__(self, recipe: Recipe, folder: Path, metrics: Path, facts: Line):
-        """
-        Args:
-            recipe: as the run's config.
-            folder: of the run.
-            metrics: its metrics.jsonl.
-            facts: of code and hardware, beside it.
-        """
+        """`recipe`: as the run's config; `metrics`: its metrics.jsonl; `facts`: of code and hardware."""
         self._recipe, self._folder, self._metrics, self._facts = recipe, folder, metrics, facts
         self._events = folder / "tensorboard"
         self._writer: Any = None

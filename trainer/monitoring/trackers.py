@@ -75,9 +75,7 @@ class Background:
     def end(self, tell: Callable[[str], None], may_send: Callable[[], bool]) -> None:
         """Wait until the queue is empty; drop a tracker that makes no progress for too long.
 
-        Args:
-            tell: gets one message that files are being sent, if that takes long.
-            may_send: whether to continue waiting for that.
+        `tell` gets one message that files are being sent, if that takes long; `may_send`: whether to wait for that.
         """
         self._waiting.put(None)
         began = moved = time.monotonic()
@@ -125,7 +123,6 @@ class Trackers:
     ):
         """
         Args:
-            trackers: to start.
             warn: gets a message about each that is dropped.
             tell: gets a message about what the run waits for at the end.
             stop_requested: whether this process must end soon.
@@ -166,9 +163,7 @@ def start_trackers(
     """Start the trackers of the recipe's log section. Called on rank 0, when metrics.jsonl is cut to where the run resumes.
 
     Args:
-        recipe: of the run.
-        folder: of the run.
-        metrics: its metrics.jsonl.
+        metrics: the run's metrics.jsonl.
         model_files: that a finished run leaves, for the artifact of the model.
         state: has the id in Weights & Biases of a resumed run, or gets that of a new one.
         facts: returns the facts of code and hardware that go with the config; called if they are needed.

@@ -37,8 +37,6 @@ class WandbTracker:
         """
         Args:
             recipe: with the settings of its log section, and as the run's config.
-            folder: of the run.
-            metrics: its metrics.jsonl.
             model_files: of a finished run, sent if the recipe asks for them.
             facts: of code and hardware, put into the config too.
             run_id: of the run in Weights & Biases that this one continues.

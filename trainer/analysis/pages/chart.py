@@ -31,19 +31,13 @@ _CHARACTER = 6.6  # width at the font size of the style sheet
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart.
+    """A line of a chart."""
 
-    Attributes:
-        label: for the legend and on hover; empty keeps it out of the legend.
-        points: by x.
-        color: number of its colour.
-        kind: strong or dashed, with a dot at each point; plain, without; or faint, for noisy values.
-    """
-
-    label: str
-    points: list[Point]
+    label: str  # for the legend and on hover; empty keeps it out of the legend
+    points: list[Point]  # by x
     color: int = 0
     kind: Literal["strong", "dashed", "plain", "faint"] = "strong"
+    """strong or dashed, with a dot at each point; plain, without; or faint, for noisy values."""
 
 
 def line_chart(
@@ -53,10 +47,8 @@ def line_chart(
 
     Args:
         series: those without a value are left out.
-        x_name: of the x axis, with its unit.
-        title: of the y axis, with its unit.
+        x_name, title: of the x and y axis, with their units.
         percent: whether values are shares, to be shown in per cent.
-        from_zero: whether the y axis begins at 0.
     """
     series = [one for one in series if any(y is not None for _, y in one.points)]
     if not series:
@@ -89,9 +81,10 @@ def line_chart(
         )
         for tick, label in zip(ticks, labels, strict=True)
     ]
-    x_ticks = [tick for tick in _ticks(0.0, right) if tick <= right * 1.001]
     grid += [
-        tag("text", _tick_label(tick), x=place_x(tick), y=_HEIGHT - _BOTTOM + 16, class_="middle") for tick in x_ticks
+        tag("text", _tick_label(tick), x=place_x(tick), y=_HEIGHT - _BOTTOM + 16, class_="middle")
+        for tick in _ticks(0.0, right)
+        if tick <= right * 1.001
     ]
     grid.append(tag("text", x_name, x=(left + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 4, class_="middle name"))
     order = {"faint": 0, "plain": 1, "dashed": 2, "strong": 3}
@@ -152,13 +145,9 @@ def reliability_chart(bins: list[Bin], color: int = 0) -> Html:
 
 
 def confusion_chart(confusion: np.ndarray, classes: Sequence[str]) -> Html:
-    """Draw a confusion matrix: rows are labels, columns predictions, in per cent of each label's samples.
-
-    Mistakes have their own color and scale, so that rare ones are visible.
-    """
+    """Draw a confusion matrix in per cent of each row's label; mistakes have their own scale: rare ones are visible."""
     count = len(classes)
-    totals = np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    share = confusion / totals
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     wrong = share - np.diag(np.diag(share))
     worst = float(wrong.max()) or 1.0
     cell = 30.0 if count <= 12 else max(8.0, 360.0 / count)
@@ -179,22 +168,12 @@ def confusion_chart(confusion: np.ndarray, classes: Sequence[str]) -> Html:
             right = row == column
             strength = value if right else 0.15 + 0.85 * value / worst
             said = f"{classes[row]} predicted as {classes[column]}: {confusion[row, column]:,} ({value:.1%})"
-            place = {"x": left + cell * column, "y": top + cell * row}
-            box = tag(
-                "rect",
-                tag("title", said),
-                **place,
-                width=cell - 1,
-                height=cell - 1,
-                class_="hit" if right else "miss",
-                fill_opacity=round(strength, 3),
-            )
-            cells.append(box)
+            x, kind = left + cell * column, "hit" if right else "miss"
+            size = {"width": cell - 1, "height": cell - 1, "fill_opacity": round(strength, 3)}
+            cells.append(tag("rect", tag("title", said), x=x, y=top + cell * row, **size, class_=kind))
             if cell >= 30 and value >= 0.005:
-                where = {"x": place["x"] + cell / 2 - 0.5, "y": center + 4}
-                cells.append(
-                    tag("text", f"{100 * value:.0f}", **where, class_="middle on" if strength > 0.6 else "middle")
-                )
+                kind = "middle on" if strength > 0.6 else "middle"
+                cells.append(tag("text", f"{100 * value:.0f}", x=x + cell / 2 - 0.5, y=center + 4, class_=kind))
     width, height = left + cell * count + 0.5 * left, top + cell * count + 4
     return _svg(int(width), int(height), "confusion matrix", *cells)
 

@@ -26,7 +26,6 @@ def tag(name: str, *children: Child, **attributes: str | float | None) -> Html:
     """Make an element, of HTML or SVG.
 
     Args:
-        name: such as "div".
         children: in their order; None is left out.
         attributes: class_ is class, data_x is data-x; None is left out.
     """

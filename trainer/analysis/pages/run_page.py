@@ -11,14 +11,8 @@ from typing import Any
 from shardstep.configs.load import recipe_text
 from shardstep.configs.text import duration
 from shardstep.trainer.analysis.calibration import expected_calibration_error
-from shardstep.trainer.analysis.pages.chart import (
-    NUM_COLORS,
-    Point,
-    Series,
-    confusion_chart,
-    line_chart,
-    reliability_chart,
-)
+from shardstep.trainer.analysis.pages import chart
+from shardstep.trainer.analysis.pages.chart import NUM_COLORS, Point, Series, line_chart
 from shardstep.trainer.analysis.pages.html import Child, Html, join, page, picture, table, tag
 from shardstep.trainer.analysis.run_analysis import RunAnalysis
 from shardstep.trainer.analysis.run_record import Line, RunRecord, differing_keys, number
@@ -104,7 +98,7 @@ def report_page(analyses: list[RunAnalysis], made: datetime) -> str:
 def _head(one: RunAnalysis) -> Html:
     recipe, manifest = one.record.recipe, one.record.manifest
     parts = [
-        f"{recipe.model.get('name')}",
+        recipe.model.get("name"),
         f"{recipe.optimizer.get('name')}, lr {recipe.optimizer.get('lr')}",
         f"batch {recipe.train.global_batch_size}",
         length(recipe.train),
@@ -125,9 +119,7 @@ def _status(record: RunRecord) -> Html:
 
 def _tiles(one: RunAnalysis) -> Html:
     known = [(figure, value) for figure in _FIGURES if (value := figure.value(one)) is not None]
-    tiles = (
-        tag("div", tag("b", figure.text(value)), tag("span", figure.name), class_="tile") for figure, value in known
-    )
+    tiles = (tag("div", tag("b", one.text(value)), tag("span", one.name), class_="tile") for one, value in known)
     return tag("div", *tiles, class_="tiles")
 
 
@@ -182,10 +174,6 @@ def _rate(one: RunAnalysis) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-def _parameters(one: RunAnalysis) -> float | None:
-    return number(one.record.last_start, "parameters")
-
-
 _FIGURES = [
     _Figure("test accuracy", lambda one: number(one.record.last_evaluation, "accuracy"), _percent, max),
     _Figure("top-5 accuracy", lambda one: number(one.record.last_evaluation, "top5"), _percent, max),
@@ -193,7 +181,7 @@ _FIGURES = [
     _Figure("calibration error", _calibration_error, _percent, min),
     _Figure("training and evaluation", _seconds, _time),
     _Figure("training images/s", _rate, "{:,.0f}".format),
-    _Figure("parameters", _parameters, "{:,.0f}".format),
+    _Figure("parameters", lambda one: number(one.record.last_start, "parameters"), "{:,.0f}".format),
 ]
 
 
@@ -219,11 +207,11 @@ def _curves(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
         None if alone else line_chart(_by_time(analyses, labels, "accuracy"), "seconds", "test accuracy", percent=True),
         None if alone else line_chart(_by_time(analyses, labels, "loss"), "seconds", "test loss"),
     ]
-    drawn = [chart for chart in charts if chart]
+    drawn = [one for one in charts if one]
     if not drawn:
         return None
-    said = "Bold: test set. Thin: single training batches. Dashed: mean over the training samples since the last evaluation."
-    said = said if alone else "Bold: test set. Thin: single training batches."
+    said = "Bold: test set. Thin: single training batches."
+    said += " Dashed: mean over the training samples since the last evaluation." if alone else ""
     for one, label in zip(analyses, labels, strict=True):
         extras = training_extras(one.record.recipe)
         if extras:
@@ -237,13 +225,10 @@ def _pairs(analyses: list[RunAnalysis], labels: list[str], key: str) -> list[Ser
     for color, (one, label) in enumerate(zip(analyses, labels, strict=True)):
         batches, test = _points(one.record.train, key), _points(one.record.evaluations, key)
         if len(analyses) == 1:
-            means = _points(one.record.evaluations, f"train_{key}")
-            series.append(Series("training batch", batches, 7, "faint"))
-            series.append(Series("training mean", means, 1, "dashed"))
-            series.append(Series("test set", test, 0))
+            means = Series("training mean", _points(one.record.evaluations, f"train_{key}"), 1, "dashed")
+            series += [Series("training batch", batches, 7, "faint"), means, Series("test set", test, 0)]
         else:
-            series.append(Series("" if test else label, batches, color, "faint"))
-            series.append(Series(label, test, color))
+            series += [Series("" if test else label, batches, color, "faint"), Series(label, test, color)]
     return series
 
 
@@ -269,8 +254,7 @@ def _points(lines: list[Line], key: str) -> list[Point]:
 
 
 def _classes(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
-    drawn = [_bars(analyses, labels), *_side_by_side(analyses, labels, _confusion)]
-    drawn = [card for card in drawn if card]
+    drawn = [card for card in (_bars(analyses, labels), *_side_by_side(analyses, labels, _confusion)) if card]
     return join(tag("h2", "Classes"), tag("div", *drawn, class_="grid")) if drawn else None
 
 
@@ -283,16 +267,14 @@ def _bars(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
     chosen = list(range(len(classes)))
     if len(classes) > _MOST_BARS:
         means = [statistics.fmean(row[label] or 0.0 for _, row in known) for label in chosen]
-        chosen = sorted(chosen, key=lambda label: means[label])[:_MOST_BARS]
+        chosen = sorted(chosen, key=means.__getitem__)[:_MOST_BARS]
     cells: list[Html] = []
     for label in chosen:
-        bars = [
-            tag(
-                "i", class_=f"c{color % NUM_COLORS}", style=f"width:{100 * (row[label] or 0):.1f}%", title=labels[color]
-            )
-            for color, row in known
-        ]
         shares = [row[label] for _, row in known]
+        bars = [
+            tag("i", class_=f"c{color % NUM_COLORS}", style=f"width:{100 * (share or 0):.1f}%", title=labels[color])
+            for (color, _), share in zip(known, shares, strict=True)
+        ]
         values = [tag("div", _UNKNOWN if share is None else f"{100 * share:.1f}") for share in shares]
         cells += [
             tag("div", classes[label], class_="name", title=classes[label]),
@@ -311,12 +293,10 @@ def _confusion(one: RunAnalysis) -> Html | None:
     off[range(len(off)), range(len(off))] = 0
     order = sorted(zip(*off.nonzero(), strict=True), key=lambda place: -off[place])[:_MOST_PAIRS]
     said = ", ".join(f"{one.classes[row]} for {one.classes[column]} ({off[row, column]:,})" for row, column in order)
-    drawn = confusion_chart(confusion, one.classes) if len(one.classes) <= _MOST_CLASSES_IN_MATRIX else None
+    drawn = chart.confusion_chart(confusion, one.classes) if len(one.classes) <= _MOST_CLASSES_IN_MATRIX else None
+    caption = "Rows: label, columns: prediction, per cent of the label. Mistakes have their own color scale."
     return join(
-        tag(
-            "figcaption",
-            "Rows: label, columns: prediction, per cent of the label. Mistakes have their own color scale.",
-        ),
+        tag("figcaption", caption),
         drawn,
         tag("p", f"Most frequent mistakes: {said}.", class_="quiet") if said else tag("p", "No mistakes."),
     )
@@ -340,7 +320,7 @@ def _reliability(one: RunAnalysis) -> Html | None:
         f"Calibration error {_percent(expected_calibration_error(one.bins))}: mean confidence {_percent(claimed)}, "
         f"accuracy {_percent(predictions.accuracy)} on {len(predictions.labels):,} samples."
     )
-    return join(tag("figcaption", said), reliability_chart(one.bins))
+    return join(tag("figcaption", said), chart.reliability_chart(one.bins))
 
 
 def _mistakes(one: RunAnalysis) -> Html | None:
@@ -414,7 +394,7 @@ def _time_and_hardware(analyses: list[RunAnalysis], labels: list[str]) -> Html:
 
 
 def _facts(one: RunAnalysis) -> dict[str, Child]:
-    record = one.record
+    record, manifest = one.record, one.record.manifest
     hardware, versions, seconds = record.hardware, record.versions, _seconds(one)
     epochs = number(record.last, "epoch")
     waits = [wait for line in record.train if (wait := number(line, "data_wait_share")) is not None]
@@ -441,9 +421,7 @@ def _facts(one: RunAnalysis) -> dict[str, Child]:
         "system": hardware.get("system"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or None,
         "code": record.last_start.get("code"),
-        "data": f"{record.recipe.data.mode}; training set {record.manifest.fingerprint[:12]}"
-        if record.manifest
-        else None,
+        "data": f"{record.recipe.data.mode}; training set {manifest.fingerprint[:12]}" if manifest else None,
         "model shown": one.weights or None,
     }
     return {name: text for name, text in facts.items() if text is not None}
@@ -456,10 +434,8 @@ def _ranks(record: RunRecord) -> int | None:
 def _starts(record: RunRecord) -> str | None:
     if not record.starts:
         return None
-    written = [
-        f"{str(start.get('time', 'unknown time')).replace('T', ' ')} at step {start.get('step', '?')}"
-        for start in record.starts
-    ]
+    times = [str(start.get("time", "unknown time")).replace("T", " ") for start in record.starts]
+    written = [f"{time} at step {start.get('step', '?')}" for time, start in zip(times, record.starts, strict=True)]
     shown = written if len(written) <= 4 else [written[0], "…", *written[-2:]]
     return "; ".join(shown) if len(written) == 1 else f"{len(written)}: {'; '.join(shown)}"
 
