@@ -60,7 +60,16 @@ def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[fl
     return [line["loss"] for line in train_lines(folder / "run")]
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "shardstep"])
+RARE_FORMS = ["torchrun 1", "accelerate 1"]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *(form for form in FORMS if form not in ("shardstep", *RARE_FORMS)),
+        *(pytest.param(form, marks=pytest.mark.drill) for form in RARE_FORMS),
+    ],
+)
 def test_every_way_to_start_trains_the_same(form: str, reference: list[float], shards: Path, tmp_path: Path) -> None:
     result = start(*FORMS[form], str(write_recipe(tmp_path, shards)), "train.device=cpu", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -35,7 +35,9 @@ def test_the_same_run_as_under_another_launcher(shards: Path, tmp_path: Path) ->
     assert [line["loss"] for line in one] == [line["loss"] for line in other]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.drill) for name in ("SIGINT", "SIGUSR1"))]
+)
 def test_a_signal_reaches_all_ranks(shards: Path, tmp_path: Path, name: str) -> None:
     process = subprocess.Popen(
         [*NPROC, str(write_recipe(tmp_path, shards, **ENDLESS))],
@@ -108,8 +110,9 @@ def test_two_agents_make_one_world(shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "options", "ranks"),
-    [("cpu", ["--num_cpu_threads_per_process", "1"], 1), ("one_gpu", [], 1), ("cpu_ranks", ["--num_processes", "2"], 2),
-     ("many_gpus", ["--num_processes", "2"], 2)],
+    [("cpu", ["--num_cpu_threads_per_process", "1"], 1), ("cpu_ranks", ["--num_processes", "2"], 2),
+     pytest.param("one_gpu", [], 1, marks=pytest.mark.drill),
+     pytest.param("many_gpus", ["--num_processes", "2"], 2, marks=pytest.mark.drill)],
 )  # fmt: skip
 def test_configs_of_accelerate(config: str, options: list[str], ranks: int, shards: Path, tmp_path: Path) -> None:
     file = str(ROOT / "configs" / "accelerate" / f"{config}.yaml")
@@ -120,6 +123,7 @@ def test_configs_of_accelerate(config: str, options: list[str], ranks: int, shar
     assert "values were not passed" not in result.stderr  # Accelerate's warning about options it had to guess
 
 
+@pytest.mark.drill
 def test_config_of_accelerate_for_many_nodes(shards: Path, tmp_path: Path) -> None:
     recipe, port = write_recipe(tmp_path, shards, train={"duration": "3 steps", "global_batch_size": 8}), free_port()
     nodes = [
