@@ -12,7 +12,7 @@ from shardstep.trainer import data, resume
 from shardstep.trainer.description import batch_text, duration_text
 from shardstep.trainer.distributed.world import choose_device
 from shardstep.trainer.optim.plan import make_plan
-from shardstep.trainer.validate import validate_recipe
+from shardstep.trainer.validate_recipe import validate_recipe
 
 
 def show_config(loaded: LoadedRecipe, world_size: int) -> None:

@@ -169,7 +169,7 @@ def _check(args: argparse.Namespace, points: list[list[str]]) -> Recipe:
     if "%" in args.log_folder:
         problems.append(f"--log-folder {args.log_folder!r}: Slurm would replace the percent sign and what follows it")
 
-    from shardstep.trainer.validate import validate_recipe
+    from shardstep.trainer.validate_recipe import validate_recipe
 
     recipes = []
     for point in points or [[]]:

@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.distributed.world import start_world
     from shardstep.trainer.finish import train_to_end
     from shardstep.trainer.monitoring.display import Display
-    from shardstep.trainer.validate import validate_recipe
+    from shardstep.trainer.validate_recipe import validate_recipe
 
     display = Display(enabled=launch_env.is_first_rank(), drops_output=True)
     recipe = validate_recipe(loaded)

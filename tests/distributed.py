@@ -34,7 +34,7 @@ PRELOAD = [
     "shardstep.trainer.finish",
     "shardstep.trainer.resume",
     "shardstep.trainer.setup",
-    "shardstep.trainer.validate",
+    "shardstep.trainer.validate_recipe",
 ]
 context.set_forkserver_preload(PRELOAD)
 

@@ -30,7 +30,7 @@ from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.run_dir import RunDir
 from shardstep.trainer.state import TrainState
-from shardstep.trainer.validate import validate_recipe
+from shardstep.trainer.validate_recipe import validate_recipe
 
 _MATHEMATICS = {
     "run": ["seed"],

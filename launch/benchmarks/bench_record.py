@@ -121,7 +121,7 @@ def _tables(title: str, runs: dict[str, list[Timed]], run_notes: list[str]) -> l
 
 def _load(args: argparse.Namespace, seed: int, folder: Path, *overrides: str) -> "Recipe":
     from shardstep.configs.load import load_recipe
-    from shardstep.trainer.validate import validate_recipe
+    from shardstep.trainer.validate_recipe import validate_recipe
 
     fixed = [f"run.dir={folder}", "run.resume=never", f"run.seed={seed}", *overrides]
     return validate_recipe(load_recipe(args.recipe, [*_NEVER, *args.overrides, *fixed]))

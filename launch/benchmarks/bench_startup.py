@@ -113,7 +113,7 @@ def _smoke_data(folder: Path) -> list[str]:
 def _absolute(overrides: list[str]) -> list[str]:
     """Return overrides with absolute data folders, because the processes start in another folder."""
     from shardstep.configs.load import load_recipe
-    from shardstep.trainer.validate import validate_recipe
+    from shardstep.trainer.validate_recipe import validate_recipe
 
     data = validate_recipe(load_recipe("quickstart", overrides)).data
     return [*overrides, f"data.train={Path(data.train).resolve()}", f"data.test={Path(data.test).resolve()}"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from shardstep.launch.benchmarks.bench_tables import Table, importable, in_turn, whole_number
 
 if TYPE_CHECKING:
-    from shardstep.trainer.setup import Run
+    from shardstep.trainer.run import Run
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def article_run(folder: Path, *overrides: str) -> "Run":
     from shardstep.trainer import setup
     from shardstep.trainer.distributed.world import start_world
     from shardstep.trainer.monitoring.display import Display
-    from shardstep.trainer.validate import validate_recipe
+    from shardstep.trainer.validate_recipe import validate_recipe
 
     for split, count in (("train", NUM_IMAGES), ("test", 16)):
         if not (folder / split).exists():

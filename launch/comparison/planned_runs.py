@@ -333,7 +333,7 @@ def _reserved_keys(overrides: Sequence[str], tuned: str, has_budget: bool) -> li
 
 def _check(arguments: list[str]) -> Recipe:
     from shardstep.trainer.optim.losses import build_objective
-    from shardstep.trainer.validate import validate_recipe
+    from shardstep.trainer.validate_recipe import validate_recipe
 
     recipe = validate_recipe(load_recipe(arguments[0], arguments[1:]))
     if build_objective(recipe.loss, recipe.model).reconstructs:

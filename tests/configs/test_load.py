@@ -5,7 +5,7 @@ import pytest
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, load_recipe, recipe_names, save_recipe
 from shardstep.configs.schema import Recipe
-from shardstep.trainer.validate import validate_recipe
+from shardstep.trainer.validate_recipe import validate_recipe
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> LoadedRecipe:

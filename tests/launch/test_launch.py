@@ -15,7 +15,7 @@ from shardstep.configs.load import load_recipe, recipe_names
 from shardstep.datasets.manifest import open_shards
 from shardstep.launch import cli
 from shardstep.launch.shards import main as shards_main
-from shardstep.trainer.validate import validate_recipe
+from shardstep.trainer.validate_recipe import validate_recipe
 from tests.conftest import ROOT
 from tests.datasets.test_sources import png
 from tests.datasets.test_tar import write_tar

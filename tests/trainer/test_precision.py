@@ -17,7 +17,7 @@ from shardstep.trainer.kernels import native, winograd
 from shardstep.trainer.machine import Cpu
 from shardstep.trainer.optim.losses import build_objective
 from shardstep.trainer.precision import ComputeFormat
-from shardstep.trainer.validate import validate_recipe
+from shardstep.trainer.validate_recipe import validate_recipe
 
 PASSES: Counter[str] = Counter()
 SECONDS = {"bf16 channels_last": 2.0, "bf16 contiguous": 0.16, "fp32 channels_last": 0.14, "fp32 contiguous": 0.2}

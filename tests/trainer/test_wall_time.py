@@ -16,7 +16,7 @@ from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.run_dir import RunDir
 from shardstep.trainer.stopping.stop_requests import StopRequests, StopSignal
 from shardstep.trainer.stopping.time_limit import TimeLimit
-from shardstep.trainer.validate import validate_recipe
+from shardstep.trainer.validate_recipe import validate_recipe
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
 

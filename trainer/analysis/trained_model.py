@@ -19,7 +19,7 @@ from shardstep.trainer.checkpoints.checkpoint_files import AVERAGE, WEIGHTS, new
 from shardstep.trainer.models import build_model
 from shardstep.trainer.optim.losses import Objective, build_objective
 from shardstep.trainer.run_dir import RunDir
-from shardstep.trainer.validate import validate_recipe
+from shardstep.trainer.validate_recipe import validate_recipe
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from shardstep.trainer.doctor import probe
 from shardstep.trainer.doctor.findings import PLACE, Finding, RankReport, Speed, merge, rank_list
 from shardstep.trainer.kernels import winograd
 from shardstep.trainer.resume import find_resume, with_earlier_choices
-from shardstep.trainer.validate import validate_recipe
+from shardstep.trainer.validate_recipe import validate_recipe
 
 _BEFORE_A_WORLD = ("launch", "device", "gpu", "network", "world")  # errors of these checks prevent a world
 _FASTER_STEP = (

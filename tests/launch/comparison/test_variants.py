@@ -10,7 +10,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.launch.comparison.variants import Budget, best_rate, next_rate, rate_grid, read_variants
 from shardstep.launch.grid import names_of
-from shardstep.trainer.validate import validate_recipe
+from shardstep.trainer.validate_recipe import validate_recipe
 from tests.conftest import ROOT
 
 

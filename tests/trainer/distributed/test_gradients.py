@@ -11,7 +11,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import TrainConfig
 from shardstep.trainer.distributed.gradients import FlatGradients, bucket_mb, gradient_bytes, graphs_problem
-from shardstep.trainer.validate import validate_recipe
+from shardstep.trainer.validate_recipe import validate_recipe
 from tests.distributed import run_ranks
 from tests.runs import failure_of, train_lines, train_ranks, train_until, write_recipe
 from tests.trainer.distributed.test_world import BESIDE_ONE, curves, largest_difference

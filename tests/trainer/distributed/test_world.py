@@ -34,7 +34,7 @@ def train_several(recipes: list[str]) -> None:
     from shardstep.trainer import loop, setup
     from shardstep.trainer.distributed.world import start_world
     from shardstep.trainer.monitoring.display import Display
-    from shardstep.trainer.validate import validate_recipe
+    from shardstep.trainer.validate_recipe import validate_recipe
 
     for path in recipes:
         recipe = validate_recipe(load_recipe(path))
