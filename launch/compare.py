@@ -28,7 +28,7 @@ from shardstep.trainer.stopping.stop_requests import STOP_FILE
 
 def main(arguments: list[str]) -> int:
     """Compare; return the exit code: 0 even if some variants failed, 85 if interrupted."""
-    args = _parse(arguments)
+    args = _parser().parse_intermixed_args(arguments)
     comparison = prepare(args, f"shardstep compare {shlex.join(arguments)}")
     if args.dry_run:
         for task in [*comparison.search_tasks(), *comparison.seed_tasks()]:
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     return _submit(comparison, args) if args.slurm is not None else _run(comparison, args)
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     what = "Compare variants of a recipe."
     parser = argparse.ArgumentParser(prog="shardstep compare", description=what, allow_abbrev=False)
     add = parser.add_argument
@@ -57,7 +57,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="(default: runs/compare-<recipe>)")
     add("--doc", type=Path, metavar="FILE", help="also write the report as Markdown, with its plots beside it")
     add("--dry-run", action="store_true", help="print the commands of the runs, start nothing")
-    return parser.parse_intermixed_args(arguments)
+    return parser
 
 
 def _run(comparison: Comparison, args: argparse.Namespace) -> int:

@@ -55,8 +55,7 @@ def make_report(comparison: Comparison, variants: list[Variant], target: float |
     ranked = sorted(variants, key=lambda v: -fmean(v.accuracies) if v.accuracies else math.inf)  # failures last
     rows = [_row(variant, target) for variant in ranked]
     used = [place for place in range(len(rows[0])) if any(row[place] for row in rows)]
-    reaching, key = "target" if target is None else f"{100 * target:.4g} %", comparison.tune.rpartition(".")[2]
-    columns = ["variant", "n", "accuracy %", "s/epoch", "epochs", f"s to {reaching}", "steps", "B/param", key]
+    columns = _columns(target, comparison.tune)
     return ComparisonReport(
         title=f"{comparison.arguments[0]}: {', '.join(variant.name for variant in variants)}",
         command=comparison.command,
@@ -97,6 +96,11 @@ def default_target(variants: list[Variant]) -> float | None:
     """Return nine tenths of the best mean accuracy, rounded down to a per cent; None if no run has finished."""
     means = [fmean(variant.accuracies) for variant in variants if variant.accuracies]
     return math.floor(100 * _TARGET_SHARE * max(means)) / 100 if means else None
+
+
+def _columns(target: float | None, tune: str) -> list[str]:
+    reaching, key = "target" if target is None else f"{100 * target:.4g} %", tune.rpartition(".")[2]
+    return ["variant", "n", "accuracy %", "s/epoch", "epochs", f"s to {reaching}", "steps", "B/param", key]
 
 
 def _row(variant: Variant, target: float | None) -> list[str]:
