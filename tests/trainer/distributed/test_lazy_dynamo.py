@@ -38,8 +38,10 @@ def test_what_is_not_to_be_compiled_can_be_said_in_all_ways():
 
 
 @pytest.mark.parametrize("statement", [
-    "import torch._dynamo.config; assert torch._dynamo.config is sys.modules['torch._dynamo.config']",
-    "from torch._dynamo.backends.registry import list_backends; assert list_backends()",
+    pytest.param("import torch._dynamo.config; assert torch._dynamo.config is sys.modules['torch._dynamo.config']",
+                 marks=pytest.mark.drill),
+    pytest.param("from torch._dynamo.backends.registry import list_backends; assert list_backends()",
+                 marks=pytest.mark.drill),
     "assert torch._dynamo.config.recompile_limit > 0",
     "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2",
 ])  # fmt: skip
