@@ -155,7 +155,7 @@ def test_tables_that_were_done_before_an_interruption_are_kept(
         (["record", "smoke", "--runs", "1", "data.trian=x"], "data.trian"),
         (["record", "data.trian=x"], "data.trian"),
         (["record", "smoke", "--runns", "1"], "unrecognized arguments: --runns 1"),
-        (["record", "smoke", "--script", "data.resize=24"], "--script is for images of 32x32"),
+        (["record", "smoke", "--script", "data.resize=24"], "--script is for 32x32 colour images"),
     ],
 )
 def test_bad_input_is_one_clear_message(
