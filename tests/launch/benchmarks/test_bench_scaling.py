@@ -47,7 +47,8 @@ def test_bad_options_are_reported_together(capsys: pytest.CaptureFixture[str]) -
         assert part in message
 
 
-@pytest.mark.parametrize("all_reduce", ["buckets", pytest.param("flat", marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize("all_reduce", ["buckets", "flat"])
 def test_it_measures_this_machine(tmp_path: Path, all_reduce: str) -> None:
     options = ["--repeats", "1", "--steps", "1", "--batch", "7", "--all-reduce", all_reduce, "--json"]
     result = run_command("bench", "scaling", *options, cwd=tmp_path)

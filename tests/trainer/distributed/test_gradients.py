@@ -350,7 +350,7 @@ def test_one_rank_has_nobody_to_share_with(shards: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("train.all_reduce=flat", "which train.all_reduce=flat does without"),
+        ("train.all_reduce=flat", "which train.all_reduce=flat does not have"),
         ("train.on_nan=skip", "train.on_nan=skip could not skip a bad step"),
         ("train.precision=fp16", "the first overflow of train.precision=fp16 would spoil"),
     ],

@@ -28,7 +28,14 @@ def test_shapes(name: str, image_shape: tuple[int, int, int], batch: int) -> Non
     assert model(torch.zeros(batch, *image_shape)).shape == (batch, *expected)
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+# The largest two take 20 s each.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.drill] * (name in ("article_cnn", "whitening_cnn")))
+        for name in CLASSIFIERS
+    ],
+)
 def test_overfits_a_tiny_set(name: str) -> None:
     images = torch.randn(16, 3, 17, 17, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(16) % 4
