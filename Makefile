@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 help:
 	@echo "make setup    build .venv with the tested versions (about 3 minutes, 6 GB)"
 	@echo "make train    train CIFAR-10 from shards with the recipe quickstart"
-	@echo "make smoke    train a few steps on a set made on the spot, on the CPU"
+	@echo "make smoke    train a few steps on a generated data set, on the CPU"
 	@echo "make test     run the tests"
 	@echo "make drills   run the long tests"
 	@echo "make lint     check style and types"
@@ -22,14 +22,14 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 		--editable '.[digits,tensorboard,dev]'
 	@touch $@
 
-# CIFAR-10 where it can be had; scikit-learn's digits, loudly, where it cannot.
+# Train on CIFAR-10 if it is available, else on scikit-learn's digits, with a loud notice.
 train: setup data/cifar10/train/manifest.json data/cifar10/test/manifest.json
 	@if [ -f data/cifar10/train/manifest.json ] && [ -f data/cifar10/test/manifest.json ]; then \
 		$(BIN)/shardstep train quickstart; \
 	else \
 		echo; \
 		echo "*****************************************************************************"; \
-		echo "*  CIFAR-10 CANNOT BE HAD HERE (see above). Training on scikit-learn's 8x8  *"; \
+		echo "*  CIFAR-10 IS NOT AVAILABLE HERE (see above). Training on scikit-learn's 8x8  *"; \
 		echo "*  DIGITS instead: it shows that all works, and nothing about CIFAR-10.     *"; \
 		echo "*****************************************************************************"; \
 		echo; \

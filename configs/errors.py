@@ -26,3 +26,9 @@ class TrainingFailed(RuntimeError):
 
 class NonFiniteError(TrainingFailed):
     """A loss or a gradient became NaN or infinite."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on a GPU or on the host; needs no torch."""
+    of_gpu = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or of_gpu or "can't allocate memory" in str(error)

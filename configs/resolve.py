@@ -1,4 +1,4 @@
-"""Recipe to ResolvedRecipe: every key that a recipe may leave at `auto` gets its value, once for a run."""
+"""Recipe to ResolvedRecipe: the choices that depend on the machine (CHOICES) get their values, once for a run."""
 
 import dataclasses
 from collections.abc import Mapping

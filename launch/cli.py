@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib import import_module, metadata
 from typing import NoReturn
 
-from shardstep.configs.errors import InputError, TrainingFailed
+from shardstep.configs.errors import InputError, TrainingFailed, is_out_of_memory
 from shardstep.trainer.distributed import launch_env
 
 COMMANDS = {
@@ -86,7 +86,7 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         _print_error("interrupted")
         return INTERRUPTED
     except (RuntimeError, MemoryError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             prefix = f"rank {launch_env.rank()}: " if launch_env.is_launched() else ""
             reason = (str(error) or "out of memory").splitlines()[0]
             _print_error(f"failed: {prefix}{reason}\n{_LESS_MEMORY}", everywhere=False)
@@ -118,7 +118,7 @@ def leave(code: int) -> NoReturn:
     from shardstep.trainer.checkpoints.saver import THREAD_NAME
 
     for thread in threading.enumerate():
-        if thread.name == THREAD_NAME:  # reader threads may wait for work for ever
+        if thread.name == THREAD_NAME:  # reader threads may wait forever
             thread.join()
     for found in gc.get_objects():
         if type(found) is tempfile.TemporaryDirectory:  # wandb has two, which a normal shutdown would remove
@@ -137,14 +137,6 @@ def page_width() -> int:
 
 def _reason(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-
-
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 def _print_error(message: str, everywhere: bool = True) -> None:

@@ -37,11 +37,11 @@ def main(arguments: list[str]) -> int:
     note = trained_model.unfinished_note(args.run, weights)
     if note and launch_env.is_first_rank():
         print(note)
-    trained_model.find_device(args.device)
-    recipe = with_keys(trained_model.read_recipe(run_dir), train={"device": args.device, "world_size": None})
+    device = trained_model.find_device(args.device).type
+    recipe = with_keys(trained_model.read_recipe(run_dir), train={"device": device, "world_size": None})
     world = start_world(recipe.train)
     with raise_on_all_ranks(world):
-        trained = trained_model.open_trained_model(args.run, world.device)
+        trained = trained_model.open_trained_model(args.run, world.device, (weights, run_dir))
         test, reader = trained.open_test_set(args.data)
     recipe = trained.recipe
     accelerator = build_accelerator(recipe.train.precision)

@@ -99,8 +99,8 @@ def _remark(watched: "Watched", state: State) -> tuple[str, float]:
     """Return what to say about a run that makes no progress, and for how many seconds it has made none; else nothing."""
     silent_s = max(0.0, time.time() - max(map(modified_s, (watched.run.metrics_path, watched.run.config_path))))
     if state == "killed":
-        return "no process is in this run, and it has no summary of its end: killed? No news for", silent_s
-    return ("no news for", silent_s) if silent_s > watched.quiet_s() else ("", 0.0)
+        return "no process is in this run, and it has no summary of its end: killed? No new metrics for", silent_s
+    return ("no new metrics for", silent_s) if silent_s > watched.quiet_s() else ("", 0.0)
 
 
 class Watched:

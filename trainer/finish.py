@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardstep.configs.errors import InputError, NonFiniteError, TrainingFailed
+from shardstep.configs.errors import InputError, NonFiniteError, TrainingFailed, is_out_of_memory
 from shardstep.configs.files import write_atomically
 from shardstep.trainer import loop
 from shardstep.trainer.checkpoints.checkpoint import write_weights
@@ -35,12 +35,13 @@ def train_to_end(run: Run, arguments: list[str]) -> Ending:
         TrainingFailed: see loop.train. The run's summary then has this or any other error.
     """
     world, before, earlier = run.accelerator.state, run.state.progress, run.dir.summary
+    if world.is_main_process:
+        run.watchdog.on_hang = partial(_write_summary, run, "failed", "hang")
     was_finished = broadcast_object(world, earlier.get("status") == "finished" and earlier.get("step") == before.step)
     is_over = run.plan.is_over(before) or run.plan.is_out_of_time(run.state.train_s)
     if world.is_main_process and not (was_finished and is_over):
         write_start(run, arguments)
     run.display.start(run.plan.total_steps, before.step, run.plan.share_done(before, run.state.train_s))
-    run.watchdog.start(on_hang=partial(_write_summary, run, "failed", "hang") if world.is_main_process else None)
     try:
         run.requests.check()
         result = loop.train(run)
@@ -138,6 +139,7 @@ def _stop(run: Run, is_safe: bool) -> Ending:
 
 def fail(run: Run, error: BaseException) -> None:
     """Write the summary of a run that failed. Calls no collective: the other ranks may never come."""
+    run.watchdog.exit_if_hung()  # the error may only be that ranks have left a run that hangs
     if isinstance(error, InputError):  # only the rank that read the sample has found it
         error.everywhere = False
     run.metrics.close()
@@ -155,7 +157,7 @@ def failure_of(error: BaseException) -> Failure:
         return "nonfinite"
     if isinstance(error, InputError):
         return "input"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if is_out_of_memory(error):
         return "memory"
     return "lost_rank" if is_lost_rank(error) else "error"
 

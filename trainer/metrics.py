@@ -170,7 +170,6 @@ class Metrics:
         nonfinite = [f"the {name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
         if nonfinite:
             self._record(line)
-            # Comparisons search for these words: if only the training loss is NaN, the line does not show it.
             raise NonFiniteError(
                 f"NaN or infinite at step {state.progress.step} (lr {state.lr:g}): {', '.join(nonfinite)}. {_REMEDY}"
             )

@@ -65,7 +65,7 @@ def with_earlier_choices(recipe: Recipe) -> Recipe:
     left = [place for place in CHOICES if _value(recipe, place) == "auto"]
     recipe = _with_choices(recipe, {place: _value(saved, place) for place in left})
     method = recipe.train.convolutions
-    if method in CONVOLUTION_METHODS and excludes(recipe.train, method):
+    if ("train", "convolutions") in left and method in CONVOLUTION_METHODS and excludes(recipe.train, method):
         recipe = with_keys(recipe, train={"convolutions": "direct"})  # it was chosen for another device, say
     return recipe
 

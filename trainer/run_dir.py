@@ -27,7 +27,7 @@ from shardstep.trainer.monitoring.metric_tail import MetricTail
 from shardstep.trainer.monitoring.status import Line, parse_line
 
 State = Literal["running", "stopped", "preempted", "killed", "failed", "finished"]
-"""Of a run. stopped: by a user; preempted: by a signal; both with the state saved. killed: it ended without a summary."""
+"""The state of a run. stopped (by a user) and preempted (by a signal): its state was saved; killed: it left no summary."""
 Status = Literal["finished", "preempted", "failed"]
 """How summary.json says that the last start ended; preempted: stopped on request, with its state saved."""
 Failure = Literal["nonfinite", "hang", "input", "memory", "checkpoint", "lost_rank", "error"]

@@ -16,12 +16,13 @@ def write_summary(
     """Write summary.json, and return its content. Called on rank 0; `evaluation` is the last one of a finished run."""
     recipe, state, manifest = run.recipe, run.state, run.data.train.manifest
     train, last_evaluation = run.metrics.last_train, run.metrics.last_evaluation
+    by_person = run.requests.by_person or run.requests.interrupted
     # DDP does not answer while it waits for a rank that hangs.
     exposed_s = None if failure == "hang" else exposed_communication_s(run.state.model)
     summary = {
         "status": status,
         **({"failure": failure, "reason": reason} if failure else {}),
-        **({"stopped_by": "person" if run.requests.by_person else "signal"} if status == "preempted" else {}),
+        **({"stopped_by": "person" if by_person else "signal"} if status == "preempted" else {}),
         "step": state.progress.step,
         "samples": state.progress.samples,
         "world_size": run.plan.world_size,

@@ -197,7 +197,8 @@ def _complaints(variants: list[Variant]) -> list[str]:
             if run.state != "finished":
                 found.setdefault((variant.name, run.reason or run.outcome), []).append(str(seed))
     return [
-        f"{name}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}: {reason}" for (name, reason), seeds in found.items()
+        f"{name}, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}: {reason}"
+        for (name, reason), seeds in found.items()
     ]
 
 

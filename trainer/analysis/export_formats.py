@@ -70,7 +70,7 @@ class Format:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ExportCheck:
     """The difference of a loaded file from the original: the largest of any output, and the largest allowed."""
 
     largest: float
@@ -105,7 +105,7 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
     }
 
 
-def export(trained: TrainedModel, name: str, path: Path, reader: Reader, num_samples: int) -> Comparison:
+def export(trained: TrainedModel, name: str, path: Path, reader: Reader, num_samples: int) -> ExportCheck:
     """Write a model, load the file again and compare it with the original. The file appears only if they agree.
 
     Args:
@@ -143,7 +143,7 @@ def export(trained: TrainedModel, name: str, path: Path, reader: Reader, num_sam
 
 
 @torch.inference_mode()
-def compare(trained: TrainedModel, loaded: Loaded, reader: Reader, num_samples: int) -> Comparison:
+def compare(trained: TrainedModel, loaded: Loaded, reader: Reader, num_samples: int) -> ExportCheck:
     """Compare a loaded file with the original on the first images of a set, in batches of several sizes."""
     start, largest, scale = 0, 0.0, 1.0
     for size in _COMPARED_BATCHES:
@@ -159,7 +159,7 @@ def compare(trained: TrainedModel, loaded: Loaded, reader: Reader, num_samples: 
         difference = float((outputs - expected).abs().max())
         largest = max(largest, difference) if difference == difference else difference
         scale = max(scale, float(expected.abs().max()))
-    return Comparison(largest, TOLERANCE * scale, start)
+    return ExportCheck(largest, TOLERANCE * scale, start)
 
 
 def _write_safetensors(trained: TrainedModel, path: Path) -> None:

@@ -54,13 +54,17 @@ class TrainedModel:
         return test, StreamReader(test, self.recipe.data.resize)
 
 
-def open_trained_model(path: Path, device: torch.device | Literal["auto", "cpu", "cuda"] = "auto") -> TrainedModel:
-    """Open the model of a run's folder, or of one of its checkpoints. Needs no test set.
+def open_trained_model(
+    path: Path,
+    device: torch.device | Literal["auto", "cpu", "cuda"] = "auto",
+    found: tuple[Path, RunDir] | None = None,
+) -> TrainedModel:
+    """Open the model of a run's folder, or of one of its checkpoints; `found` is what find_weights returned for it, if known.
 
     Raises:
         InputError: the path is neither, has no intact weights, was written by another version, or there is no such device.
     """
-    weights, run_dir = find_weights(path)
+    weights, run_dir = found or find_weights(path)
     recipe = read_recipe(run_dir)
     manifest = read_train_manifest(run_dir)
     shape = (manifest.channels, recipe.data.resize, recipe.data.resize) if recipe.data.resize else manifest.image_shape

@@ -129,7 +129,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     environment = os.environ | {"WANDB_MODE": "offline"}  # no telemetry
-    # A session of its own: a Ctrl-C is for the run, which finishes its trackers.
+    # In a new session, so that Ctrl-C reaches only the run, which then closes its trackers.
     shown = subprocess.run(
         command, env=environment, check=True, capture_output=True, text=True, timeout=_READ_S, start_new_session=True
     )

@@ -86,6 +86,7 @@ class StopRequests:
         self.out_of_time = False  # train.max_wall_s is over: the run ends as if its duration were
         self.reason = ""  # of the stop, as far as this rank knows
         self.by_person = False  # whether somebody created the file STOP
+        self.interrupted = False  # whether somebody pressed Ctrl-C
 
     def restart(self) -> None:
         """Check at the next call, because what follows has another pace than what came before."""
@@ -125,6 +126,7 @@ class StopRequests:
         self._previous_call, self._next_call = self._calls, self._calls + self._pause
         self.stop, self.save = bool(agreed_stop), bool(agreed_save)
         if self.stop:
+            self.interrupted = self._signal.reason == signal.SIGINT.name
             others = f"a file {STOP_FILE}" if self.by_person else "another rank"
             self.reason = self._signal.reason or ("the allocation's end" if job_ends else others)
         return self.stop

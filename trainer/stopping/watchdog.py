@@ -50,17 +50,11 @@ class Watchdog:
         self._step, self._phase, self._moved_s, self._moves = 0, "starting", time.monotonic(), 0
         self._longest_s = 0.0
         self._seen: dict[int, tuple[str, float]] = {}
-        self._on_hang: Callable[[str], object] | None = None
+        # Called with the reason when a rank hangs, in a separate thread: the process exits even if it blocks.
+        self.on_hang: Callable[[str], object] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-
-    def start(self, on_hang: Callable[[str], object] | None) -> None:
-        """Watch from now on. When a rank hangs, rank 0 calls `on_hang` with the reason.
-
-        The call is in a thread of its own: the process exits two seconds later even if it blocks.
-        """
-        self._on_hang, self._moved_s = on_hang, time.monotonic()
-        if self._timeout_s is not None:
+        if timeout_s is not None:
             self._thread.start()
 
     def beat(self, step: int, phase: str) -> None:
@@ -80,6 +74,11 @@ class Watchdog:
             self.beat(step, "computing")
             yield micro
             self.beat(step, "reading data")
+
+    def exit_if_hung(self) -> None:
+        """If a rank has declared the run hung, wait until this process exits because of it."""
+        if self._thread.is_alive() and self._store.verdict():
+            self._thread.join()
 
     def stop(self) -> None:
         """Stop watching."""
@@ -127,8 +126,8 @@ class Watchdog:
             self._tell(f"failed: {reason}")
 
     def _exit(self, reason: str) -> None:
-        if self._on_hang:
-            threading.Thread(target=self._on_hang, args=(reason,), daemon=True).start()
+        if self.on_hang:
+            threading.Thread(target=self.on_hang, args=(reason,), daemon=True).start()
         try:
             with (self._folder / f"hang-rank{self._store.rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)

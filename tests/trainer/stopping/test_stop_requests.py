@@ -342,6 +342,49 @@ def test_a_hang_ends_the_run_and_reports_the_rank(shards: Path, tmp_path: Path, 
     assert RunDir(tmp_path / "run").state() == "failed"
 
 
+def left_by_the_ranks_of_a_hung_run(recipe: str) -> None:
+    """Runs in a rank: another one has declared the run hung and is gone before this one's watchdog reads its verdict."""
+    from shardstep.launch.train import main
+    from shardstep.trainer import loop
+
+    function = loop.train_step
+
+    def step(run: Any, batch: Any) -> Any:
+        if run.state.progress.step == 4:
+            run.watchdog._store.claim_verdict("rank 1 has not moved for 3 s")
+            raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+        return function(run, batch)
+
+    loop.train_step = step
+    main([recipe, "run.hang_timeout=5"])
+
+
+def test_a_hang_stays_one_where_another_rank_has_left_first(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="died without a word, exit codes .*1"):
+        run_ranks(1, left_by_the_ranks_of_a_hung_run, str(write_recipe(tmp_path, shards, **SECTIONS)))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["failure"], summary["reason"]) == ("hang", "rank 1 has not moved for 3 s")
+
+
+def hanging_before_the_first_step(recipe: str) -> None:
+    """Runs in a rank: rank 0 hangs while it writes down its start."""
+    from shardstep.launch.train import main
+    from shardstep.trainer import finish
+
+    finish.write_start = lambda *arguments: time.sleep(600)
+    with open(Path(recipe).parent / f"stderr{os.environ['RANK']}", "w") as errors:
+        os.dup2(errors.fileno(), 2)
+    main([recipe, "run.hang_timeout=3"])
+
+
+def test_a_hang_before_the_first_step_ends_the_run(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="died without a word, exit codes .*1"):
+        run_ranks(2, hanging_before_the_first_step, str(write_recipe(tmp_path, shards, **SECTIONS)))
+    for rank in range(2):
+        assert (tmp_path / "run" / f"hang-rank{rank}.txt").is_file()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["failure"] == "hang"
+
+
 def hanging_with_a_writer_that_blocks(recipe: str) -> None:
     """Runs in a rank: it hangs, and so does the disk when it writes the summary."""
     from shardstep.trainer import finish
