@@ -29,8 +29,8 @@ train: setup data/cifar10/train/manifest.json data/cifar10/test/manifest.json
 	else \
 		echo; \
 		echo "*****************************************************************************"; \
-		echo "*  CIFAR-10 IS NOT AVAILABLE HERE (see above). Training on scikit-learn's 8x8  *"; \
-		echo "*  DIGITS instead: it shows that all works, and nothing about CIFAR-10.     *"; \
+		echo "*  CIFAR-10 IS NOT AVAILABLE (see above): training on scikit-learn's 8x8    *"; \
+		echo "*  DIGITS instead. This checks the installation, not CIFAR-10.              *"; \
 		echo "*****************************************************************************"; \
 		echo; \
 		$(BIN)/shardstep train digits; \

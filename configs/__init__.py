@@ -1,1 +1,4 @@
-"""The recipe's schema, its loader, and the recipes themselves."""
+"""The recipe: its schema, its loader, the choice of what it leaves to `auto`, and the recipes themselves.
+
+Every folder may import it; it imports none.
+"""

@@ -97,10 +97,10 @@ class TrainConfig:
     world_size: Optional[int] = None  # noqa: UP045
     """Number of ranks that must come up; null accepts any number."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """What to do when a loss is NaN or infinite. stop: end the run (checked at log steps); skip: leave out the step (checked
-    at every step, gradients too)."""
+    """What to do when a loss is NaN or infinite. stop: end the run (checked at log steps); skip: skip the step (checked at
+    every step, gradients too)."""
     max_skipped_steps: int = 10
-    """Number of steps that train.on_nan=skip may leave out; one more ends the run."""
+    """Largest number of steps that train.on_nan=skip skips; one more ends the run."""
     timeout_s: float = 1800
     """Seconds that a rank waits for the others in a collective before it gives up."""
     weights: Literal["fp32", "half"] = "fp32"
@@ -134,8 +134,8 @@ class EvalConfig:
     """Test-time augmentation. plain: none; mirror: the mean over an image and its mirror image; mirror_translate: half of
     that plus half of the mean over both, shifted twice."""
     sure_above: Optional[float] = None  # noqa: UP045
-    """Probability: an image whose plain view gives one class a higher one gets no further views; null gives all views to all
-    images."""
+    """Probability: if the plain view gives one class a higher one, the image gets no further views; null gives all images
+    all views."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,4 @@
-"""How to run: one module per command."""
+"""How to run: one module per command; cli.py lists them.
+
+No folder may import it.
+"""

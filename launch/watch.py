@@ -99,7 +99,7 @@ def _remark(watched: "Watched", state: State) -> tuple[str, float]:
     """Return what to say about a run that makes no progress, and for how many seconds it has made none; else nothing."""
     silent_s = max(0.0, time.time() - max(map(modified_s, (watched.run.metrics_path, watched.run.config_path))))
     if state == "killed":
-        return "no process is in this run, and it has no summary of its end: killed? No new metrics for", silent_s
+        return "no process is running it, and it left no summary: it was probably killed. No new metrics for", silent_s
     return ("no new metrics for", silent_s) if silent_s > watched.quiet_s() else ("", 0.0)
 
 
@@ -141,7 +141,8 @@ class Watched:
         end = "was stopped, and can be resumed" if _CODES[state] == STOPPED else state
         text = f"the run {end}: step {summary.get('step', step):,} after {duration(summary.get('wall_s', 0.0))}"
         accuracy = (summary.get("eval") or {}).get("accuracy")
-        return text if accuracy is None else f"{text}, test accuracy {accuracy:.2%}"
+        reason = summary.get("reason", "").partition("\n")[0] if state == "failed" else ""
+        return text + (f", test accuracy {accuracy:.2%}" if accuracy is not None else f": {reason}" if reason else "")
 
     def quiet_s(self) -> float:
         """Return the seconds without a line that are unusual for this run."""

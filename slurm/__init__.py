@@ -1,1 +1,1 @@
-"""Job scripts for Slurm."""
+"""Job scripts for Slurm: text, no modules. launch/jobs/ reads the templates."""

@@ -114,7 +114,7 @@ def test_what_the_tests_ranks_preload_exists() -> None:
 
 
 def test_datasets_has_no_init() -> None:
-    # With one, and the repository root on the path, `import datasets` would find this folder in place of the library.
+    # With one, and the repository root on the path, `import datasets` would find this folder instead of the library.
     assert not (ROOT / "datasets" / "__init__.py").exists()
 
 

@@ -69,6 +69,11 @@ def test_a_run_that_has_ended(
     assert "step 8" in shown.splitlines()[-1]
 
 
+def test_a_failure_is_shown_with_its_reason(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite_summary(folder, status="failed", failure="error", reason="a disk is gone\nand more", eval=None)
+    assert watch(folder, capsys)[1].splitlines()[-1].endswith(": a disk is gone")
+
+
 def test_once_shows_the_same_figures_as_the_run_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "summary.json").unlink()
     last = read_lines(folder / "metrics.jsonl")[-2]
@@ -159,9 +164,9 @@ def test_silence_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     (folder / "summary.json").unlink()
     for name in ("config.yaml", "metrics.jsonl"):
         age(folder / name, 200)
-    assert "no process is in this run" in watch(folder, capsys, "--once")[1]
+    assert "no process is running it" in watch(folder, capsys, "--once")[1]
     hold(folder, print)
-    assert "no news for 3 min" in watch(folder, capsys, "--once")[1]
+    assert "no new metrics for 3 min" in watch(folder, capsys, "--once")[1]
     age(folder / "metrics.jsonl", 30)
     assert watch(folder, capsys, "--once")[1].splitlines()[-1] == "running"
 
@@ -253,7 +258,7 @@ def test_a_real_run_is_followed_through_a_kill_to_its_end(shards: Path, tmp_path
     run_process.kill()
     run_process.wait()
     (tmp_path / "pause").unlink()
-    until("no process is in this run")
+    until("no process is running it")
     assert watchers[0].poll() is None
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     assert watchers[0].wait(HANG_S) == 0

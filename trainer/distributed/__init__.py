@@ -1,4 +1,5 @@
-"""One world of several processes. The only room that reads RANK or imports torch.distributed; it imports no other room.
+"""One world of several processes. The only room that reads RANK or imports torch.distributed; it imports no other room,
+and all but kernels/ may import it.
 
 launch_env       what the launcher's environment says; needs no torch
 world            bring a world up and down, build the Accelerator

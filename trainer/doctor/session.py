@@ -65,7 +65,7 @@ class DoctorReport:
 
 @contextlib.contextmanager
 def run_preflight(loaded: LoadedRecipe | InputError, has_recipe: bool, timeout_s: float) -> Iterator[DoctorReport]:
-    """Check this process and its machine, meet the others, and try a world and a step. The context ends when all are done.
+    """Check this process and its machine, connect to the others, bring up a world, take one step. Leaving waits for all.
 
     Args:
         loaded: the recipe, or why it cannot be read.

@@ -1,4 +1,4 @@
 """Report on a run while it trains: terminal, timing, profiles, pictures, Weights & Biases, TensorBoard.
 
-Imports distributed/, checkpoints/ and stopping/, never the training path.
+The training path, analysis/ and doctor/ import it. It imports distributed/, checkpoints/ and stopping/.
 """
