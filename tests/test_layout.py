@@ -96,6 +96,17 @@ def test_no_two_modules_have_one_name() -> None:
     assert not {name for name in names if names.count(name) > 1}
 
 
+def test_no_two_classes_have_one_name() -> None:
+    names = [
+        node.name
+        for layer in LAYERS
+        for path in python_files(layer)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_only_distributed_touches_the_world() -> None:
     for layer in LAYERS:
         for path in python_files(layer):

@@ -1,5 +1,7 @@
-"""RunDir: the files in a run's folder, how to read them, and the state of the run. Only this module knows the names of the files below;
-others (pictures, report.html, profile/) are for people, and are written where they are made.
+"""RunDir: the files in a run's folder, how to read them, and the state of the run.
+
+Only this module knows the names of the files below. Pictures, report.html and profile/ are for people, and are written where
+they are made.
 
 config.yaml                  the resolved recipe, rewritten by every start
 train_manifest.json          classes, mean and std of the training set
