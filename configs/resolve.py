@@ -36,7 +36,7 @@ class ResolvedTrainConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class ResolvedRecipe(Recipe):
-    """A recipe without `auto`, as in a run's config.yaml."""
+    """A recipe whose CHOICES are made, as in a run's config.yaml."""
 
     data: ResolvedDataConfig = field(default_factory=ResolvedDataConfig)
     train: ResolvedTrainConfig = field(default_factory=ResolvedTrainConfig)
@@ -71,12 +71,16 @@ def resolve(recipe: Recipe, choices: Choices) -> ResolvedRecipe:
     return ResolvedRecipe(**_shallow(recipe) | {"data": data, "train": train})
 
 
+def choices_of(recipe: Recipe) -> dict[tuple[str, str], Any]:
+    """Return the values of CHOICES in a recipe; some may be `auto`."""
+    return {(section, key): getattr(getattr(recipe, section), key) for section, key in CHOICES}
+
+
 def as_resolved(recipe: Recipe) -> ResolvedRecipe:
-    """The recipe of a run that has begun; keys that an earlier version did not write get ResolvedRecipe's defaults."""
-    read, default = (
-        {key: getattr(getattr(one, section), key) for section, key in CHOICES} for one in (recipe, ResolvedRecipe())
-    )
-    return resolve(recipe, Choices(**{key: default[key] if value == "auto" else value for key, value in read.items()}))
+    """Return the recipe of a run that has begun; keys that an earlier version did not write get ResolvedRecipe's defaults."""
+    default = choices_of(ResolvedRecipe())
+    values = {place[1]: default[place] if value == "auto" else value for place, value in choices_of(recipe).items()}
+    return resolve(recipe, Choices(**values))
 
 
 def with_keys(recipe: Recipe, **sections: Mapping[str, object]) -> Recipe:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from shardstep.configs.load import LoadedRecipe, recipe_text
-from shardstep.configs.resolve import CHOICES, with_keys
+from shardstep.configs.resolve import choices_of, with_keys
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.manifest import MANIFEST_NAME
 from shardstep.trainer import data, resume
@@ -32,7 +32,7 @@ def show_config(loaded: LoadedRecipe, world_size: int) -> None:
 
     num_samples = None if missing else train.manifest.samples
     notes = [*loaded.notes, *_arithmetic(recipe, num_samples, world_size, " and ".join(missing))]
-    left = [f"{section}.{key}" for section, key in CHOICES if getattr(getattr(recipe, section), key) == "auto"]
+    left = [".".join(place) for place, value in choices_of(recipe).items() if value == "auto"]
     if left:
         notes.append(f"chosen when the run starts, by the data or by measuring: {', '.join(left)}")
     print(*(f"# {text}" for text in notes), sep="\n")

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from shardstep.configs.durations import Duration
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import partial_of, write_atomically
 from shardstep.configs.load import load_recipe, save_recipe
-from shardstep.configs.resolve import CHOICES, ResolvedRecipe, with_keys
+from shardstep.configs.resolve import ResolvedRecipe, choices_of, with_keys
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.datasets.manifest import Manifest, manifest_bytes
 from shardstep.trainer.checkpoints import checkpoint, checkpoint_files
@@ -62,8 +61,9 @@ def with_earlier_choices(recipe: Recipe) -> Recipe:
     if newest is None:
         return recipe
     saved = load_recipe(str(newest / RECIPE)).recipe
-    left = [place for place in CHOICES if _value(recipe, place) == "auto"]
-    recipe = _with_choices(recipe, {place: _value(saved, place) for place in left})
+    left = [place for place, value in choices_of(recipe).items() if value == "auto"]
+    earlier = choices_of(saved)
+    recipe = _with_choices(recipe, {place: earlier[place] for place in left})
     method = recipe.train.convolutions
     if ("train", "convolutions") in left and method in CONVOLUTION_METHODS and excludes(recipe.train, method):
         recipe = with_keys(recipe, train={"convolutions": "direct"})  # it was chosen for another device, say
@@ -72,11 +72,7 @@ def with_earlier_choices(recipe: Recipe) -> Recipe:
 
 def with_choices_of_rank_0(world: PartialState, recipe: Recipe) -> Recipe:
     """Return the recipe with rank 0's choices, because other hosts may not see the folder of the run. All ranks."""
-    return _with_choices(recipe, broadcast_object(world, {place: _value(recipe, place) for place in CHOICES}))
-
-
-def _value(recipe: Recipe, place: tuple[str, str]) -> Any:
-    return attrgetter(".".join(place))(recipe)
+    return _with_choices(recipe, broadcast_object(world, choices_of(recipe)))
 
 
 def _with_choices(recipe: Recipe, values: dict[tuple[str, str], Any]) -> Recipe:
@@ -246,7 +242,7 @@ def _is_taken(run_dir: RunDir) -> bool:
 def _differences(saved: Recipe, given: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return the keys that affect a run's mathematics and differ, with their old and new values."""
     pairs = {
-        f"{section}.{key}": (_value(saved, (section, key)), _value(given, (section, key)))
+        f"{section}.{key}": (getattr(getattr(saved, section), key), getattr(getattr(given, section), key))
         for section, keys in _MATHEMATICS.items()
         for key in keys
     }

@@ -11,7 +11,7 @@ import yaml
 from shardstep.configs import schema
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import find_recipe, load_recipe, recipe_names
-from shardstep.configs.resolve import CHOICES
+from shardstep.configs.resolve import choices_of
 from shardstep.launch import keys, recipes, train
 from tests.runs import train_ranks, write_recipe
 
@@ -169,4 +169,4 @@ def test_a_resolved_recipe_is_what_is_shown(shards: Path, tmp_path: Path, capsys
     train.main([str(write_recipe(tmp_path, shards)), *fixed, "--show-config"])
     (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
     shown = load_recipe(str(tmp_path / "shown.yaml")).recipe
-    assert "auto" not in [getattr(getattr(shown, section), key) for section, key in CHOICES]
+    assert "auto" not in choices_of(shown).values()
