@@ -55,7 +55,8 @@ def source_of_files(
     Raises:
         InputError: there are no images, or some lie outside class folders.
     """
-    images = [file for file in parts_of if is_image(name(file))]
+    names = {file: name(file) for file in parts_of}
+    images = [file for file in parts_of if is_image(names[file])]
     if not images:
         raise InputError(f"no images in {where}: looked for <class>/<file>.{'|'.join(EXTENSIONS)}")
     loose = [parts_of[file][0] for file in images if len(parts_of[file]) < 2]
@@ -63,7 +64,7 @@ def source_of_files(
         raise InputError(f"{where} holds {count(len(loose), 'image')} outside class folders, such as {loose[0]}")
     classes = sorted({parts_of[file][0] for file in images})
     label_of = {name: label for label, name in enumerate(classes)}
-    others = [name(file) for file in parts_of if not is_image(name(file))]
+    others = [other for other in names.values() if not is_image(other)]
     return Source(
         description,
         classes,
