@@ -130,8 +130,8 @@ def read_result(folder: Path, log: Path | None = None) -> RunResult:
     run = RunDir(folder)
     if not run.is_run:
         return RunResult(str(folder), "missing", last_complaint(log))
-    lines, summary = run.metrics(), run.summary
-    state = run.state(lines[-1].get("step") if lines else 0)
+    lines, summary = [line for line in run.metrics() if line.keys() >= {"step", "epoch", "samples"}], run.summary
+    state = run.state(lines[-1]["step"] if lines else 0)
     unknown: dict[str, Any] = {"loss": None, "accuracy": None, "train_loss": None}
     evaluations = [unknown | {"train_s": line["wall_s"]} | line for line in lines if line["kind"] == "eval"]
     curve = [Point(**{key.name: line[key.name] for key in fields(Point)}) for line in evaluations]

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -442,6 +443,13 @@ def test_a_table_fits_a_terminal() -> None:
     row = ["per_example", "3", "61.2 ±12.3", "0.0123", "123", "1234 (2/3)", "12345 (2/3)", "12.0", "0.00316"]
     assert all(len(line) <= 80 for line in table(columns, [row]))
     assert table(["a", "b"], [["xx", "1"], ["y", "22"]]) == ["a   b", "-----", "xx  1", "y  22"]
+
+
+def test_lines_that_lack_a_place_are_passed_over(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "eval", "loss": 0.1, "wall_s": 1.0}\n')
+    assert read_result(tmp_path / "run").curve == read_result(finished_run).curve
 
 
 def test_seconds_have_three_digits() -> None:
