@@ -10,7 +10,7 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -66,8 +66,10 @@ def _print_open_section(name: str, with_choices: bool) -> None:
         if not with_choices:
             print(f"      `shardstep keys {name}` lists the names, with their options.\n")
             return
-    functions, common = _choices(name)
-    for choice, function in functions.items():
+    from shardstep.trainer.validate_recipe import NAMED
+
+    functions, common = NAMED[name]
+    for choice, function in sorted(functions.items()) if name == "optimizer" else functions.items():
         print(f"\n  {choice}")
         if text := inspect.getdoc(function):
             _print_wrapped(" ".join(text.split("\n\n")[0].split()), 6)
@@ -78,23 +80,6 @@ def _print_open_section(name: str, with_choices: bool) -> None:
     if name == "model":
         _print_wrapped("Also torchvision/NAME, for every classifier of torchvision: torchvision/resnet18, ...", 2)
     print()
-
-
-def _choices(section: str) -> tuple[Mapping[str, Callable], Mapping[str, tuple[Any, Any]]]:
-    """Return the functions that an open section can name, and the options of all of them: type and default."""
-    from shardstep.datasets.augment import TRANSFORMS
-    from shardstep.trainer import models
-    from shardstep.trainer.optim import average, losses, optimizers, schedules
-
-    choices: dict[str, tuple[Mapping[str, Callable], Mapping[str, tuple[Any, Any]]]] = {
-        "model": (models.MODELS, models.COMMON_OPTIONS),
-        "loss": (losses.LOSSES, losses.COMMON_OPTIONS),
-        "optimizer": (dict(sorted(optimizers.OPTIMIZERS.items())), optimizers.COMMON_OPTIONS),
-        "schedule": (schedules.SCHEDULES, schedules.COMMON_OPTIONS),
-        "average": (average.AVERAGES, {}),
-        _AUGMENT: (TRANSFORMS, {}),
-    }
-    return choices[section]
 
 
 def field_docs(section: type) -> dict[str, str]:

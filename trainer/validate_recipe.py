@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -11,7 +12,7 @@ from shardstep.configs.components import convert, resolve_options
 from shardstep.configs.durations import duration_problems
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe
-from shardstep.configs.schema import Recipe
+from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.datasets.augment import TRANSFORMS
 from shardstep.trainer import models
 from shardstep.trainer.distributed.gradients import gradient_sync_problems
@@ -20,11 +21,25 @@ from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, excludes
 from shardstep.trainer.monitoring import profiler
 from shardstep.trainer.optim import average, losses, optimizers, schedules
 
+NAMED: dict[str, tuple[Mapping[str, Callable], Mapping[str, tuple[Any, Any]]]] = {
+    "model": (models.MODELS, models.COMMON_OPTIONS),
+    "loss": (losses.LOSSES, losses.COMMON_OPTIONS),
+    "optimizer": (optimizers.OPTIMIZERS, optimizers.COMMON_OPTIONS),
+    "schedule": (schedules.SCHEDULES, schedules.COMMON_OPTIONS),
+    "average": (average.AVERAGES, {}),
+    "augment": (TRANSFORMS, {}),
+}
+"""The functions that each open section, and each entry of data.augment, can name, and the options that go with any name."""
 _AT_LEAST = {
     "data.workers": 0, "data.lanes": 1, "data.resize": 1, "train.max_micro_batch": 1, "train.world_size": 1,
     "eval.batch_size": 1, "checkpoint.keep": 1, "train.max_skipped_steps": 0, "run.seed": 0,
 }  # fmt: skip
 _ABOVE_0 = ("train.clip_norm", "train.clip_value", "train.max_wall_s", "run.hang_timeout")
+_CHECKS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "optimizer": optimizers.check_optimizer,
+    "schedule": schedules.check_schedule,
+    "average": average.check_average,
+}
 _LARGEST_SIDE = 16_384  # pixels: one image with three channels of floats takes 3 GB
 
 
@@ -38,22 +53,18 @@ def validate_recipe(loaded: LoadedRecipe) -> Recipe:
         loaded = loaded.for_device(choose_device(loaded.recipe.train.device))
     recipe, problems = loaded.recipe, list(loaded.problems)
     resolved_sections: dict[str, Any] = {}
-    sections = (
-        ("model", models.models_for(str(recipe.model.get("name"))), models.COMMON_OPTIONS, None),
-        ("loss", losses.LOSSES, losses.COMMON_OPTIONS, None),
-        ("optimizer", optimizers.OPTIMIZERS, optimizers.COMMON_OPTIONS, optimizers.check_optimizer),
-        ("schedule", schedules.SCHEDULES, schedules.COMMON_OPTIONS, schedules.check_schedule),
-        ("average", average.AVERAGES, None, average.check_average),
-    )
-    for section, functions, common, check_section in sections:
+    for section in OPEN_SECTIONS:
+        functions, common = NAMED[section]
         given = getattr(recipe, section)
+        if section == "model":  # torchvision's are listed only for a name that may be one of them
+            functions = models.models_for(str(given.get("name")))
         refused = optimizers.CANNOT_WORK.get(str(given.get("name")).lower()) if section == "optimizer" else None
         if refused:
             problems.append(f"optimizer.name={given['name']} cannot work here: {refused}")
             continue
         resolved, found = resolve_options(section, given, functions, common)
-        if not found and check_section:
-            found = check_section(resolved)
+        if not found and section in _CHECKS:
+            found = _CHECKS[section](resolved)
         resolved_sections[section] = resolved
         problems += found
 
@@ -78,7 +89,7 @@ def _resolve_augment(entries: list[Any]) -> tuple[list[dict[str, Any]], list[str
         if not isinstance(given, dict):
             problems.append(f"{where} must be a name, or a mapping of a name and its options, not {entry!r}")
             continue
-        section, found = resolve_options(where, given, TRANSFORMS)
+        section, found = resolve_options(where, given, *NAMED["augment"])
         resolved.append(section)
         problems += found
     return resolved, problems
