@@ -177,7 +177,7 @@ def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data
         normalize=loaded.normalize,
         memory_format=MEMORY_FORMATS[recipe.train.memory_format],
         device=accelerator.device,
-        workers=recipe.data.workers if recipe.data.mode == "stream" else 0,
+        workers=_reader_threads(recipe, loaded.train_reader),
     )
 
 
@@ -194,8 +194,12 @@ def make_test_batches(
         normalize=normalize,
         memory_format=MEMORY_FORMATS[recipe.train.memory_format],
         device=accelerator.device,
-        workers=recipe.data.workers if isinstance(reader, StreamReader) else 0,
+        workers=_reader_threads(recipe, reader),
     )
+
+
+def _reader_threads(recipe: ResolvedRecipe, reader: Reader) -> int:
+    return recipe.data.workers if isinstance(reader, StreamReader) else 0
 
 
 def make_normalize(
