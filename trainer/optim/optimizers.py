@@ -42,7 +42,15 @@ def sgd(
     rate. In torch's form, a new learning rate applies to all of the velocity at once. The first v is g, undampened. With
     nesterov, the step is along g + mu v. Memory: one number per parameter with momentum, none without.
     """
-    return torch.optim.SGD(parameters, lr, momentum, dampening, weight_decay, nesterov, fused=fused)
+    return torch.optim.SGD(
+        parameters,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        fused=fused,
+    )
 
 
 def adagrad(
@@ -61,7 +69,15 @@ def adagrad(
 
     The documents write sqrt(s + eps); torch has eps outside the root. Memory: one number per parameter.
     """
-    return torch.optim.Adagrad(parameters, lr, lr_decay, weight_decay, initial_accumulator_value, eps, fused=fused)
+    return torch.optim.Adagrad(
+        parameters,
+        lr=lr,
+        lr_decay=lr_decay,
+        weight_decay=weight_decay,
+        initial_accumulator_value=initial_accumulator_value,
+        eps=eps,
+        fused=fused,
+    )
 
 
 def adadelta(
@@ -93,7 +109,9 @@ def rmsprop(
     The documents write sqrt(s + eps) and use alpha = 0.9; torch has eps outside the root and alpha = 0.99.
     Memory: one number per parameter, one more with momentum, one more if centered.
     """
-    return torch.optim.RMSprop(parameters, lr, alpha, eps, weight_decay, momentum, centered)
+    return torch.optim.RMSprop(
+        parameters, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, centered=centered
+    )
 
 
 def adam(
@@ -113,7 +131,9 @@ def adam(
     The same as in the documents. weight_decay adds to the gradient, not to the step: see adamw. Memory: two numbers per
     parameter, three with amsgrad.
     """
-    return torch.optim.Adam(parameters, lr, betas, eps, weight_decay, amsgrad, fused=fused)
+    return torch.optim.Adam(
+        parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, fused=fused
+    )
 
 
 def adamw(
@@ -130,7 +150,9 @@ def adamw(
 
     Loshchilov and Hutter 2017, arXiv 1711.05101. Memory: two numbers per parameter, three with amsgrad.
     """
-    return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, amsgrad, fused=fused)
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, fused=fused
+    )
 
 
 def filter_muon(
