@@ -1,6 +1,5 @@
 """Open the training and test sets of a recipe, check that they match, and read them resident or streamed."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
 from shardstep.datasets.sources import surely_differs
 from shardstep.datasets.write import make_missing_shards
+from shardstep.trainer import machine
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.evaluation import TestBatches
 from shardstep.trainer.optim.plan import Plan
@@ -127,11 +127,7 @@ def choose_mode(config: DataConfig, train: ShardFolder, test: ShardFolder, devic
     sizes = [decoded_bytes(shards, config.resize) for shards in (train, test)]
     if None in sizes:
         return "stream"
-    memory = (
-        torch.cuda.get_device_properties(device).total_memory
-        if device.type == "cuda"
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine.memory_bytes()
     return "resident" if sum(size or 0 for size in sizes) <= RESIDENT_SHARE * memory else "stream"
 
 
