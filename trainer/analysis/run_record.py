@@ -89,12 +89,12 @@ def read_record(folder: Path) -> RunRecord:
             f"{run_dir.config_path.name} was written by another version of shardstep, these of its keys are not shown: "
             f"{'; '.join(loaded.problems)}"
         )
-    lines, summary, manifest = _read_lines(run_dir, left_out), {}, None
+    lines, starts, summary, manifest = _read_lines(run_dir, left_out), run_dir.starts, {}, None
     try:
         summary = run_dir.read_summary()
     except InputError as error:
         left_out.append(f"the summary: {error}")
-    if not run_dir.starts:
+    if not starts:
         left_out.append(f"hardware, versions and command: {run_dir.starts_path.name} is missing or damaged")
     try:
         manifest = read_train_manifest(run_dir)
@@ -107,7 +107,7 @@ def read_record(folder: Path) -> RunRecord:
         train=[line for line in lines if line["kind"] == "train"],
         evaluations=[line for line in lines if line["kind"] == "eval"],
         summary=summary,
-        starts=run_dir.starts,
+        starts=starts,
         manifest=manifest,
         left_out=left_out,
     )
