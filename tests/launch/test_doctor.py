@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.distributed import HANG_S, free_port, run_command, run_ranks
-from tests.runs import write_recipe
+from tests.runs import train_ranks, write_recipe
 
 BIN = Path(sys.executable).parent
 DOCTOR = str(ROOT / "launch" / "doctor.py")
@@ -251,7 +251,7 @@ def examine_with_fault(fault: str, recipe: str) -> tuple[int, dict[str, Any], st
     return examine(arguments, environment)
 
 
-def _fail(config: Any) -> None:
+def _fail(*arguments: Any) -> None:
     raise RuntimeError("no route to host\nand a stack")
 
 
@@ -343,3 +343,22 @@ def test_two_ranks_take_a_step_together(shards: Path, tmp_path: Path) -> None:
     assert [row["rank"] for row in report["ranks"]] == [0, 1]
     assert all(row["all_reduce_mb_s"] > 0 for row in report["ranks"])
     assert not (tmp_path / "run").exists()
+
+
+def examine_without_measuring(arguments: list[str]) -> tuple[int, dict[str, Any], str]:
+    """Runs in a rank, where a measurement of precisions fails."""
+    from shardstep.trainer import precision
+
+    precision.measure = _fail
+    return examine(arguments)
+
+
+def test_the_step_keeps_the_choices_of_the_run_to_be_resumed(shards: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, shards))
+    train_ranks(1, Path(recipe), "train.precision=bf16", "train.memory_format=channels_last")
+    arguments = [recipe, "train.precision=auto", "train.memory_format=auto"]
+    ((code, report, _),) = run_ranks(1, examine_without_measuring, arguments)
+    assert code == 0, report["findings"]
+    assert (report["facts"]["step"]["precision"], report["facts"]["step"]["memory_format"]) == ("bf16", "channels_last")
+    ((_, report, _),) = run_ranks(1, examine_without_measuring, [*arguments, f"run.dir={tmp_path / 'new'}"])
+    assert only(report)["check"] == "step"  # a new run measures

@@ -27,7 +27,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, recipe_text
 from shardstep.configs.schema import Recipe, TrainConfig
 from shardstep.datasets.cache import cache_folder
-from shardstep.datasets.manifest import MANIFEST_NAME, Manifest
+from shardstep.datasets.manifest import Manifest
 from shardstep.trainer import data, machine
 from shardstep.trainer.distributed import launch_env, world
 from shardstep.trainer.distributed.store import LaunchStore
@@ -149,7 +149,9 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
         digest = hashlib.sha256(recipe_text(recipe).encode()).hexdigest()
         facts["recipe"] = {"name": recipe.run.name, "sha256": digest}
         fingerprints, found = _check_data(recipe, has_recipe, device, facts)
-        findings += found + _check_run_dir(recipe, has_recipe, is_first=place.get("rank", 0) == 0)
+        findings += found
+        recipe, found = _check_run_dir(recipe, has_recipe, is_first=place.get("rank", 0) == 0)
+        findings += found
     report = RankReport(
         host=facts["host"],
         pid=os.getpid(),
@@ -204,7 +206,7 @@ def _check_data(
 ) -> tuple[str | None, list[Finding]]:
     """Open the recipe's data sets, if they exist; returns their fingerprints, and findings."""
     folders = {"train": Path(recipe.data.train), "test": Path(recipe.data.test)}
-    missing = [f"{folder}" for folder in folders.values() if not (folder.expanduser() / MANIFEST_NAME).is_file()]
+    missing = list(data.missing_sets(recipe.data).values())
     if missing and (recipe.data.source or not has_recipe):
         facts["no_data"] = {"missing": missing, "source": recipe.data.source}
         return None, []
@@ -249,20 +251,20 @@ def _check_cache(recipe: Recipe, *manifests: Manifest) -> list[Finding]:
     return checks.disk_findings(machine.disk_space(folder), num_bytes, "the decoded images", remedy)
 
 
-def _check_run_dir(recipe: Recipe, has_recipe: bool, is_first: bool) -> list[Finding]:
-    """Check that the run's folder can be written, and that a run in it can be resumed."""
+def _check_run_dir(recipe: Recipe, has_recipe: bool, is_first: bool) -> tuple[Recipe, list[Finding]]:
+    """Check that the run's folder can be written, and that a run in it can be resumed; the recipe gets that run's choices."""
     problem = machine.write_problem(Path(recipe.run.dir))
     if problem:
         what = f"run.dir={recipe.run.dir} cannot be written: {problem}"
-        return [Finding("error", "disk", what, "give another run.dir, or correct its owner and mode")]
+        return recipe, [Finding("error", "disk", what, "give another run.dir, or correct its owner and mode")]
     if has_recipe:
         try:
             recipe = with_earlier_choices(recipe)  # on every rank, as in training
             if is_first:
                 find_resume(recipe)
         except (InputError, OSError) as error:
-            return [Finding.from_error("run", error, "choose another run.dir")]
-    return []
+            return recipe, [Finding.from_error("run", error, "choose another run.dir")]
+    return recipe, []
 
 
 def _check_disk(report: DoctorReport, recipe: Recipe) -> None:
