@@ -1,13 +1,10 @@
 """What `shardstep train --show-config` prints: the recipe as it would be trained, and the arithmetic of its batches."""
 
-from pathlib import Path
-
 import torch
 
 from shardstep.configs.load import LoadedRecipe, recipe_text
 from shardstep.configs.resolve import choices_of, with_keys
 from shardstep.configs.schema import Recipe
-from shardstep.datasets.manifest import MANIFEST_NAME
 from shardstep.trainer import data, resume
 from shardstep.trainer.description import batch_text, duration_text
 from shardstep.trainer.distributed.world import choose_device
@@ -23,7 +20,7 @@ def show_config(loaded: LoadedRecipe, world_size: int) -> None:
     """
     recipe = resume.with_earlier_choices(validate_recipe(loaded))
     recipe = with_keys(recipe, train={"device": choose_device(recipe.train.device)})
-    missing = [place for place in (recipe.data.train, recipe.data.test) if not (Path(place) / MANIFEST_NAME).is_file()]
+    missing = list(data.missing_sets(recipe.data).values())
     if not missing:
         train, test = data.open_both(recipe.data)
         mode = data.choose_mode(recipe.data, train, test, torch.device(recipe.train.device))

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         from shardstep.launch.show_config import show_config
 
         if launch_env.is_first_rank():
-            show_config(loaded, args.nproc or loaded.recipe.train.world_size or 1)
+            show_config(loaded, args.nproc or launch_env.world_size() or loaded.recipe.train.world_size or 1)
         return 0
     if args.nproc not in (None, 1):
         from shardstep.launch.ranks import start_ranks

@@ -54,6 +54,12 @@ class Data:
         return self.normalize(images.to(device)), labels.to(device)
 
 
+def missing_sets(config: DataConfig) -> dict[str, str]:
+    """Return the folders of a recipe that hold no shards, by their split: train or test."""
+    folders = {"train": config.train, "test": config.test}
+    return {split: path for split, path in folders.items() if not (Path(path).expanduser() / MANIFEST_NAME).is_file()}
+
+
 def make_missing_data(config: DataConfig) -> None:
     """Write missing shards from data.source, once per node.
 
@@ -62,13 +68,12 @@ def make_missing_data(config: DataConfig) -> None:
     """
     if config.source is None:
         return
-    for split, folder in (("train", config.train), ("test", config.test)):
-        if not (Path(folder) / MANIFEST_NAME).is_file():
-            try:
-                make_missing_shards(config.source, split, Path(folder))
-            except InputError as error:  # perhaps only on this node: its first rank reports it
-                error.everywhere = not launch_env.is_first_rank_of_node()
-                raise
+    for split, folder in missing_sets(config).items():
+        try:
+            make_missing_shards(config.source, split, Path(folder).expanduser())
+        except InputError as error:  # perhaps only on this node: its first rank reports it
+            error.everywhere = not launch_env.is_first_rank_of_node()
+            raise
 
 
 def unused_source_warning(config: DataConfig, data: Data) -> str | None:

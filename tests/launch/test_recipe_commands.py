@@ -119,6 +119,18 @@ def test_show_config_resolves_what_needs_no_measurement(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_show_config_knows_home_and_the_launcher(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(shards))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = str(write_recipe(tmp_path, shards, data={"train": "~/train", "test": "~/test"}))
+    _, comments = show(capsys, recipe, "train.global_batch_size=30", "train.duration=2 epochs")
+    assert comments[0].startswith("batch      30 = 2 ranks x 1 micro-step")
+    assert comments[1] == "duration   2 epochs = 8 steps of ceil(101 / 30) = 4 per epoch"
+
+
 def test_show_config_gives_a_recipe_that_train_reads(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

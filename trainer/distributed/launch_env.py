@@ -21,6 +21,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world_size() -> int | None:
+    """Return how many ranks the launcher starts; None without a launcher."""
+    return int(os.environ["WORLD_SIZE"]) if is_launched() and "WORLD_SIZE" in os.environ else None
+
+
 def is_first_rank() -> bool:
     """Return whether this process is rank 0, which prints for all."""
     return rank() == 0
