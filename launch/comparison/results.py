@@ -136,8 +136,9 @@ def read_result(folder: Path, log: Path | None = None) -> RunResult:
     evaluations = [unknown | {"train_s": line["wall_s"]} | line for line in lines if line["kind"] == "eval"]
     curve = [Point(**{key.name: line[key.name] for key in fields(Point)}) for line in evaluations]
     if state != "finished":
-        # Summaries of earlier versions have no `failure`; their last line then tells whether the loss was NaN or infinite.
-        guess = "nonfinite" if lines and lines[-1].get("loss") is None else "error"
+        # Summaries of earlier versions have no `failure`; their reason, or the last line, tells if the loss was not finite.
+        was_nonfinite = "NaN or infinite" in str(summary.get("reason", "")) or (lines and lines[-1].get("loss") is None)
+        guess = "nonfinite" if was_nonfinite else "error"
         has_diverged = state == "failed" and summary.get("failure", guess) == "nonfinite"
         complaint = (str(summary.get("reason", "")) if state == "failed" else "") or last_complaint(log)
         reason = complaint or ("the loss is NaN or infinite" if has_diverged else "it was stopped")

@@ -403,7 +403,10 @@ def test_outcomes(tmp_path: Path) -> None:
     assert read_result(tmp_path / "run").outcome == "unfinished"  # a full disk, say: it can be resumed
     (tmp_path / "run" / "summary.json").write_text('{"status": "failed", "failure": "nonfinite", "reason": "diverged"}')
     assert (read_result(tmp_path / "run").outcome, read_result(tmp_path / "run").reason) == ("failed", "diverged")
-    (tmp_path / "run" / "summary.json").write_text('{"status": "failed"}')  # by an earlier version
+    by_an_earlier_version = '{"status": "failed", "reason": "the loss of a step up to step 4 was NaN or infinite"}'
+    (tmp_path / "run" / "summary.json").write_text(by_an_earlier_version)
+    assert read_result(tmp_path / "run").outcome == "failed"
+    (tmp_path / "run" / "summary.json").write_text('{"status": "failed"}')  # another one
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 5, "epoch": 2, "samples": 131, "loss": null}\n{"kind": "tr')
     assert read_result(tmp_path / "run").outcome == "failed"
