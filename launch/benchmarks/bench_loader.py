@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from shardstep.configs.errors import InputError
 from shardstep.launch.benchmarks.bench_tables import (
@@ -365,6 +364,8 @@ def _read_shuffled(shards: "ShardFolder", window_shards: int | None) -> None:
 
 def _starts(shards: "ShardFolder", folder: Path, args: argparse.Namespace) -> Table:
     """Measure seconds until a resident set can be read: decoded and cached, or checked and mapped."""
+    from unittest import mock
+
     import torch
 
     from shardstep.datasets.manifest import open_shards

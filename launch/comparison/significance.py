@@ -41,11 +41,11 @@ class Difference:
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Return the mean and its confidence interval by Student's t: t s / sqrt(n), with n - 1 degrees of freedom."""
-    from scipy import stats
-
     n = len(values)
     if n < 2:
         return Interval(fmean(values), None, n)
+    from scipy import stats
+
     t = float(stats.t.ppf((1 + confidence) / 2, n - 1))
     return Interval(fmean(values), t * math.sqrt(variance(values) / n), n)
 
