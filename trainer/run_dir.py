@@ -1,7 +1,7 @@
 """RunDir: the files in a run's folder, how to read them, and the state of the run.
 
-Only this module knows the names of the files below. Pictures, report.html and profile/ are for people, and are written where
-they are made.
+Only this module knows the names of the first files below. Pictures, report.html and profile/ are for people, and are written
+where they are made.
 
 config.yaml                  the resolved recipe, rewritten by every start
 train_manifest.json          classes, mean and std of the training set
@@ -11,6 +11,8 @@ checkpoints/step-NNNNNNNN/   see checkpoints/checkpoint_files.py
 summary.json                 how the last start ended
 model.safetensors            the final weights
 predictions.npz              the model's predictions for the test set, kept for reports
+
+Those of a process, which stopping/ names:
 STOP, SAVE                   requests: stop the run, save its state
 hang-rank0.txt, ...          stacks of a hung run
 """
@@ -94,13 +96,15 @@ class RunDir:
         """Read the summary of the last start that ended; empty where there is none.
 
         Raises:
-            InputError: it is damaged, or of another version of shardstep.
+            InputError: it cannot be read, is damaged, or of another version of shardstep.
         """
         try:
             found = json.loads(self.summary_path.read_text())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError):
+        except OSError as error:
+            raise InputError(f"{self.summary_path} cannot be read: {error.strerror}") from None
+        except ValueError:
             found = None
         if isinstance(found, dict) and found.get("status") in STATUSES and isinstance(found.get("step", 0), int):
             return found
@@ -115,14 +119,23 @@ class RunDir:
         return []
 
     def metrics(self) -> list[Line]:
-        """Return the intact lines of metrics.jsonl, in their order."""
-        return [line for line in self.read_metrics() if line]
+        """Return the intact lines of metrics.jsonl, in their order; none where it cannot be read."""
+        with contextlib.suppress(InputError):
+            return [line for line in self.read_metrics() if line]
+        return []
 
     def read_metrics(self) -> list[Line | None]:
-        """Read metrics.jsonl, in its order; None for a damaged line, as the last one of a killed run may be."""
-        with contextlib.suppress(OSError):
+        """Read metrics.jsonl, in its order; None for a damaged line, as the last one of a killed run may be.
+
+        Raises:
+            InputError: it exists, but cannot be read.
+        """
+        try:
             return [parse_line(text) for text in self.metrics_path.read_text(errors="replace").splitlines()]
-        return []
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise InputError(f"{self.metrics_path} cannot be read: {error.strerror}") from None
 
     def tail(self, begin_at: Literal["start", "end"]) -> MetricTail:
         """Return a reader of the lines that come to metrics.jsonl: from its start, or from its present end."""

@@ -85,3 +85,13 @@ def test_a_damaged_summary_is_an_error_for_those_who_ask(text: str, tmp_path: Pa
     run.summary_path.write_text(text)
     with pytest.raises(InputError, match=r"summary.json is damaged, or of another version"):
         run.read_summary()
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.summary_path.mkdir()
+    run.metrics_path.mkdir()
+    for read in (run.read_summary, run.read_metrics):
+        with pytest.raises(InputError, match=r"(summary.json|metrics.jsonl) cannot be read: Is a directory"):
+            read()
+    assert (run.summary, run.metrics()) == ({}, [])

@@ -162,7 +162,12 @@ def _task(record: RunRecord) -> str:
 
 
 def _read_lines(run_dir: RunDir, left_out: list[str]) -> list[Line]:
-    found, name = run_dir.read_metrics(), run_dir.metrics_path.name
+    name = run_dir.metrics_path.name
+    try:
+        found = run_dir.read_metrics()
+    except InputError as error:
+        left_out.append(f"curves: {error}")
+        return []
     lines = [line for line in found if line and None not in (number(line, "step"), number(line, "epoch"))]
     damaged = len(found) - len(lines)
     if found and not (lines and found[-1] is lines[-1]):
