@@ -37,7 +37,7 @@ def train_to_end(run: Run, arguments: list[str]) -> Ending:
     world, before, earlier = run.accelerator.state, run.state.progress, run.dir.summary
     if world.is_main_process:
         run.watchdog.on_hang = partial(_write_summary, run, "failed", "hang")
-    was_finished = broadcast_object(world, earlier.get("status") == "finished" and earlier.get("step") == before.step)
+    was_finished = earlier.get("status") == "finished" and earlier.get("step") == before.step  # rank 0's answer counts
     is_over = run.plan.is_over(before) or run.plan.is_out_of_time(run.state.train_s)
     if world.is_main_process and not (was_finished and is_over):
         write_start(run, arguments)
@@ -51,7 +51,8 @@ def train_to_end(run: Run, arguments: list[str]) -> Ending:
         run.timer.mark("checkpoint")
         if result.stopped:
             return _stop(run, is_safe)
-        if was_finished and (result.evaluation is None or run.state.progress.step == before.step):
+        has_trained = result.evaluation is not None and run.state.progress.step != before.step
+        if broadcast_object(world, was_finished and not has_trained):
             run.display.note(
                 f"nothing to do: {run.dir.path} holds a finished run of {run.state.progress.step} steps. To start another "
                 f"one, give run.dir or run.name, or run.resume=never to set this one aside"
