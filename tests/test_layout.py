@@ -36,12 +36,12 @@ ROOMS = {
     "kernels": set(),
     "distributed": set(),
     "models": {"distributed"},
-    "optim": {"distributed", "models"},
+    "optim": {"distributed"},
     "checkpoints": {"distributed"},
     "stopping": {"distributed"},
-    "monitoring": {"checkpoints", "distributed", "stopping"},
+    "monitoring": set(),
     # The rooms of those who look at runs from outside: they use the training path, which knows nothing of them.
-    "analysis": {"checkpoints", "models", "monitoring", "optim", "stopping", "root"},
+    "analysis": {"checkpoints", "models", "monitoring", "optim", "root"},
     "doctor": {"distributed", "kernels", "monitoring", "root"},
 }
 FOR_ALL_ROOMS = {"state", "machine"}  # files at trainer's root that import nothing else of trainer

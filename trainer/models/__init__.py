@@ -3,7 +3,7 @@
 `image_shape` is (channels, height, width). Where a builder has `output_activation`, none gives logits, and log_softmax gives
 log-probabilities for loss.name=nll; `negative_slope` goes with activation=leaky_relu.
 
-The training path, optim/ and analysis/ import it. It imports distributed/, for batch norm over all ranks.
+The training path, analysis/ and launch/ import it. It imports distributed/, for batch norm over all ranks.
 """
 
 from collections.abc import Callable

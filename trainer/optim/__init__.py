@@ -1,4 +1,4 @@
 """The mathematics of a step: losses, optimizers, learning rates, weight averages, clipping, freezing.
 
-The training path and analysis/ import it. It imports distributed/ and models/.
+The training path, analysis/ and launch/ import it. It imports distributed/.
 """
