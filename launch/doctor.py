@@ -1,6 +1,6 @@
 """Check, before a run, this machine or every rank of a launch.
 
-    shardstep doctor [RECIPE] [section.key=value ...] [--json] [--timeout S]
+    shardstep doctor [RECIPE] [section.key=value ...] [--json] [--timeout S] [--measure]
     torchrun --nproc-per-node 2 launch/doctor.py [RECIPE] [section.key=value ...]
     accelerate launch --multi_gpu --num_processes 2 launch/doctor.py [RECIPE] [section.key=value ...]
 
@@ -42,17 +42,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object: facts, ranks, findings")
     longest = "seconds that each wait may take (default: 60)"
     parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help=longest)
+    anew = "measure again which precision, layout and convolutions of this recipe are fastest here, and keep the answer"
+    parser.add_argument("--measure", action="store_true", help=anew)
     args = parser.parse_intermixed_args(arguments)
     if args.recipe and is_override(args.recipe):
         args.overrides.insert(0, args.recipe)
         args.recipe = _DEFAULT
+    if args.measure and not args.recipe:
+        raise InputError("--measure measures steps of a recipe: give one")
     loaded = _load(args.recipe or _DEFAULT, args.overrides)
 
     with contextlib.ExitStack() as stack:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the report alone
             from shardstep.trainer.doctor.session import run_preflight
 
-            report = stack.enter_context(run_preflight(loaded, args.recipe is not None, args.timeout))
+            report = stack.enter_context(run_preflight(loaded, args.recipe is not None, args.timeout, args.measure))
         if report.prints == "report":
             print(_as_json(report), flush=True) if args.json else _print(report)
         elif report.prints == "findings":
@@ -140,6 +144,7 @@ def _fact_lines(report: "DoctorReport") -> list[tuple[str, str]]:
         ("data", _data(facts)),
         ("disk", _disk(facts["disk"]) if "disk" in facts else ""),
         ("step", _step(facts["step"]) if "step" in facts else facts.get("no_step", "")),
+        ("measured", facts["step"]["measured"] or "nothing: nothing is left to choose" if "step" in facts else ""),
     ]
     return [(label, text) for label, text in lines if text]
 

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.distributed.ddp import wrap_for_evaluation
     from shardstep.trainer.distributed.world import build_accelerator, leave_world, start_world
     from shardstep.trainer.evaluation import evaluate
-    from shardstep.trainer.precision import MEMORY_FORMATS
+    from shardstep.trainer.formats.candidates import MEMORY_FORMATS
 
     weights, run_dir = trained_model.find_weights(args.run)
     note = trained_model.unfinished_note(args.run, weights)

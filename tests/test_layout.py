@@ -38,6 +38,7 @@ ROOMS = {
     "models": {"distributed"},
     "optim": {"distributed"},
     "checkpoints": {"distributed"},
+    "formats": {"kernels", "models", "optim"},
     "stopping": {"distributed"},
     "monitoring": set(),
     # The rooms of those who look at runs from outside: they use the training path, which knows nothing of them.

@@ -22,8 +22,8 @@ from shardstep.datasets.write import make_missing_shards
 from shardstep.trainer import machine
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.evaluation import TestBatches
+from shardstep.trainer.formats.candidates import MEMORY_FORMATS
 from shardstep.trainer.optim.plan import Plan
-from shardstep.trainer.precision import MEMORY_FORMATS
 
 RESIDENT_SHARE = 0.25  # of the memory of the host, or of the GPU, that decoded images may take
 

@@ -29,7 +29,7 @@ def describe(run: Run) -> list[str]:
         if device.type == "cuda"
         else f"cpu, {count(torch.get_num_threads(), 'thread')} a rank"
     )
-    measured = ", ".join(f"{compute} {1000 * value:.0f} ms" for compute, value in run.measured_s.items())
+    measured = f" ({run.measured})" if run.measured else ""
     method = recipe.train.convolutions
     by_method = "" if method == "direct" else f", convolutions by {method}"
     groups = "".join(
@@ -50,8 +50,7 @@ def describe(run: Run) -> list[str]:
         ("optimizer", f"{recipe.optimizer['name']}, lr {run.base_lr:g}, {recipe.schedule['name']}{groups}"),
         (
             "precision",
-            f"{recipe.train.precision}, {recipe.train.memory_format}{by_method}"
-            f"{f' (measured: {measured})' if measured else ''}",
+            f"{recipe.train.precision}, {recipe.train.memory_format}{by_method}{measured}",
         ),
         ("batch", batch_text(plan, recipe.train.max_micro_batch)),
         *([("gradients", describe_gradient_sync(recipe.train, run.state.module))] if plan.world_size > 1 else []),

@@ -15,6 +15,7 @@ from shardstep.trainer.data import Data
 from shardstep.trainer.distributed import ddp
 from shardstep.trainer.distributed.gradients import gradient_sync_problems, gradient_sync_warnings, graphs_problem
 from shardstep.trainer.distributed.world import build_accelerator
+from shardstep.trainer.formats.candidates import MEMORY_FORMATS
 from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, convert_convolutions
 from shardstep.trainer.kernels.max_pool import convert_max_pools
 from shardstep.trainer.models import build_model
@@ -22,7 +23,7 @@ from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.optim.losses import Objective, check_outputs
 from shardstep.trainer.optim.optimizers import build_optimizer
 from shardstep.trainer.optim.plan import Plan
-from shardstep.trainer.precision import MEMORY_FORMATS, halve
+from shardstep.trainer.precision import halve
 from shardstep.trainer.state import TrainState
 
 _INITIALIZE_SAMPLES = 5000  # training images for data-dependent initialisation

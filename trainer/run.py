@@ -16,6 +16,7 @@ from shardstep.trainer.distributed.collectives import all_reduce_max
 from shardstep.trainer.distributed.store import HeartbeatStore
 from shardstep.trainer.distributed.world import synchronize_device
 from shardstep.trainer.evaluation import Evaluation, TestBatches, evaluate
+from shardstep.trainer.formats.kept_answers import Answer
 from shardstep.trainer.metrics import Metrics
 from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.monitoring.profiler import Profiler, parse_steps
@@ -30,7 +31,6 @@ from shardstep.trainer.optim.nan_guard import NonFiniteGuard
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.optim.schedules import LearningRate
 from shardstep.trainer.origin import facts_of
-from shardstep.trainer.precision import ComputeFormat
 from shardstep.trainer.run_dir import RunDir
 from shardstep.trainer.state import TrainState
 from shardstep.trainer.stopping.stop_requests import StopRequests, StopSignal
@@ -51,8 +51,8 @@ class Every:
 class Run:
     """One training run, ready to start.
 
-    `initialized_s`: seconds that data-dependent initialisation took; `measured_s`: seconds per step of each compute format
-    that was measured to choose one, if any.
+    `initialized_s`: seconds that data-dependent initialisation took; `measured`: on rank 0, the measurement that the compute
+    format was chosen by, if any.
     """
 
     recipe: ResolvedRecipe
@@ -81,7 +81,7 @@ class Run:
     timer: Timer
     profiler: Profiler
     initialized_s: float
-    measured_s: dict[ComputeFormat, float]
+    measured: Answer | None
 
     @property
     def seed(self) -> int:
@@ -132,7 +132,7 @@ def assemble(
     display: Display,
     stop_signal: StopSignal,
     initialized_s: float,
-    measured_s: dict[ComputeFormat, float],
+    measured: Answer | None,
 ) -> Run:
     """Put a run together: add everything that watches, saves, stops and records to its model and data. All ranks.
 
@@ -174,7 +174,7 @@ def assemble(
         sample_log=SampleLog(folder, world.process_index, data.train) if recipe.log.sample_keys else None,
         timer=Timer(world.device.type),
         profiler=Profiler(profiled, folder / "profile", world.process_index, on_gpu, display.note),
-        initialized_s=initialized_s, measured_s=measured_s,
+        initialized_s=initialized_s, measured=measured,
     )  # fmt: skip
 
 

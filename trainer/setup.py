@@ -19,12 +19,19 @@ from shardstep.trainer.run_dir import RunDir
 from shardstep.trainer.stopping.stop_requests import StopSignal
 
 
-def build(world: PartialState, recipe: Recipe, display: Display, stop_signal: StopSignal | None = None) -> Run:
+def build(
+    world: PartialState,
+    recipe: Recipe,
+    display: Display,
+    stop_signal: StopSignal | None = None,
+    measure_anew: bool = False,
+) -> Run:
     """Build a run. All ranks call it; a problem of any rank is raised on all.
 
     Args:
         recipe: validated; this function makes every choice that it leaves to `auto`, and writes them to config.yaml.
         stop_signal: of this process; None where it listens to no signals.
+        measure_anew: whether to measure choices of `auto` even if an earlier start has kept the answer.
 
     Raises:
         InputError: the data, the model and the number of ranks do not fit together, or the run's folder is taken.
@@ -47,7 +54,7 @@ def build(world: PartialState, recipe: Recipe, display: Display, stop_signal: St
         module = model_setup.initial_model(recipe, loaded, world.device, display, is_resumed)
         initialized_s = model_setup.initialize(module, loaded, world.device)
     objective = build_objective(recipe.loss, recipe.model)
-    compute, measured_s = resolve_precision(world, recipe.train, module, objective, loaded, plan, display)
+    compute, measured = resolve_precision(world, recipe, module, objective, loaded, plan, display, measure_anew)
     resolved = resolve(
         recipe, Choices(mode, world.device.type, compute.precision, compute.memory_format, compute.convolutions)
     )
@@ -65,5 +72,5 @@ def build(world: PartialState, recipe: Recipe, display: Display, stop_signal: St
     resume.claim(world, run_dir, not is_resumed, resolved, loaded.train.manifest, state, display)
     return assemble(
         accelerator, resolved, run_dir, state, plan, loaded, objective, average, wrap,
-        display, stop_signal or StopSignal(), initialized_s, measured_s,
+        display, stop_signal or StopSignal(), initialized_s, measured,
     )  # fmt: skip

@@ -64,8 +64,8 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
 def _pass_ms(one: Layer, method: str, precision: str, count: int) -> Callable[[], float]:
     import torch
 
+    from shardstep.trainer.formats.candidates import DTYPES
     from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, convert_convolutions
-    from shardstep.trainer.precision import DTYPES
 
     convolution = torch.nn.Conv2d(one.inputs, one.outputs, 3, padding=1).to(memory_format=torch.channels_last)
     if method in CONVOLUTION_METHODS:

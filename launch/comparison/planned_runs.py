@@ -212,7 +212,7 @@ def prepare(args: argparse.Namespace, command: str) -> Comparison:
     problems = _option_problems(args, folder)
     if problems:
         raise InputError.from_problems("nothing was started", problems)
-    from shardstep.trainer.precision import is_measured
+    from shardstep.trainer.formats.candidates import is_measured
 
     budget, variants = Budget.parse(args.budget), read_variants(args.over, args.variants)
     recipes, problems = _load_variants(args, budget, variants)

@@ -347,9 +347,9 @@ def test_two_ranks_take_a_step_together(shards: Path, tmp_path: Path) -> None:
 
 def examine_without_measuring(arguments: list[str]) -> tuple[int, dict[str, Any], str]:
     """Runs in a rank, where a measurement of precisions fails."""
-    from shardstep.trainer import precision
+    from shardstep.trainer.formats import measurement
 
-    precision.measure = _fail
+    measurement.measure = _fail
     return examine(arguments)
 
 

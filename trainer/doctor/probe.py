@@ -27,13 +27,17 @@ _SIDE = {"cpu": 512, "cuda": 8192}  # of the matrices: some milliseconds each
 
 @dataclass(frozen=True)
 class Step:
-    """The first optimizer step of a recipe: its time after `setup_s` of setup, and what a checkpoint and the GPU need."""
+    """The first optimizer step of a recipe: its time after `setup_s` of setup, and what a checkpoint and the GPU need.
+
+    `measured`: what its compute format was chosen by; None if the recipe, or the run to be resumed, leaves no choice.
+    """
 
     setup_s: float
     samples: int
     seconds: float
     precision: str
     memory_format: str
+    measured: str | None
     parameters: int
     checkpoint_bytes: int
     gpu_peak_bytes: int | None
@@ -59,10 +63,11 @@ def _matrix_product(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(seconds[1:]) / 1e9
 
 
-def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
+def take_step(world: PartialState, recipe: Recipe, folder: Path, measure_anew: bool) -> Step:
     """Build the recipe's run in an empty folder, a different one per rank, and take one optimizer step. All ranks call it.
 
     Streams the shards, so that nothing is decoded into the cache. A synthetic set that does not exist is written to `folder`.
+    `measure_anew`: see setup.build.
 
     Raises:
         InputError: the run cannot be built, its step runs out of memory, or its loss is NaN or infinite.
@@ -79,7 +84,7 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
         log={"wandb": "disabled", "tensorboard": False, "sample_keys": False},
     )
     began = time.perf_counter()
-    run = setup.build(world, recipe, Display(enabled=False))
+    run = setup.build(world, recipe, Display(enabled=False), measure_anew=measure_anew)
     state, setup_s = run.state, time.perf_counter() - began
 
     began = time.perf_counter()
@@ -103,6 +108,7 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path) -> Step:
         seconds=seconds,
         precision=run.recipe.train.precision,
         memory_format=run.recipe.train.memory_format,
+        measured=str(run.measured) if run.measured else None,
         parameters=sum(parameter.numel() for parameter in state.module.parameters()),
         checkpoint_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         gpu_peak_bytes=torch.cuda.max_memory_allocated(world.device) if on_gpu else None,

@@ -64,13 +64,16 @@ class DoctorReport:
 
 
 @contextlib.contextmanager
-def run_preflight(loaded: LoadedRecipe | InputError, has_recipe: bool, timeout_s: float) -> Iterator[DoctorReport]:
+def run_preflight(
+    loaded: LoadedRecipe | InputError, has_recipe: bool, timeout_s: float, measure_anew: bool = False
+) -> Iterator[DoctorReport]:
     """Check this process and its machine, connect to the others, bring up a world, take one step. Leaving waits for all.
 
     Args:
         loaded: the recipe, or why it cannot be read.
         has_recipe: whether the user gave the recipe; if not, its data need not exist, and no step is taken.
         timeout_s: for the others to come, for the world to come up, and for the step.
+        measure_anew: whether the step measures choices of `auto` even if an earlier start has kept the answer.
     """
     recipe, own, facts = _inspect(loaded, has_recipe)
     worker = futures.ThreadPoolExecutor(max_workers=1)  # its thread may hang; nobody waits for it
@@ -95,7 +98,8 @@ def run_preflight(loaded: LoadedRecipe | InputError, has_recipe: bool, timeout_s
     if not any(finding.severity == "error" and finding.check in _BEFORE_A_WORLD for finding in report.findings):
         # Collectives wait longer than anything here, so that a rank that hangs is reported with its stack.
         train = dataclasses.replace(recipe.train if recipe else TrainConfig(), timeout_s=2 * timeout_s)
-        _try_world(_AllRanks(worker, meeting, report, own.rank, timeout_s), train, recipe if has_recipe else None)
+        all_ranks = _AllRanks(worker, meeting, report, own.rank, timeout_s)
+        _try_world(all_ranks, train, recipe if has_recipe else None, measure_anew)
     if recipe:
         _check_disk(report, recipe)
     if has_recipe and "step" not in facts:
@@ -374,7 +378,7 @@ def _check_shared_folder(all_ranks: _AllRanks, folder: Path) -> None:
         all_ranks.report.findings.append(Finding("warning", "disk", what, remedy))
 
 
-def _try_world(all_ranks: _AllRanks, train: TrainConfig, recipe: Recipe | None) -> None:
+def _try_world(all_ranks: _AllRanks, train: TrainConfig, recipe: Recipe | None, measure_anew: bool) -> None:
     """Bring up the world as training does, measure it, and take a step of the recipe if there is one."""
     report, worlds = all_ranks.report, []
 
@@ -384,7 +388,7 @@ def _try_world(all_ranks: _AllRanks, train: TrainConfig, recipe: Recipe | None) 
     def step() -> dict[str, Any]:
         assert recipe is not None
         with tempfile.TemporaryDirectory(prefix="shardstep-doctor-", ignore_cleanup_errors=True) as folder:
-            return dataclasses.asdict(probe.take_step(worlds[0], recipe, Path(folder)))
+            return dataclasses.asdict(probe.take_step(worlds[0], recipe, Path(folder), measure_anew))
 
     if all_ranks.run("world", start, checks.world_remedy(report.ranks)) is None:
         return

@@ -1,0 +1,155 @@
+"""Measure a forward and backward pass in each compute format, and choose one: the same one at every start.
+
+The first passes of a format are slower because they compile its kernels, so every format is warmed up until its time is
+stable. Then the formats take turns, and are compared round by round. What is measured is the processor time of one thread
+with its share of the batch. Where other programs run, threads wait for each other: passes that should take 30 ms took up to
+2 s on the clock, more in one format than in another, but at most twice their processor time (2 cores, torch 2.15).
+"""
+
+import contextlib
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from shardstep.trainer.formats.candidates import DTYPES, MEMORY_FORMATS, ComputeFormat
+from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, convert_convolutions
+from shardstep.trainer.models.batch_norm import convert_batch_norm
+from shardstep.trainer.optim.losses import Objective
+
+_BUDGET_S = 1.5  # of processor time, for all but the first pass of each format
+_PASS_FLOPS = 4e9  # forward: long enough to tell formats apart, and short enough for several rounds
+_MOST_SAMPLES = 64  # for layers whose operations are not counted
+_STABLE = 1.25  # a time is stable once two passes in a row differ by at most this factor
+_MOST_WARM_PASSES = 5
+_MOST_ROUNDS = 12
+_FAR_BEHIND = (8.0, 3.0, 2.0, 1.5)  # times the fastest's best pass: after the warm-up, and after each round
+_MARGIN = 1.08  # a format that takes at most so many times as long as the fastest is as good
+
+
+ReadBatch = Callable[[int], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _Passes:
+    """A format, a copy of the model in it, and the seconds of its passes."""
+
+    compute: ComputeFormat
+    run: Callable[[], float]
+    warm_s: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def best_s(self) -> float:
+        return min(self.warm_s + self.seconds)
+
+    def warm_up(self) -> None:
+        while len(self.warm_s) < _MOST_WARM_PASSES:
+            self.warm_s.append(self.run())
+            if len(self.warm_s) > 1 and max(self.warm_s[-2:]) <= _STABLE * min(self.warm_s[-2:]):
+                return
+
+
+def measure(
+    formats: list[ComputeFormat], module: nn.Module, objective: Objective, read_batch: ReadBatch, batch_size: int
+) -> tuple[dict[ComputeFormat, list[float]], int]:
+    """Measure passes of the formats in turn, on this rank alone; the model does not change.
+
+    A format that is far behind drops out after a few rounds. Everything but the first pass of each format takes about 2 s.
+
+    Args:
+        formats: at least two, the best guess first.
+        read_batch: returns so many images (N, C, H, W) and labels (N,), on the device.
+        batch_size: of the run, on one rank.
+
+    Returns:
+        The seconds of processor time of each format's passes, round by round, and the number of samples in a pass.
+    """
+    count = _sample_count(module, read_batch, batch_size)
+    with _one_thread(), torch.random.fork_rng():  # dropout must not change the run's random numbers
+        images, labels = read_batch(count)
+        began = time.thread_time()
+        left = all_passes = [_Passes(one, _pass_in(one, module, objective, images, labels)) for one in formats]
+        for passes in all_passes:
+            passes.warm_up()
+        first_s = sum(passes.warm_s[0] for passes in all_passes)
+        for rounds in range(_MOST_ROUNDS):
+            limit_s = _FAR_BEHIND[min(rounds, len(_FAR_BEHIND) - 1)] * min(passes.best_s for passes in left)
+            left = [passes for passes in left if passes.best_s <= limit_s]
+            round_s = sum(passes.best_s for passes in left)
+            is_late = time.thread_time() - began - first_s + round_s > _BUDGET_S
+            if len(left) == 1 or (rounds and is_late):
+                break
+            for passes in left:
+                passes.seconds.append(passes.run())
+    return {passes.compute: passes.seconds or passes.warm_s[-1:] for passes in all_passes}, len(images)
+
+
+def choose(seconds: dict[ComputeFormat, list[float]]) -> ComputeFormat:
+    """Return the first format that is not clearly slower than the fastest, so that noise cannot choose between equals.
+
+    A format is compared with the fastest by the ratios of their passes in the same rounds. It is clearly slower if it takes
+    over 8 % longer in the median, and longer in three of four rounds, or if it was so far behind that it dropped out.
+
+    Args:
+        seconds: as `measure` returns them, the best guess first.
+    """
+    rounds = max(map(len, seconds.values()))
+    fastest = min(
+        (compute for compute, passes in seconds.items() if len(passes) == rounds),
+        key=lambda compute: statistics.median(seconds[compute]),
+    )
+    return next(compute for compute, passes in seconds.items() if not _is_slower(passes, seconds[fastest]))
+
+
+def _is_slower(passes: list[float], fastest: list[float]) -> bool:
+    ratios = sorted(one / other for one, other in zip(passes, fastest, strict=False))
+    is_mostly_slower = ratios[len(ratios) // 4] > 1 or min(passes) > _FAR_BEHIND[-1] * min(fastest)
+    return statistics.median(ratios) > _MARGIN and is_mostly_slower
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _sample_count(module: nn.Module, read_batch: ReadBatch, batch_size: int) -> int:
+    """Return how many samples to measure with: one thread's share of the batch, or fewer if a pass would take long."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes a moment to import
+
+    image, _ = read_batch(1)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(module).eval()(image)
+    most = min(_MOST_SAMPLES, int(_PASS_FLOPS / max(counter.get_total_flops(), 1)))
+    share = -(-batch_size // torch.get_num_threads())
+    return min(batch_size, max(2, min(share, most)))  # batch norm of small maps cannot train on a single image
+
+
+def _pass_in(
+    compute: ComputeFormat, module: nn.Module, objective: Objective, images: Tensor, labels: Tensor
+) -> Callable[[], float]:
+    """Return a function that runs a forward and backward pass of a copy of the model, and returns its processor time."""
+    layout = MEMORY_FORMATS[compute.memory_format]
+    model = copy.deepcopy(module).to(memory_format=layout).train()
+    if compute.convolutions in CONVOLUTION_METHODS:
+        convert_convolutions(model, compute.convolutions)
+    convert_batch_norm(model, synchronised=False)  # the other ranks do not take part
+    inputs = images.contiguous(memory_format=layout)
+
+    def run() -> float:
+        began = time.thread_time()
+        with torch.autocast(images.device.type, DTYPES[compute.precision], enabled=compute.precision != "fp32"):
+            outputs = model(inputs)
+        objective.loss(outputs, inputs, labels).backward()
+        return time.thread_time() - began
+
+    return run
