@@ -1,4 +1,4 @@
-"""Recipe to ResolvedRecipe: the choices that depend on the machine (CHOICES) get their values, once for a run."""
+"""Recipe to ResolvedRecipe: the choices that a recipe leaves to `auto` (CHOICES) get their values, once for a run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from shardstep.configs.schema import (
     DataMode,
     Device,
     MemoryFormat,
+    OrderVersion,
     Precision,
     Recipe,
     TrainConfig,
@@ -22,6 +23,7 @@ class ResolvedDataConfig(DataConfig):
     """The data section without `auto`."""
 
     mode: DataMode = "resident"
+    order_version: OrderVersion = 1
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class Choices:
     precision: Precision
     memory_format: MemoryFormat
     convolutions: Convolutions
+    order_version: OrderVersion
 
 
 CHOICES = (
     ("data", "mode"),
+    ("data", "order_version"),
     ("train", "device"),
     ("train", "precision"),
     ("train", "memory_format"),
@@ -65,9 +69,11 @@ CHOICES = (
 
 def resolve(recipe: Recipe, choices: Choices) -> ResolvedRecipe:
     """Return the recipe with the choices of a run filled in."""
-    train_keys = {key: getattr(choices, key) for section, key in CHOICES if section == "train"}
-    data = ResolvedDataConfig(**_shallow(recipe.data) | {"mode": choices.mode})
-    train = ResolvedTrainConfig(**_shallow(recipe.train) | train_keys)
+    of_data, of_train = (
+        {key: getattr(choices, key) for place, key in CHOICES if place == section} for section in ("data", "train")
+    )
+    data = ResolvedDataConfig(**_shallow(recipe.data) | of_data)
+    train = ResolvedTrainConfig(**_shallow(recipe.train) | of_train)
     return ResolvedRecipe(**_shallow(recipe) | {"data": data, "train": train})
 
 

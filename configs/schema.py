@@ -10,6 +10,7 @@ from typing import Any, Literal, Optional, Union
 
 Device = Literal["cpu", "cuda"]
 DataMode = Literal["resident", "stream"]
+OrderVersion = Literal[1, 2]
 Precision = Literal["fp32", "bf16", "fp16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Convolutions = Literal["direct", "winograd", "unfold"]
@@ -65,6 +66,9 @@ class DataConfig:
     window_shards: Union[int, str] = "auto"  # noqa: UP007
     """Number of shards whose samples are shuffled together. all: an exact uniform shuffle; auto: all if the data set has at
     most 4 GB, else as many shards as hold 4 GB."""
+    order_version: Literal["auto", OrderVersion] = "auto"
+    """How samples are shuffled, see datasets/order.py. 1: by sorting random words; 2: the same for up to 65,536 samples
+    together, by a cipher for more, which starts at once and takes no memory; auto: 2, but a run keeps what it began with."""
     last_batch: Literal["short", "drop"] = "short"
     """What to do with an epoch's last global batch if it is not full: short trains on it, drop leaves it out."""
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardstep.configs.schema import OrderVersion
 from shardstep.datasets.augment import Normalize, Transform
-from shardstep.datasets.order import EpochOrder
+from shardstep.datasets.order import ORDER_VERSION, EpochOrder
 from shardstep.datasets.reader import Reader
 from shardstep.datasets.rng import Draws
 
@@ -54,6 +55,11 @@ class OrderConfig:
     seed: int
     lanes: int
     window_shards: int | None
+    version: OrderVersion = ORDER_VERSION
+
+    def of_epoch(self, epoch: int) -> EpochOrder:
+        """Return the order of one epoch."""
+        return EpochOrder(self.samples_per_shard, self.seed, epoch, self.lanes, self.window_shards, self.version)
 
 
 @dataclass(frozen=True)
@@ -132,9 +138,7 @@ class TrainBatches:
 
     def _order_of(self, epoch: int) -> EpochOrder:
         if epoch != self._epoch or self._epoch_order is None:
-            order = self.order
-            self._epoch_order = EpochOrder(order.samples_per_shard, order.seed, epoch, order.lanes, order.window_shards)
-            self._epoch = epoch
+            self._epoch_order, self._epoch = self.order.of_epoch(epoch), epoch
             self._announced.clear()
         return self._epoch_order
 

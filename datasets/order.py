@@ -1,13 +1,17 @@
-"""The global order of samples, version 1: a pure function of (seed, epoch, shard counts, lanes, window).
+"""The global order of samples: a pure function of (seed, epoch, shard counts, lanes, window, order version).
 
     shards, permuted      [ shard 4 | shard 0 | shard 3 | shard 1 | shard 2 ]      one line of N samples
     lanes (L = 2)         [        lane 0         ][        lane 1          ]      cut at sample precision
     blocks (W = 2)        [   block 0    | block 1 ][   block 0    | block 1 ]     W shards each, inside a lane
     position p            lane p mod L, place p div L; the samples of a block are permuted
 
-With one lane and the window `all` this is an exact uniform permutation. With a window, reading touches L x W shards at
-a time. A slice costs a cumulative sum over the shards and the permutations of the blocks that it touches, so a run can
-start anywhere. Global batch k of an epoch is positions [k B, (k + 1) B), for any number of ranks.
+With one lane and the window `all`, all samples are shuffled together. With a window, reading touches L x W shards at a
+time. Global batch k of an epoch is positions [k B, (k + 1) B), for any number of ranks.
+
+How the samples of a block are permuted is all that differs between versions. Version 1 sorts random words, an exact
+uniform permutation, for which the whole block must be computed. Version 2 does that for blocks of up to 65,536 samples
+(fewer with several lanes), so that small data sets have the same order in both. A larger block is permuted by a cipher,
+of which any part can be computed without the rest: a run starts anywhere within milliseconds, however large the epoch.
 """
 
 from bisect import bisect_right
@@ -15,11 +19,15 @@ from functools import lru_cache
 
 import numpy as np
 
-from shardstep.datasets.rng import permutation
+from shardstep.configs.schema import OrderVersion
+from shardstep.datasets.rng import permutation, permutation_part
 
-ORDER_VERSION = 1
+ORDER_VERSION: OrderVersion = 2  # of new runs; a run that was begun with version 1 keeps it
 WINDOW_ALL_BYTES = 4 * 10**9  # data sets up to this size are shuffled completely
-_SHARDS, _SAMPLES = 0, 1  # streams of random numbers: the order of the shards, the order of the samples in a block
+_CHUNK = 65_536  # positions, over all lanes, that are computed together; divided among them, but at least the following
+_SMALLEST_CHUNK = 1024
+# Streams of random numbers: the order of the shards, the order of the samples in a block, the cipher of a large block.
+_SHARDS, _SAMPLES, _CIPHER = 0, 1, 2
 
 
 def window_of(setting: int | str, total_bytes: int, num_shards: int) -> int | None:
@@ -44,6 +52,7 @@ class EpochOrder:
         epoch: int,
         lanes: int = 1,
         window_shards: int | None = None,
+        version: OrderVersion = ORDER_VERSION,
     ):
         """
         Args:
@@ -51,6 +60,7 @@ class EpochOrder:
             epoch: from 0.
             lanes: L, at least 1; lanes beyond the number of samples are empty.
             window_shards: W, at least 1; None is all.
+            version: 1 computes and keeps whole blocks, 2 only parts of large ones.
         """
         counts = np.asarray(samples_per_shard, dtype=np.int64)
         self.num_samples = int(counts.sum())
@@ -62,8 +72,9 @@ class EpochOrder:
         self._line = np.concatenate([[0], np.cumsum(counts[self._shard_order])])
         # For single places: a search in an array takes ten times as long.
         self._ends: list[int] = self._line.tolist()
-        # A batch touches one block per lane, and the next batch mostly touches the same blocks.
-        self._block = lru_cache(maxsize=lanes + 1)(self._permuted_block)
+        self._chunk_size = self.num_samples if version == 1 else max(_CHUNK // lanes, _SMALLEST_CHUNK)
+        # A batch touches one chunk per lane, and the next batch mostly touches the same chunks.
+        self._chunk = lru_cache(maxsize=lanes + 1)(self._permuted_chunk)
 
     def slice(self, start: int, stop: int) -> np.ndarray:
         """Return the sample ids at the global positions [start, stop). int64, shape (stop - start,)."""
@@ -99,17 +110,27 @@ class EpochOrder:
         while place < begin + stop:
             block = self._block_at(lane, place)
             block_begin, block_end = self._block_bounds(lane, block)
-            part_end = min(block_end, begin + stop)
-            parts.append(self._block(lane, block)[place - block_begin : part_end - block_begin])
+            chunk = (place - block_begin) // self._chunk_size
+            chunk_begin = block_begin + chunk * self._chunk_size
+            part_end = min(chunk_begin + self._chunk_size, block_end, begin + stop)
+            parts.append(self._chunk(lane, block, chunk)[place - chunk_begin : part_end - chunk_begin])
             place = part_end
         return np.concatenate(parts)
 
-    def _permuted_block(self, lane: int, block: int) -> np.ndarray:
+    def _permuted_chunk(self, lane: int, block: int, chunk: int) -> np.ndarray:
+        """Return the sample ids of a block's chunk, in their order."""
         begin, end = self._block_bounds(lane, block)
-        line = np.arange(begin, end)
-        slots = np.searchsorted(self._line, line, side="right") - 1  # the sample's place among the permuted shards
-        ids = self._first_id[self._shard_order[slots]] + line - self._line[slots]
-        return ids[permutation(end - begin, self._key, (_SAMPLES, lane, block))]
+        size = end - begin
+        if size <= self._chunk_size:
+            return self._ids_at(np.arange(begin, end))[permutation(size, self._key, (_SAMPLES, lane, block))]
+        first = chunk * self._chunk_size
+        last = min(first + self._chunk_size, size)
+        return self._ids_at(begin + permutation_part(first, last, size, self._key, (_CIPHER, lane, block)))
+
+    def _ids_at(self, line: np.ndarray) -> np.ndarray:
+        """Return the ids of the samples at these places of the line of permuted shards."""
+        slots = np.searchsorted(self._line, line, side="right") - 1
+        return self._first_id[self._shard_order[slots]] + line - self._line[slots]
 
     def _lane_start(self, lane: int) -> int:
         # The first N mod L lanes hold one sample more, so that position p = place x L + lane has no gaps.

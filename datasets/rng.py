@@ -1,10 +1,12 @@
 """Random numbers that depend on where they are used, never on earlier draws.
 
-On the host: permutations from NumPy's raw Philox 4x64-10 words (Salmon et al. 2011, SC '11). Only raw words are used: the
-methods of numpy.random.Generator may change their stream between versions. On the images' device: `Draws`, a hash of
-(seed, epoch, position, stream). Any rank can compute any sample's numbers, and a resumed run needs no generator state.
+On the host: permutations, whole or in part, from NumPy's raw Philox 4x64-10 words (Salmon et al. 2011, SC '11). Only raw
+words are used: the methods of numpy.random.Generator may change their stream between versions. On the images' device:
+`Draws`, a hash of (seed, epoch, position, stream). Any rank can compute any sample's numbers, and a resumed run needs no
+generator state.
 """
 
+from math import isqrt
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 """The constants of splitmix64 (Steele, Lea and Flood 2014, OOPSLA)."""
 WORD = 2**64
+_ROUNDS = 8  # even; from 5 on, outputs cannot be told from random ones by anything feasible (Patarin 2004, CRYPTO)
 
 
 def philox_words(count: int, key: tuple[int, int], counter: tuple[int, int, int]) -> np.ndarray:
@@ -30,6 +33,35 @@ def philox_words(count: int, key: tuple[int, int], counter: tuple[int, int, int]
 def permutation(count: int, key: tuple[int, int], counter: tuple[int, int, int]) -> np.ndarray:
     """Return a uniformly random permutation of range(count), the argsort of `count` random words. int64, shape (count,)."""
     return np.argsort(philox_words(count, key, counter), kind="stable").astype(np.int64)
+
+
+def permutation_part(
+    start: int, stop: int, count: int, key: tuple[int, int], counter: tuple[int, int, int]
+) -> np.ndarray:
+    """Return elements [start, stop) of a pseudorandom permutation of range(count), without the others. int64.
+
+    A Feistel network with random functions (Luby and Rackoff 1988, SIAM J. Comput. 17): a number is split into two
+    digits, left x width + right, and in each round one digit moves by a random function of the other. Time and memory are
+    those of stop - start, plus 8 x sqrt(count) random words.
+    """
+    height = isqrt(count - 1) + 1  # the smallest with height x height >= count
+    width = -(-count // height)
+    sizes = (height, width) * (_ROUNDS // 2)
+    words = philox_words(_ROUNDS * height, key, counter).reshape(_ROUNDS, height)
+    moves = [(row % np.uint64(size)).astype(np.int64) for row, size in zip(words, sizes, strict=True)]
+
+    def encipher(numbers: np.ndarray) -> np.ndarray:
+        left, right = np.divmod(numbers, width)
+        for move, size in zip(moves, sizes, strict=True):
+            left, right = right, (left + move[right]) % size
+        return left * width + right
+
+    found = encipher(np.arange(start, stop))
+    # Fewer than `height` of the height x width numbers are past the end. Each is enciphered until it is not: this keeps
+    # the function one to one (Black and Rogaway 2002, CT-RSA).
+    while len(outside := np.flatnonzero(found >= count)):
+        found[outside] = encipher(found[outside])
+    return found
 
 
 def derived_seed(*words: int) -> int:

@@ -5,7 +5,8 @@ shardstep shards write --source SRC --split train --out DIR [--samples-per-shard
 shardstep shards verify DIR
 shardstep shards info DIR
 shardstep shards index DIR [--classes a,b,c] [--force]
-shardstep shards order DIR --seed S --epoch E [--start P --count N --lanes L --window-shards W]
+shardstep shards order DIR --seed S --epoch E [--start P --count N --lanes L --window-shards W
+                     --order-version 1|2]
 """
 
 import argparse
@@ -28,6 +29,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from shardstep.configs.schema import OrderVersion
+    from shardstep.datasets.order import ORDER_VERSION
     from shardstep.datasets.write import SAMPLES_PER_SHARD, BadImages
 
     parser = argparse.ArgumentParser(prog="shardstep shards", description="Write, check and inspect data sets.")
@@ -60,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--count", type=int, help="number of positions (default: to the end of the epoch)")
     add("--lanes", type=int, default=1, help="data.lanes of the run (default: 1)")
     add("--window-shards", default="auto", help="data.window_shards: a number, all, or auto (default: auto)")
+    version = "data.order_version of the run (default: %(default)s, that of new runs)"
+    add("--order-version", type=int, choices=get_args(OrderVersion), default=ORDER_VERSION, help=version)
     return parser
 
 
@@ -139,7 +144,7 @@ def _order(args: argparse.Namespace) -> int:
     elif args.window_shards not in ("auto", "all"):
         raise InputError(f"--window-shards {args.window_shards}: write a number from 1, all, or auto")
     window = window_of(args.window_shards, shards.manifest.bytes, len(shards.manifest.shards))
-    order = EpochOrder(shards.samples_per_shard, args.seed, args.epoch, args.lanes, window)
+    order = EpochOrder(shards.samples_per_shard, args.seed, args.epoch, args.lanes, window, args.order_version)
     for position, sample_id in enumerate(order.slice(args.start, stop).tolist(), args.start):
         print(position, shards.key(sample_id))
     return 0

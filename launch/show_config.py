@@ -19,7 +19,10 @@ def show_config(loaded: LoadedRecipe, world_size: int) -> None:
         InputError: the recipe is invalid, or its batch does not fit the data or the ranks.
     """
     recipe = resume.with_earlier_choices(validate_recipe(loaded))
-    recipe = with_keys(recipe, train={"device": choose_device(recipe.train.device)})
+    order_version = data.choose_order_version(recipe.data)
+    recipe = with_keys(
+        recipe, train={"device": choose_device(recipe.train.device)}, data={"order_version": order_version}
+    )
     missing = list(data.missing_sets(recipe.data).values())
     if not missing:
         train, test = data.open_both(recipe.data)

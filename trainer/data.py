@@ -10,11 +10,11 @@ from torch import Tensor
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.resolve import ResolvedRecipe
-from shardstep.configs.schema import DataConfig, DataMode
+from shardstep.configs.schema import DataConfig, DataMode, OrderVersion
 from shardstep.datasets.augment import Normalize, build_transforms, smallest_side
 from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, open_shards
-from shardstep.datasets.order import window_of
+from shardstep.datasets.order import ORDER_VERSION, window_of
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
 from shardstep.datasets.sources import surely_differs
@@ -136,6 +136,11 @@ def choose_mode(config: DataConfig, train: ShardFolder, test: ShardFolder, devic
     return "resident" if sum(size or 0 for size in sizes) <= RESIDENT_SHARE * memory else "stream"
 
 
+def choose_order_version(config: DataConfig) -> OrderVersion:
+    """Return the recipe's order version; for auto, that of new runs."""
+    return ORDER_VERSION if config.order_version == "auto" else config.order_version
+
+
 def load(config: DataConfig, mode: DataMode, train: ShardFolder, test: ShardFolder, device: torch.device) -> Data:
     """Build the readers and the normalisation.
 
@@ -168,6 +173,7 @@ def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data
             recipe.run.seed,
             recipe.data.lanes,
             window_of(recipe.data.window_shards, train.bytes, len(train.shards)),
+            recipe.data.order_version,
         ),
         global_batch_size=plan.global_batch_size,
         samples_per_epoch=plan.samples_per_epoch,

@@ -43,7 +43,8 @@ def describe(run: Run) -> list[str]:
         (
             "data",
             f"{train.samples:,} + {run.data.test.manifest.samples:,} images {width}x{height}x{channels}, "
-            f"{run.data.num_classes} classes, {recipe.data.mode}; order: lanes {recipe.data.lanes}, window {window}",
+            f"{run.data.num_classes} classes, {recipe.data.mode}; order: lanes {recipe.data.lanes}, window {window}, "
+            f"version {recipe.data.order_version}",
         ),
         ("shards", f"{recipe.data.train}, {recipe.data.test}"),
         ("model", f"{recipe.model['name']}, {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained"),

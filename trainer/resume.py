@@ -14,7 +14,7 @@ from shardstep.configs.durations import Duration
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import partial_of, write_atomically
 from shardstep.configs.load import load_recipe, save_recipe
-from shardstep.configs.resolve import ResolvedRecipe, choices_of, with_keys
+from shardstep.configs.resolve import ResolvedRecipe, as_resolved, choices_of, with_keys
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.datasets.manifest import Manifest, manifest_bytes
 from shardstep.trainer.checkpoints import checkpoint, checkpoint_files
@@ -33,7 +33,7 @@ from shardstep.trainer.validate_recipe import validate_recipe
 
 _MATHEMATICS = {
     "run": ["seed"],
-    "data": ["augment", "normalize", "resize", "lanes", "window_shards", "last_batch"],
+    "data": ["augment", "normalize", "resize", "lanes", "window_shards", "order_version", "last_batch"],
     "train": [
         *("global_batch_size", "precision", "weights", "memory_format", "convolutions", "compile", "compress"),
         *("clip_norm", "clip_value", "duration", "max_wall_s", "on_nan"),
@@ -41,7 +41,8 @@ _MATHEMATICS = {
 }
 # Seconds to wait for the last attempt's lock: a network file system keeps a crashed node's locks for a lease, often 90 s.
 _RESTART_PATIENCE_S = 120.0
-_ORDER = ("run.seed", "data.lanes", "data.window_shards")  # these determine the order of samples in an epoch
+# These determine the order of samples in an epoch.
+_ORDER = ("run.seed", "data.lanes", "data.window_shards", "data.order_version")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def with_earlier_choices(recipe: Recipe) -> Recipe:
     newest = next((path for path in reversed(run_dir.checkpoints) if not problems_of(path, only=[RECIPE])), None)
     if newest is None:
         return recipe
-    saved = load_recipe(str(newest / RECIPE)).recipe
+    saved = as_resolved(load_recipe(str(newest / RECIPE)).recipe)
     left = [place for place, value in choices_of(recipe).items() if value == "auto"]
     earlier = choices_of(saved)
     recipe = _with_choices(recipe, {place: earlier[place] for place in left})
@@ -122,7 +123,7 @@ def find_resume(recipe: Recipe) -> Resume:
 
 
 def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
-    saved = validate_recipe(load_recipe(str(path / RECIPE)))
+    saved = as_resolved(validate_recipe(load_recipe(str(path / RECIPE))))
     wrong = [key for key in recipe.run.allow_changes if not _is_compared(key, saved, recipe)]
     if wrong:
         raise InputError(f"run.allow_changes: these keys may change anyway, or do not exist: {', '.join(wrong)}")

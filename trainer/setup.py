@@ -55,9 +55,9 @@ def build(
         initialized_s = model_setup.initialize(module, loaded, world.device)
     objective = build_objective(recipe.loss, recipe.model)
     compute, measured = resolve_precision(world, recipe, module, objective, loaded, plan, display, measure_anew)
-    resolved = resolve(
-        recipe, Choices(mode, world.device.type, compute.precision, compute.memory_format, compute.convolutions)
-    )
+    order_version = data.choose_order_version(recipe.data)
+    choices = (compute.precision, compute.memory_format, compute.convolutions, order_version)
+    resolved = resolve(recipe, Choices(mode, world.device.type, *choices))
 
     with raise_on_all_ranks(world):
         accelerator, state = model_setup.build_state(resolved, module)

@@ -10,7 +10,7 @@ from shardstep.configs.load import load_recipe, recipe_text
 from shardstep.configs.resolve import CHOICES, Choices, ResolvedRecipe, as_resolved, resolve, with_keys
 from shardstep.configs.schema import Recipe
 
-CHOSEN = Choices("stream", "cpu", "bf16", "channels_last", "winograd")
+CHOSEN = Choices("stream", "cpu", "bf16", "channels_last", "winograd", 2)
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def test_choices_are_put_in_and_nothing_else_changes() -> None:
     # smoke itself says cpu and channels_last
     assert {key: value for key, value in after.items() if value != before[key]} == {
         "data.mode": "stream",
+        "data.order_version": 2,
         "train.precision": "bf16",
         "train.convolutions": "winograd",
     }
@@ -62,6 +63,7 @@ def test_the_recipe_of_a_run_is_resolved_and_that_of_an_earlier_version_gets_def
     path.write_text(recipe_text(resolve(load_recipe("smoke").recipe, CHOSEN)))
     assert as_resolved(load_recipe(str(path)).recipe).train.convolutions == "winograd"
     path.write_text("model: {name: mlp}\ntrain: {precision: bf16, device: cuda}\n")
-    train = as_resolved(load_recipe(str(path)).recipe).train
-    assert (train.precision, train.device) == ("bf16", "cuda")
-    assert (train.memory_format, train.convolutions) == ("contiguous", "direct")
+    recipe = as_resolved(load_recipe(str(path)).recipe)
+    assert (recipe.train.precision, recipe.train.device) == ("bf16", "cuda")
+    assert (recipe.train.memory_format, recipe.train.convolutions) == ("contiguous", "direct")
+    assert recipe.data.order_version == 1

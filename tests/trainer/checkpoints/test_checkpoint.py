@@ -275,7 +275,7 @@ def test_config_is_never_half_written(
     assert path.read_bytes() == (trained / "run" / "config.yaml").read_bytes()
 
 
-@pytest.mark.parametrize("change", ["run.seed=5", "data.lanes=3"])
+@pytest.mark.parametrize("change", ["run.seed=5", "data.lanes=3", "data.order_version=1"])
 def test_the_order_cannot_change_within_an_epoch(trained: Path, shards: Path, tmp_path: Path, change: str) -> None:
     recipe = copy_of(trained, tmp_path, shards)  # 7 steps of 30: in the middle of the second epoch
     ((code, _, message),) = run_ranks(1, failure_of, str(recipe), change, f"run.allow_changes=[{change.split('=')[0]}]")
