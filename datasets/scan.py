@@ -21,10 +21,13 @@ from shardstep.configs.files import file_sha256
 from shardstep.configs.text import count
 from shardstep.datasets.decode import EXTENSIONS, decode
 from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, split_name, write_manifest
-from shardstep.datasets.tar import BLOCK, Member, read_members
+from shardstep.datasets.tar import BLOCK, read_members
 
 MOST_NAMED = 20  # problems listed in one message
 _COUNT_TOGETHER = 250  # images per histogram update, for fewer and larger array operations
+_Place = tuple[
+    str, int, int
+]  # name, offset and size of a Member; the garbage collector passes over plain tuples of these
 
 
 @dataclass
@@ -118,17 +121,18 @@ def _scan(number: int, path: Path, advance: Callable[[int], None]) -> _ShardScan
     entries = np.empty(len(images), dtype=INDEX_DTYPE)
     pending: list[np.ndarray] = []
     with path.open("rb") as file:
-        for row, (key, member) in enumerate(images.items()):
-            data = os.pread(file.fileno(), member.size, member.offset)
-            label = _label(os.pread(file.fileno(), labels[key].size, labels[key].offset))
+        for row, (key, (name, offset, size)) in enumerate(images.items()):
+            data = os.pread(file.fileno(), size, offset)
+            _, label_offset, label_size = labels[key]
+            label = _label(os.pread(file.fileno(), label_size, label_offset))
             if label is None:
                 scan.problems.append(f"{path.name}: {key}.cls is not a label: it must be an integer from 0")
                 label = 0
-            entries[row] = number, member.offset // BLOCK, member.size, label, zlib.crc32(data)
+            entries[row] = number, offset // BLOCK, size, label, zlib.crc32(data)
             try:
                 pending.append(decode(data, "UNCHANGED"))
             except ValueError as error:
-                scan.problems.append(f"{path.name}: {member.name}: {error}")
+                scan.problems.append(f"{path.name}: {name}: {error}")
             if len(pending) == _COUNT_TOGETHER or row == len(images) - 1:
                 _count(pending, scan)
                 advance(len(pending))
@@ -138,22 +142,22 @@ def _scan(number: int, path: Path, advance: Callable[[int], None]) -> _ShardScan
     return scan
 
 
-def _pair(path: Path, scan: _ShardScan) -> tuple[dict[str, Member], dict[str, Member]]:
+def _pair(path: Path, scan: _ShardScan) -> tuple[dict[str, _Place], dict[str, _Place]]:
     """Return images and labels of a shard by key, in the order of the images; one without the other is a problem."""
-    images: dict[str, Member] = {}
-    labels: dict[str, Member] = {}
-    for member in read_members(path):
-        key, extension = split_name(member.name)
+    images: dict[str, _Place] = {}
+    labels: dict[str, _Place] = {}
+    for name, offset, size in read_members(path):
+        key, extension = split_name(name)
         kind = images if extension in EXTENSIONS else labels if extension == "cls" else None
         if kind is None:
             continue  # other parts of a sample, such as .json, are ignored
         if key in kind:
-            scan.problems.append(f"{path.name}: {member.name} occurs twice")
-        kind[key] = member
+            scan.problems.append(f"{path.name}: {name} occurs twice")
+        kind[key] = name, offset, size
         if kind is images:
             scan.encodings.add("jpg" if extension == "jpeg" else extension)
-    scan.problems += [f"{path.name}: {images[key].name} has no label {key}.cls" for key in images if key not in labels]
-    scan.problems += [f"{path.name}: {labels[key].name} has no image" for key in labels if key not in images]
+    scan.problems += [f"{path.name}: {images[key][0]} has no label {key}.cls" for key in images if key not in labels]
+    scan.problems += [f"{path.name}: {labels[key][0]} has no image" for key in labels if key not in images]
     return {key: image for key, image in images.items() if key in labels}, labels
 
 

@@ -6,18 +6,24 @@ Formats: ustar, GNU long names, and pax headers for path and size (POSIX.1-2001,
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
 
 from shardstep.configs.errors import InputError
 
 BLOCK = 512
-REGULAR, REGULAR_OLD, HARD_LINK, LONG_NAME, PAX, PAX_GLOBAL = b"0", b"\0", b"1", b"L", b"x", b"g"
+REGULAR, REGULAR_OLD, HARD_LINK = ord("0"), 0, ord("1")
+LONG_NAME, PAX, PAX_GLOBAL = ord("L"), ord("x"), ord("g")
+_ZEROS = bytes(BLOCK)
+# Bytes per read. A header often follows the last one closely, and a long read serves many; after a large member, a short one.
+_LONG_READ, _SHORT_READ, _CLOSE = 128 << 10, 4 << 10, 16 << 10
+_DIGIT_0 = np.uint8(ord("0"))
+_OCTAL = 8 ** np.arange(10, -1, -1)  # the values of 11 digits
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A regular file inside a tar: `size` bytes from byte `offset` of the archive."""
 
     name: str
@@ -39,26 +45,30 @@ def read_members(path: Path) -> Iterator[Member]:
 def _read_members(file: BinaryIO, total: int, path: str) -> Iterator[Member]:
     position, long_name = 0, None
     pax: dict[str, str] = {}
+    begin, window, sizes = 0, b"", list[int]()  # bytes from `begin` on, and the sizes in the headers among them
     while True:
-        file.seek(position)
-        header = file.read(BLOCK)
-        if len(header) < BLOCK:
-            raise InputError(f"{path} is cut off at byte {total}: a tar ends with blocks of zeros")
-        if not any(header):
-            _check_end(file, path)
-            return
-        if not _checksum_holds(header):
-            raise InputError(f"{path} is damaged, or not a plain tar: the header at byte {position} fails its checksum")
-
-        kind, size = header[156:157], _number(header[124:136], path, position)
-        size = int(pax.get("size", size))
-        data, padded = position + BLOCK, -(-size // BLOCK) * BLOCK
+        place = position - begin
+        if place + BLOCK > len(window):
+            is_close = place - len(window) < _CLOSE
+            begin, place, window = position, 0, _read(file, position, _LONG_READ if is_close else _SHORT_READ)
+            if len(window) < BLOCK:
+                raise InputError(f"{path} is cut off at byte {total}: a tar ends with blocks of zeros")
+            sizes = _sizes_of_usual_headers(window) if is_close else [-1] * (len(window) // BLOCK)
+        header, size = window[place : place + BLOCK], sizes[place // BLOCK]
+        if size < 0:
+            if header == _ZEROS:
+                _check_end(file, position + BLOCK, path)
+                return
+            size = _checked_size(header, path, position)
+        if "size" in pax:
+            size = int(pax["size"])
+        data, kind = position + BLOCK, header[156]
         if data + size > total:
             raise InputError(f"{path} is cut off: the member at byte {position} needs {data + size - total} bytes more")
         if kind == LONG_NAME:
-            long_name = _text(file.read(size).rstrip(b"\0"), path, position)
+            long_name = _text(_read(file, data, size).rstrip(b"\0"), path, position)
         elif kind == PAX:
-            pax = _pax_records(file.read(size), path, position)
+            pax = _pax_records(_read(file, data, size), path, position)
         else:
             name = pax.get("path") or long_name or _name(header, path, position)
             if kind == HARD_LINK:
@@ -67,30 +77,63 @@ def _read_members(file: BinaryIO, total: int, path: str) -> Iterator[Member]:
                 yield Member(name, data, size)
             if kind != PAX_GLOBAL:
                 long_name, pax = None, {}
-        position = data + padded
+        position = data + -(-size // BLOCK) * BLOCK
 
 
-def _checksum_holds(header: bytes) -> bool:
-    # The sum of all bytes of the header, with the checksum's eight bytes counted as spaces.
-    stored = header[148:156].partition(b"\0")[0].strip()
-    if not stored or not all(48 <= digit < 56 for digit in stored):
-        return False
-    return int(stored, 8) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+def _read(file: BinaryIO, position: int, length: int) -> bytes:
+    file.seek(position)
+    return file.read(length)
+
+
+def _sizes_of_usual_headers(data: bytes) -> list[int]:
+    """Return the size in each block of `data` that is a header as most programs write it, with the right checksum; else -1.
+
+    Together, because a header alone takes ten times as long. What is -1 may be a header as well, or data of a member.
+    """
+    blocks = np.frombuffer(data, dtype=np.uint8, count=len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
+    # "00000001750\0" for the size, "012345\0 " for the checksum
+    places = np.flatnonzero((blocks[:, 135] == 0) & (blocks[:, 154] == 0) & (blocks[:, 148] >= ord("0")))
+    headers = blocks[places]
+    size, checksum = headers[:, 124:135] - _DIGIT_0, headers[:, 148:154] - _DIGIT_0
+    headers[:, 148:156] = ord(" ")  # as in the sum that is stored
+    sums = headers.sum(axis=1, dtype=np.int32)
+    holds = (size < 8).all(axis=1) & (checksum < 8).all(axis=1) & (checksum @ _OCTAL[-6:] == sums)
+    sizes = np.full(len(blocks), -1)
+    sizes[places[holds]] = size[holds] @ _OCTAL
+    return sizes.tolist()
+
+
+def _checked_size(header: bytes, path: str, position: int) -> int:
+    """Return the size in any header, after a check of its checksum."""
+    field = header[148:156]
+    if _octal(field) != sum(header) - sum(field) + 8 * ord(" "):
+        raise InputError(f"{path} is damaged, or not a plain tar: the header at byte {position} fails its checksum")
+    return _number(header[124:136], path, position)
+
+
+def _octal(field: bytes) -> int | None:
+    """Return the number in a field, digits between spaces up to the first zero byte; None if there is none."""
+    digits = field.partition(b"\0")[0].strip()
+    try:
+        return int(digits, 8) if digits.isdigit() else None  # int alone takes signs, underscores and 0o, too
+    except ValueError:  # 8 or 9
+        return None
 
 
 def _number(field: bytes, path: str, position: int) -> int:
     if field[0] & 0x80:  # base 256, for sizes of 8 GiB and more
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    digits = field.partition(b"\0")[0].strip() or b"0"
-    if not all(48 <= digit < 56 for digit in digits):
+    number = _octal(field)
+    if number is None and field.partition(b"\0")[0].strip():
         raise InputError(f"{path} is damaged: the header at byte {position} has no valid size")
-    return int(digits, 8)
+    return number or 0
 
 
 def _name(header: bytes, path: str, position: int) -> str:
     name = _text(header[:100].partition(b"\0")[0], path, position)
-    prefix = _text(header[345:500].partition(b"\0")[0], path, position) if header[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{name}" if prefix else name
+    if header[345] and header[257:263] == b"ustar\0":
+        return _text(header[345:500].partition(b"\0")[0], path, position) + "/" + name
+    return name
 
 
 def _text(data: bytes, path: str, position: int) -> str:
@@ -100,9 +143,9 @@ def _text(data: bytes, path: str, position: int) -> str:
         raise InputError(f"{path}: the name {data!r} in the header at byte {position} is not UTF-8") from None
 
 
-def _check_end(file: BinaryIO, path: str) -> None:
+def _check_end(file: BinaryIO, place: int, path: str) -> None:
     """Check that only zeros follow the first block of zeros: a lost header would hide the members after it."""
-    place = file.tell()
+    file.seek(place)
     while chunk := file.read(1 << 20):
         if any(chunk):
             raise InputError(f"{path} is damaged: there is data after a block of zeros, from byte {place} on")

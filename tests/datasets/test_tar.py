@@ -1,10 +1,15 @@
 import io
+import random
+import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shardstep.configs.errors import InputError
+from shardstep.datasets import tar
 from shardstep.datasets.tar import read_members
 
 
@@ -30,6 +35,81 @@ def test_members_are_where_tarfile_says(tmp_path: Path, tar_format: int) -> None
     with tarfile.open(path) as tar:
         expected = [(info.name, info.offset_data, info.size) for info in tar]
     assert [(member.name, member.offset, member.size) for member in read_members(path)] == expected
+
+
+def with_checksum(header: bytes) -> bytes:
+    return header[:148] + b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 256) + header[156:]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("sizes", ["tiny", "images", "around a read", "large and tiny"])
+def test_many_members_are_where_tarfile_says(tmp_path: Path, tar_format: int, sizes: str) -> None:
+    # Long reads begin anywhere in these tars: at a header, before a member's data, in a name of several blocks.
+    draw, read = random.Random(sizes), tar._LONG_READ
+    sizes_of = {
+        "tiny": lambda: draw.randrange(600),
+        "images": lambda: draw.randrange(2000, 40_000),
+        "around a read": lambda: read + draw.randrange(-1100, 1100),
+        "large and tiny": lambda: draw.choice([1, 700, 3 * read]),
+    }
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tar_format) as written:
+        for number in range(900 if sizes == "tiny" else 40):
+            info = tarfile.TarInfo(f"{draw.choice(['', 'folder/' * 20])}{number:04d}.png")
+            info.size = sizes_of[sizes]()
+            info.mtime = (
+                number + 0.5 if tar_format == tarfile.PAX_FORMAT else number
+            )  # a pax header each, as WebDataset
+            written.addfile(info, io.BytesIO(draw.randbytes(info.size)))
+    with tarfile.open(path) as opened:
+        expected = [(info.name, info.offset_data, info.size) for info in opened]
+    assert [tuple(member) for member in read_members(path)] == expected
+
+
+def test_unusual_headers_are_read(tmp_path: Path) -> None:
+    usual = bytearray(write_tar(tmp_path / "x.tar", {"a.png": b"1" * 8}).read_bytes())
+    for size in (b"00000000010 ", b"         10\0", b"10\0\0\0\0\0\0\0\0\0\0", b"\x80" + bytes(10) + b"\x08"):
+        usual[124:136] = size
+        usual[:512] = with_checksum(bytes(usual[:512]))
+        for checksum in (bytes(usual[148:156]), b" " + usual[149:154] + b"\0 ", usual[148:154] + b" \0"):
+            (tmp_path / "x.tar").write_bytes(usual[:148] + checksum + usual[156:])
+            assert [tuple(member) for member in read_members(tmp_path / "x.tar")] == [("a.png", 512, 8)]
+
+
+def test_headers_close_together_are_read_and_checked_together(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", {f"{number:04d}.cls": b"3" for number in range(2000)})
+    calls: Counter[str] = Counter()
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        calls[frame.f_code.co_name] += event == "call"
+
+    sys.setprofile(note)
+    try:
+        list(read_members(path))
+    finally:
+        sys.setprofile(None)
+    assert calls["_checked_size"] == 0
+    assert calls["_read"] <= 2000 * 1024 // tar._LONG_READ + 2  # 1 KB a member
+    assert calls.total() <= 5 * 2000 + 300  # for each: two generators, its name, its text, and a Member
+
+
+def test_after_a_large_member_little_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "x.tar", {f"{number}.jpg": bytes(110_000) for number in range(20)})
+    lengths, read = list[int](), tar._read
+    monkeypatch.setattr(tar, "_read", lambda file, place, length: lengths.append(length) or read(file, place, length))
+    assert len(list(read_members(path))) == 20
+    assert sum(lengths) <= 2 * tar._LONG_READ + 20 * 4096  # of 2.2 MB
+
+
+@pytest.mark.parametrize("place", [0, 100, 124, 134, 147, 156, 300, 511])
+def test_a_flipped_byte_in_any_of_many_headers_is_found(tmp_path: Path, place: int) -> None:
+    intact = write_tar(tmp_path / "x.tar", {f"{number:03d}.cls": b"3" for number in range(300)}).read_bytes()
+    for header in (0, 1, 127, 128, 129, 299):
+        damaged = bytearray(intact)
+        damaged[1024 * header + place] ^= 1
+        (tmp_path / "bad.tar").write_bytes(damaged)
+        with pytest.raises(InputError, match=f"byte {1024 * header} fails its checksum"):
+            list(read_members(tmp_path / "bad.tar"))
 
 
 def test_folders_and_links_are_passed_over(tmp_path: Path) -> None:
