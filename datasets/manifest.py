@@ -21,6 +21,7 @@ from shardstep.datasets.tar import BLOCK, read_members
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index"
 FORMAT_VERSION = 1
+_CHECKED_TOGETHER = 50_000  # entries of an index: a megabyte, which stays in a processor's cache
 
 # Image data in a tar starts at a multiple of 512, so 32 bits reach 2 TiB into a shard.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("block", "<u4"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
@@ -104,25 +105,34 @@ def parse_manifest(text: str, where: str) -> Manifest:
     return manifest
 
 
-def parse_index(data: bytes, manifest: Manifest, where: str) -> np.ndarray:
-    """Parse the bytes of an index; INDEX_DTYPE, shape (samples,).
+def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
+    """Check and map the index of a folder; INDEX_DTYPE, shape (samples,), which all processes of a node share.
 
     Raises:
-        InputError: it is not the index that was written with the manifest.
+        InputError: it is missing, or not the index that was written with the manifest.
     """
-    if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
+    path, digest, largest_label = folder / INDEX_NAME, hashlib.sha256(), 0
+    if not path.is_file():
+        raise InputError(f"{path} is missing. Recreate it with {_index_command(folder, manifest)}")
+    # Read, not mapped: pages of a map would count as memory of this process.
+    with path.open("rb") as file:
+        while data := file.read(_CHECKED_TOGETHER * INDEX_DTYPE.itemsize):
+            digest.update(data)
+            entries = np.frombuffer(data, dtype=INDEX_DTYPE, count=len(data) // INDEX_DTYPE.itemsize)
+            largest_label = max(largest_label, int(entries["label"].max(initial=0)))
+    if digest.hexdigest() != manifest.index_sha256:
         raise InputError(
-            f"{where} is damaged: its SHA-256 is not the one in {MANIFEST_NAME}. Write the shards again, or, if you trust "
-            f"them, recreate both with {_index_command(Path(where).parent, manifest)}"
+            f"{path} is damaged: its SHA-256 is not the one in {MANIFEST_NAME}. Write the shards again, or, if you trust "
+            f"them, recreate both with {_index_command(folder, manifest)}"
         )
-    if len(data) != manifest.samples * INDEX_DTYPE.itemsize:
-        raise InputError(
-            f"{where} has {len(data)} bytes, not {INDEX_DTYPE.itemsize} for each of {manifest.samples} samples"
-        )
-    index = np.frombuffer(data, dtype=INDEX_DTYPE)
-    if len(index) and index["label"].max() >= len(manifest.classes):
-        raise InputError(f"{where}: label {index['label'].max()} is out of range: {len(manifest.classes)} classes")
-    return index
+    size = path.stat().st_size
+    if size != manifest.samples * INDEX_DTYPE.itemsize:
+        raise InputError(f"{path} has {size} bytes, not {INDEX_DTYPE.itemsize} for each of {manifest.samples} samples")
+    if size == 0:  # which cannot be mapped
+        return np.empty(0, dtype=INDEX_DTYPE)
+    if largest_label >= len(manifest.classes):
+        raise InputError(f"{path}: label {largest_label} is out of range: {len(manifest.classes)} classes")
+    return np.asarray(np.memmap(path, dtype=INDEX_DTYPE, mode="r"))
 
 
 @dataclass(frozen=True)
@@ -181,9 +191,7 @@ def open_shards(path: str | Path) -> ShardFolder:
     problems = [problem for shard in manifest.shards if (problem := size_problem(folder / shard.name, shard.bytes))]
     if problems:
         raise InputError.from_problems(f"{folder} does not match its manifest", problems)
-    if not (folder / INDEX_NAME).is_file():
-        raise InputError(f"{folder / INDEX_NAME} is missing. Recreate it with {_index_command(folder, manifest)}")
-    index = parse_index((folder / INDEX_NAME).read_bytes(), manifest, str(folder / INDEX_NAME))
+    index = read_index(folder, manifest)
     if manifest.samples == 0:
         raise InputError(f"{folder} holds no samples")
     return ShardFolder(folder, manifest, index)

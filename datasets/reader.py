@@ -16,9 +16,12 @@ from torch import Tensor
 from shardstep.configs.errors import InputError
 from shardstep.datasets.decode import decode, resize_to_cover
 from shardstep.datasets.manifest import ShardFolder
+from shardstep.datasets.order import WINDOW_ALL_BYTES
 from shardstep.datasets.tar import BLOCK
 
 _MOST_OPEN_SHARDS = 256  # a data set may have more shards than a process may have open files
+# Twice a block of the window `auto`, whose shards may differ in size. More would push itself out of the page cache.
+_MOST_READ_AHEAD = 2 * WINDOW_ALL_BYTES
 _ADVISE_BYTES = 128 << 10  # Linux reads at most the device's read-ahead, by default 128 KiB, per call of posix_fadvise
 
 
@@ -65,7 +68,6 @@ class StreamReader:
             InputError: the images differ in size and `resize` is None.
         """
         self._shards, self._resize = shards, resize
-        self._labels = torch.from_numpy(shards.labels)
         self._open = lru_cache(maxsize=_MOST_OPEN_SHARDS)(lambda shard: _OpenFile(shards.shard_path(shard)))
         manifest = shards.manifest
         if resize is not None:
@@ -86,7 +88,7 @@ class StreamReader:
         rows = np.argsort(sample_ids)  # in their order on disk
         for row, sample_id in zip(rows.tolist(), sample_ids[rows].tolist(), strict=True):
             pixels[row] = self._decode(sample_id)
-        return torch.from_numpy(pixels), self._labels[torch.from_numpy(sample_ids)]
+        return torch.from_numpy(pixels), torch.from_numpy(self._shards.index["label"][sample_ids].astype(np.int64))
 
     def read_bytes(self, sample_id: int) -> bytes:
         """Return the image file of a sample.
@@ -105,6 +107,8 @@ class StreamReader:
 
     def will_need(self, shards: list[int]) -> None:
         """Ask the kernel to read these shards ahead; otherwise a cold disk serves one small read at a time."""
+        if sum(self._shards.manifest.shards[shard].bytes for shard in shards) > _MOST_READ_AHEAD:
+            return
         for shard in shards:
             self._open(shard).read_ahead()
 

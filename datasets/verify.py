@@ -10,7 +10,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.datasets import manifest as manifests
-from shardstep.datasets.manifest import INDEX_NAME, MANIFEST_NAME, ShardFolder, split_name
+from shardstep.datasets.manifest import MANIFEST_NAME, ShardFolder, split_name
 from shardstep.datasets.tar import BLOCK, read_members
 
 
@@ -29,10 +29,7 @@ def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None)
 
     problems, shards = [], None
     try:
-        index = manifests.parse_index((folder / INDEX_NAME).read_bytes(), manifest, INDEX_NAME)
-        shards = ShardFolder(folder, manifest, index)
-    except FileNotFoundError:
-        problems.append(f"{INDEX_NAME} is missing")
+        shards = ShardFolder(folder, manifest, manifests.read_index(folder, manifest))
     except InputError as error:
         problems.append(str(error))
 

@@ -1,6 +1,7 @@
 """What a batch may cost, counted and not timed: operations, bytes, system calls and Python calls, and memory over epochs."""
 
 import gc
+import hashlib
 import os
 import sys
 import tracemalloc
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from shardstep.datasets import decode, reader
 from shardstep.datasets.augment import Normalize, build_transforms
 from shardstep.datasets.batches import GlobalBatch, OrderConfig, TrainBatches
-from shardstep.datasets.manifest import open_shards
+from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, open_shards, write_manifest
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import ResidentReader
 from shardstep.datasets.write import write_shards
@@ -164,6 +165,62 @@ def test_one_piece_of_advice_is_no_longer_than_the_default_read_ahead() -> None:
     # Linux 6 cuts advice to max(the device's io_pages, its read_ahead_kb), of which the default is 128 KiB: what is past
     # that of a larger piece would be read by nobody.
     assert reader._ADVISE_BYTES <= 128 << 10
+
+
+def test_shards_that_would_not_stay_in_the_page_cache_are_not_read_ahead(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, advised = open_shards(shards / "train"), list[int]()
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: advised.append(1))
+    two = sum(shard.bytes for shard in opened.manifest.shards[:2])
+    monkeypatch.setattr(reader, "_MOST_READ_AHEAD", two)
+    StreamReader(opened).will_need([0, 1, 2])
+    assert not advised
+    StreamReader(opened).will_need([0, 1])
+    assert advised
+
+
+def huge_set(folder: Path, num_shards: int, per_shard: int) -> Path:
+    """A data set of which only manifest and index are real: its tars are holes."""
+    samples = num_shards * per_shard
+    index = np.zeros(samples, dtype=INDEX_DTYPE)
+    index["shard"] = np.repeat(np.arange(num_shards, dtype=np.uint32), per_shard)
+    index["label"] = np.arange(samples, dtype=np.uint32) % 10
+    made = [Shard(f"{number:06d}.tar", per_shard * 1024, "", per_shard) for number in range(num_shards)]
+    for shard in made:
+        (folder / shard.name).touch()
+        os.truncate(folder / shard.name, shard.bytes)
+    digest = hashlib.sha256(index.tobytes()).hexdigest()
+    classes, counts = [str(label) for label in range(10)], [samples // 10] * 10
+    content = Manifest(
+        classes, samples, counts, "RGB", [3, 32, 32], ["png"], [0.5] * 3, [0.25] * 3, {}, made, index_sha256=digest
+    )
+    write_manifest(folder, content, index.tobytes())
+    return folder
+
+
+class NoPixels(StreamReader):
+    """Reads labels through the index, and no images."""
+
+    def _decode(self, sample_id: int) -> np.ndarray:
+        return np.zeros((32, 32, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_first_batch_of_a_huge_set_takes_little_memory(tmp_path: Path, window: int | None) -> None:
+    huge_set(tmp_path, 100, 20_000)  # 2 million samples, 40 MB of index
+    gc.collect()
+    tracemalloc.start()
+    try:
+        opened = open_shards(tmp_path)
+        stream = NoPixels(opened)
+        (micro,) = next(batches(stream, opened.samples_per_shard, 512, window)).micro_batches
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert micro.labels.tolist() == (micro.sample_ids % 10).tolist()
+    # A chunk of 65,536 positions takes up to 20 temporary arrays of 8 bytes each; an int64 per sample would be 16 MB.
+    assert peak < 20 * 8 * 65_536 + 3_000_000
 
 
 def traced_after_epochs(source: StreamReader, num_samples: list[int], epochs: list[int], window: int) -> list[int]:
