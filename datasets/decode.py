@@ -1,7 +1,8 @@
-"""Bytes of an image file to an array of pixels, and back.
+"""Bytes of an image file to an array of pixels, and back: the one decoder, for whatever checks, trains or predicts.
 
 OpenCV's decoders are the fastest that are well maintained, and they release the GIL, so that threads decode in parallel.
-OpenCV is imported when the first image is decoded.
+They read JPEG, PNG and WebP as Pillow does; rare_formats.py decodes the rest. OpenCV is imported when the first image is
+decoded.
 """
 
 from functools import lru_cache
@@ -9,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from shardstep.datasets.rare_formats import decode_rare
+
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+DECODER = 2  # counts the changes of the pixels that `decode` returns for a file; caches of pixels have it in their name
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+_GREY_ALPHA = b"\x04"  # colour type of PNG
+_LUMA = np.array([[19595, 38470, 7471]], dtype=np.float32)  # 65536 times ITU-R 601's 0.299, 0.587 and 0.114
 
 
 @lru_cache(maxsize=1)
@@ -23,39 +30,63 @@ def _cv2() -> Any:
 
 @lru_cache
 def _flag(mode: str) -> int:
+    """Return the flag of imread for RGB, or else for as many channels as the file has, in OpenCV's order.
+
+    Never IMREAD_GRAYSCALE, which computes in linear light for a PNG with an sRGB or gAMA chunk.
+    """
     cv2 = _cv2()
-    flags = {
-        "RGB": cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
-        "L": cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION,
-        "UNCHANGED": cv2.IMREAD_UNCHANGED,
-    }
-    return int(flags[mode])
+    channels = cv2.IMREAD_COLOR_RGB if mode == "RGB" else cv2.IMREAD_ANYCOLOR
+    return int(channels | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 def decode(data: bytes, mode: str) -> np.ndarray:
-    """Decode an image file to uint8, shape (height, width, channels). EXIF orientation and transparency are dropped.
+    """Decode an image file to uint8, shape (height, width, channels), as it is stored.
 
-    `mode`: "RGB", "L", or "UNCHANGED" for one or three channels, as in the file.
+    The first frame is read. EXIF orientation, transparency and colour profiles are dropped.
+
+    Args:
+        mode: "RGB", "L" (grey, see `to_grey`), or "UNCHANGED" for one or three channels, as in the file.
 
     Raises:
-        ValueError: the bytes are not an 8-bit image.
+        ValueError: the bytes are not an image, or its channels are signed or have more than 8 bits.
     """
-    if not data:
-        raise ValueError("not an image that can be decoded: it is empty")
+    pixels = _decode_common(data, mode) if _is_common(data) else decode_rare(data)
+    channels = pixels.shape[2]
+    if mode == "RGB":
+        return pixels if channels == 3 else pixels.repeat(3, axis=2)
+    return to_grey(pixels) if mode == "L" and channels == 3 else pixels
+
+
+def to_grey(pixels: np.ndarray) -> np.ndarray:
+    """Convert RGB to grey as Pillow does, uint8 (height, width, 3) -> (height, width, 1), with the weights of ITU-R 601."""
+    luma = _cv2().transform(pixels.astype(np.float32), _LUMA)  # whole numbers below 2**24, so exact
+    return ((luma + 32768) / 65536).astype(np.uint8)[:, :, np.newaxis]
+
+
+def _is_common(data: bytes) -> bool:
+    """Check whether OpenCV reads a file right: JPEG, WebP, and PNG without animation or grey with transparency."""
+    if data[:8] == _PNG:
+        is_still = data[37:41] == b"IDAT" or data.find(b"acTL", 0, data.find(b"IDAT")) < 0
+        return is_still and data[25:26] != _GREY_ALPHA
+    return data[:3] == _JPEG or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+
+
+def _decode_common(data: bytes, mode: str) -> np.ndarray:
+    """Decode with OpenCV; for modes other than RGB, to as many channels as the file has."""
     cv2 = _cv2()
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), _flag(mode))
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _flag(mode))
     except cv2.error as error:  # for example, an absurd size
         raise ValueError(f"not an image that can be decoded ({error.err})") from None
     if pixels is None:
+        if mode == "RGB":  # perhaps a grey lossless JPEG
+            return _decode_common(data, "UNCHANGED")
         raise ValueError("not an image that can be decoded")
-    if pixels.dtype != np.uint8:
+    if pixels.itemsize > 1:
         raise ValueError(f"{8 * pixels.itemsize} bits per channel; only 8 are supported")
     if pixels.ndim == 2:
         return pixels[:, :, np.newaxis]
-    if mode == "UNCHANGED":  # in OpenCV's channel order, possibly with transparency
-        return cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB)
-    return pixels
+    return pixels if mode == "RGB" else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -2,8 +2,9 @@
 
     shardstep predict RUN_DIR_OR_CHECKPOINT FILES_OR_FOLDERS ... [--top K] [--json] [--grid PICTURE] [--device auto|cpu|cuda]
 
-Images of any size and kind are prepared as the run's own were. Files that cannot be read are reported on stderr and skipped;
-the exit code is 2 if none could be read. With --json, each line of stdout is an object: file, prediction, confidence, top.
+Images of any size are prepared as the run's own were; docs/data.md says which formats are read. Files that cannot be read
+are reported on stderr and skipped; the exit code is 2 if none could be read. With --json, each line of stdout is an object:
+file, prediction, confidence, top.
 """
 
 import argparse
