@@ -22,6 +22,7 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index"
 FORMAT_VERSION = 1
 _CHECKED_TOGETHER = 50_000  # entries of an index: a megabyte, which stays in a processor's cache
+CHANNELS = {"RGB": 3, "L": 1}  # of the modes that images are read in
 
 # Image data in a tar starts at a multiple of 512, so 32 bits reach 2 TiB into a shard.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("block", "<u4"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
@@ -57,7 +58,17 @@ class Manifest:
 
     @property
     def channels(self) -> int:
-        return 3 if self.image_mode == "RGB" else 1
+        return CHANNELS[self.image_mode]
+
+    def shape_when_read(self, resize: int | None, image_mode: str | None = None) -> tuple[int, int, int] | None:
+        """Return (height, width, channels) of the images as they are read; None if they differ in size.
+
+        Args:
+            resize: side of the square that they are scaled and cropped to; None keeps their size.
+            image_mode: "RGB" or "L", if they are read like those of another set.
+        """
+        sides = [resize, resize] if resize is not None else self.image_shape and self.image_shape[1:]
+        return (sides[0], sides[1], CHANNELS[image_mode or self.image_mode]) if sides else None
 
     @property
     def bytes(self) -> int:

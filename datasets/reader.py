@@ -61,22 +61,23 @@ class _OpenFile:
 class StreamReader:
     """A reader of images from shards; checks each against the size and crc32 in the index."""
 
-    def __init__(self, shards: ShardFolder, resize: int | None = None):
-        """`resize`: side of the square that images are scaled and cropped to; None keeps their size.
+    def __init__(self, shards: ShardFolder, resize: int | None = None, image_mode: str | None = None):
+        """Open a reader.
+
+        Args:
+            resize: side of the square that images are scaled and cropped to; None keeps their size.
+            image_mode: "RGB" or "L"; None means the set's own. A test set is read in its training set's mode.
 
         Raises:
             InputError: the images differ in size and `resize` is None.
         """
         self._shards, self._resize = shards, resize
         self._open = lru_cache(maxsize=_MOST_OPEN_SHARDS)(lambda shard: _OpenFile(shards.shard_path(shard)))
-        manifest = shards.manifest
-        if resize is not None:
-            self.image_shape = (resize, resize, manifest.channels)
-        elif manifest.image_shape is not None:
-            channels, height, width = manifest.image_shape
-            self.image_shape = (height, width, channels)
-        else:
+        self._mode = image_mode or shards.manifest.image_mode
+        shape = shards.manifest.shape_when_read(resize, self._mode)
+        if shape is None:
             raise InputError(f"the images in {shards.path} differ in size: set data.resize, such as data.resize=224")
+        self.image_shape = shape
 
     def read(self, sample_ids: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,), in the order of the ids.
@@ -115,7 +116,7 @@ class StreamReader:
     def _decode(self, sample_id: int) -> np.ndarray:
         data = self.read_bytes(sample_id)
         try:
-            pixels = decode(data, self._shards.manifest.image_mode)
+            pixels = decode(data, self._mode)
         except ValueError as error:
             raise InputError(f"{self._name(sample_id)}: {error}") from None
         if self._resize is not None:

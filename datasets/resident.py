@@ -1,9 +1,10 @@
 """A data set decoded once: one array of pixels per node, which ranks memory-map or copy to their device.
 
-The array is a file in the cache folder, named after the data set's fingerprint and the image size.
+The array is a file in the cache folder, named after the data set's fingerprint, the image size and the decoder's version.
 """
 
 import hashlib
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
 from shardstep.datasets.cache import cache_folder
-from shardstep.datasets.manifest import ShardFolder
+from shardstep.datasets.decode import DECODER
+from shardstep.datasets.manifest import Manifest, ShardFolder
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.reader import StreamReader
 
@@ -40,21 +42,31 @@ class ResidentReader:
         """Do nothing: everything is in memory."""
 
 
-def decoded_bytes(shards: ShardFolder, resize: int | None) -> int | None:
+def decoded_bytes(manifest: Manifest, resize: int | None, image_mode: str) -> int | None:
     """Return the size of the decoded array, or None if the images differ in size."""
-    shape = (shards.manifest.channels, resize, resize) if resize else shards.manifest.image_shape
-    return None if shape is None else shards.manifest.samples * int(np.prod(shape))
+    shape = manifest.shape_when_read(resize, image_mode)
+    return None if shape is None else manifest.samples * math.prod(shape)
 
 
-def load_resident(shards: ShardFolder, resize: int | None, device: torch.device) -> ResidentReader:
+def decoded_path(manifest: Manifest, image_shape: tuple[int, int, int]) -> Path:
+    """Return the file of the array that holds a data set's images, decoded to (height, width, channels)."""
+    return cache_folder() / f"{manifest.fingerprint}-{'x'.join(map(str, image_shape))}-{DECODER}.u8"
+
+
+def load_resident(
+    shards: ShardFolder, resize: int | None, device: torch.device, image_mode: str | None = None
+) -> ResidentReader:
     """Decode a data set, or map the array of an earlier run, and put it on the device.
+
+    Args:
+        shards, resize, image_mode: as for StreamReader.
 
     Raises:
         InputError: a sample is damaged, or the cache folder is not writable.
     """
-    stream = StreamReader(shards, resize)
+    stream = StreamReader(shards, resize, image_mode)
     shape = (shards.manifest.samples, *stream.image_shape)
-    path = cache_folder() / f"{shards.manifest.fingerprint}-{'x'.join(map(str, stream.image_shape))}.u8"
+    path = decoded_path(shards.manifest, stream.image_shape)
     try:
         with file_lock(path.with_suffix(".lock")):
             if not _is_intact(path, shape):

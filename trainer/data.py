@@ -97,7 +97,7 @@ def open_both(config: DataConfig) -> tuple[ShardFolder, ShardFolder]:
     """Open the training and test set, and check that they match.
 
     Raises:
-        InputError: one cannot be opened, or their classes or kinds of image differ.
+        InputError: one cannot be opened, or their classes or sizes of images differ.
     """
     train, test = open_shards(config.train), open_shards(config.test)
     check_same_task(train.manifest, test.manifest, config.train, config.test, config.resize)
@@ -105,7 +105,7 @@ def open_both(config: DataConfig) -> tuple[ShardFolder, ShardFolder]:
 
 
 def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: str, resize: int | None) -> None:
-    """Check that two sets have the same classes and kind of image.
+    """Check that two sets have the same classes and sizes of images. Grey and coloured images are read in the mode of `one`.
 
     Raises:
         InputError: they do not.
@@ -116,20 +116,27 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
         raise InputError(
             f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}{remedy}"
         )
-    if one.image_mode != other.image_mode:
-        raise InputError(f"{one_name} has {one.image_mode} images, but {other_name} has {other.image_mode} images")
-    if resize is None and one.image_shape != other.image_shape:
+    sizes = [manifest.shape_when_read(resize, one.image_mode) for manifest in (one, other)]
+    if sizes[0] != sizes[1]:
         raise InputError(
             f"{one_name} and {other_name} have images of different sizes: {one.image_shape} and {other.image_shape}; "
             f"give data.resize to make them equal"
         )
 
 
+def other_mode_note(train: Manifest, test: Manifest) -> str | None:
+    """Say that test images are converted to the training set's mode; None where they have the same."""
+    if train.image_mode == test.image_mode:
+        return None
+    names = {"RGB": "in colour", "L": "grey"}
+    return f"the test images are {names[test.image_mode]}; they are read {names[train.image_mode]}, like the training images"
+
+
 def choose_mode(config: DataConfig, train: ShardFolder, test: ShardFolder, device: torch.device) -> DataMode:
     """Return the recipe's data mode; for auto, resident if both sets fit in memory, else stream."""
     if config.mode != "auto":
         return config.mode
-    sizes = [decoded_bytes(shards, config.resize) for shards in (train, test)]
+    sizes = [decoded_bytes(each.manifest, config.resize, train.manifest.image_mode) for each in (train, test)]
     if None in sizes:
         return "stream"
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine.memory_bytes()
@@ -149,9 +156,10 @@ def load(config: DataConfig, mode: DataMode, train: ShardFolder, test: ShardFold
     """
     if mode == "resident":
         train_reader: Reader = load_resident(train, config.resize, device)
-        test_reader: Reader = load_resident(test, config.resize, device)
+        test_reader: Reader = load_resident(test, config.resize, device, train.manifest.image_mode)
     else:
-        train_reader, test_reader = StreamReader(train, config.resize), StreamReader(test, config.resize)
+        train_reader = StreamReader(train, config.resize)
+        test_reader = StreamReader(test, config.resize, train.manifest.image_mode)
     height, width, _ = train_reader.image_shape
     for entry in config.augment:
         if min(height, width) < smallest_side(entry):

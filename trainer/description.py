@@ -7,6 +7,7 @@ from torch import nn
 
 from shardstep.configs.text import count, duration
 from shardstep.datasets.order import window_of
+from shardstep.trainer.data import other_mode_note
 from shardstep.trainer.distributed.gradients import describe_gradient_sync
 from shardstep.trainer.models.batch_norm import SyncBatchNorm2d
 from shardstep.trainer.optim.plan import Plan
@@ -37,6 +38,7 @@ def describe(run: Run) -> list[str]:
         f"lr {entry.get('lr', run.base_lr):g}"
         for entry in recipe.optimizer["groups"]
     )
+    other_mode = other_mode_note(train, run.data.test.manifest)
     remaining_s = run.time_limit.remaining_s()
     facts = [
         ("world", f"{ranks}, {processor}"),
@@ -57,6 +59,7 @@ def describe(run: Run) -> list[str]:
         *([("gradients", describe_gradient_sync(recipe.train, run.state.module))] if plan.world_size > 1 else []),
         ("duration", duration_text(plan)),
         *([("time", f"the allocation ends in {duration(remaining_s)}")] if remaining_s is not None else []),
+        *([("note", other_mode)] if other_mode else []),
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
     ]
     headline = (

@@ -51,7 +51,7 @@ class TrainedModel:
         place = folder or self.recipe.data.test
         test = open_shards(place)
         data.check_same_task(self.manifest, test.manifest, "the run's training set", place, self.recipe.data.resize)
-        return test, StreamReader(test, self.recipe.data.resize)
+        return test, StreamReader(test, self.recipe.data.resize, self.manifest.image_mode)
 
 
 def open_trained_model(
@@ -67,15 +67,14 @@ def open_trained_model(
     weights, run_dir = found or find_weights(path)
     recipe = read_recipe(run_dir)
     manifest = read_train_manifest(run_dir)
-    shape = (manifest.channels, recipe.data.resize, recipe.data.resize) if recipe.data.resize else manifest.image_shape
-    if shape is None:
+    image_shape = manifest.shape_when_read(recipe.data.resize)
+    if image_shape is None:
         files = f"neither {run_dir.config_path.name} nor {run_dir.train_manifest_path.name}"
         raise InputError(f"{run_dir.path}: {files} says how large the images are")
-    channels, height, width = shape
+    height, width, channels = image_shape
     place = find_device(device) if isinstance(device, str) else device
     module = build_model(recipe.model, (channels, height, width), len(manifest.classes))
     load_weights(module, weights)
-    image_shape = (height, width, channels)
     return TrainedModel(
         run_dir=run_dir,
         weights=weights,

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import socket
 import sys
@@ -28,6 +29,7 @@ from shardstep.configs.load import LoadedRecipe, recipe_text
 from shardstep.configs.schema import Recipe, TrainConfig
 from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.manifest import Manifest
+from shardstep.datasets.resident import decoded_path
 from shardstep.trainer import data, machine
 from shardstep.trainer.distributed import launch_env, world
 from shardstep.trainer.distributed.store import LaunchStore
@@ -239,13 +241,13 @@ def _data_facts(manifest: Manifest, folder: Path) -> dict[str, Any]:
     }
 
 
-def _check_cache(recipe: Recipe, *manifests: Manifest) -> list[Finding]:
+def _check_cache(recipe: Recipe, train: Manifest, test: Manifest) -> list[Finding]:
     """Check that the images that are not decoded yet fit into the cache folder."""
     folder, num_bytes = cache_folder(), 0
-    for manifest in manifests:
-        if not list(folder.glob(f"{manifest.fingerprint}-*.u8")):
-            height, width = (recipe.data.resize,) * 2 if recipe.data.resize else (manifest.image_shape or [0, 0, 0])[1:]
-            num_bytes += manifest.samples * manifest.channels * (height or 0) * (width or 0)
+    for manifest in (train, test):
+        shape = manifest.shape_when_read(recipe.data.resize, train.image_mode)
+        if shape and not decoded_path(manifest, shape).is_file():
+            num_bytes += manifest.samples * math.prod(shape)
     if not num_bytes:
         return []
     remedy = "set SHARDSTEP_CACHE to a folder with enough space, or use data.mode=stream"

@@ -1,0 +1,63 @@
+"""The two sets of a recipe: what must match, and the mode that both are read in."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shardstep.configs.errors import InputError
+from shardstep.datasets.manifest import open_shards
+from shardstep.datasets.reader import StreamReader
+from shardstep.datasets.write import write_shards
+from shardstep.launch import predict
+from shardstep.trainer.analysis.trained_model import open_trained_model
+from shardstep.trainer.data import check_same_task
+from tests.runs import read_lines, train_ranks, write_recipe
+
+
+def write_images(folder: Path, split: str, mode: str, size: int = 8, classes: int = 2) -> Path:
+    """A set of 12 random images in `mode`."""
+    draw = np.random.default_rng(["train", "test"].index(split))
+    for number in range(12):
+        path = folder / "tree" / split / str(number % classes) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (size, size, 3), dtype=np.uint8)).convert(mode).save(path)
+    write_shards(str(folder / "tree"), split, folder / split)
+    return folder / split
+
+
+@pytest.mark.parametrize(("modes", "data_mode"), [(("RGB", "L"), "stream"), (("L", "RGB"), "resident")])
+def test_the_training_sets_mode_rules(
+    modes: tuple[str, str], data_mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, test = (write_images(tmp_path, split, mode) for split, mode in zip(("train", "test"), modes, strict=True))
+    assert [open_shards(folder).manifest.image_mode for folder in (train, test)] == list(modes)
+    train_ranks(1, write_recipe(tmp_path, tmp_path, data={"mode": data_mode}, train={"global_batch_size": 6}))
+
+    trained = open_trained_model(tmp_path / "run", "cpu")
+    shards, reader = trained.open_test_set()
+    stored = StreamReader(shards).read(np.arange(12))[0].numpy()  # in the test set's own mode
+    as_trained = [np.array(Image.fromarray(image.squeeze()).convert(modes[0])).reshape(8, 8, -1) for image in stored]
+    pixels, labels = reader.read(np.arange(12))
+    assert np.array_equal(pixels.numpy(), as_trained)
+    shares = trained.module(trained.normalize(pixels)).detach().softmax(dim=1)
+    evaluation = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"][-1]
+    assert evaluation["accuracy"] == pytest.approx(float((shares.argmax(dim=1) == labels).float().mean()))
+
+    assert predict.main([str(tmp_path / "run"), str(tmp_path / "tree" / "test"), "--json", "--device", "cpu"]) == 0
+    predicted = [json.loads(line)["confidence"] for line in capsys.readouterr().out.splitlines()[-12:]]
+    assert sorted(predicted) == pytest.approx(sorted(shares.max(dim=1).values.tolist()), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [({"size": 9}, "images of different sizes"), ({"classes": 3}, "different classes"), ({"mode": "L"}, None)],
+)
+def test_what_two_sets_must_share(other: dict[str, int], message: str | None, tmp_path: Path) -> None:
+    one = open_shards(write_images(tmp_path / "a", "train", "RGB")).manifest
+    changed = open_shards(write_images(tmp_path / "b", "test", **{"mode": "RGB", **other})).manifest  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        check_same_task(one, changed, "a", "b", None)
