@@ -1,8 +1,13 @@
-"""Verification of a data set: every byte against the manifest; reports each corrupt file and the damaged samples in it."""
+"""Verification of a data set: every byte against the manifest, then every image by decoding it as training will.
+
+Reports each corrupt file and the damaged samples in it, or the images that cannot be decoded.
+"""
 
 import os
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +15,8 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.datasets import manifest as manifests
-from shardstep.datasets.manifest import MANIFEST_NAME, ShardFolder, split_name
+from shardstep.datasets.decode import decode
+from shardstep.datasets.manifest import INDEX_NAME, MANIFEST_NAME, ShardFolder, split_name
 from shardstep.datasets.tar import BLOCK, read_members
 
 
@@ -53,6 +59,30 @@ def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None)
                     problems += [f"{shard.name}: {damage}" for damage in _damage_inside(shards, number)]
         advance(shard.samples)
     return problems
+
+
+def undecodable_images(shards: ShardFolder) -> list[str]:
+    """Decode every image of an intact data set in the set's mode; return one line for each that cannot be decoded."""
+    found: list[str] = []
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for number, shard in enumerate(shards.manifest.shards):
+            samples = np.flatnonzero(shards.index["shard"] == number)
+            entries = shards.index[samples]
+            with shards.shard_path(number).open("rb") as file:
+                read = partial(_decoding_problem, file.fileno(), shards.manifest.image_mode)
+                problems = pool.map(read, entries["block"].tolist(), entries["size"].tolist())
+                for sample, problem in zip(samples.tolist(), problems, strict=True):
+                    if problem:
+                        found.append(f"{shard.name}: sample {shards.key(sample)}: {problem}")
+    return found
+
+
+def _decoding_problem(file: int, image_mode: str, block: int, size: int) -> str | None:
+    try:
+        decode(os.pread(file, size, block * BLOCK), image_mode)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _damage_inside(shards: ShardFolder, shard: int) -> list[str]:

@@ -48,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--classes-of", type=Path, metavar="DIR", help=classes_of)
     bad_images = "treat files that cannot be decoded as an error, or skip and list them (default: refuse)"
     add("--bad-images", choices=get_args(BadImages), default="refuse", help=bad_images)
-    for name, what in (("verify", "compare every byte with the manifest"), ("info", "print counts, classes and sizes")):
+    verify = "compare every byte with the manifest, and decode every image"
+    for name, what in (("verify", verify), ("info", "print counts, classes and sizes")):
         commands.add_parser(name, help=what).add_argument("dir", type=Path)
     add = commands.add_parser("index", help="write manifest.json and index for existing tars").add_argument
     add("dir", type=Path)
@@ -78,11 +79,17 @@ def _write(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from shardstep.datasets.verify import verify_shards
+    from shardstep.datasets.manifest import open_shards
+    from shardstep.datasets.scan import MOST_NAMED
+    from shardstep.datasets.verify import undecodable_images, verify_shards
 
     problems = verify_shards(args.dir)
     if problems:
         raise InputError.from_problems(f"{args.dir} has changed since it was written", problems)
+    problems = undecodable_images(open_shards(args.dir))
+    if problems:
+        headline = f"{args.dir} is as it was written, but training cannot read all of it"
+        raise InputError.from_problems(headline, problems, MOST_NAMED)
     print(f"{args.dir}: every byte is as it was written")
     return 0
 
