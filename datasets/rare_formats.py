@@ -39,23 +39,25 @@ def decode_rare(data: bytes) -> np.ndarray:
 
     if not data:
         raise ValueError("not an image that can be decoded: it is empty")
-    pixels = np.empty((0, 0), dtype=np.uint8)
     try:
         with _pillow().open(io.BytesIO(data), formats=_FORMATS) as image:
             problem = _unsupported_channels(image, data)
             if problem is None:
-                if image.format == "TIFF":
-                    image.getexif()[_ORIENTATION] = _UPRIGHT  # Pillow would turn the image
-                image.load()
-                image.info.pop("transparency", None)  # conversion would look for a colour that stands for it
-                pixels = np.array(image.convert("L" if image.mode in _GREY else "RGB"))
+                return _stored_pixels(image)
     except UnidentifiedImageError:  # its text names an object in memory
         problem = "not an image that can be decoded"
     except Exception as error:  # what Pillow raises for damaged files is of any class
         problem = f"not an image that can be decoded ({error})"
-    if problem:
-        raise ValueError(problem)
-    return pixels.reshape(*pixels.shape[:2], -1)  # (H, W) -> (H, W, 1)
+    raise ValueError(problem)
+
+
+def _stored_pixels(image: Any) -> np.ndarray:
+    if image.format == "TIFF":
+        image.getexif()[_ORIENTATION] = _UPRIGHT  # Pillow would turn the image
+    image.load()
+    image.info.pop("transparency", None)  # conversion would look for a colour that stands for it
+    pixels = np.array(image.convert("L" if image.mode in _GREY else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], -1)  # grey: (H, W) -> (H, W, 1)
 
 
 def _unsupported_channels(image: Any, data: bytes) -> str | None:
