@@ -24,7 +24,7 @@ def _cv2() -> Any:
     import cv2
 
     cv2.setNumThreads(0)  # we decode one image per thread
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # decode() raises instead
+    getattr(cv2.utils, "logging", cv2).setLogLevel(0)  # silent: decode() raises instead; OpenCV 4 has it in cv2 itself
     return cv2
 
 
