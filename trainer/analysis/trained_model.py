@@ -43,7 +43,7 @@ class TrainedModel:
         return "the final weights" if is_final else f"the checkpoint {self.weights.parent.name}"
 
     def open_test_set(self, folder: str | None = None) -> tuple[ShardFolder, StreamReader]:
-        """Open the run's test set, or another one of the same task.
+        """Open the run's test set, or another one of the same task; its images are read in the training set's mode.
 
         Raises:
             InputError: it cannot be opened, or is of another task.
