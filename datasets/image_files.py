@@ -1,31 +1,31 @@
 """Image files outside a data set: finds them in folders, and decodes, scales and crops them like a data set's images."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from shardstep.datasets.decode import EXTENSIONS, decode, resize_to_cover
+from shardstep.datasets.input_files import FolderTree, find_images, read_file
 
 FOUND = (*EXTENSIONS, "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 """File name extensions of images in a folder; a file that is given by name may have any."""
 
 
-def find_image_files(path: Path) -> list[Path]:
-    """Return the given file, or the image files in and below a folder, sorted; hidden files are skipped.
+def find_image_files(path: Path) -> tuple[list[Path], str | None]:
+    """Return the given file, or the image files in and below a folder, sorted; and a line on what was left out there.
 
     Raises:
-        ValueError: the file or folder does not exist, or the folder holds no image.
+        ValueError: the file or folder does not exist, a folder cannot be listed, or it holds no image.
     """
     if not path.is_dir():
         if not path.exists():
             raise ValueError("does not exist")
-        return [path]
-    found = [Path(folder) / name for folder, _, names in os.walk(path) for name in names if not name.startswith(".")]
-    images = sorted(file for file in found if file.suffix.lstrip(".").lower() in FOUND)
-    if not images:
-        raise ValueError(f"holds no image: no file that ends in {', '.join(FOUND)}")
-    return images
+        return [path], None
+    found = find_images(FolderTree(path), extensions=FOUND)
+    line = found.left_out.line(path, ", ".join(FOUND))
+    if not found.images:
+        raise ValueError(f"holds no image: no file that ends in {', '.join(FOUND)}{f'; {line}' if line else ''}")
+    return [path / image for image in found.images], line
 
 
 def read_image_file(path: Path, mode: str, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -38,8 +38,4 @@ def read_image_file(path: Path, mode: str, image_shape: tuple[int, int, int]) ->
     Raises:
         ValueError: the file cannot be read.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from None
-    return resize_to_cover(decode(data, mode), image_shape[0], image_shape[1])
+    return resize_to_cover(decode(read_file(path), mode), image_shape[0], image_shape[1])

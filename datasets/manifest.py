@@ -16,6 +16,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import write_atomically
 from shardstep.configs.text import count
+from shardstep.datasets.input_files import FolderTree, LeftOut, is_hidden, split_name
 from shardstep.datasets.tar import BLOCK, read_members
 
 MANIFEST_NAME = "manifest.json"
@@ -74,6 +75,11 @@ class Manifest:
     def bytes(self) -> int:
         """Total size of all shards."""
         return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def first_label(self) -> int:
+        """The label of class 0 in the tars: 0, unless others wrote them and counted from another number."""
+        return int(self.made.get("first_label", 0))
 
     def computed_fingerprint(self) -> str:
         content = {key: value for key, value in asdict(self).items() if key != "fingerprint"}
@@ -193,7 +199,7 @@ def open_shards(path: str | Path) -> ShardFolder:
             f"or let a recipe write them with data.source"
         )
     if not (folder / MANIFEST_NAME).is_file():
-        tars = len(list(folder.glob("*.tar")))
+        tars = len(find_tars(folder)[0])
         remedy = (
             f"index them with `shardstep shards index {folder}`" if tars else "write some with `shardstep shards write`"
         )
@@ -213,6 +219,21 @@ def _index_command(folder: Path, manifest: Manifest) -> str:
     return f"`{shlex.join(command)}`"
 
 
+def find_tars(folder: Path) -> tuple[list[Path], LeftOut]:
+    """Return the tars in a folder, sorted, whether or not they can be read, and what else is there."""
+    tars, left_out = [], LeftOut()
+    for entry in sorted(FolderTree(folder).entries(""), key=lambda entry: entry.name):
+        if is_hidden(entry.name):
+            left_out.add("hidden folder" if entry.kind == "folder" else "hidden file", entry.name)
+        elif entry.kind == "folder":
+            left_out.add("folder", entry.name)
+        elif split_name(entry.name)[1] == "tar":
+            tars.append(folder / entry.name)
+        elif entry.name not in (MANIFEST_NAME, INDEX_NAME):
+            left_out.add_file(entry.name)
+    return tars, left_out
+
+
 def size_problem(path: Path, expected: int) -> str | None:
     """Check that a shard exists and has its size; return the problem, if any."""
     if not path.is_file():
@@ -221,10 +242,3 @@ def size_problem(path: Path, expected: int) -> str | None:
     if size == expected:
         return None
     return f"{path.name} is {'cut off' if size < expected else 'extended'}: {size:,} bytes, {expected:,} when written"
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Split a member's name into key and extension as WebDataset does: at the first dot of the last path component."""
-    folder, slash, base = name.rpartition("/")
-    key, _, extension = base.partition(".")
-    return folder + slash + key, extension.lower()

@@ -2,13 +2,14 @@
 
 The same code handles the shards that shardstep writes and tars written elsewhere: <key>.<image> beside <key>.cls, a label
 in decimal digits. A damaged shard, a sample without its label, a label out of range or an image that cannot be decoded is
-an error that names the sample.
+an error that names the sample. Members and files that belong to no sample are counted on stderr.
 """
 
 import hashlib
 import os
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,8 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.configs.text import count
 from shardstep.datasets.decode import EXTENSIONS, decode
-from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, split_name, write_manifest
+from shardstep.datasets.input_files import LeftOut, is_hidden, split_name
+from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, find_tars, write_manifest
 from shardstep.datasets.tar import BLOCK, read_members
 
 MOST_NAMED = 20  # problems listed in one message
@@ -42,6 +44,7 @@ class _ShardScan:
     colour: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))
     grey: np.ndarray = field(default_factory=lambda: np.zeros((1, 256), dtype=np.int64))
     problems: list[str] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def index_shards(
@@ -55,38 +58,37 @@ def index_shards(
 
     Args:
         folder: holds the tars; sample ids number the samples in the sorted order of the tars' names.
-        made: how the shards were made, for the manifest.
-        classes: names by label; None takes `former_classes`, else the numbers from 0 to the largest label.
+        made: how the shards were made, for the manifest; its "first_label" is the label of class 0, if that is not 0.
+        classes: names by label; None takes `former_classes`, else the numbers from the first to the largest label.
         advance: called with the number of samples just read.
         former_classes: names to keep if there are enough for the labels.
 
     Raises:
         InputError: there are no shards, or some are damaged or incomplete; the message lists the problems.
     """
-    paths = sorted(folder.glob("*.tar"))
+    paths, left_out = find_tars(folder)
     if not paths:
         raise InputError(f"no .tar files in {folder}")
+    first_label = int(made.get("first_label", 0))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        scans = list(pool.map(lambda number: _scan(number, paths[number], advance), range(len(paths))))
+        scans = list(pool.map(lambda number: _scan(number, paths[number], first_label, advance), range(len(paths))))
+    for scan in scans:
+        left_out.update(scan.left_out)
+    if line := left_out.line(folder, f"<key>.cls beside <key>.{'|'.join(EXTENSIONS)} in .tar"):
+        print(line, file=sys.stderr)
     problems = [problem for scan in scans for problem in scan.problems] + _repeated_keys(scans)
     entries = np.concatenate([scan.entries for scan in scans])
     if not problems and len(entries) == 0:
         problems.append("no samples: looked for <key>.cls beside <key>." + "|".join(EXTENSIONS))
-    if not problems and classes is None and former_classes and entries["label"].max() < len(former_classes):
-        classes = former_classes
-    if not problems and classes is not None and entries["label"].max() >= len(classes):
-        problems.append(f"label {entries['label'].max()} is out of range: there are {len(classes)} classes")
-    if not problems and classes is None and entries["label"].max() >= len(entries):
-        problems.append(
-            f"the largest label is {entries['label'].max()}, with {count(len(entries), 'sample')}: give the class names"
-        )
-    if not problems and classes is not None and (len(set(classes)) < len(classes) or "" in classes):
-        problems.append("class names must be unique and not empty")
+    if not problems:
+        if classes is None and former_classes and entries["label"].max() < len(former_classes):
+            classes = former_classes
+        problems += _class_problems(entries["label"], classes, first_label)
     if problems:
         raise InputError.from_problems(f"{folder} cannot be indexed", problems, MOST_NAMED)
 
     if classes is None:
-        classes = [str(label) for label in range(int(entries["label"].max()) + 1)]
+        classes = [str(first_label + label) for label in range(int(entries["label"].max()) + 1)]
     colour, grey = sum(scan.colour for scan in scans), sum(scan.grey for scan in scans)
     is_grey = not np.any(colour)
     histogram = np.asarray(grey if is_grey else colour + grey)  # grey images among coloured ones count in each channel
@@ -111,8 +113,26 @@ def index_shards(
     return manifest
 
 
-def _scan(number: int, path: Path, advance: Callable[[int], None]) -> _ShardScan:
-    scan = _ShardScan(Shard(path.name, path.stat().st_size, "", 0), np.empty(0, dtype=INDEX_DTYPE), [])
+def _class_problems(labels: np.ndarray, classes: list[str] | None, first_label: int) -> list[str]:
+    """Check labels, counted from 0, against class names, which must be unique; without names, for gaps at the start."""
+    smallest, largest = int(labels.min()) + first_label, int(labels.max()) + first_label
+    if classes is not None:
+        problems = ["class names must be unique and not empty"] if len(set(classes) - {""}) < len(classes) else []
+        reach = f"label {largest} is out of range: there are {len(classes)} classes"
+        return problems + ([reach] if labels.max() >= len(classes) else [])
+    if labels.max() >= len(labels):
+        return [f"the largest label is {largest}, with {count(len(labels), 'sample')}: give the class names"]
+    if smallest > first_label:
+        return [
+            f"the labels are {smallest} to {largest}, none is {first_label}. If they count from {smallest}, add "
+            f"--first-label {smallest}; if samples of class {first_label} are only missing here, name all classes "
+            f"with --classes"
+        ]
+    return []
+
+
+def _scan(number: int, path: Path, first_label: int, advance: Callable[[int], None]) -> _ShardScan:
+    scan = _ShardScan(Shard(path.name, 0, "", 0), np.empty(0, dtype=INDEX_DTYPE), [])
     try:
         images, labels = _pair(path, scan)
     except InputError as error:
@@ -125,10 +145,10 @@ def _scan(number: int, path: Path, advance: Callable[[int], None]) -> _ShardScan
             data = os.pread(file.fileno(), size, offset)
             _, label_offset, label_size = labels[key]
             label = _label(os.pread(file.fileno(), label_size, label_offset))
-            if label is None:
-                scan.problems.append(f"{path.name}: {key}.cls is not a label: it must be an integer from 0")
-                label = 0
-            entries[row] = number, offset // BLOCK, size, label, zlib.crc32(data)
+            if label is None or label < first_label:
+                scan.problems.append(f"{path.name}: {key}.cls is not a label: it must be an integer from {first_label}")
+                label = first_label
+            entries[row] = number, offset // BLOCK, size, label - first_label, zlib.crc32(data)
             try:
                 pending.append(decode(data, "UNCHANGED"))
             except ValueError as error:
@@ -146,19 +166,41 @@ def _pair(path: Path, scan: _ShardScan) -> tuple[dict[str, _Place], dict[str, _P
     """Return images and labels of a shard by key, in the order of the images; one without the other is a problem."""
     images: dict[str, _Place] = {}
     labels: dict[str, _Place] = {}
-    for name, offset, size in read_members(path):
+    for name, offset, size, member_kind, _ in read_members(path):
         key, extension = split_name(name)
         kind = images if extension in EXTENSIONS else labels if extension == "cls" else None
-        if kind is None:
-            continue  # other parts of a sample, such as .json, are ignored
-        if key in kind:
-            scan.problems.append(f"{path.name}: {name} occurs twice")
-        kind[key] = name, offset, size
-        if kind is images:
-            scan.encodings.add("jpg" if extension == "jpeg" else extension)
-    scan.problems += [f"{path.name}: {images[key][0]} has no label {key}.cls" for key in images if key not in labels]
-    scan.problems += [f"{path.name}: {labels[key][0]} has no image" for key in labels if key not in images]
-    return {key: image for key, image in images.items() if key in labels}, labels
+        if member_kind == "folder":
+            continue
+        if is_hidden(name):
+            scan.left_out.add("hidden file", f"{path.name}: {name}")
+        elif kind is None:  # another part of a sample, such as .json
+            scan.left_out.add_file(f"{path.name}: {name}")
+        elif member_kind != "file":
+            remedy = "pack the files themselves (tar --dereference --hard-dereference)"
+            scan.problems.append(f"{path.name}: {name} is a {member_kind}: {remedy}")
+        elif key in kind:
+            former, *_ = kind[key]
+            twice = "occurs twice" if former == name else f"has the key of {former}: a sample has one image"
+            scan.problems.append(f"{path.name}: {name} {twice}")
+        else:
+            kind[key] = name, offset, size
+    samples = images.keys() & labels.keys()
+    for kind, other in ((images, "no label {}.cls"), (labels, "no image")):
+        for key, (name, *_) in kind.items():
+            if key not in samples and _belongs_to_another(key, samples):
+                scan.left_out.add("extra image" if kind is images else ".cls file", f"{path.name}: {name}")
+            elif key not in samples:
+                scan.problems.append(f"{path.name}: {name} has {other.format(key)}")
+    found = {split_name(images[key][0])[1] for key in samples}
+    scan.encodings |= {"jpg" if extension == "jpeg" else extension for extension in found}
+    return {key: image for key, image in images.items() if key in samples}, labels
+
+
+def _belongs_to_another(key: str, samples: Set[str]) -> bool:
+    """Check whether a file such as 1.depth.png is a further part of the sample 1."""
+    folder, slash, base = key.rpartition("/")
+    pieces = base.split(".")
+    return any(folder + slash + ".".join(pieces[:end]) in samples for end in range(1, len(pieces)))
 
 
 def _label(text: bytes) -> int | None:

@@ -2,20 +2,27 @@
 
 Python's tarfile stops silently at a damaged header or a cut, and a shard with half its samples looks complete. Here every
 header's checksum must match, every member must lie inside the file, and only zeros may follow the last one.
-Formats: ustar, GNU long names, and pax headers for path and size (POSIX.1-2001, "pax Interchange Format").
+Formats: ustar, GNU long names, and pax headers for path, linkpath and size (POSIX.1-2001, "pax Interchange Format").
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from shardstep.configs.errors import InputError
 
 BLOCK = 512
-REGULAR, REGULAR_OLD, HARD_LINK = ord("0"), 0, ord("1")
-LONG_NAME, PAX, PAX_GLOBAL = ord("L"), ord("x"), ord("g")
+REGULAR, REGULAR_OLD, HARD_LINK, LINK, FOLDER, SPARSE = ord("0"), 0, ord("1"), ord("2"), ord("5"), ord("S")
+LONG_LINK, LONG_NAME, PAX, PAX_GLOBAL = ord("K"), ord("L"), ord("x"), ord("g")
+Kind = Literal["file", "folder", "link", "hard link", "special file"]
+_KINDS: dict[int, Kind] = {
+    REGULAR: "file", REGULAR_OLD: "file", ord("7"): "file",
+    HARD_LINK: "hard link", LINK: "link", FOLDER: "folder", ord("D"): "folder",
+}  # fmt: skip
+_WITHOUT_DATA = range(ord("1"), ord("7"))  # links, devices and folders, whatever size their headers give
+_PAX_KEYS = (b"path", b"linkpath", b"size")  # the others need not be text, such as extended attributes
 _ZEROS = bytes(BLOCK)
 # Bytes per read. A header often follows the last one closely, and a long read serves many; after a large member, a short one.
 _LONG_READ, _SHORT_READ, _CLOSE = 128 << 10, 4 << 10, 16 << 10
@@ -24,26 +31,30 @@ _OCTAL = 8 ** np.arange(10, -1, -1)  # the values of 11 digits
 
 
 class Member(NamedTuple):
-    """A regular file inside a tar: `size` bytes from byte `offset` of the archive."""
+    """What a tar holds under a name. A file has `size` bytes from byte `offset` of the archive, a link a `target`."""
 
     name: str
     offset: int
     size: int
+    kind: Kind = "file"
+    target: str = ""
 
 
 def read_members(path: Path) -> Iterator[Member]:
-    """Yield the regular files of an uncompressed tar, in their order in the archive.
+    """Yield the members of an uncompressed tar, in their order in the archive.
 
     Raises:
         InputError: the archive is cut off, damaged, compressed, or not a tar; the message gives the byte.
     """
+    if not path.is_file():  # to open a FIFO would wait for its writer
+        raise InputError(f"{path} cannot be read: {'not a regular file' if path.exists() else 'it does not exist'}")
     total = path.stat().st_size
     with path.open("rb") as file:
         yield from _read_members(file, total, str(path))
 
 
 def _read_members(file: BinaryIO, total: int, path: str) -> Iterator[Member]:
-    position, long_name = 0, None
+    position, long_name, long_link = 0, None, None
     pax: dict[str, str] = {}
     begin, window, sizes = 0, b"", list[int]()  # bytes from `begin` on, and the sizes in the headers among them
     while True:
@@ -60,23 +71,29 @@ def _read_members(file: BinaryIO, total: int, path: str) -> Iterator[Member]:
                 _check_end(file, position + BLOCK, path)
                 return
             size = _checked_size(header, path, position)
-        if "size" in pax:
-            size = int(pax["size"])
         data, kind = position + BLOCK, header[156]
+        if kind in _WITHOUT_DATA:
+            size = 0
+        elif "size" in pax:
+            size = int(pax["size"])
         if data + size > total:
             raise InputError(f"{path} is cut off: the member at byte {position} needs {data + size - total} bytes more")
         if kind == LONG_NAME:
             long_name = _text(_read(file, data, size).rstrip(b"\0"), path, position)
+        elif kind == LONG_LINK:
+            long_link = _text(_read(file, data, size).rstrip(b"\0"), path, position)
         elif kind == PAX:
             pax = _pax_records(_read(file, data, size), path, position)
-        else:
-            name = pax.get("path") or long_name or _name(header, path, position)
-            if kind == HARD_LINK:
-                raise InputError(f"{path}: {name} is a hard link; pack the files themselves (tar --hard-dereference)")
-            if kind in (REGULAR, REGULAR_OLD):
-                yield Member(name, data, size)
-            if kind != PAX_GLOBAL:
-                long_name, pax = None, {}
+        elif kind != PAX_GLOBAL:
+            name, target = pax.get("path") or long_name or _name(header, path, position), ""
+            if kind == SPARSE or "sparse" in pax:
+                raise InputError(f"{path}: {name} is stored as a sparse file; pack without tar's --sparse")
+            if kind == REGULAR_OLD and name.endswith("/"):
+                kind = FOLDER
+            if kind in (LINK, HARD_LINK):
+                target = pax.get("linkpath") or long_link or _text(header[157:257].partition(b"\0")[0], path, position)
+            yield Member(name, data, size, _KINDS.get(kind, "special file"), target)
+            long_name, long_link, pax = None, None, {}
         position = data + -(-size // BLOCK) * BLOCK
 
 
@@ -158,7 +175,10 @@ def _pax_records(data: bytes, path: str, position: int) -> dict[str, str]:
         while data.rstrip(b"\0"):
             length = int(data.split(b" ", 1)[0])  # "30 path=some/long/name\n": the record's length counts itself
             key, _, value = data[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
-            records[key.decode()] = value.decode()
+            if key in _PAX_KEYS:
+                records[key.decode()] = value.decode()
+            elif key.startswith(b"GNU.sparse."):
+                records["sparse"] = ""
             data = data[max(length, 1) :]
         if not records.get("size", "0").isdecimal():
             raise ValueError

@@ -16,7 +16,8 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.datasets import manifest as manifests
 from shardstep.datasets.decode import decode
-from shardstep.datasets.manifest import INDEX_NAME, MANIFEST_NAME, ShardFolder, split_name
+from shardstep.datasets.input_files import split_name
+from shardstep.datasets.manifest import MANIFEST_NAME, ShardFolder
 from shardstep.datasets.tar import BLOCK, read_members
 
 
@@ -40,7 +41,7 @@ def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None)
         problems.append(str(error))
 
     known = {shard.name for shard in manifest.shards}
-    unknown = sorted({path.name for path in folder.glob("*.tar")} - known)
+    unknown = sorted({path.name for path in manifests.find_tars(folder)[0]} - known)
     problems += [f"{name} is not in the manifest" for name in unknown]
     by_hash = {shard.sha256: shard.name for shard in manifest.shards}
     for number, shard in enumerate(manifest.shards):
@@ -96,8 +97,9 @@ def _damage_inside(shards: ShardFolder, shard: int) -> list[str]:
                 name = os.pread(file.fileno(), 100, place - BLOCK).partition(b"\0")[0].decode(errors="replace")
                 sample = f"sample {split_name(name)[0] or '?'} (number {number} of the shard, byte {place})"
                 damage.append(f"the image of {sample} is damaged")
+    first_label = shards.manifest.first_label
     labels = {
-        split_name(shards.key(int(number)))[0]: int(shards.index[number]["label"])
+        shards.key(int(number)): first_label + int(shards.index[number]["label"])
         for number in np.flatnonzero(shards.index["shard"] == shard)
     }
     try:

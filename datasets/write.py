@@ -18,7 +18,6 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
 from shardstep.configs.files import sync_to_disk
-from shardstep.configs.text import count
 from shardstep.datasets.decode import EXTENSIONS, decode, encode_png
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
@@ -121,6 +120,8 @@ def _write_locked(
 ) -> Manifest:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; nothing was written. Remove it or choose another folder")
+    for note in images.notes:
+        print(note, file=sys.stderr)
     if images.empty_folders:
         raise InputError(
             f"{source} has folders for {split} without images ({', '.join(EXTENSIONS)}): {listed(images.empty_folders)}. "
@@ -129,8 +130,6 @@ def _write_locked(
     if limit is not None:
         images = images.only(balanced_choice(images.labels, limit, seed))
     total = len(images.labels)
-    for suffix, files in images.ignored.items():
-        print(f"left out: {count(files, 'file')} with {suffix}; supported: {', '.join(EXTENSIONS)}", file=sys.stderr)
     # We hold this node's lock, so no other process uses a leftover of this name.
     partial = out.parent / f".{out.name}.{platform.node()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -195,10 +194,10 @@ def _encoded(images: Source, order: np.ndarray) -> Iterator[bytes | ValueError]:
     from shardstep.datasets.batches import read_ahead  # here: it imports torch, like webdataset above
 
     def encode(number: int) -> bytes | ValueError:
-        content = images.read(number)
-        if isinstance(content, np.ndarray):
-            return encode_png(content)
         try:
+            content = images.read(number)
+            if isinstance(content, np.ndarray):
+                return encode_png(content)
             decode(content, "UNCHANGED")
         except ValueError as error:
             return error

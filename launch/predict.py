@@ -64,26 +64,30 @@ def main(arguments: list[str]) -> int:
     files: list[Path] = []
     for path in args.files:
         try:
-            files += find_image_files(path)
+            found, others = find_image_files(path)
         except ValueError as error:
             leave_out(path, str(error))
+            continue
+        files += found
+        if others:
+            print(others, file=sys.stderr, flush=True)
     width = min(_NAME_WIDTH, max((len(_printable(path)) for path in files), default=0))
     predicted, drawn, captions = 0, list[np.ndarray](), list[str]()
-    for found in predict_files(trained, files, args.top, leave_out):
+    for one in predict_files(trained, files, args.top, leave_out):
         predicted += 1
-        top = [(trained.manifest.classes[label], share) for label, share in found.top]
+        top = [(trained.manifest.classes[label], share) for label, share in one.top]
         if math.isnan(top[0][1]):
             raise InputError(f"{args.run}: its outputs are NaN or infinite, as those of a run that has diverged")
         if args.json:
             shown = [{"class": name, "probability": share} for name, share in top]
             best = {"prediction": top[0][0], "confidence": top[0][1]}
-            print(json.dumps({"file": str(found.path), **best, "top": shown}), flush=True)
+            print(json.dumps({"file": str(one.path), **best, "top": shown}), flush=True)
         else:
             columns = (f"{name} {100 * share:.1f} %" for name, share in top)
-            print(f"{_printable(found.path):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}")
+            print(f"{_printable(one.path):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}")
         if args.grid and len(drawn) < _MOST_IN_GRID:
-            drawn.append(found.pixels)
-            captions.append(f"{_printable(Path(found.path.name))[-24:]}\n{top[0][0]} {top[0][1]:.0%}")
+            drawn.append(one.pixels)
+            captions.append(f"{_printable(Path(one.path.name))[-24:]}\n{top[0][0]} {top[0][1]:.0%}")
     if not predicted:
         raise InputError(f"nothing could be predicted: {left_out} of {left_out} could not be read")
     if args.grid:

@@ -4,9 +4,9 @@ shardstep shards write --source SRC --split train --out DIR [--samples-per-shard
                        [--classes-of DIR] [--bad-images skip]
 shardstep shards verify DIR
 shardstep shards info DIR
-shardstep shards index DIR [--classes a,b,c] [--force]
-shardstep shards order DIR --seed S --epoch E [--start P --count N --lanes L --window-shards W
-                     --order-version 1|2]
+shardstep shards index DIR [--classes a,b,c] [--first-label N] [--force]
+shardstep shards order DIR --seed S --epoch E [--start P --count N --lanes L --window-shards W]
+                       [--order-version 1|2]
 """
 
 import argparse
@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     add("dir", type=Path)
     names = "class names by label, separated by commas (default: those of the manifest replaced, else numbers)"
     add("--classes", help=names)
+    first_label = "label of the first class (default: that of the manifest replaced, else 0)"
+    add("--first-label", type=int, metavar="N", help=first_label)
     add("--force", action="store_true", help="replace an existing manifest")
     add = commands.add_parser("order", help="print position and key of samples in the global order").add_argument
     add("dir", type=Path)
@@ -114,7 +116,7 @@ def _info(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from shardstep.datasets.manifest import MANIFEST_NAME, parse_manifest
     from shardstep.datasets.scan import index_shards
-    from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE
+    from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE, listed
 
     if not args.dir.is_dir():
         raise InputError(f"{args.dir} is not a folder")
@@ -122,14 +124,23 @@ def _index(args: argparse.Namespace) -> int:
     if path.exists() and not args.force:
         raise InputError(f"{args.dir} already has a {MANIFEST_NAME} to verify its shards against; --force replaces it")
     classes = args.classes.split(",") if args.classes else None
-    former_classes = None
-    if path.exists() and classes is None:
+    former = None
+    if path.exists():
         try:
-            former_classes = parse_manifest(path.read_text(errors="replace"), str(path)).classes
+            former = parse_manifest(path.read_text(errors="replace"), str(path))
         except InputError:
-            print(f"{path} is damaged: its class names are lost, give them with --classes", file=sys.stderr)
-    manifest = index_shards(args.dir, {"source": WRITTEN_ELSEWHERE}, classes, former_classes=former_classes)
+            if classes is None:
+                print(f"{path} is damaged: its class names are lost, give them with --classes", file=sys.stderr)
+    former_classes = former.classes if former and classes is None else None
+    first_label = args.first_label if args.first_label is not None else former.first_label if former else 0
+    if first_label < 0:
+        raise InputError(f"--first-label {first_label}: labels are integers from 0")
+    made = {"source": WRITTEN_ELSEWHERE} | ({"first_label": first_label} if first_label else {})
+    manifest = index_shards(args.dir, made, classes, former_classes=former_classes)
     print(f"{args.dir}: {_size(manifest)}, {count(len(manifest.classes), 'class', 'classes')}")
+    empty = [name for name, n in zip(manifest.classes, manifest.samples_per_class, strict=True) if not n]
+    if empty:
+        print(f"{args.dir}: {count(len(empty), 'class', 'classes')} without images: {listed(empty)}", file=sys.stderr)
     if former_classes and manifest.classes[: len(former_classes)] != former_classes:
         print(f"{args.dir}: the old manifest has too few class names; they were not kept", file=sys.stderr)
     return 0

@@ -6,7 +6,7 @@ except manifest.py.
 cifar10         $CIFAR10_SOURCE, else torchvision's download
 digits          the 8x8 digits inside scikit-learn
 synthetic:N     N images that a model can learn, generated from a seed
-a folder        SRC/<split>/<class>/<file> or SRC/<class>/<file>
+a folder        SRC/<split>/<class>/<file> or SRC/<class>/<file>; <split> is also Train, training_set, seg_train, ...
 a .tar of one   the same layout inside
 CIFAR-10's own archives, python or binary, packed (.tar.gz) or unpacked
 """
@@ -87,8 +87,9 @@ def _open_path(path: Path, split: str) -> Source:
             if (path / name).is_file():
                 return _open_path(path / name, split)
         return open_image_folder(path, split)
-    if path.name.endswith((".tar.gz", ".tgz")) or (path.suffix == ".tar" and cifar10.is_cifar10_tar(path)):
+    name = path.name.lower() if path.is_file() else ""
+    if name.endswith((".tar.gz", ".tgz")) or (name.endswith(".tar") and cifar10.is_cifar10_tar(path)):
         return cifar10.read_cifar10_archive(path, split)
-    if path.suffix == ".tar":
+    if name.endswith(".tar"):
         return open_image_tar(path, split)
     raise InputError(f"{path} is neither a folder nor a .tar or .tar.gz archive")

@@ -62,7 +62,7 @@ def read_cifar10_folder(path: Path, split: str) -> Source | None:
 
 def is_cifar10_tar(path: Path) -> bool:
     """Check whether a tar is one of CIFAR-10's archives."""
-    return any(PurePosixPath(member.name).name.startswith("test_batch") for member in read_members(path))
+    return any(PurePosixPath(member.name).name in ("test_batch", "test_batch.bin") for member in read_members(path))
 
 
 def read_cifar10_archive(path: Path, split: str) -> Source:

@@ -1,94 +1,104 @@
-"""A folder of image files, <class>/<file>, as a Source; and the rules that image_tar.py shares with it."""
+"""A tree of image files, <class>/<file>, as a Source: a folder, or what image_tar.py reads from a tar."""
 
-import os
-from collections import Counter
-from collections.abc import Callable, Mapping
-from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from pathlib import Path
 
 import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
 from shardstep.datasets.decode import EXTENSIONS
+from shardstep.datasets.input_files import FileTree, FolderTree, FoundImages, find_images, is_hidden, split_name
+from shardstep.datasets.sources.class_folders import (
+    find_class_folders,
+    joined,
+    refuse_what_are_no_classes,
+    split_folders,
+)
 from shardstep.datasets.sources.source import Source
-
-_SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}
-_File = TypeVar("_File")
 
 
 def open_image_folder(path: Path, split: str) -> Source:
-    """Find the images in PATH/<split>/<class>/ or PATH/<class>/; see source_of_files for the errors."""
-    root = path / split if (path / split).is_dir() else path
-    if root is path:
-        refuse_other_splits({folder.name for folder in path.iterdir() if folder.is_dir()}, split, path)
-    found = sorted(Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    return source_of_files(
-        "image folder",
-        root,
-        {file: file.relative_to(root).parts for file in found},
-        {entry.name for entry in root.iterdir() if entry.is_dir()},
-        Path.read_bytes,
-        lambda file: str(file.relative_to(path)),
-        has_splits=root is not path,
-    )
+    """Find the images in PATH/<split>/<class>/ or PATH/<class>/; see open_image_tree for the errors."""
+    return open_image_tree("image folder", FolderTree(path), split)
 
 
-def source_of_files(
-    description: str,
-    where: Path,
-    parts_of: Mapping[_File, tuple[str, ...]],
-    folders: set[str],
-    read: Callable[[_File], bytes],
-    name: Callable[[_File], str],
-    has_splits: bool,
-) -> Source:
+def open_image_tree(description: str, tree: FileTree, split: str) -> Source:
     """Make a Source of files in class folders. The classes are the names of the first folders, sorted.
 
     Args:
-        description, has_splits: of the Source.
-        where: the folder or tar, for messages.
-        parts_of: all files, images or not, and the parts of their paths below the split.
-        folders: names of the first folders, with or without images.
-        read, name: return the bytes of a file, and its name in messages.
+        description: of the Source.
+        tree: holds the class folders, or a folder for each split, or a single folder of these.
+        split: "train" or "test".
 
     Raises:
-        InputError: there are no images, or some lie outside class folders.
+        InputError: there are no images, some lie outside class folders, or the folders are no classes.
     """
-    names = {file: name(file) for file in parts_of}
-    images = [file for file in parts_of if is_image(names[file])]
+    start, has_splits = find_class_folders(tree, split)
+    found = find_images(tree, start)
+    images, where = found.images, tree.where / start
     if not images:
-        raise InputError(f"no images in {where}: looked for <class>/<file>.{'|'.join(EXTENSIONS)}")
-    loose = [parts_of[file][0] for file in images if len(parts_of[file]) < 2]
+        line = found.left_out.line(tree.where)
+        remedy = f"looked for <class>/<file>.{'|'.join(EXTENSIONS)}"
+        raise InputError(f"no images in {where}: {remedy}{f'; {line}' if line else ''}")
+    skip = len(start.split("/")) if start else 0
+    parts = [image.split("/")[skip:] for image in images]
+    loose = [image[0] for image in parts if len(image) < 2]
     if loose:
         raise InputError(f"{where} holds {count(len(loose), 'image')} outside class folders, such as {loose[0]}")
-    classes = sorted({parts_of[file][0] for file in images})
+    refuse_what_are_no_classes(parts, has_splits, str(where))
+    classes = sorted({image[0] for image in parts})
     label_of = {name: label for label, name in enumerate(classes)}
-    others = [other for other in names.values() if not is_image(other)]
     return Source(
         description,
         classes,
-        np.array([label_of[parts_of[file][0]] for file in images], dtype=np.int64),
-        lambda number: read(images[number]),
-        lambda number: name(images[number]),
+        np.array([label_of[image[0]] for image in parts], dtype=np.int64),
+        lambda number: tree.read(images[number]),
+        lambda number: images[number],
         has_splits,
-        ignored=dict(Counter(PurePosixPath(other).suffix or "no suffix" for other in others)),
-        empty_folders=sorted(folder for folder in folders - set(classes) if not is_hidden(folder)),
+        notes=_notes(tree, start, found, has_splits),
+        empty_folders=_empty_folders(tree, start, set(classes)),
     )
 
 
-def refuse_other_splits(folders: set[str], split: str, where: Path) -> None:
-    """Raise InputError if folders of other splits would be taken for classes, because this split has no folder."""
-    others = sorted(folders & _SPLIT_FOLDERS)
-    if others:
-        raise InputError(f"{where} has no {split}/, only {', '.join(others)}: give the folder itself as the source")
+def _empty_folders(tree: FileTree, start: str, classes: set[str]) -> list[str]:
+    """Return first folders without images. A broken link in their place is one: it may lead to an unmounted disk."""
+    folders = {
+        entry.name
+        for entry in tree.entries(start)
+        if entry.kind in ("folder", "broken link") and not is_hidden(entry.name)
+    }
+    return sorted(folders - classes)
 
 
-def is_image(name: str) -> bool:
-    """Check by its name whether a file is an image in a supported format, and not hidden."""
-    return not is_hidden(name) and PurePosixPath(name).suffix.lstrip(".").lower() in EXTENSIONS
+def _notes(tree: FileTree, start: str, found: FoundImages, has_splits: bool) -> list[str]:
+    """Return what to tell about images that are left out, or count more than once, and about folders passed through."""
+    notes = []
+    if start:
+        _count_beside(tree, start, found)
+    if start and not has_splits:
+        notes.append(f"{tree.where}: the classes are the folders in {start}/, the only folder")
+    if line := found.left_out.line(tree.where):
+        notes.append(line)
+    if found.repeated:
+        which = count(len(found.repeated), "image is the file", "images are the files")
+        notes.append(f"{tree.where}: {which} of another image too, by a link, and count again: {found.repeated[0]}")
+    return notes
 
 
-def is_hidden(name: str) -> bool:
-    """Check whether the last part of a path begins with a dot."""
-    return name.rpartition("/")[2].startswith(".")
+def _count_beside(tree: FileTree, start: str, found: FoundImages) -> None:
+    """Count what lies beside the folders that lead to the class folders, other splits excepted."""
+    above = ""
+    for passed in start.split("/"):
+        entries = sorted(tree.entries(above), key=lambda entry: entry.name)
+        splits = split_folders([entry.name for entry in entries if entry.kind == "folder"])
+        for entry in entries:
+            path = joined(above, entry.name)
+            if entry.name == passed or entry.name in splits or is_hidden(entry.name):
+                continue
+            if entry.kind == "folder":
+                found.left_out.add("folder beside", path)
+            elif split_name(path)[1] in EXTENSIONS:
+                found.left_out.add("loose image", path)
+            else:
+                found.left_out.add_file(path)
+        above = joined(above, passed)

@@ -1,30 +1,137 @@
 """A tar of an image folder as a Source: images are read in place, nothing is unpacked."""
 
 import os
-from pathlib import Path, PurePosixPath
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Union
 
-from shardstep.datasets.sources.image_folder import is_hidden, is_image, refuse_other_splits, source_of_files
+from shardstep.configs.errors import InputError
+from shardstep.configs.text import count
+from shardstep.datasets.input_files import Entry
+from shardstep.datasets.sources.image_folder import open_image_tree
 from shardstep.datasets.sources.source import Source
 from shardstep.datasets.tar import Member, read_members
 
+_Node = Union["_Folder", Member]
+_MOST_LINKS = 40  # followed for one path, as on Linux
 
-def open_image_tar(path: Path, split: str) -> Source:
-    """Find the images in <split>/<class>/ or <class>/ of a tar; see read_members and source_of_files for the errors."""
-    parts_of = {
-        member: tuple(part for part in PurePosixPath(member.name).parts if part != ".")
-        for member in sorted(read_members(path), key=lambda member: member.name)
-    }
-    deep = {parts[0] for member, parts in parts_of.items() if is_image(member.name) and len(parts) > 2}
-    has_splits = split in deep
-    if has_splits:
-        parts_of = {member: parts[1:] for member, parts in parts_of.items() if parts[:1] == (split,)}
-    else:
-        refuse_other_splits(deep, split, path)
-    folders = {parts[0] for member, parts in parts_of.items() if len(parts) > 1 and not is_hidden(member.name)}
 
-    def read(member: Member) -> bytes:
-        with path.open("rb", buffering=0) as file:
+class _Folder(dict[str, "_Node"]):
+    """The members in a folder of a tar, by name."""
+
+
+class TarTree:
+    """A tar as a FileTree: what would be there if it were unpacked into an empty folder.
+
+    Links are followed within the tar. As tar does, names lose a leading "/" and all up to a "..", and of several members of
+    one name the last one counts.
+
+    Raises:
+        InputError: see read_members; or a member lies below a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.where = path
+        self._root = _Folder()
+        self.replaced: list[str] = []
+        for member in read_members(path):
+            self._add(member)
+
+    def _add(self, member: Member) -> None:
+        *folders, name = _parts(member.name) or [""]
+        folder = self._root
+        for part in folders:
+            inner = folder.setdefault(part, _Folder())
+            if not isinstance(inner, _Folder):
+                raise InputError(f"{self.where}: {member.name} lies below {part}, which is no folder")
+            folder = inner
+        if not name:
+            return
+        is_folder, former = member.kind == "folder", folder.get(name)
+        if former is not None and is_folder != isinstance(former, _Folder):
+            raise InputError(f"{self.where}: {member.name} is both a folder and a file")
+        if is_folder:
+            folder.setdefault(name, _Folder())
+            return
+        if former is not None:
+            self.replaced.append(member.name)
+        folder[name] = member
+
+    def identity(self, folder: str) -> Hashable:
+        """Return the identity of the folder's object."""
+        return id(self._find(folder))
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        """List a folder."""
+        node = self._find(folder)
+        assert isinstance(node, _Folder)
+        for name in node:
+            path = f"{folder}/{name}" if folder else name
+            try:
+                found = self._find(path)
+            except ValueError:
+                yield Entry(name, "broken link", None)
+                continue
+            if isinstance(found, _Folder):
+                yield Entry(name, "folder", id(found))
+            else:
+                yield Entry(name, "file" if found.kind == "file" else "special file", found.offset)
+
+    def read(self, path: str) -> bytes:
+        """Read a file, or what a link leads to.
+
+        Raises:
+            ValueError: it cannot be read, with the reason.
+        """
+        member = self._find(path)
+        if isinstance(member, _Folder) or member.kind != "file":
+            raise ValueError("cannot be read (not a regular file)")
+        with self.where.open("rb", buffering=0) as file:
             return os.pread(file.fileno(), member.size, member.offset)
 
-    name = "tar of an image folder"
-    return source_of_files(name, path, parts_of, folders, read, lambda member: member.name, has_splits)
+    def _find(self, path: str) -> _Node:
+        """Return what is at a path, links followed. Raises ValueError if that is nothing, or outside the tar."""
+        way: list[_Node] = [self._root]
+        waiting, target, links = path.split("/")[::-1], path, 0
+        while waiting:
+            part = waiting.pop()
+            if part == "..":
+                if len(way) == 1:
+                    raise ValueError(f"cannot be read (a link to {target}, outside the tar)")
+                way.pop()
+                continue
+            if part in ("", "."):
+                continue
+            folder = way[-1]
+            node = folder.get(part) if isinstance(folder, _Folder) else None
+            if node is None:
+                raise ValueError(f"cannot be read (a link to {target}, which is not in the tar)")
+            if isinstance(node, _Folder) or node.kind not in ("link", "hard link"):
+                way.append(node)
+                continue
+            target, links = node.target, links + 1
+            if links > _MOST_LINKS:
+                raise ValueError(f"cannot be read (a link to {target}, in a circle)")
+            if node.kind == "hard link":
+                way, waiting = [self._root], waiting + _parts(target)[::-1]
+            elif target.startswith("/"):
+                raise ValueError(f"cannot be read (a link to {target}, outside the tar)")
+            else:
+                waiting += target.split("/")[::-1]
+        return way[-1]
+
+
+def open_image_tar(path: Path, split: str) -> Source:
+    """Find the images in <split>/<class>/ or <class>/ of a tar; see TarTree and open_image_tree for the errors."""
+    tree = TarTree(path)
+    source = open_image_tree("tar of an image folder", tree, split)
+    if tree.replaced:
+        which = count(len(tree.replaced), "member is", "members are")
+        source.notes.append(f"{path}: {which} in the tar again; the last one counts: {tree.replaced[0]}")
+    return source
+
+
+def _parts(name: str) -> list[str]:
+    """Return the parts of a member's name below the last "..", as tar unpacks them."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return parts[len(parts) - parts[::-1].index("..") :] if ".." in parts else parts

@@ -23,7 +23,7 @@ class Source:
     read: Callable[[int], bytes | np.ndarray]  # bytes of a file, or pixels: uint8 (height, width, channels)
     name: Callable[[int], str]  # how messages refer to an image, by its number
     has_splits: bool = True  # whether train and test are separate; if not, every split holds all images
-    ignored: dict[str, int] = field(default_factory=dict)  # by suffix, the number of files that are no images
+    notes: list[str] = field(default_factory=list)  # lines on what was left out and why
     empty_folders: list[str] = field(default_factory=list)  # class folders without images
 
     def extension(self, number: int) -> str:

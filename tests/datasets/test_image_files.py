@@ -1,6 +1,7 @@
 """Image files of any kind to pixels of one shape."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -53,15 +54,27 @@ def test_what_is_no_image_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[s
             read_image_file(tmp_path / name, "RGB", (8, 8, 3))
     with pytest.raises(ValueError, match=r"cannot be read \(No such file or directory\)"):
         read_image_file(tmp_path / "nowhere.png", "RGB", (8, 8, 3))
+    os.mkfifo(tmp_path / "fifo.png")
+    with pytest.raises(ValueError, match=r"cannot be read \(not a regular file\)"):
+        read_image_file(tmp_path / "fifo.png", "RGB", (8, 8, 3))
     assert capfd.readouterr().err == ""  # the decoder keeps its own words to itself
 
 
 def test_folders_are_searched(tmp_path: Path) -> None:
-    for name in ("b.PNG", "a/c.jpeg", "a/notes.txt", "a/._c.jpeg"):
+    for name in ("b.PNG", "a/c.jpeg", "a/notes.txt", "a/._c.jpeg", ".cache/d.png", "__MACOSX/e.png", "x.png/f.tiff"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [str(path.relative_to(tmp_path)) for path in find_image_files(tmp_path)] == ["a/c.jpeg", "b.PNG"]
-    assert find_image_files(tmp_path / "a/notes.txt") == [tmp_path / "a/notes.txt"]  # named: tried
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "x.png")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    images, line = find_image_files(tmp_path)
+    expected = ["a/c.jpeg", "b.PNG", "elsewhere/f.tiff", "x.png/f.tiff"]
+    assert [str(path.relative_to(tmp_path)) for path in images] == expected
+    assert line is not None
+    assert line.startswith(
+        f"left out of {tmp_path}: 2 hidden folders (.cache, ...), 1 hidden file (a/._c.jpeg), "
+        "1 .txt file (a/notes.txt), 1 circular link (a/up); used: png, "
+    )
+    assert find_image_files(tmp_path / "a/notes.txt") == ([tmp_path / "a/notes.txt"], None)  # named: tried
     with pytest.raises(ValueError, match="does not exist"):
         find_image_files(tmp_path / "nowhere")
     (tmp_path / "none").mkdir()

@@ -13,7 +13,10 @@ from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.reader import StreamReader
 from shardstep.datasets.scan import index_shards
 from shardstep.datasets.sources import open_source
+from shardstep.datasets.verify import verify_shards
 from shardstep.datasets.write import balanced_choice, make_missing_shards, write_shards
+from shardstep.launch.cli import run as run_command
+from shardstep.launch.shards import main as shards_main
 from tests.datasets.test_sources import make_tree, png
 from tests.datasets.test_tar import write_tar
 
@@ -268,11 +271,125 @@ def test_foreign_tars_can_be_indexed(tmp_path: Path) -> None:
         ({"1.png": png(1), "1.cls": b"9" * 5000}, "1.cls is not a label"),
         ({"1.png": b"junk", "1.cls": b"1"}, "1.png: not an image"),
         ({"1.txt": b"junk"}, "no samples"),
+        ({"1.png": png(1), "1.jpg": png(1), "1.cls": b"1"}, "1.jpg has the key of 1.png: a sample has one image"),
+        ({"1.5x.png": png(1), "1.6x.cls": b"1"}, "1.5x.png has no label 1.5x.cls"),
+        ({"1.png": png(1), "1.cls": b"1", "2.5x.cls": b"1"}, "2.5x.cls has no image"),
+        ({"1.left.png": png(1), "1.cls": b"1"}, "1.left.png has no label 1.left.cls"),
     ],
 )
 def test_foreign_tars_with_problems(tmp_path: Path, members: dict[str, bytes], expected: str) -> None:
     with pytest.raises(InputError, match=expected.replace(".", r"\.")):
         index_shards(foreign(tmp_path / "x", a=members), {}, classes=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("members", "keys"),
+    [
+        (["img_1.5x.png", "img_1.5x.cls", "img_2.5x.png", "img_2.5x.cls"], ["img_1.5x", "img_2.5x"]),
+        (["1.5x.png", "1.5x.cls", "1.6x.cls", "1.6x.png", "1.png", "1.cls"], ["1.5x", "1.6x", "1"]),
+        (["a.b/1.png", "a.b/1.cls", "a.b/2.0.JPG", "a.b/2.0.CLS"], ["a.b/1", "a.b/2.0"]),
+        (["./v1.0.png", "./v1.0.cls"], ["./v1.0"]),
+        (["1.v2.final.png", "1.v2.final.cls"], ["1.v2.final"]),
+        (["1.png", "1.cls", "1.depth.png", "1.json", "1.coarse.cls"], ["1"]),
+        (["1.5.png", "1.5.cls", "1.5.mask.png"], ["1.5"]),
+        (["1.png", "1.cls", "._1.png", "._1.cls", "__MACOSX/._1.png", ".hidden/2.png", ".DS_Store"], ["1"]),
+    ],
+)
+def test_every_sample_of_a_foreign_tar_is_indexed(tmp_path: Path, members: list[str], keys: list[str]) -> None:
+    content = {name: b"0" if name.lower().endswith("cls") else png(1) for name in members}
+    folder = foreign(tmp_path / "x", a=content)
+    assert index_shards(folder, {}).samples == len(keys)
+    opened = open_shards(folder)
+    assert [opened.key(number) for number in range(len(keys))] == keys
+    assert verify_shards(folder) == []
+
+
+def test_what_foreign_tars_hold_beside_samples_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = {"1.png": png(1), "1.cls": b"0", "1.json": b"{}", "1.depth.png": png(1), "._1.png": b""}
+    folder = foreign(tmp_path / "x", a=sample, b={"2.png": png(1), "2.cls": b"0", "2.json": b"{}"})
+    (folder / "c.tar.gz").write_bytes(b"")
+    (folder / "._a.tar").write_bytes(b"")
+    (folder / "more").mkdir()
+    assert index_shards(folder, {}).samples == 2
+    assert capsys.readouterr().err == (
+        f"left out of {folder}: 2 hidden files (._a.tar, ...), 2 .json files (a.tar: 1.json, ...), 1 .gz file (c.tar.gz), "
+        "1 folder (more), 1 extra image (a.tar: 1.depth.png); used: <key>.cls beside <key>.png|jpg|jpeg|webp in .tar\n"
+    )
+    index_shards(folder, {})  # the manifest and index of before are no files to tell about
+    assert "2 hidden files" in capsys.readouterr().err
+    assert verify_shards(folder) == []
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize("name", ["2.png", "2.cls"])
+def test_samples_that_are_links_are_refused(tmp_path: Path, kind: bytes, name: str) -> None:
+    folder = foreign(tmp_path / "x", a={"1.png": png(1), "1.cls": b"0"})
+    with tarfile.open(folder / "a.tar", "a") as tar:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "1.png"
+        tar.addfile(info)
+    with pytest.raises(
+        InputError, match=rf"a\.tar: {name} is a (hard link|link|special file): pack the files themselves"
+    ):
+        index_shards(folder, {})
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "broken link", "link to a folder"])
+def test_tars_that_are_no_files(tmp_path: Path, kind: str) -> None:
+    folder = foreign(tmp_path / "x", a={"1.png": png(1), "1.cls": b"0"})
+    if kind == "FIFO":
+        os.mkfifo(folder / "b.tar")
+    else:
+        (folder / "b.tar").symlink_to("nowhere" if kind == "broken link" else tmp_path)
+    if kind == "link to a folder":
+        assert index_shards(folder, {}).samples == 1  # counted
+        return
+    with pytest.raises(
+        InputError, match=r"cannot be indexed: .*b\.tar cannot be read: (not a regular|it does not exist)"
+    ):
+        index_shards(folder, {})
+
+
+def labelled(*labels: int) -> dict[str, bytes]:
+    """Members of a tar with one sample for each label."""
+    images = {f"{number}.png": png(1) for number in range(len(labels))}
+    return images | {f"{number}.cls": str(label).encode() for number, label in enumerate(labels)}
+
+
+def test_labels_that_count_from_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = foreign(tmp_path / "x", a=labelled(1, 2, 3, 3))
+    expected = "the labels are 1 to 3, none is 0. If they count from 1, add --first-label 1"
+    assert run_command(shards_main, ["index", str(folder)]) == 2
+    assert expected in capsys.readouterr().err
+    assert shards_main(["index", str(folder), "--first-label", "1"]) == 0
+    opened = open_shards(folder)
+    assert (opened.manifest.classes, opened.manifest.samples_per_class) == (["1", "2", "3"], [1, 1, 2])
+    assert opened.labels.tolist() == [0, 1, 2, 2]
+    assert shards_main(["index", str(folder), "--force", "--classes", "a,b,c"]) == 0  # counts from 1, as before
+    assert open_shards(folder).manifest.samples_per_class == [1, 1, 2]
+    damage = folder / "a.tar"
+    damage.write_bytes(damage.read_bytes().replace(b"1" + bytes(511), b"2" + bytes(511), 1))
+    assert "the label of sample 0" in "".join(verify_shards(folder))
+    assert len(verify_shards(folder)) == 2
+    assert run_command(shards_main, ["index", str(folder), "--force", "--first-label", "3"]) == 2
+    assert "0.cls is not a label: it must be an integer from 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "expected"),
+    [
+        ((0, 2, 2), [], "1 class without images: 1"),
+        ((1, 2, 2), ["--classes", "a,b,c"], "1 class without images: a"),
+        ((2, 2, 2), ["--first-label", "2"], ""),
+        ((0, 1, 2), [], ""),
+    ],
+)
+def test_classes_without_samples_are_told(
+    tmp_path: Path, labels: tuple[int, ...], options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = foreign(tmp_path / "x", a=labelled(*labels))
+    assert shards_main(["index", str(folder), *options]) == 0
+    assert capsys.readouterr().err == (f"{folder}: {expected}\n" if expected else "")
 
 
 def test_all_problems_are_counted_though_not_all_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,196 @@
+"""What counts as input: the one rule by which folders, tars, shards and predictions choose their files.
+
+An image is known by the end of its name. Hidden files, and what operating systems leave beside images, are never images.
+What is not used is counted, and LeftOut makes one line of it.
+"""
+
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from shardstep.configs.errors import InputError
+from shardstep.configs.text import count
+from shardstep.datasets.decode import EXTENSIONS
+
+# Of macOS, Windows, Synology, ext4 and Python; other hidden names begin with a dot.
+_SYSTEM_NAMES = (
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir",
+    "lost+found", "__pycache__",
+)  # fmt: skip
+_HIDDEN_PART = re.compile(  # a dot and more than . and .. have, or a whole system name
+    rf"(?:^|/)(?:\.(?!\.?(?:/|$))|(?:{'|'.join(map(re.escape, _SYSTEM_NAMES))})(?:/|$))", re.IGNORECASE
+)
+_MOST_KINDS = 8  # in a line of LeftOut
+
+
+def is_hidden(path: str) -> bool:
+    """Check whether a file, or a folder above it in this path, is hidden or the system's own."""
+    return _HIDDEN_PART.search(path) is not None
+
+
+def split_name(path: str) -> tuple[str, str]:
+    """Split a path at the last dot of its base name into key and extension (in lower case).
+
+    WebDataset splits at the first dot. Keys with dots (`img_1.5x.png`) would then be one key with extensions `5x.png`.
+    """
+    folder, slash, base = path.rpartition("/")
+    stem, dot, extension = base.rpartition(".")
+    return (folder + slash + stem, extension.lower()) if dot else (path, "")
+
+
+class LeftOut:
+    """Counts the files of an input that are not used, by kind, and remembers the first of each kind."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, kind: str, name: str) -> None:
+        """Count a file. `kind` says why it is left out, as a noun that takes an s in the plural: "hidden file"."""
+        self.counts[kind] += 1
+        self._first.setdefault(kind, name)
+
+    def add_file(self, name: str) -> None:
+        """Count a file whose name is not that of an image."""
+        extension = split_name(name)[1]
+        self.add(f".{extension} file" if extension else "other file", name)
+
+    def update(self, other: "LeftOut") -> None:
+        """Add the counts of another one."""
+        self.counts += other.counts
+        self._first = other._first | self._first
+
+    def line(self, where: Path, used: str = ", ".join(EXTENSIONS)) -> str | None:
+        """Format all kinds as one line, the most frequent first, and what is used instead; None if none was left out."""
+        if not self.counts:
+            return None
+        shown = self.counts.most_common(_MOST_KINDS)
+        kinds = [f"{count(n, kind)} ({self._first[kind]}{', ...' if n > 1 else ''})" for kind, n in shown]
+        rest = self.counts.total() - sum(n for _, n in shown)
+        return f"left out of {where}: {', '.join(kinds)}{f', {rest:,} more' if rest else ''}; used: {used}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file or folder in a folder of a FileTree; links are what they lead to."""
+
+    name: str
+    kind: Literal["file", "folder", "broken link", "special file"]
+    identity: Hashable  # the same for all links to one file or folder; None for broken links
+
+
+class FileTree(Protocol):
+    """A folder, or a tar of one. Paths in it are relative to its root, which is ""."""
+
+    where: Path
+
+    def identity(self, folder: str) -> Hashable:
+        """Return the identity of a folder, as in its Entry."""
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        """List a folder, in any order."""
+
+    def read(self, path: str) -> bytes:
+        """Read a file. Raises ValueError with the reason if it cannot be read."""
+
+
+class FolderTree:
+    """A folder on disk as a FileTree. Links are followed."""
+
+    def __init__(self, where: Path) -> None:
+        self.where = where
+
+    def identity(self, folder: str) -> Hashable:
+        """Return device and inode."""
+        found = os.stat(os.path.join(self.where, folder))
+        return found.st_dev, found.st_ino
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        """List a folder. Raises InputError if it cannot be listed."""
+        path = os.path.join(self.where, folder)
+        try:
+            device = os.stat(path).st_dev
+            with os.scandir(path) as items:
+                yield from (_entry(item, device) for item in items)
+        except OSError as error:
+            raise InputError(f"the folder {path} cannot be listed ({error.strerror})") from None
+
+    def read(self, path: str) -> bytes:
+        """Read a file; see read_file."""
+        return read_file(self.where / path)
+
+
+def _entry(item: "os.DirEntry[str]", device: int) -> Entry:
+    if item.is_file(follow_symlinks=False):
+        return Entry(item.name, "file", (device, item.inode()))
+    try:
+        found = item.stat()
+    except OSError:  # the target does not exist, is the link itself, or is in a folder that may not be entered
+        return Entry(item.name, "broken link", None)
+    kinds: dict[int, Literal["file", "folder"]] = {stat.S_IFREG: "file", stat.S_IFDIR: "folder"}
+    return Entry(item.name, kinds.get(stat.S_IFMT(found.st_mode), "special file"), (found.st_dev, found.st_ino))
+
+
+def read_file(path: Path) -> bytes:
+    """Read a regular file, or what a link leads to; never wait for a FIFO or a device.
+
+    Raises:
+        ValueError: it cannot be read, with the reason.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("cannot be read (not a regular file)")
+        return path.read_bytes()
+    except OSError as error:
+        link = f"link to {os.readlink(path)}: " if path.is_symlink() else ""
+        raise ValueError(f"cannot be read ({link}{error.strerror})") from None
+
+
+@dataclass
+class FoundImages:
+    """The images in a FileTree, and what is beside them."""
+
+    images: list[str] = field(default_factory=list)  # paths, sorted by their parts; some may turn out to be unreadable
+    left_out: LeftOut = field(default_factory=LeftOut)
+    repeated: list[str] = field(default_factory=list)  # images that are another of them under a second name, by links
+
+
+def find_images(tree: FileTree, start: str = "", extensions: Collection[str] = EXTENSIONS) -> FoundImages:
+    """Find the images in and below a folder of a tree. Links are followed, except back to a folder above them.
+
+    Raises:
+        InputError: a folder cannot be listed.
+    """
+    found, seen = FoundImages(), set[Hashable]()
+    waiting = _children(tree, start, frozenset([tree.identity(start)]))
+    while waiting:
+        path, entry, above = waiting.pop()
+        is_folder = entry.kind == "folder"
+        if is_hidden(entry.name):
+            found.left_out.add("hidden folder" if is_folder else "hidden file", path)
+        elif is_folder and entry.identity in above:
+            found.left_out.add("circular link", path)
+        elif is_folder:
+            waiting += _children(tree, path, above | {entry.identity})
+        elif split_name(path)[1] in extensions:
+            found.images.append(path)
+            if entry.identity in seen:
+                found.repeated.append(path)
+            elif entry.identity is not None:
+                seen.add(entry.identity)
+        elif entry.kind == "file":
+            found.left_out.add_file(path)
+        else:
+            found.left_out.add(entry.kind, path)
+    return found
+
+
+def _children(tree: FileTree, folder: str, above: frozenset[Hashable]) -> list[tuple[str, Entry, frozenset[Hashable]]]:
+    """Return what is in a folder, last name first, with the identities of the folders above it."""
+    entries = sorted(tree.entries(folder), key=lambda entry: entry.name, reverse=True)
+    return [(f"{folder}/{entry.name}" if folder else entry.name, entry, above) for entry in entries]
