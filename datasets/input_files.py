@@ -43,6 +43,15 @@ def split_name(path: str) -> tuple[str, str]:
     return (folder + slash + stem, extension.lower()) if dot else (path, "")
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A file or folder in a folder of a FileTree; links are what they lead to."""
+
+    name: str
+    kind: Literal["file", "folder", "broken link", "special file"]
+    identity: Hashable  # the same for all links to one file or folder; None for broken links
+
+
 class LeftOut:
     """Counts the files of an input that are not used, by kind, and remembers the first of each kind."""
 
@@ -60,6 +69,15 @@ class LeftOut:
         extension = split_name(name)[1]
         self.add(f".{extension} file" if extension else "other file", name)
 
+    def add_entry(self, path: str, entry: Entry) -> None:
+        """Count a file or folder that is hidden, no image by its name, or no regular file."""
+        if is_hidden(entry.name):
+            self.add("hidden folder" if entry.kind == "folder" else "hidden file", path)
+        elif entry.kind == "file":
+            self.add_file(path)
+        else:
+            self.add(entry.kind, path)
+
     def update(self, other: "LeftOut") -> None:
         """Add the counts of another one."""
         self.counts += other.counts
@@ -73,15 +91,6 @@ class LeftOut:
         kinds = [f"{count(n, kind)} ({self._first[kind]}{', ...' if n > 1 else ''})" for kind, n in shown]
         rest = self.counts.total() - sum(n for _, n in shown)
         return f"left out of {where}: {', '.join(kinds)}{f', {rest:,} more' if rest else ''}; used: {used}"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file or folder in a folder of a FileTree; links are what they lead to."""
-
-    name: str
-    kind: Literal["file", "folder", "broken link", "special file"]
-    identity: Hashable  # the same for all links to one file or folder; None for broken links
 
 
 class FileTree(Protocol):
@@ -170,12 +179,11 @@ def find_images(tree: FileTree, start: str = "", extensions: Collection[str] = E
     waiting = _children(tree, start, frozenset([tree.identity(start)]))
     while waiting:
         path, entry, above = waiting.pop()
-        is_folder = entry.kind == "folder"
         if is_hidden(entry.name):
-            found.left_out.add("hidden folder" if is_folder else "hidden file", path)
-        elif is_folder and entry.identity in above:
+            found.left_out.add_entry(path, entry)
+        elif entry.kind == "folder" and entry.identity in above:
             found.left_out.add("circular link", path)
-        elif is_folder:
+        elif entry.kind == "folder":
             waiting += _children(tree, path, above | {entry.identity})
         elif split_name(path)[1] in extensions:
             found.images.append(path)
@@ -183,10 +191,8 @@ def find_images(tree: FileTree, start: str = "", extensions: Collection[str] = E
                 found.repeated.append(path)
             elif entry.identity is not None:
                 seen.add(entry.identity)
-        elif entry.kind == "file":
-            found.left_out.add_file(path)
         else:
-            found.left_out.add(entry.kind, path)
+            found.left_out.add_entry(path, entry)
     return found
 
 

@@ -223,14 +223,10 @@ def find_tars(folder: Path) -> tuple[list[Path], LeftOut]:
     """Return the tars in a folder, sorted, whether or not they can be read, and what else is there."""
     tars, left_out = [], LeftOut()
     for entry in sorted(FolderTree(folder).entries(""), key=lambda entry: entry.name):
-        if is_hidden(entry.name):
-            left_out.add("hidden folder" if entry.kind == "folder" else "hidden file", entry.name)
-        elif entry.kind == "folder":
-            left_out.add("folder", entry.name)
-        elif split_name(entry.name)[1] == "tar":
+        if split_name(entry.name)[1] == "tar" and entry.kind != "folder" and not is_hidden(entry.name):
             tars.append(folder / entry.name)
         elif entry.name not in (MANIFEST_NAME, INDEX_NAME):
-            left_out.add_file(entry.name)
+            left_out.add_entry(entry.name, entry)
     return tars, left_out
 
 

@@ -15,8 +15,10 @@ import os
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
+from shardstep.datasets.input_files import FolderTree
 from shardstep.datasets.manifest import Manifest
 from shardstep.datasets.sources import cifar10
+from shardstep.datasets.sources.class_folders import find_class_folders, visible_folders
 from shardstep.datasets.sources.digits import DIGIT_CLASSES, DIGITS, read_digits
 from shardstep.datasets.sources.image_folder import open_image_folder
 from shardstep.datasets.sources.image_tar import open_image_tar
@@ -54,14 +56,15 @@ def surely_differs(source: str, manifest: Manifest, split: str) -> bool:
         return made_from not in (f"synthetic:{count}", WRITTEN_ELSEWHERE)
     if source == "cifar10":
         return made_here or (classes != cifar10.CIFAR10_CLASSES and not os.environ.get("CIFAR10_SOURCE"))
-    return made_here or not _shares_a_class(os.path.join(os.path.expanduser(source), split), classes)
+    return made_here or not _shares_a_class(Path(os.path.expanduser(source)), split, classes)
 
 
-def _shares_a_class(folder: str, classes: list[str]) -> bool:
+def _shares_a_class(source: Path, split: str, classes: list[str]) -> bool:
+    tree = FolderTree(source)
     try:
-        with os.scandir(folder) as entries:
-            return not {entry.name for entry in entries if entry.is_dir()}.isdisjoint(classes)
-    except OSError:  # an archive, or the source no longer exists
+        folder, has_splits = find_class_folders(tree, split)
+        return not has_splits or not set(visible_folders(tree, folder)).isdisjoint(classes)
+    except InputError:  # an archive, or the source no longer exists
         return True
 
 

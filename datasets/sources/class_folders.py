@@ -50,7 +50,8 @@ def find_class_folders(tree: FileTree, split: str) -> tuple[str, bool]:
         )
     if chosen != split and len(mine) > 1:
         raise InputError(f"{where} has several folders for {split}: {', '.join(sorted(mine))}. Give one as the source")
-    inside = _unwrapped(tree, joined(top, chosen), lambda name: name == chosen or is_split_of(name, split))
+    named_so = {chosen.lower(), *_NO_CLASSES}
+    inside = _unwrapped(tree, joined(top, chosen), lambda name: name.lower() in named_so or _split_of(name) == split)
     return inside, True
 
 
@@ -71,11 +72,6 @@ def split_folders(names: Iterable[str]) -> dict[str, str]:
         if len(set(pair.values())) > 1:
             found |= pair
     return found
-
-
-def is_split_of(name: str, split: str) -> bool:
-    """Check whether a folder's name alone says that it holds a split."""
-    return _split_of(name) == split
 
 
 def _split_of(name: str) -> str | None:

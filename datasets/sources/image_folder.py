@@ -62,12 +62,9 @@ def open_image_tree(description: str, tree: FileTree, split: str) -> Source:
 
 def _empty_folders(tree: FileTree, start: str, classes: set[str]) -> list[str]:
     """Return first folders without images. A broken link in their place is one: it may lead to an unmounted disk."""
-    folders = {
-        entry.name
-        for entry in tree.entries(start)
-        if entry.kind in ("folder", "broken link") and not is_hidden(entry.name)
-    }
-    return sorted(folders - classes)
+    entries = [entry for entry in tree.entries(start) if entry.name not in classes and not is_hidden(entry.name)]
+    names = {"folder": "{}", "broken link": "{} (a broken link)"}
+    return sorted(names[entry.kind].format(entry.name) for entry in entries if entry.kind in names)
 
 
 def _notes(tree: FileTree, start: str, found: FoundImages, has_splits: bool) -> list[str]:
@@ -93,12 +90,11 @@ def _count_beside(tree: FileTree, start: str, found: FoundImages) -> None:
         splits = split_folders([entry.name for entry in entries if entry.kind == "folder"])
         for entry in entries:
             path = joined(above, entry.name)
-            if entry.name == passed or entry.name in splits or is_hidden(entry.name):
+            is_other_split = entry.name in splits and splits[entry.name] != splits.get(passed)
+            if entry.name == passed or is_other_split:
                 continue
-            if entry.kind == "folder":
-                found.left_out.add("folder beside", path)
-            elif split_name(path)[1] in EXTENSIONS:
+            if entry.kind == "file" and split_name(path)[1] in EXTENSIONS and not is_hidden(entry.name):
                 found.left_out.add("loose image", path)
             else:
-                found.left_out.add_file(path)
+                found.left_out.add_entry(path, entry)
         above = joined(above, passed)

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from shardstep.configs.errors import InputError
+from shardstep.datasets.decode import EXTENSIONS
 from shardstep.datasets.input_files import FolderTree, LeftOut, find_images, is_hidden, split_name
 from shardstep.datasets.sources import open_source
 from shardstep.datasets.sources.class_folders import split_folders
 from shardstep.datasets.sources.source import Source
-from shardstep.datasets.write import write_shards
+from shardstep.datasets.write import make_missing_shards, write_shards
+from shardstep.launch.shards import main as shards_main
 from tests.datasets.test_sources import png
 from tests.datasets.test_tar import write_tar
 
@@ -145,9 +147,26 @@ def test_images_that_cannot_be_read_are_bad_images(
 @pytest.mark.parametrize("empty", ["c/", "c/.hidden.png", "c/notes.txt", "c/d/", "c -> nowhere", "c -> c"])
 def test_a_class_without_images_is_refused(tmp_path: Path, empty: str, packed: bool) -> None:
     path = make_input(tmp_path, ["a/1.png", "b/1.png", empty], packed)
-    with pytest.raises(InputError, match=r"has folders for train without images \(png, .*\): c\. Add some or remove"):
+    with pytest.raises(
+        InputError,
+        match=r"has folders for train without images \(png, .*\): c( \(a broken link\))?\. Add some or remove",
+    ):
         write_shards(str(path), "train", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["write", "train"])
+def test_commands_print_what_is_left_out(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_input(tmp_path, ["train/a/1.png", "train/a/.ipynb_checkpoints/1.png", "train/a/x.txt"], packed=False)
+    if command == "write":
+        shards_main(["write", "--source", str(source), "--out", str(tmp_path / "out")])
+    else:
+        make_missing_shards(str(source), "train", tmp_path / "out")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    assert lines == [
+        f"left out of {source}: 1 hidden folder (train/a/.ipynb_checkpoints), 1 .txt file (train/a/x.txt); "
+        f"used: {', '.join(EXTENSIONS)}"
+    ]
 
 
 # --- folders that are no classes --------------------------------------------------------------------------------------
@@ -192,7 +211,7 @@ def test_names_in_pairs_are_splits() -> None:
         ("Train", "TEST"), ("training", "testing"), ("training_set", "test_set"), ("seg_train", "seg_test"),
         ("Training Data", "Testing Data"), ("asl_alphabet_train", "asl_alphabet_test"),
         ("seg_train/seg_train", "seg_test/seg_test"), ("train/Train", "test/Test"), ("wrapper/train", "wrapper/test"),
-        ("data/images/train", "data/images/test"),
+        ("data/images/train", "data/images/test"), ("train/images", "test/Images"),
     ],
 )  # fmt: skip
 def test_splits_by_other_names_are_used(tmp_path: Path, train: str, test: str, packed: bool) -> None:
@@ -248,19 +267,11 @@ def test_classes_below_splits_may_have_any_name(tmp_path: Path, packed: bool) ->
 
 @BOTH
 def test_what_lies_beside_a_split_is_counted(tmp_path: Path, packed: bool) -> None:
-    files = [
-        "train/a/1.png",
-        "train/b/1.png",
-        "test/a/1.png",
-        "val/a/1.png",
-        "pool/1.png",
-        "labels.csv",
-        "lost.png",
-        ".x",
-    ]
+    splits = ["train/a/1.png", "train/b/1.png", "test/a/1.png", "val/a/1.png"]
+    files = [*splits, "Training/1.png", "labels.csv", "lost.png", ".x"]
     path = make_input(tmp_path, files, packed)
     (line,) = open_source(str(path), "train").notes
-    assert "1 .csv file (labels.csv), 1 loose image (lost.png), 1 folder beside (pool)" in line
+    assert "1 hidden file (.x), 1 folder (Training), 1 .csv file (labels.csv), 1 loose image (lost.png);" in line
 
 
 @BOTH

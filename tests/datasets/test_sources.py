@@ -324,7 +324,7 @@ def test_shards_of_another_source_are_known_by_their_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.delenv("CIFAR10_SOURCE", raising=False)
-    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "Train" / "a").mkdir(parents=True)
     source = str(tmp_path) if source == "FOLDER" else source
     manifest = replace(open_shards(shards / "train").manifest, made={"source": made_from}, classes=classes)
     assert surely_differs(source, manifest, "train") == differs

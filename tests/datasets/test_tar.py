@@ -121,6 +121,7 @@ def test_every_kind_of_member_is_told(tmp_path: Path, tar_format: int) -> None:
         "d": (tarfile.DIRTYPE, "", "folder"),
         "l": (tarfile.SYMTYPE, far, "link"),
         "h": (tarfile.LNKTYPE, far, "hard link"),
+        "i": (b"D", "", "folder"),
         "p": (tarfile.FIFOTYPE, "", "special file"),
         "c": (tarfile.CHRTYPE, "", "special file"),
         "n" * 120 if tar_format != tarfile.USTAR_FORMAT else "n": (tarfile.SYMTYPE, far, "link"),

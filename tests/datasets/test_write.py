@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.decode import decode
+from shardstep.datasets.decode import EXTENSIONS, decode
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.reader import StreamReader
 from shardstep.datasets.scan import index_shards
@@ -313,7 +313,8 @@ def test_what_foreign_tars_hold_beside_samples_is_counted(tmp_path: Path, capsys
     assert index_shards(folder, {}).samples == 2
     assert capsys.readouterr().err == (
         f"left out of {folder}: 2 hidden files (._a.tar, ...), 2 .json files (a.tar: 1.json, ...), 1 .gz file (c.tar.gz), "
-        "1 folder (more), 1 extra image (a.tar: 1.depth.png); used: <key>.cls beside <key>.png|jpg|jpeg|webp in .tar\n"
+        "1 folder (more), 1 extra image (a.tar: 1.depth.png); used: <key>.cls beside "
+        f"<key>.{'|'.join(EXTENSIONS)} in .tar\n"
     )
     index_shards(folder, {})  # the manifest and index of before are no files to tell about
     assert "2 hidden files" in capsys.readouterr().err
