@@ -44,7 +44,8 @@ def open_image_tree(description: str, tree: FileTree, split: str) -> Source:
     parts = [image.split("/")[skip:] for image in images]
     loose = [image[0] for image in parts if len(image) < 2]
     if loose:
-        raise InputError(f"{where} holds {count(len(loose), 'image')} outside class folders, such as {loose[0]}")
+        which = f"{count(len(loose), 'image')} outside class folders, such as {loose[0]}"
+        raise InputError(f"{where} holds {which}: sort them into <class>/<file>, or give another source")
     refuse_what_are_no_classes(parts, has_splits, str(where))
     classes = sorted({image[0] for image in parts})
     label_of = {name: label for label, name in enumerate(classes)}
