@@ -118,8 +118,10 @@ def _class_problems(labels: np.ndarray, classes: list[str] | None, first_label: 
     smallest, largest = int(labels.min()) + first_label, int(labels.max()) + first_label
     if classes is not None:
         problems = ["class names must be unique and not empty"] if len(set(classes) - {""}) < len(classes) else []
-        reach = f"label {largest} is out of range: there are {len(classes)} classes"
-        return problems + ([reach] if labels.max() >= len(classes) else [])
+        if labels.max() >= len(classes):
+            remedy = f"; if labels count from {smallest}, add --first-label {smallest}" if labels.min() == 1 else ""
+            problems.append(f"label {largest} is out of range: there are {len(classes)} classes{remedy}")
+        return problems
     if labels.max() >= len(labels):
         return [f"the largest label is {largest}, with {count(len(labels), 'sample')}: give the class names"]
     if smallest > first_label:

@@ -78,8 +78,8 @@ def _notes(tree: FileTree, start: str, found: FoundImages, has_splits: bool) -> 
     if line := found.left_out.line(tree.where):
         notes.append(line)
     if found.repeated:
-        which = count(len(found.repeated), "image is the file", "images are the files")
-        notes.append(f"{tree.where}: {which} of another image too, by a link, and count again: {found.repeated[0]}")
+        which = f"{count(len(found.repeated), 'image')} found more than once, by links"
+        notes.append(f"{tree.where}: {which}, and used each time: {found.repeated[0]}")
     return notes
 
 

@@ -113,7 +113,7 @@ def test_images_that_links_multiply_are_told(tmp_path: Path, link: str, packed: 
     extra = ["b/2.png"] if link.startswith("a") else []
     source = open_source(str(make_input(tmp_path, ["a/1.png", *extra, link], packed)), "train")
     assert len(source.labels) == 2 + len(extra)
-    assert any("1 image is the file of another image too, by a link, and count" in note for note in source.notes)
+    assert any("1 image found more than once, by links, and used each time: " in note for note in source.notes)
 
 
 @BOTH
@@ -261,7 +261,8 @@ def test_a_class_may_be_called_train(tmp_path: Path, split: str, packed: bool) -
 @BOTH
 def test_classes_below_splits_may_have_any_name(tmp_path: Path, packed: bool) -> None:
     classes = ["bus", "images", "test", "train", "val"]
-    path = make_input(tmp_path, [f"train/{name}/1.png" for name in classes], packed)
+    files = [f"train/{name}/1.png" for name in classes]
+    path = make_input(tmp_path, [*files, "train/bus/test/2.png", "train/bus/val/3.png"], packed)
     assert open_source(str(path), "train").classes == classes
 
 

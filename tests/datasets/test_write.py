@@ -362,6 +362,10 @@ def test_labels_that_count_from_one(tmp_path: Path, capsys: pytest.CaptureFixtur
     expected = "the labels are 1 to 3, none is 0. If they count from 1, add --first-label 1"
     assert run_command(shards_main, ["index", str(folder)]) == 2
     assert expected in capsys.readouterr().err
+    assert run_command(shards_main, ["index", str(folder), "--classes", "a,b,c"]) == 2
+    assert (
+        "label 3 is out of range: there are 3 classes; if labels count from 1, add --first" in capsys.readouterr().err
+    )
     assert shards_main(["index", str(folder), "--first-label", "1"]) == 0
     opened = open_shards(folder)
     assert (opened.manifest.classes, opened.manifest.samples_per_class) == (["1", "2", "3"], [1, 1, 2])
