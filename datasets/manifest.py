@@ -7,7 +7,7 @@ index           20 bytes a sample: shard, offset / 512, size, label, crc32 (five
 import hashlib
 import json
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import write_atomically
 from shardstep.configs.text import count
+from shardstep.datasets.class_names import class_names_of_manifest
 from shardstep.datasets.input_files import FolderTree, LeftOut, is_hidden, split_name
 from shardstep.datasets.tar import BLOCK, read_members
 
@@ -119,7 +120,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
             f"{where} is damaged: its content does not match its fingerprint. Write the shards again, or, if you trust "
             f"them, recreate it with `shardstep shards index DIR --force --classes NAME,NAME,...`"
         )
-    return manifest
+    return replace(manifest, classes=class_names_of_manifest(manifest.classes))
 
 
 def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
@@ -130,7 +131,7 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
     """
     path, digest, largest_label = folder / INDEX_NAME, hashlib.sha256(), 0
     if not path.is_file():
-        raise InputError(f"{path} is missing. Recreate it with {_index_command(folder, manifest)}")
+        raise InputError(f"{path} is missing. Recreate it with {_index_command(folder)}")
     # Read, not mapped: pages of a map would count as memory of this process.
     with path.open("rb") as file:
         while data := file.read(_CHECKED_TOGETHER * INDEX_DTYPE.itemsize):
@@ -140,7 +141,7 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
     if digest.hexdigest() != manifest.index_sha256:
         raise InputError(
             f"{path} is damaged: its SHA-256 is not the one in {MANIFEST_NAME}. Write the shards again, or, if you trust "
-            f"them, recreate both with {_index_command(folder, manifest)}"
+            f"them, recreate both with {_index_command(folder)}"
         )
     size = path.stat().st_size
     if size != manifest.samples * INDEX_DTYPE.itemsize:
@@ -200,9 +201,8 @@ def open_shards(path: str | Path) -> ShardFolder:
         )
     if not (folder / MANIFEST_NAME).is_file():
         tars = len(find_tars(folder)[0])
-        remedy = (
-            f"index them with `shardstep shards index {folder}`" if tars else "write some with `shardstep shards write`"
-        )
+        command = shlex.join(["shardstep", "shards", "index", str(folder)])
+        remedy = f"index them with `{command}`" if tars else "write some with `shardstep shards write`"
         raise InputError(f"no data set in {folder}: {count(tars, 'tar file')} and no {MANIFEST_NAME}; {remedy}")
     manifest = parse_manifest((folder / MANIFEST_NAME).read_text(errors="replace"), str(folder / MANIFEST_NAME))
     problems = [problem for shard in manifest.shards if (problem := size_problem(folder / shard.name, shard.bytes))]
@@ -214,9 +214,9 @@ def open_shards(path: str | Path) -> ShardFolder:
     return ShardFolder(folder, manifest, index)
 
 
-def _index_command(folder: Path, manifest: Manifest) -> str:
-    command = ["shardstep", "shards", "index", str(folder), "--force", "--classes", ",".join(manifest.classes)]
-    return f"`{shlex.join(command)}`"
+def _index_command(folder: Path) -> str:
+    """Return the command that writes manifest and index again; it keeps the class names of an intact manifest."""
+    return f"`{shlex.join(['shardstep', 'shards', 'index', str(folder), '--force'])}`"
 
 
 def find_tars(folder: Path) -> tuple[list[Path], LeftOut]:

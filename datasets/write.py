@@ -18,13 +18,14 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
 from shardstep.configs.files import sync_to_disk
+from shardstep.configs.text import listed
 from shardstep.datasets.decode import EXTENSIONS, decode, encode_png
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.rng import permutation
 from shardstep.datasets.scan import MOST_NAMED, index_shards
 from shardstep.datasets.sources import open_source
-from shardstep.datasets.sources.source import Source, listed
+from shardstep.datasets.sources.source import Source
 
 BadImages = Literal["refuse", "skip"]
 SAMPLES_PER_SHARD = 1000

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import os
 import shutil
 import sys
@@ -13,6 +14,7 @@ from importlib import import_module, metadata
 from typing import NoReturn
 
 from shardstep.configs.errors import InputError, TrainingFailed, is_out_of_memory
+from shardstep.configs.text import printable
 from shardstep.trainer.distributed import launch_env
 
 COMMANDS = {
@@ -71,6 +73,8 @@ def run_script(command: Callable[[list[str]], int]) -> NoReturn:
 
 def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command; errors that the user can fix become a message and an exit code, others keep their traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks, like stderr does
     try:
         return command(arguments)
     except InputError as error:
@@ -142,4 +146,4 @@ def _reason(error: OSError) -> str:
 def _print_error(message: str, everywhere: bool = True) -> None:
     """Print to stderr; if every rank has the same message (`everywhere`), only rank 0 prints it."""
     if launch_env.is_first_rank() or not everywhere:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message, keep="\n"), file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file
-from shardstep.configs.text import count
+from shardstep.configs.text import count, printable
 from shardstep.launch.cli import run_script
 
 _MOST_IN_GRID = 96
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.datasets.image_files import find_image_files
     from shardstep.trainer.analysis.file_predictions import predict_files
     from shardstep.trainer.analysis.trained_model import open_trained_model, unfinished_note
-    from shardstep.trainer.monitoring.pictures import FORMATS, draw_grid
+    from shardstep.trainer.monitoring.pictures import FORMATS, draw_grid, drawable
 
     if args.grid and args.grid.suffix.lstrip(".").lower() not in FORMATS:
         raise InputError(f"--grid={args.grid} must end in one of {', '.join(FORMATS)}")
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     def leave_out(path: Path, reason: str) -> None:
         nonlocal left_out
         left_out += 1
-        print(f"left out: {_printable(path)}: {reason}", file=sys.stderr, flush=True)
+        print(f"left out: {printable(str(path))}: {reason}", file=sys.stderr, flush=True)
 
     files: list[Path] = []
     for path in args.files:
@@ -70,8 +70,8 @@ def main(arguments: list[str]) -> int:
             continue
         files += found
         if others:
-            print(others, file=sys.stderr, flush=True)
-    width = min(_NAME_WIDTH, max((len(_printable(path)) for path in files), default=0))
+            print(printable(others), file=sys.stderr, flush=True)
+    width = min(_NAME_WIDTH, max((len(printable(str(path))) for path in files), default=0))
     predicted, drawn, captions = 0, list[np.ndarray](), list[str]()
     for one in predict_files(trained, files, args.top, leave_out):
         predicted += 1
@@ -83,11 +83,11 @@ def main(arguments: list[str]) -> int:
             best = {"prediction": top[0][0], "confidence": top[0][1]}
             print(json.dumps({"file": str(one.path), **best, "top": shown}), flush=True)
         else:
-            columns = (f"{name} {100 * share:.1f} %" for name, share in top)
-            print(f"{_printable(one.path):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}")
+            columns = (f"{printable(name)} {100 * share:.1f} %" for name, share in top)
+            print(f"{printable(str(one.path)):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}")
         if args.grid and len(drawn) < _MOST_IN_GRID:
             drawn.append(one.pixels)
-            captions.append(f"{_printable(Path(one.path.name))[-24:]}\n{top[0][0]} {top[0][1]:.0%}")
+            captions.append(f"{drawable(one.path.name, keep='end')}\n{drawable(top[0][0])} {top[0][1]:.0%}")
     if not predicted:
         raise InputError(f"nothing could be predicted: {left_out} of {left_out} could not be read")
     if args.grid:
@@ -95,12 +95,6 @@ def main(arguments: list[str]) -> int:
         first = "" if len(drawn) == predicted else f"the first {len(drawn)} of "
         print(f"{args.grid}: {first}{count(predicted, 'image')}", file=sys.stderr)
     return 0
-
-
-def _printable(path: Path) -> str:
-    """Escape a path for the terminal: bytes that are not UTF-8, and control characters."""
-    text = str(path).encode(errors="backslashreplace").decode()
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 if __name__ == "__main__":

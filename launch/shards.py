@@ -4,7 +4,7 @@ shardstep shards write --source SRC --split train --out DIR [--samples-per-shard
                        [--classes-of DIR] [--bad-images skip]
 shardstep shards verify DIR
 shardstep shards info DIR
-shardstep shards index DIR [--classes a,b,c] [--first-label N] [--force]
+shardstep shards index DIR [--classes NAME,NAME,...|@FILE] [--first-label N] [--force]
 shardstep shards order DIR --seed S --epoch E [--start P --count N --lanes L --window-shards W]
                        [--order-version 1|2]
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.text import count
+from shardstep.configs.text import count, listed, printable
 from shardstep.launch.cli import run_script
 
 if TYPE_CHECKING:
@@ -53,8 +53,11 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=what).add_argument("dir", type=Path)
     add = commands.add_parser("index", help="write manifest.json and index for existing tars").add_argument
     add("dir", type=Path)
-    names = "class names by label, separated by commas (default: those of the manifest replaced, else numbers)"
-    add("--classes", help=names)
+    names = (
+        "class names by label, separated by commas and quoted as in a CSV file, or @FILE with one name a line (default: "
+        "those of the manifest replaced, else numbers)"
+    )
+    add("--classes", metavar="NAME,NAME,...|@FILE", help=names)
     first_label = "label of the first class (default: that of the manifest replaced, else 0)"
     add("--first-label", type=int, metavar="N", help=first_label)
     add("--force", action="store_true", help="replace an existing manifest")
@@ -109,21 +112,22 @@ def _info(args: argparse.Namespace) -> int:
     print(f"fingerprint  {manifest.fingerprint}")
     print(f"classes      {len(manifest.classes)}")
     for name, samples in zip(manifest.classes, manifest.samples_per_class, strict=True):
-        print(f"  {samples:>10,}  {name}")
+        print(f"  {samples:>10,}  {printable(name)}")
     return 0
 
 
 def _index(args: argparse.Namespace) -> int:
+    from shardstep.datasets.class_names import parse_class_names
     from shardstep.datasets.manifest import MANIFEST_NAME, parse_manifest
     from shardstep.datasets.scan import index_shards
-    from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE, listed
+    from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE
 
     if not args.dir.is_dir():
         raise InputError(f"{args.dir} is not a folder")
     path = args.dir / MANIFEST_NAME
     if path.exists() and not args.force:
         raise InputError(f"{args.dir} already has a {MANIFEST_NAME} to verify its shards against; --force replaces it")
-    classes = args.classes.split(",") if args.classes else None
+    classes = None if args.classes is None else parse_class_names(args.classes)
     former = None
     if path.exists():
         try:

@@ -11,6 +11,7 @@ from torch import Tensor
 from shardstep.configs.errors import InputError
 from shardstep.configs.resolve import ResolvedRecipe
 from shardstep.configs.schema import DataConfig, DataMode, OrderVersion
+from shardstep.configs.text import listed
 from shardstep.datasets.augment import Normalize, build_transforms, smallest_side
 from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, open_shards
@@ -111,10 +112,11 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
         InputError: they do not.
     """
     if one.classes != other.classes:
-        lacks = set(other.classes) < set(one.classes)
+        lacks = set(other.classes) <= set(one.classes)
         remedy = "; `shards write --classes-of` gives a set the classes of another" if lacks else ""
         raise InputError(
-            f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}{remedy}"
+            f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}; "
+            f"{_class_difference(one, other, one_name, other_name)}{remedy}"
         )
     sizes = [manifest.shape_when_read(resize, one.image_mode) for manifest in (one, other)]
     if sizes[0] != sizes[1]:
@@ -249,5 +251,14 @@ def mean_and_std(config: DataConfig, manifest: Manifest) -> tuple[list[float], l
 
 
 def _short(manifest: Manifest) -> str:
-    names = ", ".join(manifest.classes[:3])
-    return f"{len(manifest.classes)} ({names}{', ...' if len(manifest.classes) > 3 else ''})"
+    return f"{len(manifest.classes)} ({listed(manifest.classes, most=3)})"
+
+
+def _class_difference(one: Manifest, other: Manifest, one_name: str, other_name: str) -> str:
+    """Say which names only one of two sets has; if there are none, the first label that has another name in each."""
+    pairs = ((one_name, one.classes, other.classes), (other_name, other.classes, one.classes))
+    extra = {place: sorted(set(names) - set(others)) for place, names, others in pairs}
+    if any(extra.values()):
+        return ", ".join(f"only {place} has {listed(names, most=3)}" for place, names in extra.items() if names)
+    label = next(label for label, name in enumerate(one.classes) if name != other.classes[label])
+    return f"label {label} is {listed([one.classes[label]])} in one and {listed([other.classes[label]])} in the other"

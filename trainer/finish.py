@@ -1,14 +1,18 @@
 """Train to the end: finished, stopped on request, or failed; write the run's last files, and print on rank 0 how it ended."""
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from shardstep.configs.components import first_line
 from shardstep.configs.errors import InputError, NonFiniteError, TrainingFailed, is_out_of_memory
 from shardstep.configs.files import write_atomically
+from shardstep.configs.text import listed
 from shardstep.trainer import loop
 from shardstep.trainer.checkpoints.checkpoint import write_weights
 from shardstep.trainer.checkpoints.checkpoint_files import newest_intact
@@ -83,11 +87,7 @@ def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
     run.dir.summary_path.unlink(missing_ok=True)  # an older one would describe other weights
     with averaged(run.state):
         write_weights(run.state.module, run.dir.weights_path)
-        try:
-            drawn = draw_pictures(run, evaluation)
-        except OSError as error:  # the weights are safe: a full disk must not fail the run because of a picture
-            run.display.warn(f"not all pictures could be drawn: {error}")
-            drawn = []
+        drawn = draw_pictures(run, evaluation)
     summary = write_summary(run, "finished", evaluation)  # last: it promises that everything else is there
     _close_trackers(run, summary)
 
@@ -100,7 +100,8 @@ def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
     per_class = zip(evaluation.per_class_accuracy or [], run.data.train.manifest.classes, strict=False)
     known = [(accuracy, name) for accuracy, name in per_class if accuracy is not None]
     if known and min(known)[0] < max(known)[0]:
-        run.display.note(f"best class: {max(known)[1]} {max(known)[0]:.1%}, worst: {min(known)[1]} {min(known)[0]:.1%}")
+        (best, best_name), (worst, worst_name) = max(known), min(known)
+        run.display.note(f"best class: {listed([best_name])} {best:.1%}, worst: {listed([worst_name])} {worst:.1%}")
     run.display.note(f"{', '.join([*drawn, run.dir.weights_path.name])} are in {folder}")
     if not is_safe:
         run.display.warn(
@@ -190,19 +191,27 @@ def _close_trackers(run: Run, summary: dict[str, Any], failed: bool = False) -> 
 
 
 def draw_pictures(run: Run, evaluation: Evaluation) -> list[str]:
-    """Draw the pictures of a finished run; return their names.
-
-    Raises:
-        OSError: one cannot be written.
-    """
-    folder, classes = run.dir.path, run.data.train.manifest.classes
-    pictures.draw_curves(run.dir.metrics_path, folder / "curves.png", pictures.training_extras(run.recipe))
-    if evaluation.confusion is None:
-        pictures.draw_reconstructions(*first_reconstructions(run), folder / "reconstructions.png")
-        return ["curves.png", "reconstructions.png"]
-    pictures.draw_confusion(evaluation.confusion, classes, folder / "confusion.png")
-    pictures.draw_predictions(*first_predictions(run), classes, folder / "predictions.png")
-    return ["curves.png", "confusion.png", "predictions.png"]
+    """Draw the pictures of a finished run; return the names of those drawn. One that fails is a warning."""
+    confusion, classes = evaluation.confusion, run.data.train.manifest.classes
+    extras = pictures.training_extras(run.recipe)
+    draw: dict[str, Callable[[Path], None]] = {
+        "curves.png": lambda path: pictures.draw_curves(run.dir.metrics_path, path, extras)
+    }
+    if confusion is None:
+        draw["reconstructions.png"] = lambda path: pictures.draw_reconstructions(*first_reconstructions(run), path)
+    else:
+        draw["confusion.png"] = lambda path: pictures.draw_confusion(confusion, classes, path)
+        draw["predictions.png"] = lambda path: pictures.draw_predictions(*first_predictions(run), classes, path)
+    drawn, problems = [], []
+    for name, draw_into in draw.items():
+        try:
+            draw_into(run.dir.path / name)
+            drawn.append(name)
+        except Exception as error:  # a full disk, or whatever matplotlib raises: the weights are safe
+            problems.append(f"{name} ({first_line(error)})")
+    if problems:
+        run.display.warn(f"not all pictures could be drawn: {', '.join(problems)}")
+    return drawn
 
 
 def first_predictions(run: Run) -> tuple[Tensor, list[int], list[int], list[float]]:

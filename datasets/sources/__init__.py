@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
+from shardstep.datasets.class_names import class_name
 from shardstep.datasets.input_files import FolderTree
 from shardstep.datasets.manifest import Manifest
 from shardstep.datasets.sources import cifar10
@@ -63,8 +64,9 @@ def _shares_a_class(source: Path, split: str, classes: list[str]) -> bool:
     tree = FolderTree(source)
     try:
         folder, has_splits = find_class_folders(tree, split)
-        return not has_splits or not set(visible_folders(tree, folder)).isdisjoint(classes)
-    except InputError:  # an archive, or the source no longer exists
+        found = {class_name(name) for name in visible_folders(tree, folder)}
+        return not has_splits or not found.isdisjoint(classes)
+    except InputError:  # an archive, the source no longer exists, or a name is not UTF-8
         return True
 
 

@@ -1,11 +1,13 @@
 """A tree of image files, <class>/<file>, as a Source: a folder, or what image_tar.py reads from a tar."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.text import count
+from shardstep.configs.text import count, listed
+from shardstep.datasets.class_names import class_name
 from shardstep.datasets.decode import EXTENSIONS
 from shardstep.datasets.input_files import FileTree, FolderTree, FoundImages, find_images, is_hidden, split_name
 from shardstep.datasets.sources.class_folders import (
@@ -23,7 +25,7 @@ def open_image_folder(path: Path, split: str) -> Source:
 
 
 def open_image_tree(description: str, tree: FileTree, split: str) -> Source:
-    """Make a Source of files in class folders. The classes are the names of the first folders, sorted.
+    """Make a Source of files in class folders. The classes are the names of the first folders, sorted; see class_name.
 
     Args:
         description: of the Source.
@@ -47,17 +49,18 @@ def open_image_tree(description: str, tree: FileTree, split: str) -> Source:
         which = f"{count(len(loose), 'image')} outside class folders, such as {loose[0]}"
         raise InputError(f"{where} holds {which}: sort them into <class>/<file>, or give another source")
     refuse_what_are_no_classes(parts, has_splits, str(where))
-    classes = sorted({image[0] for image in parts})
+    name_of = {folder: class_name(folder) for folder in sorted({image[0] for image in parts})}
+    classes = sorted(set(name_of.values()))
     label_of = {name: label for label, name in enumerate(classes)}
     return Source(
         description,
         classes,
-        np.array([label_of[image[0]] for image in parts], dtype=np.int64),
+        np.array([label_of[name_of[image[0]]] for image in parts], dtype=np.int64),
         lambda number: tree.read(images[number]),
         lambda number: images[number],
         has_splits,
-        notes=_notes(tree, start, found, has_splits),
-        empty_folders=_empty_folders(tree, start, set(classes)),
+        notes=_notes(tree, start, found, has_splits, name_of),
+        empty_folders=_empty_folders(tree, start, set(name_of)),
     )
 
 
@@ -68,8 +71,11 @@ def _empty_folders(tree: FileTree, start: str, classes: set[str]) -> list[str]:
     return sorted(names[entry.kind].format(entry.name) for entry in entries if entry.kind in names)
 
 
-def _notes(tree: FileTree, start: str, found: FoundImages, has_splits: bool) -> list[str]:
-    """Return what to tell about images that are left out, or count more than once, and about folders passed through."""
+def _notes(tree: FileTree, start: str, found: FoundImages, has_splits: bool, name_of: dict[str, str]) -> list[str]:
+    """Return what to tell about images that are left out or found more than once, and folders passed through or merged.
+
+    `name_of`: the classes of the folders.
+    """
     notes = []
     if start:
         _count_beside(tree, start, found)
@@ -80,6 +86,9 @@ def _notes(tree: FileTree, start: str, found: FoundImages, has_splits: bool) -> 
     if found.repeated:
         which = f"{count(len(found.repeated), 'image')} found more than once, by links"
         notes.append(f"{tree.where}: {which}, and used each time: {found.repeated[0]}")
+    merged = [name for name, folders in Counter(name_of.values()).items() if folders > 1]
+    if merged:
+        notes.append(f"merged: folders whose names are one in another Unicode form (NFC and NFD): {listed(merged)}")
     return notes
 
 

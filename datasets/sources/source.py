@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.text import listed
 from shardstep.datasets.decode import EXTENSIONS
 
 SPLITS = ("train", "test")
@@ -55,9 +56,3 @@ class Source:
             )
         new_labels = np.array([label_of[name] for name in self.classes], dtype=np.int64)
         return replace(self, classes=list(classes), labels=new_labels[self.labels], empty_folders=[])
-
-
-def listed(names: list[str], most: int = 5) -> str:
-    """Format names for a message: all of them, or the first few and how many more there are."""
-    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

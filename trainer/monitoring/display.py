@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from shardstep.configs.text import duration
+from shardstep.configs.text import duration, printable
 from shardstep.datasets.progress import is_drawable
 from shardstep.trainer.monitoring.status import Status, describe_line
 
@@ -61,8 +61,8 @@ class Display:
         """`enabled`: on rank 0; `drops_output`: text that cannot be written is dropped, and does not end training."""
         self._enabled = enabled
         output, errors = (_Output(sys.stdout, self.warn), _Output(sys.stderr)) if drops_output else (None, None)
-        self._console = Console(highlight=False, file=cast(TextIO | None, output))
-        self._errors = Console(highlight=False, file=cast(TextIO | None, errors), stderr=True)
+        self._console = Console(highlight=False, emoji=False, file=cast(TextIO | None, output))
+        self._errors = Console(highlight=False, emoji=False, file=cast(TextIO | None, errors), stderr=True)
         self._live: Live | None = None
         self._last_plain_s = -float("inf")  # when the last line about training was printed
         self._last_said_s = 0.0  # when anything was
@@ -78,16 +78,16 @@ class Display:
                 text = fill(
                     text, self._console.width, subsequent_indent=below, break_long_words=False, break_on_hyphens=False
                 )
-            self._console.print(text, markup=False, soft_wrap=True)
+            self._print(self._console, text)
 
     def warn(self, text: str) -> None:
         """Print a warning to stderr."""
         if self._enabled:
-            (self._console if self._live else self._errors).print(f"warning: {text}", markup=False, soft_wrap=True)
+            self.tell(f"warning: {text}")
 
     def tell(self, text: str) -> None:
         """Print to stderr, on any rank: what only this rank knows."""
-        (self._console if self._live else self._errors).print(text, markup=False, soft_wrap=True)
+        self._print(self._console if self._live else self._errors, text)
 
     def start(self, total_steps: int | None, done_steps: int, share_done: float) -> None:
         """Open the live area, on a terminal; the arguments are as in Status."""
@@ -133,6 +133,9 @@ class Display:
         if self._live:
             self._live.stop()
             self._live = None
+
+    def _print(self, console: Console, text: str) -> None:
+        console.print(printable(text, keep="\n"), markup=False, soft_wrap=True)
 
     def _timed(self, text: str) -> None:
         self._last_said_s = time.monotonic()

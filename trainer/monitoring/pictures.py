@@ -1,21 +1,25 @@
-"""Pictures: curves, confusion matrix, grids of images with captions."""
+"""Pictures: curves, confusion matrix, grids of images with captions. Names in them are text: see drawable."""
 
+import io
 import json
 import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from shardstep.configs.files import write_atomically
 from shardstep.configs.schema import Recipe
+from shardstep.configs.text import printable
 
 FORMATS = ("png", "jpg", "jpeg", "pdf", "svg", "webp")
 GRID_ROWS, GRID_COLUMNS = 4, 8  # of the test images of a finished run
 _MOST_NAMED_CLASSES = 30  # more class names than this do not fit along an axis
+_LONGEST_NAME = 24  # characters
 
 
 def draw_curves(metrics_path: Path, picture: Path, extras: str) -> None:
@@ -36,8 +40,7 @@ def draw_curves(metrics_path: Path, picture: Path, extras: str) -> None:
         axis.set(xlabel="epoch", ylabel=name)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    _save(figure, picture)
 
 
 def draw_confusion(confusion: Tensor, classes: list[str], picture: Path) -> None:
@@ -50,16 +53,16 @@ def draw_confusion(confusion: Tensor, classes: list[str], picture: Path) -> None
     image = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
     axis.set(xlabel="prediction", ylabel="label")
     if named:
-        axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-        axis.set_yticks(range(len(classes)), classes)
+        names = [drawable(name) for name in classes]
+        axis.set_xticks(range(len(classes)), names, rotation=45, ha="right")
+        axis.set_yticks(range(len(classes)), names)
         for row, values in enumerate(share.tolist()):
             for column, value in enumerate(values):
                 if value >= 0.5:
                     color = "white" if value > 50 else "black"
                     axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
     figure.colorbar(image, label="per cent of the label's samples", shrink=0.8)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    _save(figure, picture)
 
 
 def draw_predictions(
@@ -72,9 +75,9 @@ def draw_predictions(
 ) -> None:
     """Draw test images (N, H, W, C) uint8 with prediction and confidence; mistakes are red and have the label too."""
     captions, colors = [], []
-    for prediction, label, confidence in zip(predictions, labels, confidences, strict=True):
-        mistake = "" if prediction == label else f"\nnot {classes[label]}"
-        captions.append(f"{classes[prediction]} {confidence:.0%}{mistake}")
+    for predicted, true, confidence in zip(predictions, labels, confidences, strict=True):
+        mistake = "" if predicted == true else f"\nnot {drawable(classes[true])}"
+        captions.append(f"{drawable(classes[predicted])} {confidence:.0%}{mistake}")
         colors.append("crimson" if mistake else "black")
     draw_grid(pixels.numpy(), captions, picture, colors)
 
@@ -107,11 +110,25 @@ def draw_grid(
         axis.imshow(shown, cmap="gray", vmin=0, vmax=255, extent=extent)
         color = colors[place] if colors else "black"
         middle = {"ha": "center", "va": "bottom", "fontsize": 8, "color": color}
-        axis.text(column + 0.5, row + 0.22, caption, parse_math=False, **middle)  # a $ in a name is not a formula
+        axis.text(column + 0.5, row + 0.22, caption, **middle)
+    _save(figure, picture)
+
+
+def drawable(name: str, keep: Literal["start", "end"] = "start") -> str:
+    """Return a name as text for matplotlib: on one line, shortened, and a `$` in it does not begin a formula."""
+    text = printable(name)
+    if len(text) > _LONGEST_NAME:
+        text = text[: _LONGEST_NAME - 1] + "…" if keep == "start" else "…" + text[1 - _LONGEST_NAME :]
+    return text.replace("$", r"\$")
+
+
+def _save(figure: Any, picture: Path) -> None:
+    content = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks
-        figure.savefig(picture, dpi=120)
-    plt.close(figure)
+        warnings.simplefilter("ignore")  # names in letters that the font lacks are drawn as boxes
+        figure.savefig(content, format=picture.suffix[1:].lower(), dpi=120)
+    pyplot().close(figure)
+    write_atomically(picture, content.getvalue())
 
 
 def pyplot() -> Any:

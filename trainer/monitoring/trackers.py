@@ -93,6 +93,14 @@ class Background:
                 tell(f"sending files to {self.tracker.name}; Ctrl-C ends it")
                 has_told = True
 
+    def note(self) -> str:
+        """Return the tracker's line for the user, or nothing if it fails."""
+        try:
+            return self.tracker.note()
+        except Exception as error:
+            self._warn(f"{self.tracker.name} failed ({error}) after the run; metrics.jsonl has everything")
+            return ""
+
     def _work(self) -> None:
         try:
             self.tracker.start()
@@ -146,7 +154,7 @@ class Trackers:
             one.put(lambda tracker=one.tracker: tracker.finish(summary, failed))  # type: ignore[misc]
         for one in self._all:
             one.end(self._tell, lambda: summary["status"] == "finished" and not self._stop_requested())
-        return [note for one in self._all if (note := one.tracker.note())]
+        return [note for one in self._all if (note := one.note())]
 
 
 def start_trackers(

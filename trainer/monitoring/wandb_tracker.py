@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -114,7 +115,9 @@ class WandbTracker:
     def _send(self, kind: str, files: list[Path]) -> None:
         import wandb
 
-        artifact = wandb.Artifact(f"{self._recipe.run.name}-{kind}", type=kind)
+        # Weights & Biases takes letters, digits, - _ and . in this name, at most 128.
+        owner = re.sub(r"[^A-Za-z0-9_.-]+", "-", self._recipe.run.name)[:100]
+        artifact = wandb.Artifact(f"{owner}-{kind}", type=kind)
         for path in files:
             path.stat()  # wandb's own error would not say that a file is gone
             artifact.add_file(str(path))

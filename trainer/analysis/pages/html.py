@@ -6,6 +6,7 @@ from importlib import resources
 
 import numpy as np
 
+from shardstep.configs.text import printable
 from shardstep.datasets.decode import encode_png
 
 # The browser fetches nothing and runs nothing, whatever a class or a run is called.
@@ -30,7 +31,7 @@ def tag(name: str, *children: Child, **attributes: str | float | None) -> Html:
         attributes: class_ is class, data_x is data-x; None is left out.
     """
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(_text(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{_escaped(_text(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -41,7 +42,9 @@ def tag(name: str, *children: Child, **attributes: str | float | None) -> Html:
 
 def join(*children: Child) -> Html:
     """Join elements and text."""
-    return Html("".join(child if isinstance(child, Html) else escape(child) for child in children if child is not None))
+    return Html(
+        "".join(child if isinstance(child, Html) else _escaped(child) for child in children if child is not None)
+    )
 
 
 def table(head: list[Child], rows: list[list[Child]]) -> Html:
@@ -73,6 +76,10 @@ def page(title: str, *body: Child) -> str:
         tag("style", Html(style)),
     )
     return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', *body)), lang='en')}\n"
+
+
+def _escaped(text: str) -> str:
+    return escape(printable(text, keep="\n"))
 
 
 def _text(value: str | float) -> str:

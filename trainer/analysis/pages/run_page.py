@@ -292,13 +292,18 @@ def _confusion(one: RunAnalysis) -> Html | None:
     off = confusion.copy()
     off[range(len(off)), range(len(off))] = 0
     order = sorted(zip(*off.nonzero(), strict=True), key=lambda place: -off[place])[:_MOST_PAIRS]
-    said = ", ".join(f"{one.classes[row]} for {one.classes[column]} ({off[row, column]:,})" for row, column in order)
+    # Each name is isolated, so that one in Arabic or Hebrew does not reorder the figures beside it.
+    pairs = [
+        join(tag("bdi", one.classes[row]), " for ", tag("bdi", one.classes[column]), f" ({off[row, column]:,})")
+        for row, column in order
+    ]
+    said = join(*(part for pair in pairs for part in (", ", pair)))[2:]
     drawn = chart.confusion_chart(confusion, one.classes) if len(one.classes) <= _MOST_CLASSES_IN_MATRIX else None
     caption = "Rows: label, columns: prediction, per cent of the label. Mistakes have their own color scale."
     return join(
         tag("figcaption", caption),
         drawn,
-        tag("p", f"Most frequent mistakes: {said}.", class_="quiet") if said else tag("p", "No mistakes."),
+        tag("p", "Most frequent mistakes: ", Html(said), ".", class_="quiet") if said else tag("p", "No mistakes."),
     )
 
 
@@ -330,7 +335,9 @@ def _mistakes(one: RunAnalysis) -> Html | None:
     for mistake in one.mistakes:
         label, predicted = one.classes[mistake.label], one.classes[mistake.predicted]
         said = f"{label}, predicted as {predicted}"
-        caption = join(tag("b", predicted), f" {mistake.confidence:.0%}", tag("br"), f"is {label}")
+        caption = join(
+            tag("b", tag("bdi", predicted)), f" {mistake.confidence:.0%}", tag("br"), "is ", tag("bdi", label)
+        )
         figures.append(tag("figure", picture(mistake.pixels, said), caption))
     said = "The mistakes with the highest confidence, as the model sees the images."
     return join(tag("figcaption", said), tag("div", *figures, class_="gallery"))
