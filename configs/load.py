@@ -18,7 +18,7 @@ from shardstep.configs.components import first_line, neighbours, refusal
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import write_atomically
 from shardstep.configs.resolve import with_keys
-from shardstep.configs.schema import OPEN_SECTIONS, Recipe
+from shardstep.configs.schema import OPEN_SECTIONS, DataConfig, Recipe
 
 _SECTIONS = {section.name: section for section in dataclasses.fields(Recipe)}
 _RENAMED = {("train", "conv_gradients"): "convolutions"}  # old: new; runs of earlier versions have old keys
@@ -34,6 +34,8 @@ class LoadedRecipe:
     source: str = ""  # the path or name that was given
     problems: list[str] = field(default_factory=list)  # what could not be read
     notes: list[str] = field(default_factory=list)  # what the user should know
+    given_folders: dict[str, str] = field(default_factory=dict)
+    """data.train and data.test, where an override without a data.source beside it gives another folder than the file."""
     for_device: Callable[[str], "LoadedRecipe"] | None = None
     """Loads the recipe for a device (cpu or cuda); None if it is the same for all devices."""
 
@@ -89,6 +91,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
     if on_device and device is None:
         loaded.for_device = partial(load_recipe, name, overrides)
 
+    own_folders = _data_folders(config.data)
     settings = [_split_override(text, loaded.problems) for text in overrides]
     # Names first: a new name drops the recipe's options of the old one; options on the command line are for the new one.
     settings.sort(key=lambda setting: setting[1] != "name")
@@ -104,15 +107,28 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
         raise InputError(f"{path}: {first_line(error)}") from None
     assert isinstance(recipe, Recipe)
     loaded.recipe = _with_default_paths(recipe, path.stem)
+    if not any((section, key) == ("data", "source") for section, key, _ in settings):
+        for split, folder in _data_folders(loaded.recipe.data).items():
+            if _real_path(folder) != _real_path(own_folders[split]):
+                loaded.given_folders[f"data.{split}"] = folder
     return loaded
 
 
 def _with_default_paths(recipe: Recipe, default_name: str) -> Recipe:
     """Fill in the name and the folders that the recipe leaves empty."""
     name = recipe.run.name or default_name
-    folder = f"data/{source_name(recipe.data.source or 'cifar10')}"
-    data = {"train": recipe.data.train or f"{folder}/train", "test": recipe.data.test or f"{folder}/test"}
-    return with_keys(recipe, run={"name": name, "dir": recipe.run.dir or f"runs/{name}"}, data=data)
+    run = {"name": name, "dir": recipe.run.dir or f"runs/{name}"}
+    return with_keys(recipe, run=run, data=_data_folders(recipe.data))
+
+
+def _data_folders(data: DataConfig | DictConfig) -> dict[str, str]:
+    """Return the folders of the training and test set; those that are left empty are named after the source."""
+    folder = f"data/{source_name(data.source or 'cifar10')}"
+    return {"train": data.train or f"{folder}/train", "test": data.test or f"{folder}/test"}
+
+
+def _real_path(folder: str) -> str:
+    return os.path.realpath(os.path.expanduser(folder))
 
 
 def source_name(source: str) -> str:

@@ -4,6 +4,7 @@ manifest.json   classes, counts, image shape, mean and std, how it was made; nam
 index           20 bytes a sample: shard, offset / 512, size, label, crc32 (five little-endian uint32)
 """
 
+import difflib
 import hashlib
 import json
 import shlex
@@ -25,6 +26,7 @@ INDEX_NAME = "index"
 FORMAT_VERSION = 1
 _CHECKED_TOGETHER = 50_000  # entries of an index: a megabyte, which stays in a processor's cache
 CHANNELS = {"RGB": 3, "L": 1}  # of the modes that images are read in
+_MOST_LEVELS = 3  # of folders that do not exist, below one that does, to look for data sets beside
 
 # Image data in a tar starts at a multiple of 512, so 32 bits reach 2 TiB into a shard.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("block", "<u4"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
@@ -196,14 +198,15 @@ def open_shards(path: str | Path) -> ShardFolder:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise InputError(
-            f"no shards in {folder}: the folder does not exist. Write them with `shardstep shards write`, "
-            f"or let a recipe write them with data.source"
+            f"no shards in {folder}: the folder does not exist{did_you_mean(folder)}. Write them with "
+            f"`shardstep shards write`, or let a recipe write them with data.source"
         )
     if not (folder / MANIFEST_NAME).is_file():
         tars = len(find_tars(folder)[0])
         command = shlex.join(["shardstep", "shards", "index", str(folder)])
         remedy = f"index them with `{command}`" if tars else "write some with `shardstep shards write`"
-        raise InputError(f"no data set in {folder}: {count(tars, 'tar file')} and no {MANIFEST_NAME}; {remedy}")
+        near = "" if tars else did_you_mean(folder)
+        raise InputError(f"no data set in {folder}: {count(tars, 'tar file')} and no {MANIFEST_NAME}{near}; {remedy}")
     manifest = parse_manifest((folder / MANIFEST_NAME).read_text(errors="replace"), str(folder / MANIFEST_NAME))
     problems = [problem for shard in manifest.shards if (problem := size_problem(folder / shard.name, shard.bytes))]
     if problems:
@@ -212,6 +215,21 @@ def open_shards(path: str | Path) -> ShardFolder:
     if manifest.samples == 0:
         raise InputError(f"{folder} holds no samples")
     return ShardFolder(folder, manifest, index)
+
+
+def did_you_mean(path: str | Path) -> str:
+    """Return a hint at data sets near a folder that holds none: around it, in it, or of a similar name; empty without any."""
+    folder = Path(path).expanduser()
+    above = next((place for place in folder.parents if place.is_dir()), None)
+    if above is None or above == Path("/"):  # too many folders to look into
+        return ""
+    near = [str(place) for place in (above, *sorted(folder.glob("*"))) if (place / MANIFEST_NAME).is_file()]
+    levels = len(folder.parts) - len(above.parts)
+    if not near and levels <= _MOST_LEVELS:
+        found = {str(place.parent.relative_to(above)) for place in above.glob("*/" * levels + MANIFEST_NAME)}
+        close = difflib.get_close_matches(str(folder.relative_to(above)), sorted(found), cutoff=0.7)
+        near = [str(above / place) for place in close]
+    return f" (did you mean {' or '.join(near[:3])}?)" if near else ""
 
 
 def _index_command(folder: Path) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
-from shardstep.configs.text import count
+from shardstep.configs.text import count, printable
 from shardstep.datasets.decode import EXTENSIONS, decode
 from shardstep.datasets.input_files import LeftOut, is_hidden, split_name
 from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, find_tars, write_manifest
@@ -75,7 +75,7 @@ def index_shards(
     for scan in scans:
         left_out.update(scan.left_out)
     if line := left_out.line(folder, f"<key>.cls beside <key>.{'|'.join(EXTENSIONS)} in .tar"):
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     problems = [problem for scan in scans for problem in scan.problems] + _repeated_keys(scans)
     entries = np.concatenate([scan.entries for scan in scans])
     if not problems and len(entries) == 0:

@@ -18,7 +18,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
 from shardstep.configs.files import sync_to_disk
-from shardstep.configs.text import listed
+from shardstep.configs.text import listed, printable
 from shardstep.datasets.decode import EXTENSIONS, decode, encode_png
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
@@ -122,7 +122,7 @@ def _write_locked(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; nothing was written. Remove it or choose another folder")
     for note in images.notes:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     if images.empty_folders:
         raise InputError(
             f"{source} has folders for {split} without images ({', '.join(EXTENSIONS)}): {listed(images.empty_folders)}. "
@@ -143,7 +143,7 @@ def _write_locked(
                 remedy = "fix or remove them, or leave them out with `shardstep shards write --bad-images skip`"
                 raise InputError.from_problems(f"{source} has images that cannot be used ({remedy})", bad, MOST_NAMED)
         if bad:
-            print(f"left out: {len(bad):,} of {total:,} images", *bad, sep="\n  - ", file=sys.stderr)
+            print(f"left out: {len(bad):,} of {total:,} images", *map(printable, bad), sep="\n  - ", file=sys.stderr)
         made = {"source": images.description, "split": split, "seed": seed, "samples_per_shard": samples_per_shard}
         made |= ({} if limit is None else {"limit": limit}) | ({"left_out": len(bad)} if bad else {})
         with progress_bar(f"checking {out}", total - len(bad), "images") as advance:

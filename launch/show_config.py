@@ -16,9 +16,10 @@ def show_config(loaded: LoadedRecipe, world_size: int) -> None:
     """Print a recipe as YAML that `shardstep train` reads, with the arithmetic in comments. Writes no file.
 
     Raises:
-        InputError: the recipe is invalid, or its batch does not fit the data or the ranks.
+        InputError: the recipe is invalid, a folder in it holds no shards, or its batch does not fit the data or the ranks.
     """
     recipe = resume.with_earlier_choices(validate_recipe(loaded))
+    data.check_given_folders(loaded)
     order_version = data.choose_order_version(recipe.data)
     recipe = with_keys(
         recipe, train={"device": choose_device(recipe.train.device)}, data={"order_version": order_version}

@@ -69,6 +69,7 @@ def main(arguments: list[str]) -> int:
             "run.resume=never holds for the first attempt only; this one was restarted and resumes where that one ended"
         )
     recipe = resume.with_earlier_choices(recipe)
+    data.check_given_folders(loaded)
     data.make_missing_data(recipe.data)
     world = start_world(recipe.train)
     run = setup.build(world, recipe, display, request)

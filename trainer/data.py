@@ -9,12 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.resolve import ResolvedRecipe
 from shardstep.configs.schema import DataConfig, DataMode, OrderVersion
 from shardstep.configs.text import listed
 from shardstep.datasets.augment import Normalize, build_transforms, smallest_side
 from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
-from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, open_shards
+from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, did_you_mean, open_shards
 from shardstep.datasets.order import ORDER_VERSION, window_of
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
@@ -59,6 +60,23 @@ def missing_sets(config: DataConfig) -> dict[str, str]:
     """Return the folders of a recipe that hold no shards, by their split: train or test."""
     folders = {"train": config.train, "test": config.test}
     return {split: path for split, path in folders.items() if not (Path(path).expanduser() / MANIFEST_NAME).is_file()}
+
+
+def check_given_folders(loaded: LoadedRecipe) -> None:
+    """Check that folders given on the command line hold shards, so that a typo in one is not taken for a new data set.
+
+    Raises:
+        InputError: one does not, and there is no data.source beside it.
+    """
+    if loaded.recipe.data.source is None:  # nothing would be written there
+        return
+    missing = missing_sets(loaded.recipe.data)
+    for key, folder in loaded.given_folders.items():
+        if key.removeprefix("data.") in missing:
+            raise InputError(
+                f"{key}={folder} holds no shards{did_you_mean(folder)}. To write them there, give the source beside it: "
+                f"data.source={loaded.recipe.data.source}"
+            )
 
 
 def make_missing_data(config: DataConfig) -> None:

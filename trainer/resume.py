@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import PartialState
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from shardstep.configs.durations import Duration
 from shardstep.configs.errors import InputError
@@ -16,6 +18,7 @@ from shardstep.configs.files import partial_of, write_atomically
 from shardstep.configs.load import load_recipe, save_recipe
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved, choices_of, with_keys
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
+from shardstep.datasets.batches import micro_pieces
 from shardstep.datasets.manifest import Manifest, manifest_bytes
 from shardstep.trainer.checkpoints import checkpoint, checkpoint_files
 from shardstep.trainer.checkpoints.checkpoint_files import RECIPE, STATE, newest_intact, problems_of
@@ -38,7 +41,9 @@ _MATHEMATICS = {
         *("global_batch_size", "precision", "weights", "memory_format", "convolutions", "compile", "compress"),
         *("clip_norm", "clip_value", "duration", "max_wall_s", "on_nan"),
     ],
+    "eval": ["views", "sure_above"],  # the evaluations of one run are compared with each other: see state.best
 }
+_MICRO_BATCH = "train.max_micro_batch"  # mathematics only with batch norm, whose statistics are those of a micro-batch
 # Seconds to wait for the last attempt's lock: a network file system keeps a crashed node's locks for a lease, often 90 s.
 _RESTART_PATIENCE_S = 120.0
 # These determine the order of samples in an epoch.
@@ -130,11 +135,8 @@ def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
     differences = _differences(saved, recipe)
     refused = {key: change for key, change in differences.items() if key not in recipe.run.allow_changes}
     if refused:
-        raise InputError.from_problems(
-            f"{folder} holds a run with another recipe. To resume it with the new values, give "
-            f"'run.allow_changes=[{','.join([*recipe.run.allow_changes, *refused])}]'; otherwise give another run.dir, or "
-            f"run.resume=never to start over (and keep the old run beside the new one)",
-            [f"{key}: {was} -> {now}" for key, (was, now) in refused.items()],
+        raise _another_recipe(
+            folder, recipe, [f"{key}: {was} -> {now}" for key, (was, now) in refused.items()], [*refused]
         )
     position = json.loads((path / STATE).read_bytes())["progress"]["position"]
     moved = [key for key in _ORDER if key in differences]
@@ -145,8 +147,28 @@ def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
         )
 
 
+def _another_recipe(folder: Path, recipe: Recipe, problems: list[str], refused: list[str]) -> InputError:
+    return InputError.from_problems(
+        f"{folder} holds a run with another recipe. To resume it with the new values, give "
+        f"'run.allow_changes=[{','.join([*recipe.run.allow_changes, *refused])}]'; otherwise give another run.dir, or "
+        f"run.resume=never to start over (and keep the old run beside the new one)",
+        problems,
+    )
+
+
+def _check_micro_batches(path: Path, recipe: Recipe, plan: Plan, module: nn.Module) -> None:
+    """Check that a model with batch norm keeps the size of its micro-batches, as far as the number of ranks allows."""
+    if _MICRO_BATCH in recipe.run.allow_changes or not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+        return
+    was, now = load_recipe(str(path / RECIPE)).recipe.train.max_micro_batch, recipe.train.max_micro_batch
+    sizes = [micro_pieces(plan.global_batch_size, 0, plan.world_size, most) for most in (was, now)]
+    if sizes[0] != sizes[1]:
+        problem = f"{_MICRO_BATCH}: {was} -> {now}; batch norm computes its statistics over a micro-batch"
+        raise _another_recipe(Path(recipe.run.dir), recipe, [problem], [_MICRO_BATCH])
+
+
 def _is_compared(key: str, saved: Recipe, given: Recipe) -> bool:
-    if key == "data.test":  # compared by its content when the checkpoint is loaded
+    if key in ("data.test", _MICRO_BATCH):  # compared when the checkpoint is loaded
         return True
     section, _, name = key.partition(".")
     if section in OPEN_SECTIONS:
@@ -166,7 +188,7 @@ def restore(
     """Load the checkpoint to resume from, if there is one, into a new state, and record this start in it. All ranks.
 
     Raises:
-        InputError: the checkpoint does not fit the model, the optimizer or the data sets.
+        InputError: the checkpoint does not fit the model, the optimizer, the data sets or the micro-batches.
     """
     state.fingerprint, state.test_fingerprint = data.train.manifest.fingerprint, data.test.manifest.fingerprint
     for problem in found.damaged:
@@ -174,6 +196,7 @@ def restore(
     if found.path:
         new_test_set: Literal["allow", "refuse"] = "allow" if "data.test" in recipe.run.allow_changes else "refuse"
         with raise_on_all_ranks(world):
+            _check_micro_batches(found.path, recipe, plan, state.module)
             checkpoint.load(state, found.path, world.process_index, world.num_processes, new_test_set)
         if state.progress.position >= plan.samples_per_epoch:  # a new batch size has made the epoch shorter
             state.progress = replace(state.progress, epoch=state.progress.epoch + 1, position=0)

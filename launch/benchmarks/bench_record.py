@@ -121,10 +121,14 @@ def _tables(title: str, runs: dict[str, list[Timed]], run_notes: list[str]) -> l
 
 def _load(args: argparse.Namespace, seed: int, folder: Path, *overrides: str) -> "Recipe":
     from shardstep.configs.load import load_recipe
+    from shardstep.trainer.data import check_given_folders
     from shardstep.trainer.validate_recipe import validate_recipe
 
     fixed = [f"run.dir={folder}", "run.resume=never", f"run.seed={seed}", *overrides]
-    return validate_recipe(load_recipe(args.recipe, [*_NEVER, *args.overrides, *fixed]))
+    loaded = load_recipe(args.recipe, [*_NEVER, *args.overrides, *fixed])
+    recipe = validate_recipe(loaded)
+    check_given_folders(loaded)
+    return recipe
 
 
 def _train(recipe: "Recipe") -> Timed | None:

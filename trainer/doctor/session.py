@@ -127,6 +127,7 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
         if isinstance(loaded, InputError):
             raise loaded
         recipe = validate_recipe(loaded)
+        data.check_given_folders(loaded)
     except InputError as error:
         findings.append(Finding.from_error("recipe", error, "correct the recipe or the overrides"))
     train = recipe.train if recipe else TrainConfig()

@@ -10,8 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shardstep.configs.errors import InputError
+from shardstep.configs.load import load_recipe
 from shardstep.launch.checkpoints import main as checkpoints_command
 from shardstep.trainer.checkpoints import checkpoint_files
+from shardstep.trainer.resume import find_resume, with_earlier_choices
+from shardstep.trainer.validate_recipe import validate_recipe
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, train_until, write_recipe
 
@@ -247,6 +251,49 @@ def test_changes_have_to_be_asked_for(trained: Path, shards: Path, tmp_path: Pat
         for a, b in ((6, 7), (7, 9))
     }
     assert moved[7, 9] < 2 * 0.5 * moved[6, 7]
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("eval.views=mirror_translate", "eval.views: plain -> mirror_translate"),
+        (["eval.views=mirror", "eval.sure_above=0.9"], "eval.sure_above: None -> 0.9"),
+        ("data.normalize=none", "data.normalize: manifest -> none"),
+        ("train.clip_norm=1", "train.clip_norm: None -> 1.0"),
+        ("model.hidden=[8]", "model.hidden: [16] -> [8]"),
+        ("loss.label_smoothing=0.1", "loss.label_smoothing: 0.0 -> 0.1"),
+    ],
+)
+def test_what_changes_the_meaning_of_numbers_is_refused(
+    trained: Path, shards: Path, tmp_path: Path, change: str | list[str], difference: str
+) -> None:
+    path, changes = copy_of(trained, tmp_path, shards), [change] if isinstance(change, str) else change
+    keys = ",".join(text.split("=")[0] for text in changes)
+
+    def find(*overrides: str) -> Path | None:
+        return find_resume(with_earlier_choices(validate_recipe(load_recipe(str(path), overrides)))).path
+
+    with pytest.raises(InputError) as raised:
+        find(*changes)
+    assert difference in str(raised.value)
+    assert f"run.allow_changes=[{keys}]" in str(raised.value)
+    assert find(*changes, f"run.allow_changes=[{keys}]") == tmp_path / "run" / "checkpoints" / "step-00000007"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_micro_batches_of_batch_norm_stay(world_size: int, shards: Path, tmp_path: Path) -> None:
+    """Steps of 30 samples: 30 on one rank, 15 on each of two."""
+    model = {"name": "whitening_cnn", "widths": [8]}
+    recipe = write_recipe(tmp_path, shards, model=model, train={"duration": "1 steps"}, checkpoint={"every": "1 steps"})
+    train_ranks(1, recipe)
+    more = ["train.duration=2 steps", "run.allow_changes=[train.duration]"]
+    (code, _, message), *_ = run_ranks(world_size, failure_of, str(recipe), *more, "train.max_micro_batch=10")
+    assert code == 2
+    assert "train.max_micro_batch: 2048 -> 10; batch norm computes its statistics over a micro-batch" in message
+    assert "run.allow_changes=[train.duration,train.max_micro_batch]" in message
+    train_ranks(world_size, recipe, *more, f"train.max_micro_batch={30 // world_size}")  # the same micro-batches
+    more = ["train.duration=3 steps", "run.allow_changes=[train.duration,train.max_micro_batch]"]
+    train_ranks(world_size, recipe, *more, "train.max_micro_batch=10")
 
 
 def test_damaged_newer_checkpoints_do_not_push_out_good_ones(trained: Path, shards: Path, tmp_path: Path) -> None:
