@@ -111,8 +111,10 @@ class WhiteningCnn(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.groups(self.activation(self.whitening(images)))  # (B, widths[-1], H // 8, W // 8)
-        # amax would be slower, and share the gradient among all positions with the highest value
-        highest = functional.max_pool2d(features, features.shape[2:]).flatten(1)  # (B, widths[-1])
+        # amax would be slower, and share the gradient among all positions with the highest value. Core ML's converter
+        # does not know the default of the stride.
+        size = features.shape[2:]
+        highest = functional.max_pool2d(features, size, stride=size).flatten(1)  # (B, widths[-1])
         return self.output_activation(self.head(highest) * self.output_scale)
 
 
