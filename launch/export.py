@@ -1,8 +1,9 @@
 """Export a run's model, load it again, and compare it with the original on real images.
 
-    shardstep export RUN_DIR_OR_CHECKPOINT --format safetensors|torch_export|onnx [--out FILE] [--data DIR]
+    shardstep export RUN_DIR_OR_CHECKPOINT --format safetensors|torch_export|onnx [--pixels uint8|float32] [--out FILE]
+                     [--data DIR]
 
-The model takes uint8 pixels (batch, channels, height, width) and normalises them; the file's metadata describe its use,
+The model takes pixels (batch, channels, height, width), 0 to 255, and normalises them; the file's metadata describe its use,
 under the key `shardstep`. It is written only if the largest difference of any output is within a tolerance, which is printed;
 else the exit code is 1. onnx needs the extra `export`.
 """
@@ -22,6 +23,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="shardstep export", description="Export a run's model for use elsewhere.")
     parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("--format", choices=["safetensors", "torch_export", "onnx"], required=True)
+    pixels = "type of the pixels that the model takes; ncnn and Core ML need float32 (default: uint8)"
+    parser.add_argument("--pixels", choices=["uint8", "float32"], default="uint8", help=pixels)
     parser.add_argument("--out", type=Path, help="the file (default: exported.<suffix>, in the run's folder)")
     parser.add_argument("--data", help="shards of images to compare on (default: the run's test set)")
     args = parser.parse_args(arguments)
@@ -47,14 +50,14 @@ def main(arguments: list[str]) -> int:
         missing = "there are no images to compare the exported model on, so it is not written"
         raise InputError(f"{missing}: {error}. Give {remedy}") from None
     try:
-        found = export(trained, args.format, out, reader, test.manifest.samples)
+        found = export(trained, args.format, out, reader, test.manifest.samples, args.pixels)
     except ExportFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return FAILED
     print(
-        f"{out}: {out.stat().st_size / 1e6:.2f} MB; loaded again, its outputs differ from the original's by at most "
-        f"{found.largest:.2g} on {count(found.images, 'image')} of {args.data or trained.recipe.data.test} "
-        f"({found.allowed:.2g} is allowed)"
+        f"{out}: {out.stat().st_size / 1e6:.2f} MB, checked with {FORMATS[args.format].checked_with}: loaded again, its "
+        f"outputs differ from the original's by at most {found.largest:.2g} on {count(found.images, 'image')} of "
+        f"{args.data or trained.recipe.data.test} ({found.allowed:.2g} is allowed)"
     )
     return 0
 

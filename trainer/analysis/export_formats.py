@@ -1,8 +1,8 @@
 """Export a trained model to a file, load the file again and compare it with the original on real images.
 
-Every exported model takes uint8 pixels (batch, channels, height, width), 0 to 255, in the order RGB or grey: scaling and
-normalisation are inside it (safetensors holds weights only, and the numbers for both in its metadata). It returns what the
-model returns. A description of its use is in its metadata, as JSON under the key `shardstep`.
+Every exported model takes pixels (batch, channels, height, width), 0 to 255, as uint8 or float32, in the order RGB or grey:
+scaling and normalisation are inside it (safetensors holds weights only, and the numbers for both in its metadata). It returns
+what the model returns. A description of its use is in its metadata, as JSON under the key `shardstep`.
 """
 
 import copy
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -30,12 +30,15 @@ from shardstep.trainer.data import mean_and_std
 from shardstep.trainer.models import build_model
 
 KEY = "shardstep"  # of the metadata in each file
+BATCH = "batch"  # the name of the first dimension, of any size
 TOLERANCE = 1e-4  # of the largest output, or of 1 if that is smaller
 _COMPARED_BATCHES = (1, 3, 60, 64)  # images of the test set; any batch size must work
 _ONNX_NEEDS = ("onnx", "onnxruntime", "onnxscript")
 
+Pixels = Literal["uint8", "float32"]
+"""Type of the pixels that an exported model takes; some converters refuse integers."""
 Loaded = Callable[[Tensor], Tensor]
-"""A model that was loaded from a file: uint8 pixels (B, C, H, W) to outputs, on the CPU."""
+"""A model that was loaded from a file: pixels (B, C, H, W) to outputs, on the CPU."""
 
 
 class ExportFailed(RuntimeError):
@@ -43,7 +46,7 @@ class ExportFailed(RuntimeError):
 
 
 class WithNormalize(nn.Module):
-    """A module that takes uint8 pixels (B, C, H, W), 0 to 255, around one that takes normalised images."""
+    """A module that takes pixels (B, C, H, W), 0 to 255, of any type, around one that takes normalised images."""
 
     scale: Tensor
     shift: Tensor
@@ -62,11 +65,24 @@ class WithNormalize(nn.Module):
 
 @dataclass(frozen=True)
 class Format:
-    """A file format: the end of its name, how it is written, and how it is loaded without the run."""
+    """A file format.
+
+    Attributes:
+        suffix: the end of its name.
+        runtime: the library that it is loaded with.
+        write: writes a model that takes pixels of a type.
+        load: loads a file without the run.
+    """
 
     suffix: str
-    write: Callable[[TrainedModel, Path], None]
+    runtime: str
+    write: Callable[[TrainedModel, Path, Pixels], None]
     load: Callable[[Path], Loaded]
+
+    @property
+    def checked_with(self) -> str:
+        """The library with its version."""
+        return f"{self.runtime} {metadata.version(self.runtime)}"
 
 
 @dataclass(frozen=True)
@@ -78,8 +94,8 @@ class ExportCheck:
     images: int
 
 
-def describe(trained: TrainedModel) -> dict[str, Any]:
-    """Describe the use of an exported model, for the file's metadata."""
+def describe(trained: TrainedModel, pixels: Pixels, checked_with: str) -> dict[str, Any]:
+    """Describe the use of an exported model that takes pixels of a type, for the file's metadata."""
     height, width, channels = trained.image_shape
     mean, std = mean_and_std(trained.recipe.data, trained.manifest)
     outputs = "logits of the classes: their softmax are probabilities"
@@ -92,8 +108,8 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
         "classes": trained.manifest.classes,
         "input": {
             "name": "pixels",
-            "type": "uint8",
-            "shape": ["batch", channels, height, width],
+            "type": pixels,
+            "shape": [BATCH, channels, height, width],
             "channels": trained.manifest.image_mode,
             "resize": "the shorter side is scaled until the image covers height and width, then the centre is cut out",
         },
@@ -102,16 +118,20 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
             "meaning": "normalised images" if trained.objective.reconstructs else outputs,
         },
         "normalize": {"mean": mean, "std": std, "formula": "(pixels / 255 - mean) / std"},
+        "checked_with": checked_with,  # there is no file that did not pass
     }
 
 
-def export(trained: TrainedModel, name: str, path: Path, reader: Reader, num_samples: int) -> ExportCheck:
+def export(
+    trained: TrainedModel, name: str, path: Path, reader: Reader, num_samples: int, pixels: Pixels = "uint8"
+) -> ExportCheck:
     """Write a model, load the file again and compare it with the original. The file appears only if they agree.
 
     Args:
         trained: on the CPU.
         name: of the format, a key of FORMATS.
         reader: of `num_samples` real images.
+        pixels: type of the pixels that the exported model takes, 0 to 255 in both.
 
     Raises:
         InputError: the libraries for this format are missing, or the images cannot be read.
@@ -124,8 +144,8 @@ def export(trained: TrainedModel, name: str, path: Path, reader: Reader, num_sam
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # exporters warn about their internals
-            FORMATS[name].write(trained, partial)
-            found = compare(trained, FORMATS[name].load(partial), reader, num_samples)
+            FORMATS[name].write(trained, partial, pixels)
+            found = compare(trained, FORMATS[name].load(partial), reader, num_samples, pixels)
         if not found.largest <= found.allowed:  # also for NaN
             raise ExportFailed(
                 f"{name}: loaded again, the outputs differ by up to {found.largest:.3g} on {count(found.images, 'image')}; "
@@ -143,7 +163,9 @@ def export(trained: TrainedModel, name: str, path: Path, reader: Reader, num_sam
 
 
 @torch.inference_mode()
-def compare(trained: TrainedModel, loaded: Loaded, reader: Reader, num_samples: int) -> ExportCheck:
+def compare(
+    trained: TrainedModel, loaded: Loaded, reader: Reader, num_samples: int, pixels: Pixels = "uint8"
+) -> ExportCheck:
     """Compare a loaded file with the original on the first images of a set, in batches of several sizes."""
     start, largest, scale = 0, 0.0, 1.0
     for size in _COMPARED_BATCHES:
@@ -151,9 +173,11 @@ def compare(trained: TrainedModel, loaded: Loaded, reader: Reader, num_samples: 
         if not len(ids):
             break
         start += len(ids)
-        pixels, _ = reader.read(ids)
-        expected = trained.module(trained.normalize(pixels)).float()
-        outputs = loaded(pixels.permute(0, 3, 1, 2).contiguous())  # (B, H, W, C) -> (B, C, H, W)
+        images, _ = reader.read(ids)
+        expected = trained.module(trained.normalize(images)).float()
+        outputs = loaded(
+            images.permute(0, 3, 1, 2).to(getattr(torch, pixels)).contiguous()
+        )  # (B, H, W, C) -> (B, C, H, W)
         if outputs.shape != expected.shape:
             raise ExportFailed(f"the outputs have shape {tuple(outputs.shape)}, not {tuple(expected.shape)}")
         difference = float((outputs - expected).abs().max())
@@ -162,8 +186,13 @@ def compare(trained: TrainedModel, loaded: Loaded, reader: Reader, num_samples: 
     return ExportCheck(largest, TOLERANCE * scale, start)
 
 
-def _write_safetensors(trained: TrainedModel, path: Path) -> None:
-    path.write_bytes(safetensors.torch.save(weights(trained.module), metadata={KEY: json.dumps(describe(trained))}))
+def _described(trained: TrainedModel, name: str, pixels: Pixels) -> str:
+    return json.dumps(describe(trained, pixels, FORMATS[name].checked_with))
+
+
+def _write_safetensors(trained: TrainedModel, path: Path, pixels: Pixels) -> None:
+    metadata = {KEY: _described(trained, "safetensors", pixels)}
+    path.write_bytes(safetensors.torch.save(weights(trained.module), metadata=metadata))
 
 
 def _load_safetensors(path: Path) -> Loaded:
@@ -175,23 +204,29 @@ def _load_safetensors(path: Path) -> Loaded:
     return WithNormalize(module, described["normalize"]["mean"], described["normalize"]["std"]).eval()
 
 
-def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
+def _program(trained: TrainedModel, pixels: Pixels) -> torch.export.ExportedProgram:
     height, width, channels = trained.image_shape
     module = WithNormalize(copy.deepcopy(trained.module), *mean_and_std(trained.recipe.data, trained.manifest)).eval()
-    example = torch.zeros(2, channels, height, width, dtype=torch.uint8)
-    return torch.export.export(module, (example,), dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}})
+    example = torch.zeros(2, channels, height, width, dtype=getattr(torch, pixels))
+    return torch.export.export(module, (example,), dynamic_shapes={"pixels": {0: torch.export.Dim(BATCH, min=1)}})
 
 
-def _write_torch_export(trained: TrainedModel, path: Path) -> None:
-    torch.export.save(_program(trained), path, extra_files={f"{KEY}.json": json.dumps(describe(trained))})
+def _write_torch_export(trained: TrainedModel, path: Path, pixels: Pixels) -> None:
+    described = _described(trained, "torch_export", pixels)
+    torch.export.save(_program(trained, pixels), path, extra_files={f"{KEY}.json": described})
 
 
-def _write_onnx(trained: TrainedModel, path: Path) -> None:
+def _write_onnx(trained: TrainedModel, path: Path, pixels: Pixels) -> None:
     program = torch.onnx.export(
-        _program(trained), dynamo=True, input_names=["pixels"], output_names=["outputs"], verbose=False
+        _program(trained, pixels),
+        dynamo=True,
+        input_names=["pixels"],
+        output_names=["outputs"],
+        dynamic_shapes={"pixels": {0: BATCH}},  # the name for those who fix the size; the exporter's own is like s81
+        verbose=False,
     )
     assert program is not None
-    program.model.metadata_props[KEY] = json.dumps(describe(trained))
+    program.model.metadata_props[KEY] = _described(trained, "onnx", pixels)
     program.save(path, external_data=False)
 
 
@@ -203,7 +238,7 @@ def _load_onnx(path: Path) -> Loaded:
 
 
 FORMATS = {
-    "safetensors": Format(".safetensors", _write_safetensors, _load_safetensors),
-    "torch_export": Format(".pt2", _write_torch_export, lambda path: torch.export.load(path).module()),
-    "onnx": Format(".onnx", _write_onnx, _load_onnx),
+    "safetensors": Format(".safetensors", "torch", _write_safetensors, _load_safetensors),
+    "torch_export": Format(".pt2", "torch", _write_torch_export, lambda path: torch.export.load(path).module()),
+    "onnx": Format(".onnx", "onnxruntime", _write_onnx, _load_onnx),
 }

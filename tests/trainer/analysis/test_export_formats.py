@@ -1,8 +1,11 @@
 """Exported models: loaded again from the file alone, they are the original on any batch."""
 
 import json
+import re
+import subprocess
 import zipfile
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +116,69 @@ def test_metadata_of_onnx(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     assert json.loads(session.get_modelmeta().custom_metadata_map[KEY])["classes"] == ["a", "b", "c"]
     (pixels,) = session.get_inputs()
-    assert (pixels.name, pixels.type, pixels.shape[1:]) == ("pixels", "tensor(uint8)", [3, SIZE, SIZE])
+    assert (pixels.name, pixels.type, pixels.shape) == ("pixels", "tensor(uint8)", ["batch", 3, SIZE, SIZE])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_batch_of_onnx_has_a_name_by_which_its_size_can_be_fixed(model: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export(trained(model), "onnx", tmp_path / "a.onnx", images(), 5, "float32")
+    options = onnxruntime.SessionOptions()
+    options.add_free_dimension_override_by_name("batch", 7)
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", options)
+    (pixels,), (outputs,) = session.get_inputs(), session.get_outputs()
+    assert (pixels.type, pixels.shape) == ("tensor(float)", [7, 3, SIZE, SIZE])
+    assert outputs.shape[0] == 7
+    assert not re.search(rb"\bs\d+\b", (tmp_path / "a.onnx").read_bytes().partition(b"shardstep")[0])
+
+
+@pytest.mark.parametrize("pixels", ["uint8", "float32"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_pixels_are_of_the_type_that_was_asked_for(name: str, pixels: exporting.Pixels, tmp_path: Path) -> None:
+    if name == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    path = tmp_path / f"a{FORMATS[name].suffix}"
+    one = trained("mlp")
+    found = export(one, name, path, images(), 150, pixels)
+    assert found.largest <= found.allowed
+    described = exporting.describe(one, pixels, FORMATS[name].checked_with)
+    assert described["input"]["type"] == pixels
+    assert described["checked_with"].split() == [FORMATS[name].runtime, version(FORMATS[name].runtime)]
+    written, content = json.dumps(described), path.read_bytes()
+    assert written.encode() in content or json.dumps(written).encode() in content  # in the header of safetensors
+    if name == "torch_export":
+        other = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float32 if pixels == "uint8" else torch.uint8)
+        loaded = torch.export.load(path).module()
+        with pytest.raises(RuntimeError, match="dtype"):
+            loaded(other)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("model", MODELS)
+def test_ncnn_computes_the_same(model: str, tmp_path: Path) -> None:
+    """By its converter pnnx, which takes float32 pixels only; it says in a script how to feed a batch of one."""
+    ncnn, pnnx = pytest.importorskip("ncnn"), pytest.importorskip("pnnx")
+    one = trained(model)
+    export(one, "onnx", tmp_path / "a.onnx", images(), 5, "float32")
+    command = [pnnx.EXEC_PATH, "a.onnx", f"inputshape=[1,3,{SIZE},{SIZE}]f32", "fp16=0"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    taken, returned = map(int, re.findall(r"batch_index=(\d+)", (tmp_path / "a_ncnn.py").read_text()))
+    pixels, _ = images().read(np.arange(1))
+    with torch.inference_mode():
+        expected = one.module(one.normalize(pixels)).numpy()
+    given = pixels.permute(0, 3, 1, 2).float().contiguous().numpy()  # (B, H, W, C) -> (B, C, H, W)
+    with ncnn.Net() as net:
+        net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+        assert net.load_param(str(tmp_path / "a.ncnn.param")) == 0
+        assert net.load_model(str(tmp_path / "a.ncnn.bin")) == 0
+        with net.create_extractor() as extractor:
+            assert extractor.input("in0", ncnn.Mat(given, batch_index=taken).clone()) == 0
+            code, outputs = extractor.extract("out0")
+            assert code == 0
+            difference = np.abs(outputs.numpy(batch_index=returned).reshape(expected.shape) - expected).max()
+    assert difference <= exporting.TOLERANCE * max(1.0, np.abs(expected).max())
 
 
 def test_normalisation_is_inside() -> None:
