@@ -168,33 +168,34 @@ def _pair(path: Path, scan: _ShardScan) -> tuple[dict[str, _Place], dict[str, _P
     """Return images and labels of a shard by key, in the order of the images; one without the other is a problem."""
     images: dict[str, _Place] = {}
     labels: dict[str, _Place] = {}
-    for name, offset, size, member_kind, _ in read_members(path):
+    for name, offset, size, kind, _ in read_members(path):
         key, extension = split_name(name)
-        kind = images if extension in EXTENSIONS else labels if extension == "cls" else None
-        if member_kind == "folder":
+        places = images if extension in EXTENSIONS else labels if extension == "cls" else None
+        if kind == "folder":
             continue
         if is_hidden(name):
             scan.left_out.add("hidden file", f"{path.name}: {name}")
-        elif kind is None:  # another part of a sample, such as .json
+        elif places is None:  # another part of a sample, such as .json
             scan.left_out.add_file(f"{path.name}: {name}")
-        elif member_kind != "file":
+        elif kind != "file":
             remedy = "pack the files themselves (tar --dereference --hard-dereference)"
-            scan.problems.append(f"{path.name}: {name} is a {member_kind}: {remedy}")
-        elif key in kind:
-            former, *_ = kind[key]
+            scan.problems.append(f"{path.name}: {name} is a {kind}: {remedy}")
+        elif key in places:
+            former = places[key][0]
             twice = "occurs twice" if former == name else f"has the key of {former}: a sample has one image"
             scan.problems.append(f"{path.name}: {name} {twice}")
         else:
-            kind[key] = name, offset, size
+            places[key] = name, offset, size
     samples = images.keys() & labels.keys()
-    for kind, other in ((images, "no label {}.cls"), (labels, "no image")):
-        for key, (name, *_) in kind.items():
+    for places, other in ((images, "no label {}.cls"), (labels, "no image")):
+        for key, (name, _, _) in places.items():
             if key not in samples and _belongs_to_another(key, samples):
-                scan.left_out.add("extra image" if kind is images else ".cls file", f"{path.name}: {name}")
+                scan.left_out.add("extra image" if places is images else ".cls file", f"{path.name}: {name}")
             elif key not in samples:
                 scan.problems.append(f"{path.name}: {name} has {other.format(key)}")
-    found = {split_name(images[key][0])[1] for key in samples}
-    scan.encodings |= {"jpg" if extension == "jpeg" else extension for extension in found}
+    scan.encodings |= {
+        "jpg" if extension == "jpeg" else extension for extension in {split_name(images[key][0])[1] for key in samples}
+    }
     return {key: image for key, image in images.items() if key in samples}, labels
 
 

@@ -14,14 +14,14 @@ import numpy as np
 from shardstep.configs.errors import InputError
 
 BLOCK = 512
-REGULAR, REGULAR_OLD, HARD_LINK, LINK, FOLDER, SPARSE = ord("0"), 0, ord("1"), ord("2"), ord("5"), ord("S")
-LONG_LINK, LONG_NAME, PAX, PAX_GLOBAL = ord("K"), ord("L"), ord("x"), ord("g")
+REGULAR, CONTIGUOUS, HARD_LINK, LINK, FOLDER, FOLDER_LISTING, REGULAR_OLD = b"07125D\0"
+SPARSE, LONG_LINK, LONG_NAME, PAX, PAX_GLOBAL = b"SKLxg"
 Kind = Literal["file", "folder", "link", "hard link", "special file"]
 _KINDS: dict[int, Kind] = {
-    REGULAR: "file", REGULAR_OLD: "file", ord("7"): "file",
-    HARD_LINK: "hard link", LINK: "link", FOLDER: "folder", ord("D"): "folder",
+    REGULAR: "file", REGULAR_OLD: "file", CONTIGUOUS: "file", HARD_LINK: "hard link", LINK: "link",
+    FOLDER: "folder", FOLDER_LISTING: "folder",
 }  # fmt: skip
-_WITHOUT_DATA = range(ord("1"), ord("7"))  # links, devices and folders, whatever size their headers give
+_WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders and FIFOs, whatever their size says
 _PAX_KEYS = (b"path", b"linkpath", b"size")  # the others need not be text, such as extended attributes
 _ZEROS = bytes(BLOCK)
 # Bytes per read. A header often follows the last one closely, and a long read serves many; after a large member, a short one.
@@ -72,10 +72,10 @@ def _read_members(file: BinaryIO, total: int, path: str) -> Iterator[Member]:
                 return
             size = _checked_size(header, path, position)
         data, kind = position + BLOCK, header[156]
+        if "size" in pax:
+            size = int(pax["size"])
         if kind in _WITHOUT_DATA:
             size = 0
-        elif "size" in pax:
-            size = int(pax["size"])
         if data + size > total:
             raise InputError(f"{path} is cut off: the member at byte {position} needs {data + size - total} bytes more")
         if kind == LONG_NAME:
@@ -85,11 +85,12 @@ def _read_members(file: BinaryIO, total: int, path: str) -> Iterator[Member]:
         elif kind == PAX:
             pax = _pax_records(_read(file, data, size), path, position)
         elif kind != PAX_GLOBAL:
-            name, target = pax.get("path") or long_name or _name(header, path, position), ""
+            name = pax.get("path") or long_name or _name(header, path, position)
             if kind == SPARSE or "sparse" in pax:
                 raise InputError(f"{path}: {name} is stored as a sparse file; pack without tar's --sparse")
             if kind == REGULAR_OLD and name.endswith("/"):
                 kind = FOLDER
+            target = ""
             if kind in (LINK, HARD_LINK):
                 target = pax.get("linkpath") or long_link or _text(header[157:257].partition(b"\0")[0], path, position)
             yield Member(name, data, size, _KINDS.get(kind, "special file"), target)
