@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from shardstep.configs.errors import InputError, TrainingFailed
-from shardstep.launch.same import compare, main
+from shardstep.launch.same import _reasons, _rounding, compare, main
 from tests.distributed import run_command
 from tests.runs import read_lines, train_ranks, write_recipe
 
@@ -96,3 +98,36 @@ def test_dropout_is_reported_as_the_reason(shards: Path, tmp_path: Path) -> None
 def test_bad_input(options: list[str], message: str, shards: Path, tmp_path: Path) -> None:
     with pytest.raises((InputError, TrainingFailed), match=message):
         main([str(write_recipe(tmp_path, shards)), *options])
+
+
+BATCH_NORM = {"name": "whitening_cnn", "widths": [8], "sync_batch_norm": True}
+
+
+def test_bf16_is_held_to_what_bf16_can_do(shards: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, shards, model=BATCH_NORM))
+    result = run_command("same", recipe, "train.precision=bf16", "--ranks", "1,2", "--steps", "4", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the same on 1, 2 ranks, to 0.2" in result.stdout
+    assert "bf16 rounds the weight gradients of each rank's part of a batch: they are 2e-3 apart" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("precision", "model", "reasons"),
+    [
+        ("fp32", {"name": "mlp"}, []),
+        ("bf16", {"name": "mlp"}, []),
+        ("fp32", BATCH_NORM, ["batch norm over all ranks sums its statistics in another order"]),
+        ("bf16", BATCH_NORM, []),
+        ("fp16", BATCH_NORM, []),
+        ("bf16", BATCH_NORM | {"sync_batch_norm": False}, ["batch norm normalises over each rank's samples"]),
+        ("bf16", BATCH_NORM | {"dropout": 0.1}, ["each rank draws a different dropout mask"]),
+    ],
+)
+def test_reasons_beside_rounding(precision: str, model: dict[str, Any], reasons: list[str], tmp_path: Path) -> None:
+    config = {"model": model, "train": {"precision": precision}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    has_statistics = model["name"] == "whitening_cnn"
+    save_file({"norm.running_mean" if has_statistics else "weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    found = _reasons(tmp_path)
+    assert [text[: len(start)] for text, start in zip(found, reasons, strict=True)] == reasons
+    assert [text.split()[0] for text in _rounding(tmp_path)] == ([] if precision == "fp32" else [precision])
