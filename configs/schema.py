@@ -98,6 +98,9 @@ class TrainConfig:
     """Largest absolute value of a gradient element; larger ones are cut to it. null: no limit."""
     device: Literal["auto", Device] = "auto"
     """Kind of device to train on; auto is cuda if there is a GPU, else cpu."""
+    threads: Optional[int] = None  # noqa: UP045
+    """Largest number of CPU threads of a rank; null takes OMP_NUM_THREADS where no launcher set it, else has no limit. Never
+    more than the rank's share of the cores that its machine, CPU affinity and cgroup quota allow."""
     world_size: Optional[int] = None  # noqa: UP045
     """Number of ranks that must come up; null accepts any number."""
     on_nan: Literal["stop", "skip"] = "stop"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardstep.configs.cores import pool_threads
 from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
 from shardstep.datasets.cache import cache_folder
@@ -97,7 +98,7 @@ def _decode_all(stream: StreamReader, shape: tuple[int, ...], path: Path, name: 
 
     with (
         progress_bar(f"decoding {name}", shape[0], "images") as advance,
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        ThreadPoolExecutor(pool_threads()) as pool,
     ):
         for done in pool.map(decode, range(0, shape[0], _DECODE_TOGETHER)):
             advance(done)

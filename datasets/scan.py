@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from shardstep.configs.cores import pool_threads
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.configs.text import count, printable
@@ -70,7 +71,7 @@ def index_shards(
     if not paths:
         raise InputError(f"no .tar files in {folder}")
     first_label = int(made.get("first_label", 0))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(pool_threads()) as pool:
         scans = list(pool.map(lambda number: _scan(number, paths[number], first_label, advance), range(len(paths))))
     for scan in scans:
         left_out.update(scan.left_out)

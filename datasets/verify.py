@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shardstep.configs.cores import pool_threads
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.datasets import manifest as manifests
@@ -65,7 +66,7 @@ def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None)
 def undecodable_images(shards: ShardFolder) -> list[str]:
     """Decode every image of an intact data set in the set's mode; return one line for each that cannot be decoded."""
     found: list[str] = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(pool_threads()) as pool:
         for number, shard in enumerate(shards.manifest.shards):
             samples = np.flatnonzero(shards.index["shard"] == number)
             entries = shards.index[samples]

@@ -4,7 +4,6 @@ The same source and options give the same bytes. A crash leaves a hidden folder 
 """
 
 import errno
-import os
 import platform
 import shutil
 import sys
@@ -15,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from shardstep.configs.cores import pool_threads
 from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
 from shardstep.configs.files import sync_to_disk
@@ -205,6 +205,6 @@ def _encoded(images: Source, order: np.ndarray) -> Iterator[bytes | ValueError]:
         return content
 
     groups = iter(np.split(order, range(_ENCODE_TOGETHER, len(order), _ENCODE_TOGETHER)))
-    workers = len(os.sched_getaffinity(0))
+    workers = pool_threads()
     for encoded in read_ahead(groups, lambda group: lambda: [encode(number) for number in group.tolist()], workers):
         yield from encoded

@@ -10,12 +10,12 @@ the plots.
 
 import argparse
 import math
-import os
 import shlex
 import sys
 import time
 from pathlib import Path
 
+from shardstep.configs.cores import usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
 from shardstep.launch.cli import FAILED, STOPPED, run_script
@@ -74,7 +74,7 @@ def _run(comparison: Comparison, args: argparse.Namespace) -> int:
             f"an earlier command left {count(len(running), 'run')} running: wait for the end, or stop with `touch {stop}`"
         )
     gpus = [] if comparison.on_cpu else visible_gpus()
-    room = len(gpus) or len(os.sched_getaffinity(0))
+    room = len(gpus) or usable_cores().count
     if args.parallel > room:
         kind = "GPU" if gpus else "core"
         text = f"--parallel {args.parallel} on {count(room, kind)}: several runs share a {kind} and take longer"

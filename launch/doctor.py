@@ -16,6 +16,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from shardstep.configs.cores import Cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, is_override, load_recipe, recipe_names
 from shardstep.configs.text import count, table
@@ -137,6 +138,7 @@ def _fact_lines(report: "DoctorReport") -> list[tuple[str, str]]:
     lines = [
         ("versions", versions),
         ("processor", ", ".join(filter(None, (cpu["name"], cpu["vectors"], bf16)))),
+        ("cores", str(Cores(**facts["cores"]))),
         ("memory", f"{_size(facts['memory_bytes'])}, /dev/shm {shm}"),
         ("devices", f"{kinds}; {', '.join(facts['backends'])}"),
         ("world", _world(report)),

@@ -5,7 +5,7 @@ task() {                                  # on every node
   trap "" USR1                            # it would kill torchrun; ranks install a handler once they can save
   trap : TERM                             # this shell outlives the launcher, to report how it ended
   export PET_SHUTDOWN_TIMEOUT=600         # seconds to save after a SIGTERM; torchrun's default is 30
-  export OMP_NUM_THREADS=1                # unset, torchrun warns; the trainer sets its threads itself
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"  # unset, torchrun warns; a rank uses at most its share of these
   local options=(
     --nnodes="$SLURM_NNODES" --nproc-per-node="$RANKS_PER_NODE"
     --rdzv-backend=c10d --rdzv-endpoint="$HEAD_NODE:$PORT"      # where the nodes find each other

@@ -120,6 +120,14 @@ def test_only_distributed_touches_the_world() -> None:
             )
 
 
+def test_cores_are_counted_in_one_place() -> None:
+    # Affinity alone, or the machine's number, would be more than a container's quota allows.
+    for layer in LAYERS:
+        for path in python_files(layer):
+            counts = re.search(r"len\(os\.sched_getaffinity|cpu_count", path.read_text())
+            assert not counts or path == ROOT / "configs" / "cores.py", path
+
+
 def test_what_the_tests_ranks_preload_exists() -> None:
     # The forkserver skips what it cannot import, and each rank of each test would take the seconds of importing it.
     assert not [name for name in PRELOAD if importlib.util.find_spec(name) is None]

@@ -1,7 +1,6 @@
 """Where a run comes from: versions, git commit and hardware, for reports and trackers."""
 
 import functools
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from shardstep.configs.cores import usable_cores
 from shardstep.trainer import machine
 
 _GIT_S = 5.0
@@ -27,7 +27,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "cpu": cpu.name,
         "vectors": cpu.vectors,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores().count,
         "threads": torch.get_num_threads(),
         "memory_bytes": machine.memory_bytes(),
     }

@@ -31,8 +31,8 @@ NAMED: dict[str, tuple[Mapping[str, Callable], Mapping[str, tuple[Any, Any]]]] =
 }
 """The functions that each open section, and each entry of data.augment, can name, and the options that go with any name."""
 _AT_LEAST = {
-    "data.workers": 0, "data.lanes": 1, "data.resize": 1, "train.max_micro_batch": 1, "train.world_size": 1,
-    "eval.batch_size": 1, "checkpoint.keep": 1, "train.max_skipped_steps": 0, "run.seed": 0,
+    "data.workers": 0, "data.lanes": 1, "data.resize": 1, "train.max_micro_batch": 1, "train.threads": 1,
+    "train.world_size": 1, "eval.batch_size": 1, "checkpoint.keep": 1, "train.max_skipped_steps": 0, "run.seed": 0,
 }  # fmt: skip
 _ABOVE_0 = ("train.clip_norm", "train.clip_value", "train.max_wall_s", "run.hang_timeout")
 _CHECKS: dict[str, Callable[[dict[str, Any]], list[str]]] = {

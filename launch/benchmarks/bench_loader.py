@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardstep.configs.cores import usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.launch.benchmarks.bench_tables import (
     Table,
@@ -383,5 +384,5 @@ def _starts(shards: "ShardFolder", folder: Path, args: argparse.Namespace) -> Ta
     with mock.patch.dict(os.environ, {"SHARDSTEP_CACHE": str(cache)}):
         values = in_turn(works, args.repeats)
     what = f"start of a resident set of {shards.manifest.samples:,} images"
-    title = f"{what}, decoded by {len(os.sched_getaffinity(0))} threads, {args.clock} time"
+    title = f"{what}, decoded by {usable_cores().count} threads, {args.clock} time"
     return Table(title, "s", values, "first start: decode and keep")

@@ -6,7 +6,6 @@ says more than either figure.
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import statistics
@@ -19,6 +18,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, TextIO
 
+from shardstep.configs.cores import usable_cores
 from shardstep.configs.files import write_atomically
 from shardstep.configs.text import table as text_table
 
@@ -199,7 +199,7 @@ def hardware() -> dict[str, Any]:
             "cpu": cpu.name,
             "vectors": cpu.vectors,
             "bf16_units": cpu.bf16_units,
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": usable_cores().count,
             "threads": torch.get_num_threads(),
             "memory_gb": round(machine.memory_bytes() / 1e9),
             "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from shardstep.configs.cores import usable_cores
 from shardstep.configs.text import count
 from shardstep.launch.ranks import TRAIN_SCRIPT
 
@@ -94,7 +95,7 @@ def run_tasks(
 
 def share_of_run(parallel: int, gpus: Sequence[str]) -> str:
     """Describe the share of this machine that each of several concurrent runs has."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores().count
     room, kind = (len(gpus), "GPU") if gpus else (cores, "core")
     if parallel > room:
         return f"{count(room, kind)} together with {parallel - 1} more"
@@ -118,9 +119,8 @@ def _start(task: Task, slot: int, parallel: int, gpus: Sequence[str]) -> subproc
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
-    cores = sorted(os.sched_getaffinity(0))
-    if not gpus and parallel > 1 and len(cores) >= parallel:
-        share = len(cores) // parallel  # the same for each; the remainder idles
-        # before the process has threads, which inherit it
-        os.sched_setaffinity(process.pid, cores[slot * share : (slot + 1) * share])
+    share = usable_cores().count // parallel  # the same for each; the remainder idles
+    if not gpus and parallel > 1 and share:
+        cores = sorted(os.sched_getaffinity(0))[slot * share : (slot + 1) * share]
+        os.sched_setaffinity(process.pid, cores)  # before the process has threads, which inherit it
     return process

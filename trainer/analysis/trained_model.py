@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from shardstep.configs.cores import usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved
@@ -73,6 +74,7 @@ def open_trained_model(
         raise InputError(f"{run_dir.path}: {files} says how large the images are")
     height, width, channels = image_shape
     place = find_device(device) if isinstance(device, str) else device
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores().count))  # torch knows nothing of quotas
     module = build_model(recipe.model, (channels, height, width), len(manifest.classes))
     load_weights(module, weights)
     return TrainedModel(

@@ -5,11 +5,13 @@ world.py and store.py read them.
 """
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardstep.configs.cores import asked_threads, parent_environment, usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
 
@@ -116,18 +118,20 @@ def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
         )
 
 
-def threads_per_rank(environment: Mapping[str, str]) -> int:
-    """Return the threads for one rank: its cores, or its share of the cores that a node's ranks share.
+def threads_per_rank(environment: Mapping[str, str], asked: int | None = None) -> int:
+    """Return the threads for one rank: its share of the cores that its node's ranks may keep busy, or fewer if asked for.
 
-    torchrun and accelerate launch set OMP_NUM_THREADS=1 if it is unset, so that variable means nothing here.
+    Args:
+        asked: train.threads; None takes OMP_NUM_THREADS, unless a launcher set it.
     """
-    cores = len(os.sched_getaffinity(0))
+    asked = asked or asked_threads(environment) or sys.maxsize
+    cores = usable_cores().count
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     cores_of_task = environment.get("SLURM_CPUS_PER_TASK") if "SLURM_STEP_NUM_TASKS" in environment else None
     task_is_rank = environment.get("SLURM_STEP_NUM_TASKS") == environment.get("WORLD_SIZE")
     if cores_of_task:
-        return max(1, min(cores, int(cores_of_task)) // (1 if task_is_rank else ranks))
-    return max(1, cores // ranks)
+        cores, ranks = min(cores, int(cores_of_task)), 1 if task_is_rank else ranks
+    return max(1, min(cores // ranks, asked))
 
 
 @dataclass(frozen=True)
@@ -174,9 +178,4 @@ def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 def launcher_variables() -> dict[str, str]:
     """Return those of this process's parent, the launcher's agent if there is one; empty if they cannot be read."""
-    try:
-        with open(f"/proc/{os.getppid()}/environ", errors="replace") as file:
-            pairs = (entry.partition("=") for entry in file.read().split("\0"))
-            return launch_variables({name: value for name, _, value in pairs})
-    except OSError:
-        return {}
+    return launch_variables(parent_environment())

@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, patch_environment
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import TrainConfig
@@ -47,16 +47,16 @@ def start_world(config: TrainConfig) -> PartialState:
             raise InputError(
                 f"{ranks} ranks were started on a node with {gpus} visible GPUs: start at most {gpus} there"
             )
-    threads = launch_env.threads_per_rank(os.environ)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # or Accelerate would choose another number, and warn
+    threads = launch_env.threads_per_rank(os.environ, config.threads)
     timeout = timedelta(seconds=config.timeout_s)
     _join_restarted_world(device, timeout)
-    # cpu=True is needed: without it, each rank on a machine without CUDA would be a world of one
-    world = PartialState(cpu=device == "cpu", timeout=timeout)
+    with patch_environment(OMP_NUM_THREADS=threads):  # or Accelerate would choose another number, and warn
+        # cpu=True is needed: without it, each rank on a machine without CUDA would be a world of one
+        world = PartialState(cpu=device == "cpu", timeout=timeout)
+    torch.set_num_threads(threads)
     if device == "cpu":
         keep_freed_memory()
         torch.set_flush_denormal(True)  # denormal numbers slow a CPU down 5 to 50 times
-        torch.set_num_threads(threads)
         warm_up_vector_math()
     else:
         # Images have few shapes: searching for the fastest convolutions in the first pass of each shape pays off at once.

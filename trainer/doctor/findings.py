@@ -319,7 +319,9 @@ def _same_everywhere(reports: Sequence[RankReport]) -> list[Finding]:
 
 def _cores(reports: Sequence[RankReport]) -> list[Finding]:
     found = []
-    remedy = "start at most one rank per core, or ask Slurm for more: --cpus-per-task, also for srun"
+    remedy = (
+        "start at most one rank per core, or ask for more: Slurm's --cpus-per-task, also for srun; a container's --cpus"
+    )
     for host, same in _grouped(reports, lambda report: report.host).items():
         cores = max(report.cores for report in same)
         if len(same) > cores and all(report.gpu is None for report in same):

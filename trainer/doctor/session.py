@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 
+from shardstep.configs.cores import usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, recipe_text
 from shardstep.configs.schema import Recipe, TrainConfig
@@ -121,6 +122,7 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
     findings = checks.place_findings(launch)
     place = {name.lower(): int(launch[name]) for name in PLACE if name in launch and not findings}
     has_place = "rank" in place
+    is_clear = has_place or "RANK" not in launch
 
     recipe: Recipe | None = None
     try:
@@ -131,7 +133,7 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
     except InputError as error:
         findings.append(Finding.from_error("recipe", error, "correct the recipe or the overrides"))
     train = recipe.train if recipe else TrainConfig()
-    if has_place or "RANK" not in launch:
+    if is_clear:
         findings += checks.launch_findings(launch, launch_env.launcher_variables())
         try:
             launch_env.check_launch(os.environ, train.world_size)
@@ -141,10 +143,12 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
     on_gpu = device.type == "cuda"
     findings += found + _machine_findings(train, launch, device)
 
+    cores = usable_cores()
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "versions": machine.versions(),
         "cpu": dataclasses.asdict(machine.read_cpu()),
+        "cores": dataclasses.asdict(cores),
         "memory_bytes": machine.memory_bytes(),
         "shm_bytes": machine.shared_memory_bytes(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -167,8 +171,8 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
         versions=facts["versions"],
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         gpu=str(torch.cuda.get_device_properties(device).uuid) if on_gpu else None,
-        cores=len(os.sched_getaffinity(0)),
-        threads=launch_env.threads_per_rank(os.environ if has_place else {}),
+        cores=cores.count,
+        threads=launch_env.threads_per_rank(os.environ if is_clear else {}, train.threads),
         shm_bytes=facts["shm_bytes"],
         recipe_sha256=digest,
         data=fingerprints,

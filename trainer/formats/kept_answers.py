@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import statistics
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardstep.configs.cores import usable_cores
 from shardstep.configs.files import write_atomically
 from shardstep.configs.text import count
 from shardstep.datasets.cache import cache_folder
@@ -43,7 +43,7 @@ class Question:
             "formats": [str(compute) for compute in self.formats],
             "image_shape": list(self.image_shape),
             "processor": dataclasses.asdict(machine.read_cpu()),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": usable_cores().count,
             "threads": torch.get_num_threads(),
             "versions": machine.versions(),
         }

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from shardstep.configs.errors import InputError
-from shardstep.trainer.distributed.launch_env import check_launch, threads_per_rank
+from shardstep.trainer.distributed.launch_env import check_launch
 from shardstep.trainer.distributed.world import check_world
 from tests.distributed import run_ranks
 from tests.runs import read_lines, train_lines, train_ranks, write_recipe
@@ -310,15 +310,6 @@ def test_a_world_that_did_not_come_up_is_caught(monkeypatch: pytest.MonkeyPatch)
 def test_another_size_than_asked_for(environment: dict[str, str], wanted: int, came: str) -> None:
     with pytest.raises(InputError, match=f"train.world_size={wanted}, but {came} up"):
         check_launch(environment, wanted)
-
-
-def test_threads_are_shared_by_the_ranks_of_a_node() -> None:
-    import os
-
-    cores = len(os.sched_getaffinity(0))
-    assert threads_per_rank({}) == cores
-    assert threads_per_rank({"LOCAL_WORLD_SIZE": str(cores)}) == 1
-    assert threads_per_rank({"LOCAL_WORLD_SIZE": str(4 * cores)}) == 1
 
 
 def raise_on_one_rank() -> str:
