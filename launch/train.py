@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     # Imported here, so that a typo in the recipe or its keys is reported at once.
     from shardstep.configs.resolve import with_keys
     from shardstep.trainer import data, resume, setup
-    from shardstep.trainer.description import INDENT, describe
+    from shardstep.trainer.description import INDENT, describe, warnings_about
     from shardstep.trainer.distributed.world import start_world
     from shardstep.trainer.finish import train_to_end
     from shardstep.trainer.monitoring.display import Display
@@ -81,6 +81,8 @@ def main(arguments: list[str]) -> int:
         )
     for text in describe(run):
         display.note(text, indent=INDENT)
+    for text in warnings_about(run):
+        display.warn(text)
     unused_source = data.unused_source_warning(run.recipe.data, run.data) if world.is_main_process else None
     if unused_source:
         display.warn(unused_source)

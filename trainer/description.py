@@ -5,7 +5,9 @@ from importlib import metadata
 import torch
 from torch import nn
 
+from shardstep.configs.cores import usable_cores
 from shardstep.configs.text import count, duration
+from shardstep.datasets.batches import micro_pieces
 from shardstep.datasets.order import window_of
 from shardstep.trainer.data import other_mode_note
 from shardstep.trainer.distributed.gradients import describe_gradient_sync
@@ -14,6 +16,7 @@ from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.run import Run
 
 INDENT = 13  # width of the column of names
+_FEW_SAMPLES = 4
 
 
 def describe(run: Run) -> list[str]:
@@ -68,6 +71,18 @@ def describe(run: Run) -> list[str]:
     return [headline, *(f"{'  ' + name:<{INDENT}}{text}" for name, text in facts)]
 
 
+def warnings_about(run: Run) -> list[str]:
+    """Return the lines to warn with before the first step: what may not be what the recipe's author wants."""
+    threads, asked = torch.get_num_threads(), run.recipe.train.threads
+    found = []
+    if asked is not None and asked > threads:
+        found.append(
+            f"train.threads={asked}, but each rank uses {count(threads, 'thread')}: its share of the cores here "
+            f"({usable_cores()})"
+        )
+    return found + _small_batch_norm_warnings(run.state.module, run.plan, run.recipe.train.max_micro_batch)
+
+
 def batch_text(plan: Plan, max_micro_batch: int) -> str:
     """Return the arithmetic behind the global batch: ranks, micro-steps and the size of these."""
     largest = min(-(-plan.global_batch_size // plan.world_size), max_micro_batch)
@@ -84,6 +99,26 @@ def duration_text(plan: Plan) -> str:
         return f"{plan.duration}{limit}"
     per_epoch = f"ceil({plan.samples_per_epoch:,} / {plan.global_batch_size}) = {plan.steps_per_epoch} per epoch"
     return f"{plan.duration} = {plan.duration_steps} steps of {per_epoch}{limit}"
+
+
+def _small_batch_norm_warnings(module: nn.Module, plan: Plan, max_micro_batch: int) -> list[str]:
+    """Warn about batch norm over so few samples that their mean and variance say little about the data."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    size, ranks = plan.global_batch_size, plan.world_size
+    pieces = [micro_pieces(size, rank, ranks, max_micro_batch) for rank in range(ranks)]
+    sizes = [[stop - start for start, stop in of_all if stop > start] for of_all in zip(*pieces, strict=True)]
+    by_rank, over_ranks = min(map(min, sizes)), min(map(sum, sizes))  # in the smallest micro-step of a global batch
+    synchronised = any(isinstance(layer, SyncBatchNorm2d) for layer in layers)
+    smallest = over_ranks if synchronised else by_rank
+    if not layers or smallest > _FEW_SAMPLES:
+        return []
+    if over_ranks > _FEW_SAMPLES:
+        remedy = f"model.sync_batch_norm=true normalises over all ranks' {over_ranks}; fewer ranks help as well"
+    elif plan.micro_steps > 1:
+        remedy = "give a larger train.max_micro_batch"
+    else:
+        remedy = "give a larger train.global_batch_size"
+    return [f"batch norm normalises over micro-batches of {count(smallest, 'sample')}, too few to learn from: {remedy}"]
 
 
 def _batch_norm_notes(module: nn.Module, plan: Plan) -> list[str]:
