@@ -12,7 +12,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import is_override, load_recipe, recipe_names
 from shardstep.launch.cli import FAILED, STOPPED, run_script
 from shardstep.trainer.distributed import launch_env
-from shardstep.trainer.stopping.stop_requests import StopSignal
+from shardstep.trainer.stopping.stop_requests import STOP_FILE, StopSignal
 
 
 def main(arguments: list[str]) -> int:
@@ -83,6 +83,11 @@ def main(arguments: list[str]) -> int:
         display.note(text, indent=INDENT)
     for text in warnings_about(run):
         display.warn(text)
+    if not request.is_listening:
+        display.warn(
+            f"called outside the main thread, where Python handles no signals: only the file {run.dir.path / STOP_FILE} "
+            f"stops this run"
+        )
     unused_source = data.unused_source_warning(run.recipe.data, run.data) if world.is_main_process else None
     if unused_source:
         display.warn(unused_source)

@@ -6,6 +6,7 @@ Nothing here imports torch: the signal handlers are installed before its import,
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,22 +29,29 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.is_listening = False  # to signals
         self._wakeup: int | None = None
         self._parent = os.getppid()
 
     def install(self) -> None:
-        """Note SIGTERM and SIGUSR1 from now on, also while the process is still starting."""
-        for number in _SIGNALS:
-            signal.signal(number, self._note)
+        """Note SIGTERM and SIGUSR1 from now on, also while the process is still starting.
+
+        Python handles signals in the main thread only: elsewhere, as in Ray Train, this notes only the launcher's end.
+        """
         # A handler runs between two lines of Python, which a hung collective never reaches. The pipe is written at once.
         self._wakeup, written = os.pipe()
         for end in (self._wakeup, written):
             os.set_blocking(end, False)
-        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        self.is_listening = threading.current_thread() is threading.main_thread()
+        if self.is_listening:
+            for number in _SIGNALS:
+                signal.signal(number, self._note)
+            signal.set_wakeup_fd(written, warn_on_full_buffer=False)
 
     def note_interrupts(self) -> None:
         """Treat Ctrl-C as a stop request from now on; while the process is starting, it ends the process."""
-        signal.signal(signal.SIGINT, self._note)
+        if self.is_listening:
+            signal.signal(signal.SIGINT, self._note)
 
     def has_arrived(self) -> bool:
         """Return whether a signal has arrived or the launcher has ended, even if the main thread is stuck."""

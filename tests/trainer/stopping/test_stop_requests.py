@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -636,3 +637,22 @@ def test_lines_that_cannot_be_written_come_with_the_next(tmp_path: Path) -> None
     lines._file = (tmp_path / "lines").open("ab", buffering=0)  # the disk has room again
     lines.close()
     assert (tmp_path / "lines").read_text() == "one\ntwo\n"
+
+
+def train_in_a_thread(recipe: str) -> tuple[int, list[str], bool]:
+    """Runs in a rank: exit code and warnings of a run called in a thread, and whether signal handlers are as before."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    with ThreadPoolExecutor(1) as pool:
+        code, _, errors = pool.submit(failure_of, recipe).result()
+    warnings = [line for line in errors.splitlines() if line.startswith("warning")]
+    return code, warnings, handlers == [signal.getsignal(number) for number in numbers]
+
+
+def test_training_works_outside_the_main_thread(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards, train={"duration": "3 steps"})
+    first, second = run_ranks(2, train_in_a_thread, str(recipe))
+    text = "warning: called outside the main thread, where Python handles no signals: only the file"
+    assert first == (0, [f"{text} {tmp_path / 'run' / 'STOP'} stops this run"], True)
+    assert second == (0, [], True)
+    assert RunDir(tmp_path / "run").state() == "finished"
