@@ -1,10 +1,10 @@
-# Everything below works on a fresh Linux machine with Python 3.10 or later: the first target that needs it builds .venv.
+# Everything below works on a fresh Linux machine with Python 3.11 or later: the first target that needs it builds .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup train smoke test drills lint clean
+.PHONY: help setup train smoke test drills lint lock clean
 
 help:
 	@echo "make setup    build .venv with the tested versions (about 3 minutes, 6 GB)"
@@ -13,13 +13,16 @@ help:
 	@echo "make test     run the tests"
 	@echo "make drills   run the long tests"
 	@echo "make lint     check style and types"
+	@echo "make lock     write requirements.lock anew, after a change of setup.cfg; UPGRADE=1: with the newest versions"
 
 setup: $(INSTALLED)
 
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+# The lock file has all packages: pip refuses a file whose hash is not there, and the project itself brings nothing more.
+$(INSTALLED): setup.cfg pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "requirements.lock is for Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[digits,tensorboard,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Train on CIFAR-10 if it is available, else on scikit-learn's digits, with a loud notice.
@@ -54,6 +57,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy configs datasets trainer launch
+
+# Versions stay as they are if they fit setup.cfg. uv is installed for this alone; any index that it is told of stays unsaid.
+lock:
+	tool=$$(mktemp -d) && trap 'rm -rf "$$tool"' EXIT && $(PYTHON) -m venv "$$tool" && \
+	"$$tool/bin/pip" install --quiet --disable-pip-version-check uv && \
+	"$$tool/bin/uv" pip compile --quiet --custom-compile-command 'make lock' --output-file requirements.lock \
+		--universal --python-version 3.11 --generate-hashes $(if $(UPGRADE),--upgrade) \
+		--extra digits --extra tensorboard --extra dev setup.cfg
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
