@@ -59,8 +59,9 @@ def wrap_for_training(
     alone = accelerator.num_processes == 1
     is_flat = config.all_reduce == "flat" and not alone
     accelerator.ddp_handler = _ddp_options(module, config)
+    # A single rank that a launcher has started needs no DDP, which would keep CUDA graphs from its step.
     # No device placement: to check whether it may move the model, Accelerate would import all of DTensor, 0.7 s.
-    model = accelerator.prepare_model(module, device_placement=False, evaluation_mode=is_flat)
+    model = accelerator.prepare_model(module, device_placement=False, evaluation_mode=is_flat or alone)
     if isinstance(model, DistributedDataParallel):
         # Buffers are averaged before evaluation; broadcasting them at every forward pass would cost a collective.
         # Set as an attribute, because the argument's name differs between torch versions.

@@ -290,6 +290,25 @@ def test_all_ranks_begin_with_the_weights_of_rank_0_and_keep_their_own_statistic
     assert [later for _, later in ranks] == [[5.0, 5.0], [6.0, 6.0]]
 
 
+def wrapper_of(recipe: str) -> str:
+    """Runs in a rank: the class of the wrapped model."""
+    return type(build_run(recipe).state.model).__name__
+
+
+@pytest.mark.parametrize(
+    ("all_reduce", "world_size", "wrapper"),
+    [
+        ("buckets", 1, "Sequential"),  # as without a launcher: DDP would keep CUDA graphs from the step
+        ("flat", 1, "Sequential"),
+        ("buckets", 2, "DistributedDataParallel"),
+        ("flat", 2, "FlatGradients"),
+    ],
+)
+def test_what_wraps_the_model(shards: Path, tmp_path: Path, all_reduce: str, world_size: int, wrapper: str) -> None:
+    recipe = write_recipe(tmp_path, shards, train={"all_reduce": all_reduce})
+    assert run_ranks(world_size, wrapper_of, str(recipe)) == [wrapper] * world_size
+
+
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
