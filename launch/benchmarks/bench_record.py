@@ -12,6 +12,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,16 +76,20 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Table]:
     chosen = f"{train.device}, {train.precision}, {train.memory_format}, {train.convolutions} convolutions"
     notes = [f"{args.recipe}: {chosen}"]
     runs: dict[str, list[Timed]] = {name: [] for name in (args.recipe, *(["a script"] if args.script else []))}
-    for seed in range(args.repeats):
-        recipe = _load(args, seed, folder / f"seed{seed}", *fixed)
-        timed = _train(recipe)
-        shutil.rmtree(recipe.run.dir)  # including its checkpoint
-        assert timed is not None  # the warm-up had an accuracy
-        runs[args.recipe].append(timed)
-        _print_run(args.recipe, seed, timed)
-        if args.script:
-            batch_size, steps = script_plan(samples, recipe.train.global_batch_size, run_steps=timed.steps)
-            runs["a script"].append(_run_script(recipe, seed, batch_size, steps))
+    with ExitStack() as stack:
+        for seed in range(args.repeats):
+            recipe = _load(args, seed, folder / f"seed{seed}", *fixed)
+            timed = _train(recipe)
+            shutil.rmtree(recipe.run.dir)  # including its checkpoint
+            assert timed is not None  # the warm-up had an accuracy
+            runs[args.recipe].append(timed)
+            _print_run(args.recipe, seed, timed)
+            if not args.script:
+                continue
+            if not runs["a script"]:
+                batch_size, steps = script_plan(samples, recipe.train.global_batch_size, run_steps=timed.steps)
+                run_script = stack.enter_context(_script(recipe, batch_size, steps))
+            runs["a script"].append(run_script(seed))
             _print_run("a script", seed, runs["a script"][-1])
     if args.script:
         notes += [f"a script: the method of speedrun94, {steps} steps of {batch_size} images, {train.device}"]
@@ -162,11 +168,27 @@ def _script_samples(recipe: "Recipe") -> int:
     return manifest.samples
 
 
-def _run_script(recipe: "Recipe", seed: int, batch_size: int, steps: int) -> Timed:
-    arguments = [recipe.data.train, recipe.data.test, seed, batch_size, steps, recipe.train.device]
+@contextmanager
+def _script(recipe: "Recipe", batch_size: int, steps: int) -> Iterator[Callable[[int], Timed]]:
+    """Start the script, which loads and compiles once; yield the function that makes it train with a seed."""
+    arguments = [recipe.data.train, recipe.data.test, batch_size, steps, recipe.train.device]
     command = [sys.executable, "-m", "shardstep.launch.benchmarks.record_script", *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return Timed(**json.loads(done.stdout))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def train(seed: int) -> Timed:
+            print(seed, file=process.stdin, flush=True)
+            line = process.stdout.readline()
+            if not line:
+                raise subprocess.CalledProcessError(process.wait(), command)
+            return Timed(**json.loads(line))
+
+        try:
+            yield train
+        except BaseException:
+            process.kill()
+            raise
 
 
 def _spread(accuracies: list[float]) -> str:

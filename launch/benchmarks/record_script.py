@@ -1,12 +1,13 @@
 """The method of the recipe speedrun94 as a standalone script: the baseline of `shardstep bench record --script`.
 
-    python -m shardstep.launch.benchmarks.record_script TRAIN TEST SEED BATCH_SIZE STEPS DEVICE
+    python -m shardstep.launch.benchmarks.record_script TRAIN TEST BATCH_SIZE STEPS DEVICE < SEEDS
 
 A hand-written version of Jordan 2024, arXiv 2404.00498, with Muon on the filters: one process on one device, the images in
 memory in half precision, no checkpoints, no metrics. On a CPU it runs eagerly, in bf16 if the processor has bf16 units, else
 in fp32. On a GPU it is compiled and runs in fp16, after a complete run on dummy labels that is not timed. It runs in a
-separate process, because the trainer changes the C library's allocator. Prints JSON: the test accuracy, and the seconds of
-initialisation, training and evaluation. The network, Muon and the views are the toolkit's.
+separate process, because the trainer changes the C library's allocator. Reads seeds, one a line, and prints a line of JSON
+for each as soon as it has trained with it: the test accuracy, and the seconds of initialisation, training and evaluation. The
+network, Muon and the views are the toolkit's.
 """
 
 import json
@@ -36,10 +37,10 @@ _INITIALIZE_IMAGES = 5000
 
 
 def main(arguments: list[str]) -> int:
-    """Train once and print the accuracy and the times."""
+    """Train with each seed and print the accuracy and the times."""
     train_folder, test_folder = arguments[:2]
-    seed, batch_size, steps = map(int, arguments[2:5])
-    device = torch.device(arguments[5])
+    batch_size, steps = map(int, arguments[2:4])
+    device = torch.device(arguments[4])
     precision = "fp16" if device.type == "cuda" else "bf16" if machine.read_cpu().bf16_units else "fp32"
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     torch.set_flush_denormal(True)
@@ -56,14 +57,15 @@ def main(arguments: list[str]) -> int:
         forward = cast(nn.Module, torch.compile(model, mode="max-autotune", dynamic=False))
         _train(model, forward, images, labels.flip(0), batch_size, steps)
         _accuracy(forward, test_images, test_labels)
-    torch.manual_seed(seed)
-    began = now(device)
-    initialized = _train(model, forward, images, labels, batch_size, steps)
-    trained = now(device)
-    accuracy = _accuracy(forward, test_images, test_labels)
-    ended = now(device)
-    found = {"accuracy": accuracy, "steps": steps, "initialize_s": initialized - began}
-    print(json.dumps(found | {"train_s": trained - initialized, "evaluate_s": ended - trained}))
+    for line in sys.stdin:
+        torch.manual_seed(int(line))
+        began = now(device)
+        initialized = _train(model, forward, images, labels, batch_size, steps)
+        trained = now(device)
+        accuracy = _accuracy(forward, test_images, test_labels)
+        ended = now(device)
+        found = {"accuracy": accuracy, "steps": steps, "initialize_s": initialized - began}
+        print(json.dumps(found | {"train_s": trained - initialized, "evaluate_s": ended - trained}), flush=True)
     return 0
 
 
