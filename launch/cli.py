@@ -24,7 +24,7 @@ COMMANDS = {
     "evaluate": "evaluate a run's or a checkpoint's weights on a test set",
     "submit": "submit a recipe to Slurm",
     "compare": "compare optimizers, or any other keys, under equal budgets",
-    "same": "show that training is the same on any number of ranks",
+    "same": "show that training is the same on any number of ranks, or on a CPU and a GPU",
     "shards": "write, verify, index and inspect data sets",
     "checkpoints": "list and verify the checkpoints of a run",
     "watch": "follow a run from its folder",

@@ -86,12 +86,28 @@ def test_dropout_is_reported_as_the_reason(shards: Path, tmp_path: Path) -> None
     assert row.split()[-1] == "1"  # from the first step on
 
 
+def test_reasons_of_a_device_are_not_those_of_ranks(finished_run: Path) -> None:
+    assert [text.split()[0] for text in _reasons(finished_run, by_device=True)] == ["convolutions"]
+    assert [text.split()[0] for text in _reasons(finished_run, by_device=False)] == ["batch"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu compares a CPU with a GPU that is there")
+def test_a_device_that_is_not_here(shards: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, shards))
+    with pytest.raises(InputError, match="on cuda: train.device=cuda, but torch finds no CUDA device here"):
+        main([recipe, "--devices", "cuda,cpu", "--steps", "1"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--ranks", "1"], "must be two or more different numbers"),
         (["--ranks", "1,two"], "must be two or more different numbers"),
         (["--ranks", "0,1", "--steps", "0", "--tolerance", "0"], "3 problems"),
+        (["--devices", "cpu,gpu"], "--devices 'cpu,gpu' must be cpu and cuda"),
+        (["--devices", "cuda"], "must be cpu and cuda"),
+        (["--devices", "cpu,cuda,cpu"], "must be cpu and cuda"),
+        (["--devices", "cpu,cuda", "--ranks", "1,2"], "must be a single number from 1, because --devices"),
         (["optimizer.lrr=1"], "optimizer.lrr"),
     ],
 )
