@@ -118,7 +118,8 @@ def join_world(rank: int, world_size: int, port: int) -> None:
         GLOO_SOCKET_IFNAME="lo",
         OMP_NUM_THREADS="1",  # Accelerate warns where it is unset
     )
-    warnings.simplefilter("error")  # pytest's own filter does not reach here
+    if "PYTHONWARNINGS" not in os.environ:
+        warnings.simplefilter("error")  # pytest's own filter does not reach here
     # wandb's own use of pydantic is not ours to mend
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="wandb|pydantic")
 
