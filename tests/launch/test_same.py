@@ -144,6 +144,6 @@ def test_reasons_beside_rounding(precision: str, model: dict[str, Any], reasons:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     has_statistics = model["name"] == "whitening_cnn"
     save_file({"norm.running_mean" if has_statistics else "weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    found = _reasons(tmp_path)
+    found = _reasons(tmp_path, by_device=False)
     assert [text[: len(start)] for text, start in zip(found, reasons, strict=True)] == reasons
     assert [text.split()[0] for text in _rounding(tmp_path)] == ([] if precision == "fp32" else [precision])
