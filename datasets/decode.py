@@ -50,11 +50,28 @@ def decode(data: bytes, mode: str) -> np.ndarray:
     Raises:
         ValueError: the bytes are not an image, or its channels are signed or have more than 8 bits.
     """
-    pixels = _decode_common(data, mode) if _is_common(data) else decode_rare(data)
-    channels = pixels.shape[2]
+    if data[:8] == _PNG:  # neither animated nor grey with transparency, which OpenCV reads wrongly and as colour
+        is_common = data.find(b"acTL", 0, data.find(b"IDAT")) < 0 and data[25:26] != _GREY_ALPHA
+    else:
+        is_common = data[:3] == _JPEG or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+    if not is_common:
+        return _in_mode(decode_rare(data), mode)
+    cv2 = _cv2()
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _flag(mode))
+    except cv2.error as error:  # for example, an absurd size
+        raise ValueError(f"not an image that can be decoded ({error.err})") from None
+    if pixels is None and mode == "RGB":  # perhaps a grey lossless JPEG
+        return _in_mode(decode(data, "UNCHANGED"), mode)
+    if pixels is None:
+        raise ValueError("not an image that can be decoded")
+    if pixels.itemsize > 1:
+        raise ValueError(f"{8 * pixels.itemsize} bits per channel; only 8 are supported")
     if mode == "RGB":
-        return pixels if channels == 3 else pixels.repeat(3, axis=2)
-    return to_grey(pixels) if mode == "L" and channels == 3 else pixels
+        return pixels
+    if pixels.ndim == 2:
+        return pixels[:, :, np.newaxis]
+    return _in_mode(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), mode)
 
 
 def to_grey(pixels: np.ndarray) -> np.ndarray:
@@ -63,30 +80,12 @@ def to_grey(pixels: np.ndarray) -> np.ndarray:
     return ((luma + 32768) / 65536).astype(np.uint8)[:, :, np.newaxis]
 
 
-def _is_common(data: bytes) -> bool:
-    """Check whether OpenCV reads a file right: JPEG, WebP, and PNG without animation or grey with transparency."""
-    if data[:8] == _PNG:
-        is_still = data[37:41] == b"IDAT" or data.find(b"acTL", 0, data.find(b"IDAT")) < 0
-        return is_still and data[25:26] != _GREY_ALPHA
-    return data[:3] == _JPEG or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
-
-
-def _decode_common(data: bytes, mode: str) -> np.ndarray:
-    """Decode with OpenCV; for modes other than RGB, to as many channels as the file has."""
-    cv2 = _cv2()
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _flag(mode))
-    except cv2.error as error:  # for example, an absurd size
-        raise ValueError(f"not an image that can be decoded ({error.err})") from None
-    if pixels is None:
-        if mode == "RGB":  # perhaps a grey lossless JPEG
-            return _decode_common(data, "UNCHANGED")
-        raise ValueError("not an image that can be decoded")
-    if pixels.itemsize > 1:
-        raise ValueError(f"{8 * pixels.itemsize} bits per channel; only 8 are supported")
-    if pixels.ndim == 2:
-        return pixels[:, :, np.newaxis]
-    return pixels if mode == "RGB" else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+def _in_mode(pixels: np.ndarray, mode: str) -> np.ndarray:
+    """Convert pixels (height, width, 1 or 3) to a mode of `decode`."""
+    channels = pixels.shape[2]
+    if mode == "RGB" and channels == 1:
+        return pixels.repeat(3, axis=2)
+    return to_grey(pixels) if mode == "L" and channels == 3 else pixels
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
