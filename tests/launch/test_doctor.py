@@ -174,7 +174,8 @@ def test_a_missing_compiler_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_missing_data_that_can_be_written_are_no_error(tmp_path: Path) -> None:
-    ((code, report, _),) = run_ranks(1, examine, ["quickstart", f"data.train={tmp_path}/a", f"data.test={tmp_path}/b"])
+    folders = [f"data.train={tmp_path}/a", f"data.test={tmp_path}/b"]
+    ((code, report, _),) = run_ranks(1, examine, ["quickstart", "data.source=cifar10", *folders])
     assert code == 0
     assert report["facts"]["no_data"]["source"] == "cifar10"
     assert report["facts"]["no_step"] == "none was taken: its data do not exist yet"

@@ -179,6 +179,6 @@ def test_a_page_of_many_classes_stays_small(finished_run: Path) -> None:
     bins = reliability(predictions.confidence, predictions.correct)
     text = report_page([RunAnalysis(record, predictions=predictions, bins=bins)], datetime(2026, 1, 1))
     assert "Accuracy of the 30 worst of 300 classes" in text
-    assert "Most frequent mistakes: kind " in text
+    assert "Most frequent mistakes: <bdi>kind " in text
     assert "confusion matrix" not in text  # 90,000 cells
     assert len(text) < 60_000

@@ -297,13 +297,13 @@ def _confusion(one: RunAnalysis) -> Html | None:
         join(tag("bdi", one.classes[row]), " for ", tag("bdi", one.classes[column]), f" ({off[row, column]:,})")
         for row, column in order
     ]
-    said = join(*(part for pair in pairs for part in (", ", pair)))[2:]
+    said = Html(", ".join(pairs))
     drawn = chart.confusion_chart(confusion, one.classes) if len(one.classes) <= _MOST_CLASSES_IN_MATRIX else None
     caption = "Rows: label, columns: prediction, per cent of the label. Mistakes have their own color scale."
     return join(
         tag("figcaption", caption),
         drawn,
-        tag("p", "Most frequent mistakes: ", Html(said), ".", class_="quiet") if said else tag("p", "No mistakes."),
+        tag("p", "Most frequent mistakes: ", said, ".", class_="quiet") if said else tag("p", "No mistakes."),
     )
 
 
