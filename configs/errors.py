@@ -23,6 +23,8 @@ class InputError(ValueError):
 class TrainingFailed(RuntimeError):
     """Training cannot continue, for a reason that no check of the input could have found, such as a NaN loss."""
 
+    everywhere = True  # as for InputError
+
 
 class NonFiniteError(TrainingFailed):
     """A loss or a gradient became NaN or infinite."""

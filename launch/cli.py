@@ -16,6 +16,7 @@ from typing import NoReturn
 from shardstep.configs.errors import InputError, TrainingFailed, is_out_of_memory
 from shardstep.configs.text import printable
 from shardstep.trainer.distributed import launch_env
+from shardstep.trainer.distributed.launchers import adopt_launch
 
 COMMANDS = {
     "recipes": "list the recipes, with their measured results",
@@ -83,13 +84,14 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks, like stderr does
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))  # libgomp reads it when torch is imported
+    adopt_launch()
     try:
         return command(arguments)
     except InputError as error:
         _print_error(f"error: {error}", error.everywhere)
         return BAD_INPUT
     except TrainingFailed as error:
-        _print_error(f"failed: {error}")
+        _print_error(f"failed: {error}", error.everywhere)
         return FAILED
     except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         _print_error(f"error: {_reason(error)}", everywhere=False)  # perhaps only on this node

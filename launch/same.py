@@ -142,7 +142,7 @@ def _check(args: argparse.Namespace) -> list[World]:
     if args.tolerance is not None and not args.tolerance > 0:
         problems.append(f"--tolerance {args.tolerance:g} must be above 0")
     if launch_env.is_launched():
-        problems.append("same starts ranks itself: leave out torchrun, accelerate launch and srun")
+        problems.append("same starts ranks itself: leave out torchrun, accelerate launch, mpirun and srun")
     if problems:
         raise InputError.from_problems("nothing was started", problems)
     if devices:

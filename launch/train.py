@@ -2,6 +2,7 @@
 
 shardstep train [RECIPE] [section.key=value ...] [--nproc N] [--show-config]
 torchrun --nproc-per-node 2 launch/train.py [RECIPE] [section.key=value ...]
+mpirun -n 2 shardstep train [RECIPE] [section.key=value ...]
 accelerate launch --multi_gpu --num_processes 2 launch/train.py [RECIPE] [section.key=value ...]
 """
 
@@ -12,11 +13,13 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import is_override, load_recipe, recipe_names
 from shardstep.launch.cli import FAILED, STOPPED, run_script
 from shardstep.trainer.distributed import launch_env
+from shardstep.trainer.distributed.launchers import adopt_launch
 from shardstep.trainer.stopping.stop_requests import STOP_FILE, StopSignal
 
 
 def main(arguments: list[str]) -> int:
     """Train; returns the exit code."""
+    adopt_launch()  # here too, for functions that submitit or Ray call
     parser = argparse.ArgumentParser(
         prog="shardstep train",
         description="Train a model from a recipe.",
@@ -45,8 +48,11 @@ def main(arguments: list[str]) -> int:
         from shardstep.launch.ranks import start_ranks
 
         if launch_env.is_launched():
-            raise InputError("--nproc starts ranks itself: do not use it under torchrun, accelerate launch or srun")
+            raise InputError(
+                "--nproc starts ranks itself: do not use it under torchrun, accelerate launch, mpirun or srun"
+            )
         return start_ranks(args.nproc, [sys.executable, __file__, args.recipe, *args.overrides])
+    launch_env.check_own_launch(loaded.recipe.train.world_size)  # before anything is written
     request = StopSignal()
     request.install()  # before torch is imported, so that no signal is lost
 

@@ -275,7 +275,7 @@ def _option_problems(args: argparse.Namespace, folder: Path) -> list[str]:
             problems.append(str(error))
     problems += _reserved_keys(args.overrides, "", bool(args.budget))
     if launch_env.is_launched():
-        problems.append("compare starts processes itself: leave out torchrun, accelerate launch and srun")
+        problems.append("compare starts processes itself: leave out torchrun, accelerate launch, mpirun and srun")
     return problems
 
 

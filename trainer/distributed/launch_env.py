@@ -1,10 +1,11 @@
 """The launcher's environment variables: rank, size of the world, end of the allocation. No torch here.
 
-torchrun, accelerate launch, the job scripts and `shardstep train --nproc` all set the same variables; only this module,
-world.py and store.py read them.
+torchrun, accelerate launch, the job scripts and `shardstep train --nproc` all set the same variables, and launchers.py
+translates those of mpirun and srun. Only this module, launchers.py, world.py and store.py read them.
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from shardstep.configs.cores import asked_threads, parent_environment, usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
+from shardstep.trainer.distributed.launchers import LAUNCHERS, MEETING_POINT, PLACE, Launcher, launcher_of
 
 _OWN = "SHARDSTEP_NPROC"  # set by `shardstep train --nproc`
 
@@ -25,12 +27,14 @@ def rank() -> int:
 
 def world_size() -> int | None:
     """Return how many ranks the launcher starts; None without a launcher."""
-    return int(os.environ["WORLD_SIZE"]) if is_launched() and "WORLD_SIZE" in os.environ else None
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if is_launched() and size.isdecimal() else None
 
 
 def is_first_rank() -> bool:
     """Return whether this process is rank 0, which prints for all."""
-    return rank() == 0
+    launcher = None if is_launched() else launcher_of(os.environ)  # whose ranks were refused a place
+    return os.environ.get(launcher.rank if launcher else "RANK", "0") == "0"
 
 
 def is_first_rank_of_node() -> bool:
@@ -50,7 +54,7 @@ def has_agent() -> bool:
 
 def ends_with_parent() -> bool:
     """Return whether this process must end with its parent: a launcher without which nobody would end the ranks."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or _OWN in os.environ
+    return "TORCHELASTIC_RUN_ID" in os.environ or _OWN in os.environ or launcher_of(os.environ) is not None
 
 
 def is_restarted() -> bool:
@@ -82,40 +86,134 @@ def environment_of_rank(rank: int, world_size: int, port: int) -> dict[str, str]
     }
 
 
-def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
-    """Compare the world that the environment describes with the requested one.
+def place_problem(environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return what is wrong with this process's place in its world, and the remedy; None if nothing is, or it has no place."""
+    what = _wrong_place(environment)
+    return (what, _remedy_of_place(environment, launcher_of(environment))) if what else None
+
+
+def _wrong_place(environment: Mapping[str, str]) -> str | None:
+    given = [f"{name}={environment[name]}" for name in PLACE if name in environment]
+    if not given:
+        return None
+    if "RANK" not in environment:
+        return f"{', '.join(given)}, but RANK is not set"
+    missing = [name for name in (*PLACE, *MEETING_POINT) if not environment.get(name)]
+    if missing:
+        return f"RANK is set, but not {', '.join(missing)}"
+    odd = [name for name in (*PLACE, "MASTER_PORT") if not environment[name].isdecimal()]
+    if odd:
+        return f"{', '.join(f'{name}={environment[name]}' for name in odd)}: not a whole number"
+    for one, limit in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if int(environment[one]) >= int(environment[limit]):
+            return f"{one}={environment[one]}, but {limit}={environment[limit]}: ranks count from 0"
+    if int(environment["LOCAL_WORLD_SIZE"]) > int(environment["WORLD_SIZE"]):
+        return f"{', '.join(given[2:])}: more ranks on this machine than in the world"
+    if not 0 < int(environment["MASTER_PORT"]) < 1 << 16:
+        return f"MASTER_PORT={environment['MASTER_PORT']} is not a port: 1 to 65535"
+    return None
+
+
+def check_own_launch(wanted: int | None) -> None:
+    """Check this process's place in its world, then that world, of which `wanted` is the size, if not None.
 
     Raises:
-        InputError: several worlds of one rank would come up, or a world of the wrong size.
+        InputError: as `check_launch`, or the variables of the place are incomplete, contradictory or no numbers.
     """
-    if "RANK" not in environment:
-        if environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in environment:
-            raise InputError(
-                "`accelerate launch --cpu --num_processes N` starts only one process, whatever N is. For several CPU ranks "
-                "use `accelerate launch --multi_gpu --num_processes N launch/train.py ... train.device=cpu` or "
-                "`torchrun --nproc-per-node N launch/train.py ... train.device=cpu`"
-            )
-        tasks = int(environment.get("SLURM_NTASKS", "1"))
-        if tasks > 1:
-            raise InputError(
-                f"Slurm was asked for {tasks} tasks (SLURM_NTASKS), but no launcher has given this one a rank: {tasks} "
-                f"separate runs would write to one folder. `shardstep submit` writes job scripts that work; by hand, start "
-                f"torchrun or accelerate launch with srun, one per node, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR "
-                f"and MASTER_PORT"
-            )
+    problem = place_problem(os.environ)
+    if problem:
+        raise _refusal(". ".join(problem), os.environ)
+    check_launch(os.environ, wanted)
+
+
+def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
+    """Compare the world that the environment describes with the requested one; its place has passed `place_problem`.
+
+    Raises:
+        InputError: several separate worlds would come up, or a world of the wrong size.
+    """
+    problem = _separate_worlds(environment) if "RANK" in environment else _should_be_launched(environment)
+    if problem:
+        raise _refusal(problem, environment)
     world_size = int(environment.get("WORLD_SIZE", "1")) if "RANK" in environment else 1
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    agents = int(environment.get("GROUP_WORLD_SIZE", tasks)) if "TORCHELASTIC_RUN_ID" in environment else tasks
-    if world_size < tasks or agents < tasks:
-        raise InputError(
-            f"srun started {tasks} tasks, but the launcher in this one brings up a separate world of {world_size}: {tasks} "
-            f"separate runs would write to one folder. Give torchrun --nnodes and --rdzv-endpoint, or start one task"
-        )
     if wanted is not None and world_size != wanted:
         raise InputError(
             f"train.world_size={wanted}, but {count(world_size, 'rank')} came up: start {wanted} "
             f"(torchrun --nproc-per-node {wanted} ...), or change train.world_size"
         )
+
+
+def _refusal(problem: str, environment: Mapping[str, str]) -> InputError:
+    """Return an error that all ranks of a launcher raise alike; what somebody has set may be in this process alone."""
+    error, launcher = InputError(problem), launcher_of(environment)
+    error.everywhere = launcher is not None and environment.get("RANK") in (None, environment[launcher.rank])
+    return error
+
+
+def _should_be_launched(environment: Mapping[str, str]) -> str | None:
+    """Return why a process without a place must not train alone: others were started, or should have been."""
+    if environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in environment:
+        return (
+            "`accelerate launch --cpu --num_processes N` starts only one process, whatever N is. For several CPU ranks "
+            "use `accelerate launch --multi_gpu --num_processes N launch/train.py ... train.device=cpu` or "
+            "`torchrun --nproc-per-node N launch/train.py ... train.device=cpu`"
+        )
+    if environment.get("SLURM_NTASKS", "1") != "1":
+        return (
+            f"Slurm was asked for {environment['SLURM_NTASKS']} tasks (SLURM_NTASKS), but no launcher has given this "
+            f"process a rank. Start it with srun, which starts one rank for each task, or use `shardstep submit`"
+        )
+    for name in ("PET_NNODES", "PET_NPROC_PER_NODE"):  # Kubeflow sets them; 1:4 is from 1 to 4
+        if any(int(number) > 1 for number in re.findall(r"\d+", environment.get(name, ""))):
+            return (
+                f"{name}={environment[name]} asks for several ranks, but only torchrun reads it: separate runs would "
+                f"write to one folder. Start the ranks with `torchrun launch/train.py ...`"
+            )
+    for launcher in LAUNCHERS:
+        if launcher.tasks(environment) > 1:
+            return (
+                f"{launcher.world_size}={environment[launcher.world_size]}, but the other variables of {launcher.name} "
+                f"({', '.join(launcher.names())}) are not all set: separate runs would write to one folder. Set "
+                f"{', '.join((*PLACE, *MEETING_POINT))} for each process"
+            )
+    return None
+
+
+def _remedy_of_place(environment: Mapping[str, str], launcher: Launcher | None) -> str:
+    """Return what to do about a place with a problem."""
+    place = launcher.place(environment) if launcher else None
+    unset = f"unset {' '.join(name for name in PLACE if name in environment)}"
+    if launcher is None or place is None:
+        return (
+            f"If that is left over from another program: {unset}. Or start the ranks with torchrun, accelerate launch, "
+            f"mpirun or srun, or set {', '.join((*PLACE, *MEETING_POINT))} for each"
+        )
+    if place.items() <= environment.items():
+        return (
+            f"{launcher.name} does not say where its ranks meet. Set MASTER_ADDR to the machine of rank 0, and MASTER_PORT "
+            f"to a free port there (Open MPI: mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500 ...; MPICH: mpiexec -genv "
+            f"MASTER_ADDR node1 -genv MASTER_PORT 29500 ...)"
+        )
+    there = f"rank {place['RANK']} of {place['WORLD_SIZE']}"
+    return f"{launcher.name} started this process as {there}: {unset} before it"
+
+
+def _separate_worlds(environment: Mapping[str, str]) -> str | None:
+    """Return why each of several tasks would bring up its own world, or None."""
+    world_size, launcher = int(environment.get("WORLD_SIZE", "1")), launcher_of(environment)
+    for outer in LAUNCHERS:
+        agents = tasks = outer.tasks(environment)
+        if "TORCHELASTIC_RUN_ID" in environment:
+            agents = int(environment.get("GROUP_WORLD_SIZE", tasks))
+        elif launcher not in (None, outer) and environment["LOCAL_WORLD_SIZE"] == environment["WORLD_SIZE"]:
+            agents = 1  # mpirun on one machine, in one of several tasks of srun
+        if world_size < tasks or agents < tasks:
+            return (
+                f"{outer.name} started {tasks} tasks, but the launcher in this one brings up a separate world of "
+                f"{world_size}: {tasks} separate runs would write to one folder. Give torchrun --nnodes and "
+                f"--rdzv-endpoint, or start one task"
+            )
+    return None
 
 
 def threads_per_rank(environment: Mapping[str, str], asked: int | None = None) -> int:
@@ -164,9 +262,9 @@ def stopped_file() -> Path | None:
 
 
 _LAUNCH_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"),
-    *("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NODEID"),
+    *(*PLACE, *MEETING_POINT, "GROUP_RANK", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"),
+    *(name for launcher in LAUNCHERS for name in launcher.names()),
+    *("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_NODEID"),
     *("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
 )
 

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, patch_environment
 
-from shardstep.configs.errors import InputError
+from shardstep.configs.errors import InputError, TrainingFailed
 from shardstep.configs.schema import TrainConfig
-from shardstep.trainer.distributed import launch_env
+from shardstep.trainer.distributed import launch_env, launchers
 from shardstep.trainer.distributed.lazy_dynamo import defer_compiler
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -36,23 +36,28 @@ def start_world(config: TrainConfig) -> PartialState:
     """Bring up the launcher's world, on the device of the recipe.
 
     Raises:
-        InputError: the device is missing, or the world has another size than requested.
+        InputError: the device is missing, the world has another size than requested, or its port is taken.
+        TrainingFailed: the ranks did not meet in time.
     """
     defer_compiler()
     device = choose_device(config.device)
-    launch_env.check_launch(os.environ, config.world_size)
+    launch_env.check_own_launch(config.world_size)
     if device == "cuda":
         ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if ranks > gpus:
             raise InputError(
-                f"{ranks} ranks were started on a node with {gpus} visible GPUs: start at most {gpus} there"
+                f"{ranks} ranks were started on a node with {gpus} visible GPUs: start at most {gpus} there, and let each "
+                f"see all of them (no --gpus-per-task; with submitit set_cuda_visible_devices=False)"
             )
     threads = launch_env.threads_per_rank(os.environ, config.threads)
     timeout = timedelta(seconds=config.timeout_s)
-    _join_restarted_world(device, timeout)
-    with patch_environment(OMP_NUM_THREADS=threads):  # or Accelerate would choose another number, and warn
-        # cpu=True is needed: without it, each rank on a machine without CUDA would be a world of one
-        world = PartialState(cpu=device == "cpu", timeout=timeout)
+    try:
+        _join_restarted_world(device, timeout)
+        with patch_environment(OMP_NUM_THREADS=threads):  # or Accelerate would choose another number, and warn
+            # cpu=True is needed: without it, each rank on a machine without CUDA would be a world of one
+            world = PartialState(cpu=device == "cpu", timeout=timeout)
+    except dist.DistError as error:
+        raise _no_meeting(str(error)) from None
     torch.set_num_threads(threads)
     if device == "cpu":
         keep_freed_memory()
@@ -63,6 +68,19 @@ def start_world(config: TrainConfig) -> PartialState:
         torch.backends.cudnn.benchmark = True
     check_world(world)
     return world
+
+
+def _no_meeting(reason: str) -> InputError | TrainingFailed:
+    """Return an error that says why this rank has not met the others."""
+    address, port = (os.environ.get(name) for name in launchers.MEETING_POINT)
+    error: InputError | TrainingFailed
+    if "EADDRINUSE" in reason:
+        error = InputError(f"port {port} of this machine is taken by another program: set MASTER_PORT to a free one")
+    else:
+        first_line = reason.strip().splitlines()[0]
+        error = TrainingFailed(f"rank {launch_env.rank()} did not meet the others at {address}:{port}: {first_line}")
+    error.everywhere = False
+    return error
 
 
 def _join_restarted_world(device: str, timeout: timedelta) -> None:

@@ -9,14 +9,12 @@ from typing import Any, Literal, TypeVar
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
+from shardstep.trainer.distributed.launch_env import place_problem
 from shardstep.trainer.machine import Cpu, DiskSpace
 
 LEAST_SHM_BYTES = 64 << 20  # the default of many containers; NCCL's ranks on one machine communicate through it
 _LEAST_DISK_BYTES, _LEAST_INODES = 100_000_000, 1000  # for metrics, pictures and a small model's checkpoints
 _SLOW_SHARE = 0.5  # of the ranks' median speed
-
-PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-"""The variables that give a process its place in the world."""
 
 Severity = Literal["error", "warning"]
 _Item = TypeVar("_Item")
@@ -91,20 +89,9 @@ class Speed:
 
 
 def place_findings(launch: Mapping[str, str]) -> list[Finding]:
-    """Check that a process with a RANK also has the other variables of its place, as valid numbers."""
-    if "RANK" not in launch:
-        return []
-    missing = [name for name in (*PLACE, "MASTER_ADDR", "MASTER_PORT") if name not in launch]
-    if missing:
-        what = f"RANK is set, but not {', '.join(missing)}"
-    elif odd := [f"{name}={launch[name]}" for name in (*PLACE, "MASTER_PORT") if not launch[name].isdecimal()]:
-        what = f"{', '.join(odd)}: not a whole number"
-    elif int(launch["RANK"]) >= int(launch["WORLD_SIZE"]):
-        what = f"RANK={launch['RANK']}, but WORLD_SIZE={launch['WORLD_SIZE']}: ranks count from 0"
-    else:
-        return []
-    remedy = "start it with torchrun or accelerate launch, or let the job script set all of them in each task"
-    return [Finding("error", "launch", what, remedy)]
+    """Check that the variables of this process's place in its world are complete, and valid numbers."""
+    problem = place_problem(launch)
+    return [Finding("error", "launch", *problem)] if problem else []
 
 
 def launch_findings(launch: Mapping[str, str], parent: Mapping[str, str]) -> list[Finding]:

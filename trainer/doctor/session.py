@@ -33,10 +33,11 @@ from shardstep.datasets.manifest import Manifest
 from shardstep.datasets.resident import decoded_path
 from shardstep.trainer import data, machine
 from shardstep.trainer.distributed import launch_env, world
+from shardstep.trainer.distributed.launchers import PLACE
 from shardstep.trainer.distributed.store import LaunchStore
 from shardstep.trainer.doctor import findings as checks
 from shardstep.trainer.doctor import probe
-from shardstep.trainer.doctor.findings import PLACE, Finding, RankReport, Speed, merge, rank_list
+from shardstep.trainer.doctor.findings import Finding, RankReport, Speed, merge, rank_list
 from shardstep.trainer.kernels import winograd
 from shardstep.trainer.resume import find_resume, with_earlier_choices
 from shardstep.trainer.validate_recipe import validate_recipe
@@ -121,8 +122,7 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
     launch = launch_env.launch_variables(os.environ)
     findings = checks.place_findings(launch)
     place = {name.lower(): int(launch[name]) for name in PLACE if name in launch and not findings}
-    has_place = "rank" in place
-    is_clear = has_place or "RANK" not in launch
+    is_misplaced, has_place = bool(findings), "rank" in place
 
     recipe: Recipe | None = None
     try:
@@ -133,7 +133,7 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
     except InputError as error:
         findings.append(Finding.from_error("recipe", error, "correct the recipe or the overrides"))
     train = recipe.train if recipe else TrainConfig()
-    if is_clear:
+    if not is_misplaced:
         findings += checks.launch_findings(launch, launch_env.launcher_variables())
         try:
             launch_env.check_launch(os.environ, train.world_size)
@@ -172,7 +172,7 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         gpu=str(torch.cuda.get_device_properties(device).uuid) if on_gpu else None,
         cores=cores.count,
-        threads=launch_env.threads_per_rank(os.environ if is_clear else {}, train.threads),
+        threads=launch_env.threads_per_rank({} if is_misplaced else os.environ, train.threads),
         shm_bytes=facts["shm_bytes"],
         recipe_sha256=digest,
         data=fingerprints,
