@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -15,6 +16,7 @@ from typing import NoReturn
 
 from shardstep.configs.errors import InputError, TrainingFailed, is_out_of_memory
 from shardstep.configs.text import printable
+from shardstep.launch.entry import INTERRUPTED, raise_if_interrupted, raise_interrupts
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.launchers import adopt_launch
 
@@ -43,11 +45,11 @@ COMMANDS = {
 _SPINS = 10_000
 _LESS_MEMORY = "a smaller train.max_micro_batch, eval.batch_size or data.resize needs less memory"
 _HEAD_START_S = 1.0  # for the message of the rank that failed first
-BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 85, 130
+BAD_INPUT, FAILED, STOPPED = 2, 1, 85
 
 
 def main() -> int:
-    """Entry point of the console script."""
+    """Run the command that this process's arguments name; returns its exit code."""
     arguments = sys.argv[1:]
     if arguments[:1] in (["--version"], ["-V"]):
         print(f"shardstep {metadata.version('shardstep')}")
@@ -64,7 +66,7 @@ def main() -> int:
 
         print(f"shardstep: no command {name!r}; {neighbours(name, COMMANDS)}", file=sys.stderr)
         return BAD_INPUT
-    code = run(import_module(f"shardstep.launch.{name}").main, rest)
+    code = run(lambda arguments: import_module(f"shardstep.launch.{name}").main(arguments), rest)
     if "torch" in sys.modules:
         leave(code)
     return code
@@ -84,9 +86,14 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks, like stderr does
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))  # libgomp reads it when torch is imported
-    adopt_launch()
     try:
-        return command(arguments)
+        raise_interrupts()
+        adopt_launch()
+        try:
+            return command(arguments)
+        except Exception:
+            raise_if_interrupted()
+            raise
     except InputError as error:
         _print_error(f"error: {error}", error.everywhere)
         return BAD_INPUT
@@ -97,6 +104,7 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         _print_error(f"error: {_reason(error)}", everywhere=False)  # perhaps only on this node
         return BAD_INPUT
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal and a launcher may both send it
         _print_error("interrupted")
         return INTERRUPTED
     except (RuntimeError, MemoryError) as error:
@@ -129,10 +137,9 @@ def leave(code: int) -> NoReturn:
     Shutting down an interpreter with torch's threads can abort (seen on a busy machine: "terminate called without an active
     exception"), which would turn a finished run into a failure.
     """
-    from shardstep.trainer.checkpoints.saver import THREAD_NAME
-
+    saver = sys.modules.get("shardstep.trainer.checkpoints.saver")  # not imported: no checkpoint was begun
     for thread in threading.enumerate():
-        if thread.name == THREAD_NAME:  # reader threads may wait forever
+        if saver and thread.name == saver.THREAD_NAME:  # reader threads may wait forever
             thread.join()
     for found in gc.get_objects():
         if type(found) is tempfile.TemporaryDirectory:  # wandb has two, which a normal shutdown would remove

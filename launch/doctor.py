@@ -8,6 +8,11 @@ Start it in the same way as the run, with the same recipe: it takes one step of 
 It exits with 1 if something would break a run. Each finding comes with a fix.
 """
 
+if __name__ == "__main__":
+    from shardstep.launch.entry import end_at_interrupt
+
+    end_at_interrupt()
+
 import argparse
 import contextlib
 import dataclasses

@@ -7,6 +7,11 @@ For a run that has not finished it uses the newest intact checkpoint, and says s
 loss, accuracy, top5, samples, world_size; a loss that is NaN or infinite is null.
 """
 
+if __name__ == "__main__":
+    from shardstep.launch.entry import end_at_interrupt
+
+    end_at_interrupt()
+
 import argparse
 import json
 import math

@@ -12,6 +12,7 @@ from types import FrameType
 
 from shardstep.launch.cli import FAILED
 from shardstep.trainer.distributed import launch_env
+from shardstep.trainer.stopping.stop_requests import HELD_BACK
 
 TRAIN_SCRIPT = Path(__file__).with_name("train.py")
 _GRACE_S = 60.0  # for the other ranks to notice the failure and end by themselves
@@ -32,12 +33,15 @@ def start_ranks(count: int, command: list[str]) -> int:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    # A signal must not come between two ranks, or before a rank can obey it: it waits until then.
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+    for number in HELD_BACK:
         signal.signal(number, pass_on)
     for rank in range(count):
         environment = os.environ | launch_env.environment_of_rank(rank, count, port)
         # Each in its own session: Ctrl-C reaches it once, from here.
         processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
     first_failure: int | None = None
     failed_s = float("inf")

@@ -6,12 +6,18 @@ mpirun -n 2 shardstep train [RECIPE] [section.key=value ...]
 accelerate launch --multi_gpu --num_processes 2 launch/train.py [RECIPE] [section.key=value ...]
 """
 
+if __name__ == "__main__":
+    from shardstep.launch.entry import end_at_interrupt
+
+    end_at_interrupt()
+
 import argparse
 import sys
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import is_override, load_recipe, recipe_names
 from shardstep.launch.cli import FAILED, STOPPED, run_script
+from shardstep.launch.entry import ending_at_interrupt, raise_if_interrupted
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.launchers import adopt_launch
 from shardstep.trainer.stopping.stop_requests import STOP_FILE, StopSignal
@@ -65,6 +71,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.monitoring.display import Display
     from shardstep.trainer.validate_recipe import validate_recipe
 
+    raise_if_interrupted()
     display = Display(enabled=launch_env.is_first_rank(), drops_output=True)
     recipe = validate_recipe(loaded)
     for note in loaded.notes:
@@ -77,7 +84,8 @@ def main(arguments: list[str]) -> int:
     recipe = resume.with_earlier_choices(recipe)
     data.check_given_folders(loaded)
     data.make_missing_data(recipe.data)
-    world = start_world(recipe.train)
+    with ending_at_interrupt(request):
+        world = start_world(recipe.train)
     run = setup.build(world, recipe, display, request)
     ignored = launch_env.ignored_precision()
     if ignored and ignored != run.recipe.train.precision:
@@ -98,6 +106,7 @@ def main(arguments: list[str]) -> int:
     if unused_source:
         display.warn(unused_source)
     request.note_interrupts()
+    raise_if_interrupted()
     ending = train_to_end(run, arguments)
     if ending == "stopped":
         return 0 if launch_env.has_agent() else STOPPED  # an agent turns any other code into a failure

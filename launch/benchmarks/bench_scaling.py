@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -232,7 +233,9 @@ def _time_as_rank(path: Path) -> int:
     from shardstep.configs.schema import TrainConfig
     from shardstep.trainer.distributed.collectives import time_all_reduce
     from shardstep.trainer.distributed.world import start_world
+    from shardstep.trainer.stopping.stop_requests import HELD_BACK
 
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)  # start_ranks has blocked them
     world = start_world(TrainConfig(device="cpu"))
     medians = {size: statistics.median(time_all_reduce(world, size, _REDUCTIONS)) for size in _REDUCED_BYTES}
     if world.is_main_process:

@@ -17,6 +17,8 @@ from shardstep.trainer.stopping.time_limit import TimeLimit
 
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+HELD_BACK = (signal.SIGINT, *_SIGNALS)
+"""The signals that `shardstep train --nproc` blocks in the ranks that it starts, until `StopSignal.install` unblocks them."""
 _INTERVAL_S = 0.5  # between two checks of files and other ranks
 _MOST_CALLS = 100  # between two checks: a GPU's steps seem faster than they are until its queue is full
 
@@ -47,6 +49,7 @@ class StopSignal:
             for number in _SIGNALS:
                 signal.signal(number, self._note)
             signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
     def note_interrupts(self) -> None:
         """Treat Ctrl-C as a stop request from now on; while the process is starting, it ends the process."""

@@ -1,0 +1,86 @@
+"""What a program of this package runs first, before it imports anything that takes time: Ctrl-C without a traceback."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardstep.trainer.stopping.stop_requests import StopSignal
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
+
+
+def main() -> int:
+    """Entry point of the console script."""
+    end_at_interrupt()
+    from shardstep.launch import cli
+
+    return cli.main()
+
+
+def end_at_interrupt() -> None:
+    """Let Ctrl-C end this process at once, until `raise_interrupts`: it has nothing to clean up yet."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in a background job of a shell
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_interrupts() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt from now on, if it would end this process."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, _raise)
+
+
+def raise_if_interrupted() -> None:
+    """Raise an interrupt again that an import has swallowed ("Exception ignored in") or turned into an ImportError.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C has raised it before.
+    """
+    if _was_interrupted:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def ending_at_interrupt(stop_signal: "StopSignal") -> Iterator[None]:
+    """Let Ctrl-C end this process at once in a block that waits for other ranks in C++, where no handler runs."""
+    if signal.getsignal(signal.SIGINT) is not _raise:
+        yield
+        return
+    from shardstep.trainer.distributed import launch_env
+
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.1):
+            if stop_signal.has_arrived() and stop_signal.reason == signal.SIGINT.name:
+                if launch_env.is_first_rank():
+                    os.write(2, _MESSAGE)
+                os._exit(INTERRUPTED)
+
+    watcher = threading.Thread(target=watch, name="interrupts", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+
+
+_MESSAGE = b"interrupted\n"
+_was_interrupted = False
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, _MESSAGE)
+    os._exit(INTERRUPTED)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    global _was_interrupted
+    _was_interrupted = True
+    raise KeyboardInterrupt
