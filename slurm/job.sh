@@ -30,9 +30,10 @@ trap : TERM                                                     # this shell wai
 echo "job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NNODES x $RANKS_PER_NODE ranks, first node $HEAD_NODE"
 recipe=$1; shift
 # If one rank fails, srun ends all at once; when one is done, the others have 5 minutes. The numbers are explicit because the
-# job's number of nodes may have changed since it was submitted; the world must be of that size.
+# job's number of nodes may have changed since it was submitted; the world must be of that size. After sbatch --export=NONE
+# srun would not pass on what is exported above, such as `task`.
 srun --nodes="$SLURM_NNODES" --ntasks="$((SLURM_NNODES * TASKS_PER_NODE))" --ntasks-per-node="$TASKS_PER_NODE" \
-  --kill-on-bad-exit=1 --wait=300 bash -c 'task "$@"' task \
+  --export=ALL --kill-on-bad-exit=1 --wait=300 bash -c 'task "$@"' task \
   "$recipe" "train.world_size=$((SLURM_NNODES * RANKS_PER_NODE))" "$@"
 code=$?
 

@@ -141,6 +141,26 @@ def test_start_to_finish(cluster: Cluster, shards: Path, tmp_path: Path, undistu
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_job_without_the_environment_of_its_submission(
+    cluster: Cluster, shards: Path, tmp_path: Path, undisturbed: Submitted, launcher: str
+) -> None:
+    submitted = submit(cluster, tmp_path, shards, world(launcher, options={"export": "NONE"}))
+    assert submitted.end() == "COMPLETED", submitted.log()
+    assert_equal(submitted, undisturbed)
+    assert submitted.summary()["world_size"] == 4
+
+
+@pytest.mark.parametrize(("nodes", "tasks"), [(2, 4), (1, 2)])
+def test_srun_alone_starts_the_ranks(cluster: Cluster, shards: Path, tmp_path: Path, nodes: int, tasks: int) -> None:
+    """No job script, and no variables but those of srun."""
+    recipe = write_recipe(tmp_path, shards, **SECTIONS)
+    srun = ["srun", f"-N{nodes}", f"-n{tasks}", "-t5", sys.executable, str(ROOT / "launch" / "train.py"), str(recipe)]
+    result = cluster.sh([*srun, "train.duration=20 steps"], cwd=tmp_path, timeout_s=170)
+    assert f"{tasks} ranks, cpu" in result.stdout
+    assert result.stdout.count("done:") == 1
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_stops_and_preemptions(
     cluster: Cluster, shards: Path, tmp_path: Path, undisturbed: Submitted, launcher: str
 ) -> None:
@@ -362,7 +382,8 @@ _RANK = "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_N
 _RANK += "MASTER_ADDR=n1 MASTER_PORT=$((20000 + SLURM_JOB_ID)); "
 FAULTS = {
     "none": (_RANK + "{doctor}", 0, ["2 of 2 ranks on 2 hosts", "nothing would break a run"]),
-    "N worlds of one": ("{doctor}", 1, ["Slurm was asked for 2 tasks", "separate runs would write to one folder"]),
+    "none, and no variables either": ("{doctor}", 0, ["2 of 2 ranks on 2 hosts", "nothing would break a run"]),
+    "N worlds of one": ("env -u SLURM_STEP_NUM_TASKS {doctor}", 1, ["Slurm was asked for 2 tasks"]),
     "rank read too early": (
         _RANK.replace("$SLURM_PROCID", "0") + "{doctor} --timeout 20", 1, ["2 processes have rank 0"],
     ),
