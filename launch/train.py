@@ -15,7 +15,7 @@ import argparse
 import sys
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.load import is_override, load_recipe, recipe_names
+from shardstep.configs.load import LoadedRecipe, is_override, load_recipe, recipe_names
 from shardstep.launch.cli import FAILED, STOPPED, run_script
 from shardstep.launch.entry import ending_at_interrupt, raise_if_interrupted
 from shardstep.trainer.distributed import launch_env
@@ -58,6 +58,11 @@ def main(arguments: list[str]) -> int:
                 "--nproc starts ranks itself: do not use it under torchrun, accelerate launch, mpirun or srun"
             )
         return start_ranks(args.nproc, [sys.executable, __file__, args.recipe, *args.overrides])
+    return _train(loaded, arguments)
+
+
+def _train(loaded: LoadedRecipe, arguments: list[str]) -> int:
+    """Train on this rank; returns the exit code."""
     launch_env.check_own_launch(loaded.recipe.train.world_size)  # before anything is written
     request = StopSignal()
     request.install()  # before torch is imported, so that no signal is lost
@@ -87,12 +92,6 @@ def main(arguments: list[str]) -> int:
     with ending_at_interrupt(request):
         world = start_world(recipe.train)
     run = setup.build(world, recipe, display, request)
-    ignored = launch_env.ignored_precision()
-    if ignored and ignored != run.recipe.train.precision:
-        display.warn(
-            f"accelerate launch was given the precision {ignored}, which has no effect: train.precision decides, and is "
-            f"{run.recipe.train.precision}"
-        )
     for text in describe(run):
         display.note(text, indent=INDENT)
     for text in warnings_about(run):
@@ -102,9 +101,6 @@ def main(arguments: list[str]) -> int:
             f"called outside the main thread, where Python handles no signals: only the file {run.dir.path / STOP_FILE} "
             f"stops this run"
         )
-    unused_source = data.unused_source_warning(run.recipe.data, run.data) if world.is_main_process else None
-    if unused_source:
-        display.warn(unused_source)
     request.note_interrupts()
     raise_if_interrupted()
     ending = train_to_end(run, arguments)

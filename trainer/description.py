@@ -9,7 +9,8 @@ from shardstep.configs.cores import usable_cores
 from shardstep.configs.text import count, duration
 from shardstep.datasets.batches import micro_pieces
 from shardstep.datasets.order import window_of
-from shardstep.trainer.data import other_mode_note
+from shardstep.trainer.data import other_mode_note, unused_source_warning
+from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.gradients import describe_gradient_sync
 from shardstep.trainer.models.batch_norm import SyncBatchNorm2d
 from shardstep.trainer.optim.plan import Plan
@@ -75,6 +76,14 @@ def warnings_about(run: Run) -> list[str]:
     """Return the lines to warn with before the first step: what may not be what the recipe's author wants."""
     threads, asked = torch.get_num_threads(), run.recipe.train.threads
     found = []
+    ignored = launch_env.ignored_precision()
+    if ignored and ignored != run.recipe.train.precision:
+        found.append(
+            f"accelerate launch was given the precision {ignored}, which has no effect: train.precision decides, and is "
+            f"{run.recipe.train.precision}"
+        )
+    if run.accelerator.is_main_process and (unused_source := unused_source_warning(run.recipe.data, run.data)):
+        found.append(unused_source)
     if asked is not None and asked > threads:
         found.append(
             f"train.threads={asked}, but each rank uses {count(threads, 'thread')}: its share of the cores here "

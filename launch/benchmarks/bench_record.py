@@ -174,12 +174,13 @@ def _script(recipe: "Recipe", batch_size: int, steps: int) -> Iterator[Callable[
     arguments = [recipe.data.train, recipe.data.test, batch_size, steps, recipe.train.device]
     command = [sys.executable, "-m", "shardstep.launch.benchmarks.record_script", *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
+        seeds, results = process.stdin, process.stdout
+        assert seeds is not None
+        assert results is not None
 
         def train(seed: int) -> Timed:
-            print(seed, file=process.stdin, flush=True)
-            line = process.stdout.readline()
+            print(seed, file=seeds, flush=True)
+            line = results.readline()
             if not line:
                 raise subprocess.CalledProcessError(process.wait(), command)
             return Timed(**json.loads(line))
