@@ -341,3 +341,25 @@ def test_ranks_end_with_mpirun(shards: Path, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert '"status": "preempted"' in (tmp_path / "run" / "summary.json").read_text()
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("exports", [False, True], ids=["bare", "exported"])
+def test_submitit_trains_one_world(exports: bool, shards: Path, tmp_path: Path) -> None:
+    submitit = pytest.importorskip("submitit", reason="submitit is not installed (pip install submitit)")
+    executor = submitit.AutoExecutor(folder=str(tmp_path / "logs"), cluster="local")
+    executor.update_parameters(tasks_per_node=2, timeout_min=10)
+    job = executor.submit(train_by_submitit, str(write_recipe(tmp_path, shards)), exports)
+    assert job.results() == [0, 0]
+    assert '"world_size": 2' in (tmp_path / "run" / "summary.json").read_text()
+
+
+def train_by_submitit(recipe: str, exports: bool) -> int:
+    """Runs in a task, with torch's variables or without."""
+    import submitit
+
+    from shardstep.launch.train import main
+
+    if exports:
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    return main([recipe])
