@@ -19,11 +19,11 @@ from shardstep.configs.files import write_atomically
 from shardstep.launch.benchmarks.bench_tables import hardware
 from tests.gpu.parts import Part
 
-Status = Literal["passed", "failed", "out of time", "not reached"]
+Status = Literal["passed", "rehearsed", "failed", "out of time", "not reached"]
 
 _END_S = 5.0  # to end a part and to write the page
 _WORTH_S = 10.0  # a part that has less would only start
-_LAST_LINES = 60
+_LAST_LINES = {"passed": 60, "rehearsed": 60}  # of what a part printed; of others 600
 _REHEARSED = "This is a rehearsal on a CPU: it shows that the parts run, and nothing about a GPU."
 
 
@@ -103,11 +103,13 @@ class Session:
             finally:
                 end_with_children(process)
         printed = log.read_text(errors="replace")
-        found = part.read(printed)
+        done: Status = "rehearsed" if self._is_rehearsal else "passed"
+        status: Status = "out of time" if code is None else "failed" if code else done
+        found, lines = part.read(printed), printed.splitlines()[-_LAST_LINES.get(status, 600) :]
+        seconds, command = round(time.monotonic() - began, 1), " ".join(["python", *part.command])
         return Outcome(
-            part.name, part.shows, "out of time" if code is None else "failed" if code else "passed", found.n,
-            round(time.monotonic() - began, 1), limit_s, found.summary, " ".join(["python", *part.command]),
-            found.figures, "\n".join(printed.splitlines()[-_LAST_LINES:]),
+            part.name, part.shows, status, found.n, seconds, limit_s, found.summary, command, found.figures,
+            "\n".join(lines),
         )  # fmt: skip
 
     def _write(self) -> None:

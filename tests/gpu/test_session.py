@@ -74,6 +74,7 @@ def test_results_are_written_after_every_part(tmp_path: Path) -> None:
 
 def test_a_rehearsal_says_that_it_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, found, page = run(tmp_path, part("one", ""), is_rehearsal=True)
+    assert found["parts"][0]["status"] == "rehearsed"
     for text in (page, found["shows"], capsys.readouterr().out):
         assert "This is a rehearsal on a CPU: it shows that the parts run, and nothing about a GPU." in text
 
@@ -123,7 +124,7 @@ def test_the_rehearsal(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3 * HANG_S)
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert {one["name"]: one["status"] for one in found["parts"]} == {
-        one.name: "passed" for one in parts(tmp_path, is_rehearsal=True)
+        one.name: "rehearsed" for one in parts(tmp_path, is_rehearsal=True)
     }, done.stdout
     assert done.returncode == 0
     assert all(one["n"] for one in found["parts"])
