@@ -28,7 +28,7 @@ from tests.distributed import run_ranks
 from tests.runs import failure_of, write_recipe
 
 NAMES = [
-    "$a$", "$\\frac{", "costs $5, or $6", "\\$", "_hidden", "{}", "{0}%s%", "back\\slash", "a, b", 'say "hi"', "it's",
+    "$a$", "$\\frac{$", "costs $5, or $6", "\\$", "_hidden", "{}", "{0}%s%", "back\\slash", "a, b", 'say "hi"', "it's",
     " leading", "trailing ", "tab\there", "line\nbreak", "\x1b[31mred", "bell\a", "<b>&amp;", "<script>", "[bold]", ":cat:",
     "1", "010", "nan", "null", "true", "~", "-x", "@home", "#1", "`id`", "$(id)", "*", "caf\u00e9", "\u732b", "\U0001f408",
     "\u05d7\u05ea\u05d5\u05dc", "\u202egnp.exe", "x" * 200,
@@ -102,7 +102,8 @@ def test_a_picture_shows_a_name_as_text(name: str, tmp_path: Path) -> None:
         from html import unescape
 
         for picture in ("a.svg", "b.svg"):
-            assert name.strip() in unescape((tmp_path / picture).read_text())
+            shown = re.sub("<!--.*?-->", "", (tmp_path / picture).read_text(), flags=re.DOTALL)  # they quote formulas
+            assert name.strip() in unescape(shown)
 
 
 @pytest.mark.parametrize("file", ["index", "index is damaged", "manifest.json"])
