@@ -8,7 +8,6 @@ GPU the same parts run on the CPU, as small as they can be: that shows that they
 """
 
 import argparse
-import importlib.util
 import os
 import re
 import sys
@@ -18,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 
 OPTIONAL = {"wandb"}
-MODULES = {"opencv-python-headless": "cv2", "pyyaml": "yaml"}  # where the name to import is another
 
 
 def main(arguments: list[str]) -> int:
@@ -50,12 +48,10 @@ def main(arguments: list[str]) -> int:
 
 
 def missing_packages() -> list[str]:
-    """Return which packages that shardstep and its tests need cannot be imported here."""
-    needed = [
-        re.split(r"[^\w.-]", text)[0].lower() for text in metadata.requires("shardstep") or [] if "extra ==" not in text
-    ]
-    modules = {name: MODULES.get(name, name.replace("-", "_")) for name in [*needed, "pytest"] if name not in OPTIONAL}
-    return [name for name, module in modules.items() if importlib.util.find_spec(module) is None]
+    """Return which packages that shardstep and its tests need are not installed here."""
+    requirements = [text for text in metadata.requires("shardstep") or [] if "extra ==" not in text]
+    needed = {re.split(r"[^\w.-]", text)[0] for text in requirements} - OPTIONAL | {"pytest"}
+    return sorted(name for name in needed if not any(metadata.distributions(name=name)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ import torch
 
 from tests.conftest import ROOT
 from tests.distributed import HANG_S
+from tests.gpu.__main__ import missing_packages
 from tests.gpu.parts import Found, Part, parts, read_record, read_same, read_tables, read_tests
 from tests.gpu.session import Session
 
@@ -83,6 +85,13 @@ def test_a_rehearsal_has_the_parts_of_a_gpu() -> None:
     on_gpu, on_cpu = (parts(Path("scratch"), is_rehearsal) for is_rehearsal in (False, True))
     assert [one.name for one in on_gpu] == [one.name for one in on_cpu]
     assert {"tests", "record", "step", "loader"} <= {one.name for one in on_gpu}
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing_packages() == []
+    needed = ["nowhere-to-be-found>=1", "pillow>=11.3", "wandb>=0.31", 'another-one; extra == "dev"']
+    monkeypatch.setattr(metadata, "requires", lambda name: needed)
+    assert missing_packages() == ["nowhere-to-be-found"]
 
 
 def test_figures_are_read_from_what_was_printed() -> None:
