@@ -158,10 +158,11 @@ def _should_be_launched(environment: Mapping[str, str]) -> str | None:
             "use `accelerate launch --multi_gpu --num_processes N launch/train.py ... train.device=cpu` or "
             "`torchrun --nproc-per-node N launch/train.py ... train.device=cpu`"
         )
-    if environment.get("SLURM_NTASKS", "1") != "1":
+    tasks = environment.get("SLURM_NTASKS", "1")
+    if tasks != "1":
         return (
-            f"Slurm was asked for {environment['SLURM_NTASKS']} tasks (SLURM_NTASKS), but no launcher has given this "
-            f"process a rank. Start it with srun, which starts one rank for each task, or use `shardstep submit`"
+            f"Slurm was asked for {tasks} tasks (SLURM_NTASKS), but no launcher has given this one a rank: {tasks} separate "
+            f"runs would write to one folder. Start it with srun, which starts a rank for each task, or `shardstep submit`"
         )
     for name in ("PET_NNODES", "PET_NPROC_PER_NODE"):  # Kubeflow sets them; 1:4 is from 1 to 4
         if any(int(number) > 1 for number in re.findall(r"\d+", environment.get(name, ""))):
