@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 _CHECKED_TOGETHER = 50_000  # entries of an index: a megabyte, which stays in a processor's cache
 CHANNELS = {"RGB": 3, "L": 1}  # of the modes that images are read in
 _MOST_LEVELS = 3  # of folders that do not exist, below one that does, to look for data sets beside
+_MOST_COPIED = 64 << 20  # bytes of an index, those of 3.3 million samples, that each process keeps for itself
 
 # Image data in a tar starts at a multiple of 512, so 32 bits reach 2 TiB into a shard.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("block", "<u4"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
@@ -126,7 +127,9 @@ def parse_manifest(text: str, where: str) -> Manifest:
 
 
 def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
-    """Check and map the index of a folder; INDEX_DTYPE, shape (samples,), which all processes of a node share.
+    """Check and read the index of a folder; INDEX_DTYPE, shape (samples,).
+
+    A large one is mapped, so that the processes of a node share it; in place it must not change while one of them runs.
 
     Raises:
         InputError: it is missing, or not the index that was written with the manifest.
@@ -134,10 +137,13 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
     path, digest, largest_label = folder / INDEX_NAME, hashlib.sha256(), 0
     if not path.is_file():
         raise InputError(f"{path} is missing. Recreate it with {_index_command(folder)}")
-    # Read, not mapped: pages of a map would count as memory of this process.
+    size, copied = path.stat().st_size, list[bytes]()
+    # Read even if it is mapped afterwards: pages of a map would count as memory of this process.
     with path.open("rb") as file:
         while data := file.read(_CHECKED_TOGETHER * INDEX_DTYPE.itemsize):
             digest.update(data)
+            if size <= _MOST_COPIED:
+                copied.append(data)
             entries = np.frombuffer(data, dtype=INDEX_DTYPE, count=len(data) // INDEX_DTYPE.itemsize)
             largest_label = max(largest_label, int(entries["label"].max(initial=0)))
     if digest.hexdigest() != manifest.index_sha256:
@@ -145,13 +151,12 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
             f"{path} is damaged: its SHA-256 is not the one in {MANIFEST_NAME}. Write the shards again, or, if you trust "
             f"them, recreate both with {_index_command(folder)}"
         )
-    size = path.stat().st_size
     if size != manifest.samples * INDEX_DTYPE.itemsize:
         raise InputError(f"{path} has {size} bytes, not {INDEX_DTYPE.itemsize} for each of {manifest.samples} samples")
-    if size == 0:  # which cannot be mapped
-        return np.empty(0, dtype=INDEX_DTYPE)
-    if largest_label >= len(manifest.classes):
+    if size and largest_label >= len(manifest.classes):
         raise InputError(f"{path}: label {largest_label} is out of range: {len(manifest.classes)} classes")
+    if size <= _MOST_COPIED:
+        return np.frombuffer(b"".join(copied), dtype=INDEX_DTYPE)
     return np.asarray(np.memmap(path, dtype=INDEX_DTYPE, mode="r"))
 
 
