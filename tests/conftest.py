@@ -1,6 +1,7 @@
 """Fixtures: small data sets made once, and a cache folder of the tests' own."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from shardstep.datasets.write import write_shards
 from tests.browser import Browser, find_browser, open_browser
 
 ROOT = Path(__file__).parent.parent
+
+# A shell starts background jobs with Ctrl-C ignored, and all processes that a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
