@@ -58,7 +58,9 @@ def test_ctrl_c_while_starting(form: str, module: str, way: str, tmp_path: Path)
         command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=HANG_S
     )
     assert result.returncode == 130, result.stdout + result.stderr
-    assert result.stderr == "interrupted\n"
+    # The other rank may have begun to write data by then.
+    told = [line for line in result.stderr.splitlines() if not line.startswith(("writing ", "checking "))]
+    assert told == ["interrupted"]
     assert not (tmp_path / "here" / "runs").exists()
 
 

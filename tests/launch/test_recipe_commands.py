@@ -13,6 +13,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import find_recipe, load_recipe, recipe_names
 from shardstep.configs.resolve import choices_of
 from shardstep.launch import keys, recipes, train
+from shardstep.trainer.distributed.launch_env import environment_of_rank
 from tests.runs import train_ranks, write_recipe
 
 
@@ -123,8 +124,8 @@ def test_show_config_knows_home_and_the_launcher(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(shards))
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in environment_of_rank(0, 2, 29500).items():
+        monkeypatch.setenv(name, value)
     recipe = str(write_recipe(tmp_path, shards, data={"train": "~/train", "test": "~/test"}))
     _, comments = show(capsys, recipe, "train.global_batch_size=30", "train.duration=2 epochs")
     assert comments[0].startswith("batch      30 = 2 ranks x 1 micro-step")

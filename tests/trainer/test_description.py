@@ -17,7 +17,9 @@ def warnings_of(model: nn.Module, ranks: int = 1, samples: int = 101, **train: A
     config = TrainConfig(**train)
     plan = make_plan(config, samples, False, ranks)
     recipe, state = SimpleNamespace(train=config), SimpleNamespace(module=model)
-    return warnings_about(SimpleNamespace(plan=plan, recipe=recipe, state=state))  # type: ignore[arg-type]
+    elsewhere = SimpleNamespace(is_main_process=False)
+    run = SimpleNamespace(plan=plan, recipe=recipe, state=state, accelerator=elsewhere)
+    return warnings_about(run)  # type: ignore[arg-type]
 
 
 def network(batch_norm: str) -> nn.Module:
