@@ -81,8 +81,8 @@ def measured_answer(
         read_batch: returns so many images (N, C, H, W) and labels (N,), on the device.
         anew: whether to measure even if an answer is kept.
     """
-    asked = question.as_json()
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    asked = json.dumps(question.as_json(), sort_keys=True)
+    digest = hashlib.sha256(asked.encode()).hexdigest()
     path = cache_folder() / "formats" / f"{digest[:16]}.json"
     if not anew and (kept := _read(path, question, asked)):
         return kept
@@ -97,17 +97,18 @@ def measured_answer(
     found = {"chosen": str(answer.chosen), "measured": answer.measured, "samples": samples, "seconds": evidence}
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a measurement at the next start
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps({"question": asked} | found, indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps({"question": json.loads(asked)} | found, indent=1) + "\n").encode())
     return answer
 
 
-def _read(path: Path, question: Question, asked: dict[str, Any]) -> Answer | None:
+def _read(path: Path, question: Question, asked: str) -> Answer | None:
     """Read the answer that is kept in a file; None if there is none, it is damaged, or it answers another question."""
     try:
         found = json.loads(path.read_bytes())
+        if json.dumps(found["question"], sort_keys=True) != asked:
+            return None
         formats = {str(compute): compute for compute in question.formats}
         seconds = {formats[name]: statistics.median(passes) for name, passes in found["seconds"].items()}
-        answer = Answer(formats[found["chosen"]], seconds, int(found["samples"]), str(found["measured"]), path)
+        return Answer(formats[found["chosen"]], seconds, int(found["samples"]), str(found["measured"]), path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return answer if found["question"] == json.loads(json.dumps(asked)) else None

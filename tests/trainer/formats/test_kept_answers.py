@@ -106,6 +106,15 @@ def test_an_answer_to_another_question_does_not_count(ask: Any) -> None:
     assert ask().kept_in is None
 
 
+def test_an_answer_without_its_question_does_not_count(ask: Any) -> None:
+    ask()
+    kept = ask().kept_in
+    content = json.loads(kept.read_text())
+    del content["question"]
+    kept.write_text(json.dumps(content))
+    assert ask().kept_in is None
+
+
 def test_a_cache_that_cannot_be_written_costs_a_measurement(ask: Any) -> None:
     cache_folder().write_text("a file")
     assert ask().kept_in is ask().kept_in is None
