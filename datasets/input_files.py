@@ -33,6 +33,16 @@ def is_hidden(path: str) -> bool:
     return _HIDDEN_PART.search(path) is not None
 
 
+def is_image(path: str, extensions: Collection[str] = EXTENSIONS) -> bool:
+    """Check by its name whether a file is an image, and neither hidden nor in a hidden folder."""
+    return split_name(path)[1] in extensions and not is_hidden(path)
+
+
+def joined(folder: str, name: str) -> str:
+    """Return the path of what is in a folder of a FileTree."""
+    return f"{folder}/{name}" if folder else name
+
+
 def split_name(path: str) -> tuple[str, str]:
     """Split a path at the last dot of its base name into key and extension (in lower case).
 
@@ -199,4 +209,4 @@ def find_images(tree: FileTree, start: str = "", extensions: Collection[str] = E
 def _children(tree: FileTree, folder: str, above: frozenset[Hashable]) -> list[tuple[str, Entry, frozenset[Hashable]]]:
     """Return what is in a folder, last name first, with the identities of the folders above it."""
     entries = sorted(tree.entries(folder), key=lambda entry: entry.name, reverse=True)
-    return [(f"{folder}/{entry.name}" if folder else entry.name, entry, above) for entry in entries]
+    return [(joined(folder, entry.name), entry, above) for entry in entries]

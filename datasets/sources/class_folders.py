@@ -8,8 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.decode import EXTENSIONS
-from shardstep.datasets.input_files import FileTree, is_hidden, split_name
+from shardstep.datasets.input_files import FileTree, is_hidden, is_image, joined
 
 _SPLIT_WORDS = {
     "train": "train", "training": "train", "test": "test", "testing": "test",
@@ -113,11 +112,6 @@ def visible_folders(tree: FileTree, folder: str) -> list[str]:
     return sorted(entry.name for entry in tree.entries(folder) if entry.kind == "folder" and not is_hidden(entry.name))
 
 
-def joined(folder: str, name: str) -> str:
-    """Return the path of what is in a folder of a FileTree."""
-    return f"{folder}/{name}" if folder else name
-
-
 def _unwrapped(tree: FileTree, start: str, may_pass: Callable[[str], bool]) -> str:
     """Return the first folder below `start` that holds several, or `start` if single folders lead to images only."""
     folder = start
@@ -140,7 +134,4 @@ def _train_is_a_class(tree: FileTree, top: str, folders: list[str], splits: dict
 
 
 def _holds_images(tree: FileTree, folder: str) -> bool:
-    return any(
-        split_name(entry.name)[1] in EXTENSIONS and entry.kind != "folder" and not is_hidden(entry.name)
-        for entry in tree.entries(folder)
-    )
+    return any(entry.kind != "folder" and is_image(entry.name) for entry in tree.entries(folder))

@@ -9,10 +9,17 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, listed
 from shardstep.datasets.class_names import class_name
 from shardstep.datasets.decode import EXTENSIONS
-from shardstep.datasets.input_files import FileTree, FolderTree, FoundImages, find_images, is_hidden, split_name
+from shardstep.datasets.input_files import (
+    FileTree,
+    FolderTree,
+    FoundImages,
+    find_images,
+    is_hidden,
+    is_image,
+    joined,
+)
 from shardstep.datasets.sources.class_folders import (
     find_class_folders,
-    joined,
     refuse_what_are_no_classes,
     split_folders,
 )
@@ -103,7 +110,7 @@ def _count_beside(tree: FileTree, start: str, found: FoundImages) -> None:
             is_other_split = entry.name in splits and splits[entry.name] != splits.get(passed)
             if entry.name == passed or is_other_split:
                 continue
-            if entry.kind == "file" and split_name(path)[1] in EXTENSIONS and not is_hidden(entry.name):
+            if entry.kind == "file" and is_image(entry.name):
                 found.left_out.add("loose image", path)
             else:
                 found.left_out.add_entry(path, entry)

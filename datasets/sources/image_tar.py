@@ -7,7 +7,7 @@ from typing import Union
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
-from shardstep.datasets.input_files import Entry
+from shardstep.datasets.input_files import Entry, joined
 from shardstep.datasets.sources.image_folder import open_image_tree
 from shardstep.datasets.sources.source import Source
 from shardstep.datasets.tar import Member, read_members
@@ -66,9 +66,8 @@ class TarTree:
         node = self._find(folder)
         assert isinstance(node, _Folder)
         for name in node:
-            path = f"{folder}/{name}" if folder else name
             try:
-                found = self._find(path)
+                found = self._find(joined(folder, name))
             except ValueError:
                 yield Entry(name, "broken link", None)
                 continue
