@@ -11,7 +11,6 @@ from pathlib import Path
 from shardstep.configs.text import count
 
 _PROCESS = Path("/proc/self")
-_OF_AGENTS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # variables that torchrun and accelerate launch set
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,14 @@ def asked_threads(environment: Mapping[str, str]) -> int | None:
 
     torchrun and accelerate launch set it to 1 for their ranks if it is unset: their own environment has what a person set.
     """
-    is_set_by_agent = any(name in environment for name in _OF_AGENTS)
-    given = (parent_environment() if is_set_by_agent else environment).get("OMP_NUM_THREADS", "")
+    given = (parent_environment() if has_agent(environment) else environment).get("OMP_NUM_THREADS", "")
     outermost = given.partition(",")[0].strip()  # "4,2": 4, and 2 in each of a nested loop
     return int(outermost) if outermost.isdecimal() else None
+
+
+def has_agent(environment: Mapping[str, str]) -> bool:
+    """Check whether torchrun or accelerate launch started the process with this environment."""
+    return "TORCHELASTIC_RUN_ID" in environment or "ACCELERATE_MIXED_PRECISION" in environment
 
 
 def parent_environment() -> dict[str, str]:
@@ -112,9 +115,8 @@ def _quota_of(folder: Path) -> float | None:
     """Return a group's own quota, in CPUs."""
     try:
         if (folder / "cpu.max").exists():
-            quota, period = (
-                (folder / "cpu.max").read_text().split()
-            )  # "150000 100000", in us; "max 100000" has no limit
+            # "150000 100000", in us; "max 100000" has no limit
+            quota, period = (folder / "cpu.max").read_text().split()
         else:
             quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if quota != "max" and int(quota) > 0 and int(period) > 0 else None

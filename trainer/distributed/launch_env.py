@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardstep.configs import cores
 from shardstep.configs.cores import asked_threads, parent_environment, usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
@@ -49,7 +50,7 @@ def is_launched() -> bool:
 
 def has_agent() -> bool:
     """Return whether this process has a launcher that reports every exit code except 0 as a failure."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    return cores.has_agent(os.environ)
 
 
 def ends_with_parent() -> bool:
@@ -224,13 +225,13 @@ def threads_per_rank(environment: Mapping[str, str], asked: int | None = None) -
         asked: train.threads; None takes OMP_NUM_THREADS, unless a launcher set it.
     """
     asked = asked or asked_threads(environment) or sys.maxsize
-    cores = usable_cores().count
+    available = usable_cores().count
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     cores_of_task = environment.get("SLURM_CPUS_PER_TASK") if "SLURM_STEP_NUM_TASKS" in environment else None
     task_is_rank = environment.get("SLURM_STEP_NUM_TASKS") == environment.get("WORLD_SIZE")
     if cores_of_task:
-        cores, ranks = min(cores, int(cores_of_task)), 1 if task_is_rank else ranks
-    return max(1, min(cores // ranks, asked))
+        available, ranks = min(available, int(cores_of_task)), 1 if task_is_rank else ranks
+    return max(1, min(available // ranks, asked))
 
 
 @dataclass(frozen=True)
