@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardstep.configs.cores import usable_cores
+from shardstep.configs.cores import pool_threads
 from shardstep.configs.errors import InputError
 from shardstep.launch.benchmarks.bench_tables import (
     Table,
@@ -384,5 +384,5 @@ def _starts(shards: "ShardFolder", folder: Path, args: argparse.Namespace) -> Ta
     with mock.patch.dict(os.environ, {"SHARDSTEP_CACHE": str(cache)}):
         values = in_turn(works, args.repeats)
     what = f"start of a resident set of {shards.manifest.samples:,} images"
-    title = f"{what}, decoded by {usable_cores().count} threads, {args.clock} time"
+    title = f"{what}, decoded by {pool_threads()} threads, {args.clock} time"
     return Table(title, "s", values, "first start: decode and keep")
