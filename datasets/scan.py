@@ -28,9 +28,8 @@ from shardstep.datasets.tar import BLOCK, read_members
 
 MOST_NAMED = 20  # problems listed in one message
 _COUNT_TOGETHER = 250  # images per histogram update, for fewer and larger array operations
-_Place = tuple[
-    str, int, int
-]  # name, offset and size of a Member; the garbage collector passes over plain tuples of these
+# Name, offset and size of a Member; the garbage collector passes over plain tuples of these.
+_Place = tuple[str, int, int]
 
 
 @dataclass

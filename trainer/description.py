@@ -113,13 +113,15 @@ def duration_text(plan: Plan) -> str:
 def _small_batch_norm_warnings(module: nn.Module, plan: Plan, max_micro_batch: int) -> list[str]:
     """Warn about batch norm over so few samples that their mean and variance say little about the data."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    if not layers:
+        return []
     size, ranks = plan.global_batch_size, plan.world_size
     pieces = [micro_pieces(size, rank, ranks, max_micro_batch) for rank in range(ranks)]
     sizes = [[stop - start for start, stop in of_all if stop > start] for of_all in zip(*pieces, strict=True)]
     by_rank, over_ranks = min(map(min, sizes)), min(map(sum, sizes))  # in the smallest micro-step of a global batch
     synchronised = any(isinstance(layer, SyncBatchNorm2d) for layer in layers)
     smallest = over_ranks if synchronised else by_rank
-    if not layers or smallest > _FEW_SAMPLES:
+    if smallest > _FEW_SAMPLES:
         return []
     if over_ranks > _FEW_SAMPLES:
         remedy = f"model.sync_batch_norm=true normalises over all ranks' {over_ranks}; fewer ranks help as well"

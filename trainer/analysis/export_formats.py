@@ -175,9 +175,8 @@ def compare(
         start += len(ids)
         images, _ = reader.read(ids)
         expected = trained.module(trained.normalize(images)).float()
-        outputs = loaded(
-            images.permute(0, 3, 1, 2).to(getattr(torch, pixels)).contiguous()
-        )  # (B, H, W, C) -> (B, C, H, W)
+        inputs = images.permute(0, 3, 1, 2).contiguous()  # (B, H, W, C) -> (B, C, H, W)
+        outputs = loaded(inputs.to(getattr(torch, pixels)))
         if outputs.shape != expected.shape:
             raise ExportFailed(f"the outputs have shape {tuple(outputs.shape)}, not {tuple(expected.shape)}")
         difference = float((outputs - expected).abs().max())
