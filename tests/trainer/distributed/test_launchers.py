@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -363,3 +364,54 @@ def train_by_submitit(recipe: str, exports: bool) -> int:
     if exports:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     return main([recipe])
+
+
+@pytest.mark.drill
+def test_torchrun_reads_kubeflows_variables(two_ranks: list[float], shards: Path, tmp_path: Path) -> None:
+    """Each pod runs torchrun without options."""
+    recipe = write_recipe(tmp_path, shards)
+    pods = {
+        "PET_NNODES": "2",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_MASTER_ADDR": "127.0.0.1",
+        "PET_MASTER_PORT": str(free_port()),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(
+            lambda node: run([str(BIN / "torchrun"), TRAIN, str(recipe)], tmp_path, pods | {"PET_NODE_RANK": node}),
+            "01",
+        )
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path) == pytest.approx(two_ranks, rel=1e-5)
+
+
+@pytest.mark.drill
+@pytest.mark.filterwarnings("ignore")  # of Ray
+def test_ray_trains_one_world(two_ranks: list[float], shards: Path, tmp_path: Path) -> None:
+    """Ray's workers call a function in a thread of theirs, in a process group that Ray has brought up."""
+    ray = pytest.importorskip("ray", reason="ray is not installed (pip install 'ray[train]')")
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    recipe = str(write_recipe(tmp_path, shards))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        TorchTrainer(
+            train_by_ray,
+            train_loop_config={"recipe": recipe, "codes": str(tmp_path)},
+            scaling_config=ScalingConfig(num_workers=2),
+            run_config=RunConfig(storage_path=str(tmp_path / "ray")),
+        ).fit()
+    finally:
+        ray.shutdown()
+    assert [(tmp_path / f"code{rank}").read_text() for rank in range(2)] == ["0", "0"]
+    assert losses(tmp_path) == pytest.approx(two_ranks, rel=1e-5)
+
+
+def train_by_ray(options: dict[str, str]) -> None:
+    """Runs in a worker."""
+    from shardstep.launch.train import main
+
+    code = main([options["recipe"]])
+    Path(options["codes"], f"code{os.environ['RANK']}").write_text(str(code))
