@@ -29,13 +29,17 @@ class Cores:
 
 
 def usable_cores(process: Path = _PROCESS) -> Cores:
-    """Return the cores of this process: the smaller of its CPU affinity and its quota, which is rounded down, but at least 1.
+    """Return a process's cores: the smaller of its CPU affinity and its quota, which is rounded down, but at least 1.
 
     More threads than the quota allows spend it sooner, in part on waiting for each other, then all stop until its next one:
     article_cnn, batch 16, bf16 (2 cores of an Intel Xeon with AMX, torch 2.15, n = 1) took 35 steps/s with 1 thread and 29
     with 2 under a quota of 1.5, 32 and 22 under one of 1.
+
+    Args:
+        process: its folder in /proc, by default this process's.
     """
-    bound, installed, quota = len(os.sched_getaffinity(0)), os.cpu_count() or 1, cgroup_quota(process)
+    pid = int(process.name) if process.name.isdecimal() else 0
+    bound, installed, quota = len(os.sched_getaffinity(pid)), os.cpu_count() or 1, cgroup_quota(process)
     if quota is not None and max(1, math.floor(quota)) < bound:
         return Cores(max(1, math.floor(quota)), installed, f"cgroup quota of {quota:.3g}")
     return Cores(bound, installed, "CPU affinity" if bound < installed else "")

@@ -1,4 +1,4 @@
-"""Run a function on N real gloo processes.
+"""Run a function on N real gloo processes, or a program under mpirun.
 
 The processes are forked from a server that has imported torch and started no threads, so that one costs a fraction of a
 second and none inherits a half-locked thread pool.
@@ -7,6 +7,7 @@ second and none inherits a half-locked thread pool.
 import multiprocessing
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from shardstep.launch.ranks import free_port
 
@@ -141,3 +144,15 @@ def _run_rank(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def mpi(name: str) -> list[str]:
+    """The launcher of an MPI; the test is skipped where there is none."""
+    program, package = {"open mpi": ("mpirun.openmpi", "openmpi-bin"), "mpich": ("mpirun.mpich", "mpich")}[name]
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed (apt-get install {package})")
+    as_root = ["--allow-run-as-root"] if name == "open mpi" and os.geteuid() == 0 else []
+    return [program, *as_root, *(["--oversubscribe"] if name == "open mpi" else [])]
+
+
+BOTH_MPIS = pytest.mark.parametrize("name", ["open mpi", "mpich"])

@@ -4,6 +4,7 @@ torchrun, accelerate launch, the job scripts and `shardstep train --nproc` all s
 translates those of mpirun and srun. Only this module, launchers.py, world.py and store.py read them.
 """
 
+import contextlib
 import os
 import re
 import sys
@@ -16,7 +17,15 @@ from shardstep.configs import cores
 from shardstep.configs.cores import asked_threads, parent_environment, usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
-from shardstep.trainer.distributed.launchers import LAUNCHERS, MEETING_POINT, PLACE, Launcher, launcher_of
+from shardstep.trainer.distributed.launchers import (
+    LAUNCHERS,
+    MEETING_POINT,
+    PLACE,
+    SRUN,
+    Launcher,
+    launcher_of,
+    process_of,
+)
 
 _OWN = "SHARDSTEP_NPROC"  # set by `shardstep train --nproc`
 
@@ -221,12 +230,18 @@ def _separate_worlds(environment: Mapping[str, str]) -> str | None:
 def threads_per_rank(environment: Mapping[str, str], asked: int | None = None) -> int:
     """Return the threads for one rank: its share of the cores that its node's ranks may keep busy, or fewer if asked for.
 
+    mpirun may have bound each rank to cores of its own: a rank then has these, at most its share of mpirun's.
+
     Args:
         asked: train.threads; None takes OMP_NUM_THREADS, unless a launcher set it.
     """
-    asked = asked or asked_threads(environment) or sys.maxsize
-    available = usable_cores().count
+    own = available = usable_cores().count
+    asked = min(own, asked or asked_threads(environment) or sys.maxsize)
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    launcher = launcher_of(environment)
+    if launcher not in (None, SRUN) and (process := process_of(launcher)):
+        with contextlib.suppress(OSError):  # it has ended
+            available = usable_cores(Path(f"/proc/{process}")).count
     cores_of_task = environment.get("SLURM_CPUS_PER_TASK") if "SLURM_STEP_NUM_TASKS" in environment else None
     task_is_rank = environment.get("SLURM_STEP_NUM_TASKS") == environment.get("WORLD_SIZE")
     if cores_of_task:

@@ -112,7 +112,7 @@ def _place_by_hand(environment: Mapping[str, str]) -> dict[str, str] | None:
 def _meeting_point(environment: Mapping[str, str], launcher: Launcher) -> dict[str, str]:
     """Return where the ranks meet, which all of them compute alike; as much of it as can be known."""
     if environment["LOCAL_WORLD_SIZE"] == environment["WORLD_SIZE"]:
-        process = _process_of(launcher)
+        process = process_of(launcher)
         return {"MASTER_ADDR": "127.0.0.1"} | ({"MASTER_PORT": _port(str(process))} if process else {})
     if launcher is SRUN and {"SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID"} <= environment.keys():
         first_node = re.sub(r"\[(\w+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
@@ -123,7 +123,7 @@ def _meeting_point(environment: Mapping[str, str], launcher: Launcher) -> dict[s
     return {}
 
 
-def _process_of(launcher: Launcher) -> int | None:
+def process_of(launcher: Launcher) -> int | None:
     """Return the id of the launcher's process on this machine: the nearest ancestor that has no rank."""
     import psutil
 

@@ -1,7 +1,6 @@
 """Any launcher's variables become torchrun's; what cannot become one world is refused in one line."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 from shardstep.configs.errors import InputError
 from shardstep.trainer.distributed.launch_env import check_own_launch, launch_variables
 from shardstep.trainer.distributed.launchers import LAUNCHERS, PLACE, adopt_launch
-from tests.distributed import HANG_S, free_port, run_ranks
+from tests.distributed import BOTH_MPIS, HANG_S, free_port, mpi, run_ranks
 from tests.launch.test_launch import BIN, TRAIN
 from tests.runs import failure_of, read_lines, train_ranks, write_recipe
 
@@ -244,18 +243,6 @@ def test_ranks_that_cannot_meet(shards: Path, tmp_path: Path) -> None:
     assert code == 1
     assert stderr.startswith(f"failed: rank 0 did not meet the others at 127.0.0.1:{free}: Timed out after")
     assert stderr.count("\n") == 1
-
-
-def mpi(name: str) -> list[str]:
-    """The launcher of an MPI; the test is skipped where there is none."""
-    program, package = {"open mpi": ("mpirun.openmpi", "openmpi-bin"), "mpich": ("mpirun.mpich", "mpich")}[name]
-    if not shutil.which(program):
-        pytest.skip(f"{program} is not installed (apt-get install {package})")
-    as_root = ["--allow-run-as-root"] if name == "open mpi" and os.geteuid() == 0 else []
-    return [program, *as_root, *(["--oversubscribe"] if name == "open mpi" else [])]
-
-
-BOTH_MPIS = pytest.mark.parametrize("name", ["open mpi", "mpich"])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shardstep.trainer.distributed.launch_env import threads_per_rank
-from tests.distributed import HANG_S, run_ranks
+from tests.distributed import BOTH_MPIS, HANG_S, mpi, run_ranks
 from tests.runs import write_recipe
 
 NODE = {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}
@@ -75,6 +75,27 @@ def test_launchers_hide_what_a_person_asks_for(
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment |= {"OMP_NUM_THREADS": given} if given else {}
     subprocess.run([*launcher, str(script)], env=environment, check=True, capture_output=True, timeout=HANG_S)
+    assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == [threads, threads]
+
+
+@BOTH_MPIS
+@pytest.mark.parametrize(
+    ("bound", "threads"),
+    [(32, "16"), (16, "16"), (4, "4"), (1, "1")],
+    ids=["unbound", "half each", "slot:PE=4", "one core each"],
+)
+def test_ranks_bound_by_mpirun_have_their_own_cores(name: str, bound: int, threads: str, tmp_path: Path) -> None:
+    script = tmp_path / "print_threads.py"
+    script.write_text(
+        f"import os\nos.sched_getaffinity = lambda process: set(range(32 if process else {bound}))\n"
+        "from shardstep.trainer.distributed import launchers, launch_env\n"
+        "launchers.adopt_launch()\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "open(os.path.join(folder, os.environ['RANK']), 'w').write(str(launch_env.threads_per_rank(os.environ)))\n"
+    )
+    subprocess.run(
+        [*mpi(name), "-n", "2", sys.executable, str(script)], check=True, capture_output=True, timeout=HANG_S
+    )
     assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == [threads, threads]
 
 
