@@ -21,13 +21,15 @@ from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, convert_
 from shardstep.trainer.models.batch_norm import convert_batch_norm
 from shardstep.trainer.optim.losses import Objective
 
-_BUDGET_S = 1.5  # of processor time, for all but the first pass of each format
+_ROUNDS_S = 0.8  # of processor time
 _PASS_FLOPS = 4e9  # forward: long enough to tell formats apart, and short enough for several rounds
+_FEWEST_SAMPLES = 4  # with fewer, large models spend their time on their weights, as steps of real batches do not
 _MOST_SAMPLES = 64  # for layers whose operations are not counted
 _STABLE = 1.25  # a time is stable once two passes in a row differ by at most this factor
 _MOST_WARM_PASSES = 5
 _MOST_ROUNDS = 12
-_FAR_BEHIND = (8.0, 3.0, 2.0, 1.5)  # times the fastest's best pass: after the warm-up, and after each round
+_FAR_BEHIND = (3.0, 2.0, 1.5)  # times the fastest's best pass: after the warm-up, and after each round
+_HOPELESS = 2.0  # a precision that is so many times as slow is tried in one format only
 _MARGIN = 1.08  # a format that takes at most so many times as long as the fastest is as good
 
 
@@ -36,9 +38,8 @@ ReadBatch = Callable[[int], tuple[Tensor, Tensor]]
 
 @dataclass
 class _Passes:
-    """A format, a copy of the model in it, and the seconds of its passes."""
+    """The seconds of a format's passes; `run` makes one more."""
 
-    compute: ComputeFormat
     run: Callable[[], float]
     warm_s: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -51,7 +52,8 @@ class _Passes:
         while len(self.warm_s) < _MOST_WARM_PASSES:
             self.warm_s.append(self.run())
             if len(self.warm_s) > 1 and max(self.warm_s[-2:]) <= _STABLE * min(self.warm_s[-2:]):
-                return
+                break
+        self.seconds.append(self.best_s)
 
 
 def measure(
@@ -59,7 +61,8 @@ def measure(
 ) -> tuple[dict[ComputeFormat, list[float]], int]:
     """Measure passes of the formats in turn, on this rank alone; the model does not change.
 
-    A format that is far behind drops out after a few rounds. Everything but the first pass of each format takes about 2 s.
+    Each precision is tried in its first format; the other formats of one that is then twice as slow as the fastest are left
+    out. A format that is far behind drops out after a few rounds. Everything but the first passes takes about 2 s.
 
     Args:
         formats: at least two, the best guess first.
@@ -72,21 +75,29 @@ def measure(
     count = _sample_count(module, read_batch, batch_size)
     with _one_thread(), torch.random.fork_rng():  # dropout must not change the run's random numbers
         images, labels = read_batch(count)
-        began = time.thread_time()
-        left = all_passes = [_Passes(one, _pass_in(one, module, objective, images, labels)) for one in formats]
-        for passes in all_passes:
+
+        def warm(compute: ComputeFormat) -> _Passes:
+            passes = _Passes(_pass_in(compute, module, objective, images, labels))
             passes.warm_up()
-        first_s = sum(passes.warm_s[0] for passes in all_passes)
+            return passes
+
+        first_of = {compute.precision: compute for compute in reversed(formats)}
+        tried = {compute: warm(compute) for compute in formats if compute in first_of.values()}
+        limit_s = _HOPELESS * min(passes.best_s for passes in tried.values())
+        others = [compute for compute in formats if tried[first_of[compute.precision]].best_s <= limit_s]
+        tried |= {compute: warm(compute) for compute in others if compute not in tried}
+        left = list(tried.values())
+        began = time.thread_time()
         for rounds in range(_MOST_ROUNDS):
             limit_s = _FAR_BEHIND[min(rounds, len(_FAR_BEHIND) - 1)] * min(passes.best_s for passes in left)
             left = [passes for passes in left if passes.best_s <= limit_s]
             round_s = sum(passes.best_s for passes in left)
-            is_late = time.thread_time() - began - first_s + round_s > _BUDGET_S
-            if len(left) == 1 or (rounds and is_late):
+            is_late = time.thread_time() - began + round_s > _ROUNDS_S
+            if len(left) == 1 or is_late:
                 break
             for passes in left:
                 passes.seconds.append(passes.run())
-    return {passes.compute: passes.seconds or passes.warm_s[-1:] for passes in all_passes}, len(images)
+    return {compute: tried[compute].seconds for compute in formats if compute in tried}, len(images)
 
 
 def choose(seconds: dict[ComputeFormat, list[float]]) -> ComputeFormat:
@@ -131,7 +142,7 @@ def _sample_count(module: nn.Module, read_batch: ReadBatch, batch_size: int) -> 
         copy.deepcopy(module).eval()(image)
     most = min(_MOST_SAMPLES, int(_PASS_FLOPS / max(counter.get_total_flops(), 1)))
     share = -(-batch_size // torch.get_num_threads())
-    return min(batch_size, max(2, min(share, most)))  # batch norm of small maps cannot train on a single image
+    return min(batch_size, max(_FEWEST_SAMPLES, min(share, most)))
 
 
 def _pass_in(
