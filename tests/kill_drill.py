@@ -2,17 +2,20 @@
 
     python -m tests.kill_drill --kills 1000
 
-A run that was killed any number of times must end with the weights and the logged losses of one that was not.
+A run that was killed any number of times must end with the weights and the logged losses of one that was not. The last
+lines count where the kills hit.
 """
 
 import argparse
 import itertools
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +83,11 @@ def run_until_killed(world_size: int, recipe: Path, moment: Moment, whole_s: flo
     return codes == {0}
 
 
-def drill(folder: Path, shards: Path, world_size: int, moments: list[Moment]) -> int:
+def drill(folder: Path, shards: Path, world_size: int, moments: list[Moment]) -> Counter[str]:
     """Kill a run at each of the moments in turn until it ends, and compare it with one that is left alone.
 
     Returns:
-        How often it was killed.
+        Where it was killed, and how often.
     """
     from shardstep.trainer.checkpoints import checkpoint_files
 
@@ -92,10 +95,16 @@ def drill(folder: Path, shards: Path, world_size: int, moments: list[Moment]) ->
     began = time.monotonic()
     assert run_until_killed(world_size, whole, Moment())
     whole_s = time.monotonic() - began
-    checkpoints, newest, kills, ended = folder / "killed" / "run" / "checkpoints", -1, 0, False
+    checkpoints, newest, kills, ended = folder / "killed" / "run" / "checkpoints", -1, Counter[str](), False
     for moment in itertools.chain(moments, [Moment()]):
+        starts, operation = _last_write(folder / "killed" / "run" / "starts.json"), killed.parent / "operation"
+        operation.unlink(missing_ok=True)
         ended = run_until_killed(world_size, killed, moment, whole_s)
-        kills += not ended
+        if not ended and moment.operation is not None:
+            kills["before " + operation.read_text()] += 1
+        elif not ended:
+            has_started = _last_write(folder / "killed" / "run" / "starts.json") != starts
+            kills["while it trained" if has_started else "while it started"] += 1
         found = [
             path for path in checkpoint_files.list_checkpoints(checkpoints) if not checkpoint_files.problems_of(path)
         ]
@@ -118,6 +127,10 @@ def drill(folder: Path, shards: Path, world_size: int, moments: list[Moment]) ->
     return kills
 
 
+def _last_write(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def random_moments(generator: random.Random, count: int) -> list[Moment]:
     """Half of them in time, half at file operations."""
     return [
@@ -133,17 +146,20 @@ def _train(rank: int, world_size: int, port: int, recipe: str, moment: Moment) -
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
     if rank == 0 and moment.operation is not None:
-        _die_before(moment.operation)
+        _die_before(moment.operation, Path(recipe).parent / "operation")
     from shardstep.launch.train import main
 
     sys.exit(main([recipe]))
 
 
-def _die_before(operation: int) -> None:
+def _die_before(operation: int, note: Path) -> None:
+    """Kill this process before its n-th operation on a file of the checkpoints; `note` says which one that was."""
     count = itertools.count(1)
 
     def hook(event: str, arguments: tuple) -> None:
         if event in _OPERATIONS and "checkpoints" in str(arguments[0]) and next(count) == operation:
+            name = re.sub(r"\d+", "N", Path(os.fsdecode(arguments[0])).name)
+            note.write_text(f"{event.removeprefix('os.')} {name}")
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
@@ -157,18 +173,20 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    generator, kills = random.Random(given.seed), 0
+    generator, kills = random.Random(given.seed), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="shardstep-kills-") as name:
         folder = Path(name)
         os.environ["SHARDSTEP_CACHE"] = str(folder / "cache")
         for split, count in (("train", 101), ("test", 53)):
             write_shards(f"synthetic:{count}", split, folder / "shards" / split, samples_per_shard=20)
         for number in itertools.count():
-            if kills >= given.kills:
+            if kills.total() >= given.kills:
                 break
             world_size = 1 + number % 3
             kills += drill(folder / str(number), folder / "shards", world_size, random_moments(generator, 60))
-            print(f"run {number} on {world_size} ranks: equal; {kills} kills so far", flush=True)
+            print(f"run {number} on {world_size} ranks: equal; {kills.total()} kills so far", flush=True)
+    for where, times in kills.most_common():
+        print(f"{times:6d} {where}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def test_killed_before_every_operation_on_a_checkpoint(shards: Path, tmp_path: P
     operation = 1
     while operation <= LAST_OPERATION:
         moments = [Moment(operation=number) for number in range(operation, LAST_OPERATION + 1)]
-        operation += drill(tmp_path / str(operation), shards, 1, moments)
+        operation += drill(tmp_path / str(operation), shards, 1, moments).total()
 
 
 @pytest.mark.drill
@@ -24,5 +24,5 @@ def test_killed_at_random_moments_on_several_ranks(shards: Path, tmp_path: Path)
     generator, kills, number = random.Random(0), 0, 0
     while kills < 40:
         world_size = (2, 3, 1)[number % 3]
-        kills += drill(tmp_path / str(number), shards, world_size, random_moments(generator, 15))
+        kills += drill(tmp_path / str(number), shards, world_size, random_moments(generator, 15)).total()
         number += 1
