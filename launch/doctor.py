@@ -151,7 +151,7 @@ def _fact_lines(report: "DoctorReport") -> list[tuple[str, str]]:
         ("data", _data(facts)),
         ("disk", _disk(facts["disk"]) if "disk" in facts else ""),
         ("step", _step(facts["step"]) if "step" in facts else facts.get("no_step", "")),
-        ("measured", facts["step"]["measured"] or "nothing: nothing is left to choose" if "step" in facts else ""),
+        ("formats", facts.get("step", {}).get("measured") or ""),
     ]
     return [(label, text) for label, text in lines if text]
 
