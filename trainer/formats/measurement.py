@@ -28,8 +28,9 @@ _MOST_SAMPLES = 64  # for layers whose operations are not counted
 _STABLE = 1.25  # a time is stable once two passes in a row differ by at most this factor
 _MOST_WARM_PASSES = 5
 _MOST_ROUNDS = 12
-_FAR_BEHIND = (3.0, 2.0, 1.5)  # times the fastest's best pass: after the warm-up, and after each round
+_FAR_BEHIND = (2.0, 1.5)  # times the fastest's best pass: after the warm-up, and after each round
 _HOPELESS = 2.0  # a precision that is so many times as slow is tried in one format only
+_ENOUGH_PASSES = 3  # of the best guess and of a faster format, before that replaces it
 _MARGIN = 1.08  # a format that takes at most so many times as long as the fastest is as good
 
 
@@ -62,7 +63,8 @@ def measure(
     """Measure passes of the formats in turn, on this rank alone; the model does not change.
 
     Each precision is tried in its first format; the other formats of one that is then twice as slow as the fastest are left
-    out. A format that is far behind drops out after a few rounds. Everything but the first passes takes about 2 s.
+    out. A format that is far behind drops out after a few rounds. Everything but the first passes takes about 2 s, more
+    only for a slow model whose fastest format is not the best guess.
 
     Args:
         formats: at least two, the best guess first.
@@ -97,7 +99,13 @@ def measure(
                 break
             for passes in left:
                 passes.seconds.append(passes.run())
-    return {compute: tried[compute].seconds for compute in formats if compute in tried}, len(images)
+        seconds = {compute: tried[compute].seconds for compute in formats if compute in tried}
+        while (faster := tried[choose(seconds)]) is not (guess := tried[formats[0]]):
+            if len(faster.seconds) >= _ENOUGH_PASSES or guess.best_s > _FAR_BEHIND[-1] * faster.best_s:
+                break
+            guess.seconds.append(guess.run())
+            faster.seconds.append(faster.run())
+    return seconds, len(images)
 
 
 def choose(seconds: dict[ComputeFormat, list[float]]) -> ComputeFormat:
