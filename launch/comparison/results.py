@@ -18,7 +18,7 @@ EXPLODED = 10.0
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation: the run's position, its seconds of training, and the figures for the test set."""
+    """An evaluation: the run's position, its seconds of training, and the figures for what was held out."""
 
     step: int
     epoch: float
@@ -39,6 +39,7 @@ class RunResult:
         has_diverged: whether it failed with a NaN or infinite loss. It would fail again, so it is not run again.
         curve: its evaluations.
         train_loss: mean over the last fifth of the samples that it trained on; None if it is not finished.
+        accuracy: at the end, on the test set, or on the fold that the run held out; None if it is not finished.
         world: ranks, device and precision, from its summary.
         data: numbers of samples and fingerprint, from its summary.
         start: hardware and versions, from its last start.
@@ -50,6 +51,7 @@ class RunResult:
     has_diverged: bool = False
     curve: list[Point] = field(default_factory=list)
     train_loss: float | None = None
+    accuracy: float | None = None
     wall_s: float | None = None
     world: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +113,7 @@ class Variant:
     @property
     def accuracies(self) -> list[float]:
         """Final accuracies of the finished runs."""
-        return [run.last.accuracy for run in self.finished if run.last and run.last.accuracy is not None]
+        return [run.accuracy for run in self.finished if run.accuracy is not None]
 
     def as_json(self) -> dict[str, Any]:
         """Return the variant and its runs as results.json has them."""
@@ -149,6 +151,7 @@ def read_result(folder: Path, log: Path | None = None) -> RunResult:
         state="finished",
         curve=curve,
         train_loss=tail_loss(curve),
+        accuracy=(summary.get("validation" if run.config.recipe.data.fold else "eval") or {}).get("accuracy"),
         wall_s=summary["wall_s"],
         world={key: summary[key] for key in ("world_size", "device", "precision")},
         data=summary.get("data", {}),
