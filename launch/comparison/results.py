@@ -40,6 +40,7 @@ class RunResult:
         curve: its evaluations.
         train_loss: mean over the last fifth of the samples that it trained on; None if it is not finished.
         accuracy: at the end, on the test set, or on the fold that the run held out; None if it is not finished.
+        validation_loss: at the end, if the run has a validation set or holds out a fold.
         world: ranks, device and precision, from its summary.
         data: numbers of samples and fingerprint, from its summary.
         start: hardware and versions, from its last start.
@@ -52,6 +53,7 @@ class RunResult:
     curve: list[Point] = field(default_factory=list)
     train_loss: float | None = None
     accuracy: float | None = None
+    validation_loss: float | None = None
     wall_s: float | None = None
     world: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +75,11 @@ class RunResult:
     def last(self) -> Point | None:
         """The evaluation at the end; None unless the run is finished."""
         return self.curve[-1] if self.state == "finished" and self.curve else None
+
+    @property
+    def search_loss(self) -> float | None:
+        """The loss that a search by learning rate goes by: on the validation set, if there is one, else the training loss."""
+        return self.train_loss if self.validation_loss is None else self.validation_loss
 
     @property
     def seconds_per_epoch(self) -> float | None:
@@ -145,13 +152,15 @@ def read_result(folder: Path, log: Path | None = None) -> RunResult:
         complaint = (str(summary.get("reason", "")) if state == "failed" else "") or last_complaint(log)
         reason = complaint or ("the loss is NaN or infinite" if has_diverged else "it was stopped")
         return RunResult(str(folder), state, reason, has_diverged, curve)
-    start = run.starts[-1] if run.starts else {}
+    start, validation = run.starts[-1] if run.starts else {}, summary.get("validation") or {}
+    final = validation if run.config.recipe.data.fold else summary.get("eval") or {}
     return RunResult(
         folder=str(folder),
         state="finished",
         curve=curve,
         train_loss=tail_loss(curve),
-        accuracy=(summary.get("validation" if run.config.recipe.data.fold else "eval") or {}).get("accuracy"),
+        accuracy=final.get("accuracy", curve[-1].accuracy if curve else None),
+        validation_loss=validation.get("loss"),
         wall_s=summary["wall_s"],
         world={key: summary[key] for key in ("world_size", "device", "precision")},
         data=summary.get("data", {}),
