@@ -124,7 +124,7 @@ def make_missing_data(config: DataConfig) -> None:
         return
     for split, folder in missing_sets(config).items():
         try:
-            make_missing_shards(config.source, split, Path(folder).expanduser())
+            make_missing_shards(config.source, split, Path(folder).expanduser(), config.test == NO_TEST_SET)
         except InputError as error:  # perhaps only on this node: its first rank reports it
             error.everywhere = not launch_env.is_first_rank_of_node()
             raise

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from shardstep.configs.held_out import Fold
 from shardstep.datasets.manifest import open_shards
@@ -112,3 +114,18 @@ def test_what_leaves_nothing_is_refused(settings: dict[str, Any], message: str, 
     ((code, _, stderr),) = run_ranks(1, failure_of, str(recipe))
     assert code == (2 if message else 0), stderr
     assert message in stderr
+
+
+def test_one_folder_of_images_needs_no_splits(tmp_path: Path) -> None:
+    for number in range(20):
+        folder = tmp_path / "images" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 12 * number, dtype=np.uint8)).save(folder / f"{number}.png")
+    source = {"source": str(tmp_path / "images"), "train": str(tmp_path / "train"), "test": str(tmp_path / "test")}
+    recipe = write_recipe(tmp_path, tmp_path, data=source)
+    ((code, _, stderr),) = run_ranks(1, failure_of, str(recipe))
+    assert code == 2
+    assert "data.validation=0.1 data.test=none" in stderr
+    train_ranks(1, recipe, "data.validation=0.2", "data.test=none", "train.global_batch_size=8")
+    assert summary_of(tmp_path / "run")["data"]["validation_samples"] == 4
+    assert not (tmp_path / "test").exists()
