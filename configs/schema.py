@@ -44,7 +44,8 @@ class DataConfig:
     train: str = ""
     """Folder of the training shards. Empty: data/<name of data.source>/train, or data/cifar10/train without a source."""
     test: str = ""
-    """Folder of the test shards. Empty: data/<name of data.source>/test, or data/cifar10/test without a source."""
+    """Folder of the test shards. Empty: data/<name of data.source>/test, or data/cifar10/test without a source. none: there
+    is no test set; data.validation or data.fold holds out what the run is evaluated on."""
     source: Optional[str] = None  # noqa: UP045 - OmegaConf reads the field on Python 3.10 too
     """Source that missing shards are written from, each split separately: cifar10, digits, synthetic:N, a folder or an
     archive. Not used for shards that exist."""
@@ -69,6 +70,13 @@ class DataConfig:
     order_version: Literal["auto", OrderVersion] = "auto"
     """How samples are shuffled, see datasets/order.py. 1: by sorting random words; 2: the same for up to 65,536 samples
     together, by a cipher for more, which starts at once and takes no memory; auto: 2, but a run keeps what it began with."""
+    validation: Any = None
+    """What is held out to evaluate on during training: a share of the training set, such as 0.1, or a folder of shards. The
+    test set is then evaluated once, at the end. null: nothing; the test set is evaluated all along."""
+    fold: Optional[str] = None  # noqa: UP045
+    """Part of the training set that is held out instead, such as 2/5: the second of five, for cross-validation."""
+    split_seed: int = 0
+    """Seed of what data.validation or data.fold holds out. Runs with other values of run.seed hold out the same samples."""
     last_batch: Literal["short", "drop"] = "short"
     """What to do with an epoch's last global batch if it is not full: short trains on it, drop leaves it out."""
 
@@ -131,7 +139,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on the test set."""
+    """Evaluation on the validation set, or on the test set where there is none."""
 
     every: str = "1 epochs"
     """Interval between evaluations, in epochs or steps; there is always one at the end."""

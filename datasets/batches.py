@@ -98,6 +98,7 @@ class TrainBatches:
     memory_format: torch.memory_format  # of the images
     device: torch.device
     workers: int  # threads that read ahead; 0 reads in the calling thread
+    ids: np.ndarray | None = None  # of the samples that the order numbers, if these are a part of the reader's
     wait_s: float = field(default=0.0, init=False)  # waiting for data and preparing it; host time
     to_device_s: float = field(default=0.0, init=False)  # of wait_s: copying batches to the device
     augment_s: float = field(default=0.0, init=False)  # of wait_s: transforming and normalizing them
@@ -128,7 +129,8 @@ class TrainBatches:
     def _read(self, piece: _Piece) -> Callable[[], tuple[_Piece, np.ndarray, Tensor, Tensor]]:
         """Return a task that reads one piece. The ids are computed here: the order's cache belongs to one thread."""
         order = self._order_of(piece.epoch)
-        sample_ids = order.slice(piece.start, piece.stop)
+        numbers = order.slice(piece.start, piece.stop)
+        sample_ids = numbers if self.ids is None else self.ids[numbers]
         for lane, block in order.blocks(piece.start, piece.stop):
             for upcoming in (block, block + 1):
                 if (lane, upcoming) not in self._announced:
@@ -175,13 +177,14 @@ def test_batches(
     memory_format: torch.memory_format,
     device: torch.device,
     workers: int,
+    ids: np.ndarray | None,
 ) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-    """Yield images, labels and ids of this rank's test samples: rank, rank + world_size, ... in order.
+    """Yield images, labels and ids of this rank's samples to evaluate on: numbers rank, rank + world_size, ... in order.
 
-    Every rank yields the same number of batches, so that ranks can communicate between batches; a rank with one sample
-    less ends with a shorter or empty batch.
+    `ids` are those of the numbered samples, if these are a part of the reader's. Every rank yields the same number of
+    batches, so that ranks can communicate between batches; a rank with one sample less ends with a shorter or empty batch.
     """
-    mine = np.arange(rank, num_samples, world_size)
+    mine = np.arange(rank, num_samples, world_size) if ids is None else ids[rank::world_size]
     largest = -(-num_samples // world_size)
     parts = (mine[start : start + batch_size] for start in range(0, largest, batch_size))
     for ids, images, labels in read_ahead(parts, lambda ids: lambda: (ids, *reader.read(ids)), workers):

@@ -87,8 +87,10 @@ def balanced_choice(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
     return np.sort(shuffled[np.argsort(turn, kind="stable")[:limit]])  # first the first image of each class, and so on
 
 
-def make_missing_shards(source: str, split: str, out: Path) -> bool:
+def make_missing_shards(source: str, split: str, out: Path, is_only_split: bool = False) -> bool:
     """Write the shards unless they exist or another process of this node writes them; return whether this call did.
+
+    `is_only_split`: whether all images of a source without splits may go into this one, because there is no other.
 
     Raises:
         InputError: the source cannot be read or does not separate its splits, or `out` is not empty.
@@ -100,10 +102,11 @@ def make_missing_shards(source: str, split: str, out: Path) -> bool:
         if (out / MANIFEST_NAME).is_file():
             return False
         images = open_source(source, split)
-        if not images.has_splits:
+        if not images.has_splits and not is_only_split:
             raise InputError(
-                f"data.source={source} has no train/ and test/ folders: both sets would hold the same images. "
-                f"Write each set from a separate folder with `shardstep shards write --source ...`"
+                f"data.source={source} has no train/ and test/ folders: both sets would hold the same images. Hold a part "
+                f"out with data.validation=0.1 data.test=none, or write each set from a separate folder with "
+                f"`shardstep shards write --source ...`"
             )
         _write_locked(images, source, split, out)
         return True

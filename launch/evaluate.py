@@ -52,9 +52,9 @@ def main(arguments: list[str]) -> int:
     accelerator = build_accelerator(recipe.train.precision)
     module = trained.module.to(memory_format=MEMORY_FORMATS[recipe.train.memory_format])
     model = wrap_for_evaluation(accelerator, module)
-    samples, num_classes = test.manifest.samples, len(trained.manifest.classes)
-    batches = data.make_test_batches(recipe, accelerator, reader, samples, trained.normalize)
-    result = evaluate(accelerator, model, batches, trained.objective, samples, num_classes, recipe.eval)
+    num_classes = len(trained.manifest.classes)
+    batches = data.make_test_batches(recipe, accelerator, reader, test, trained.normalize)
+    result = evaluate(accelerator, model, batches, trained.objective, test.samples, num_classes, recipe.eval)
     assert result is not None  # no stop can be requested
     if accelerator.is_main_process:
         found = {"loss": result.loss if math.isfinite(result.loss) else None, "accuracy": result.accuracy}

@@ -50,14 +50,14 @@ def main(arguments: list[str]) -> int:
         missing = "there are no images to compare the exported model on, so it is not written"
         raise InputError(f"{missing}: {error}. Give {remedy}") from None
     try:
-        found = export(trained, args.format, out, reader, test.manifest.samples, args.pixels)
+        found = export(trained, args.format, out, reader, test.all_ids(), args.pixels)
     except ExportFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return FAILED
     print(
         f"{out}: {out.stat().st_size / 1e6:.2f} MB, checked with {FORMATS[args.format].checked_with}: loaded again, its "
         f"outputs differ from the original's by at most {found.largest:.2g} on {count(found.images, 'image')} of "
-        f"{args.data or trained.recipe.data.test} ({found.allowed:.2g} is allowed)"
+        f"{args.data or trained.test_set_name} ({found.allowed:.2g} is allowed)"
     )
     return 0
 

@@ -26,12 +26,12 @@ def show_config(loaded: LoadedRecipe, world_size: int) -> None:
     )
     missing = list(data.missing_sets(recipe.data).values())
     if not missing:
-        train, test = data.open_both(recipe.data)
-        mode = data.choose_mode(recipe.data, train, test, torch.device(recipe.train.device))
+        parts = data.open_parts(recipe.data)
+        mode = data.choose_mode(recipe.data, parts, torch.device(recipe.train.device))
         recipe = with_keys(recipe, data={"mode": mode})
     print(recipe_text(recipe), end="")
 
-    num_samples = None if missing else train.manifest.samples
+    num_samples = None if missing else parts.train.samples
     notes = [*loaded.notes, *_arithmetic(recipe, num_samples, world_size, " and ".join(missing))]
     left = [".".join(place) for place, value in choices_of(recipe).items() if value == "auto"]
     if left:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.held_out import NO_TEST_SET, held_out_share
 from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.resolve import ResolvedRecipe
 from shardstep.configs.schema import DataConfig, DataMode, OrderVersion
@@ -17,6 +17,7 @@ from shardstep.datasets.augment import Normalize, build_transforms, smallest_sid
 from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, did_you_mean, open_shards
 from shardstep.datasets.order import ORDER_VERSION, window_of
+from shardstep.datasets.parts import Part, PartName, hold_out
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
 from shardstep.datasets.sources import surely_differs
@@ -31,13 +32,36 @@ RESIDENT_SHARE = 0.25  # of the memory of the host, or of the GPU, that decoded 
 
 
 @dataclass(frozen=True)
-class Data:
-    """The training and test set with their readers."""
+class Parts:
+    """What a run trains on, what it is evaluated on meanwhile, and what it is evaluated on at the end.
 
-    train: ShardFolder
-    test: ShardFolder
+    Without a validation set, both are the test set; without a test set, both are the validation set.
+    """
+
+    train: Part
+    held_out: Part
+    final: Part
+    held_out_name: PartName
+    final_name: PartName
+
+    @property
+    def evaluated(self) -> dict[PartName, Part]:
+        """What is evaluated, by name: "validation", "test" or both."""
+        return {self.held_out_name: self.held_out, self.final_name: self.final}
+
+    @property
+    def distinct(self) -> list[Part]:
+        """The parts, each once."""
+        return [self.train, *self.evaluated.values()]
+
+
+@dataclass(frozen=True)
+class Data(Parts):
+    """The parts with their readers."""
+
     train_reader: Reader
-    test_reader: Reader
+    held_out_reader: Reader
+    final_reader: Reader
     normalize: Normalize
 
     @property
@@ -52,14 +76,25 @@ class Data:
 
     def first_samples(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return up to `count` first training samples: normalized images (count, C, H, W) and labels (count,)."""
-        images, labels = self.train_reader.read(np.arange(min(count, self.train.manifest.samples)))
+        images, labels = self.train_reader.read(self.train.first(count))
         return self.normalize(images.to(device)), labels.to(device)
 
 
 def missing_sets(config: DataConfig) -> dict[str, str]:
     """Return the folders of a recipe that hold no shards, by their split: train or test."""
-    folders = {"train": config.train, "test": config.test}
-    return {split: path for split, path in folders.items() if not (Path(path).expanduser() / MANIFEST_NAME).is_file()}
+    return {
+        split: folder
+        for split, folder in folders_of(config).items()
+        if split != "validation" and not (Path(folder).expanduser() / MANIFEST_NAME).is_file()
+    }
+
+
+def folders_of(config: DataConfig) -> dict[str, str]:
+    """Return the folders of a recipe's data sets, by their split: train, validation and test, as far as there are any."""
+    folders = {"train": config.train}
+    if isinstance(config.validation, str):
+        folders["validation"] = config.validation
+    return folders if config.test == NO_TEST_SET else folders | {"test": config.test}
 
 
 def check_given_folders(loaded: LoadedRecipe) -> None:
@@ -89,7 +124,7 @@ def make_missing_data(config: DataConfig) -> None:
         return
     for split, folder in missing_sets(config).items():
         try:
-            make_missing_shards(config.source, split, Path(folder).expanduser())
+            make_missing_shards(config.source, split, Path(folder).expanduser(), config.test == NO_TEST_SET)
         except InputError as error:  # perhaps only on this node: its first rank reports it
             error.everywhere = not launch_env.is_first_rank_of_node()
             raise
@@ -99,11 +134,10 @@ def unused_source_warning(config: DataConfig, data: Data) -> str | None:
     """Return a warning if existing shards hold other images than data.source; else None."""
     if config.source is None:
         return None
-    for split, folder, manifest in (
-        ("train", config.train, data.train.manifest),
-        ("test", config.test, data.test.manifest),
-    ):
-        if surely_differs(config.source, manifest, split):
+    folders = folders_of(config)
+    for split, part in (("train", data.train), ("test", data.final)):
+        folder = folders.get(split)
+        if folder and surely_differs(config.source, manifest := part.manifest, split):
             return (
                 f"data.source={config.source} is not used: {folder} already holds shards of other images "
                 f"({manifest.made.get('source', 'of unknown origin')}; classes {_short(manifest)}). To use the source, give "
@@ -112,15 +146,23 @@ def unused_source_warning(config: DataConfig, data: Data) -> str | None:
     return None
 
 
-def open_both(config: DataConfig) -> tuple[ShardFolder, ShardFolder]:
-    """Open the training and test set, and check that they match.
+def open_parts(config: DataConfig) -> Parts:
+    """Open a recipe's data sets, check that they match, and hold out what the recipe says.
 
     Raises:
-        InputError: one cannot be opened, or their classes or sizes of images differ.
+        InputError: one cannot be opened, their classes or sizes of images differ, or nothing would be left of one.
     """
-    train, test = open_shards(config.train), open_shards(config.test)
-    check_same_task(train.manifest, test.manifest, config.train, config.test, config.resize)
-    return train, test
+    folders = folders_of(config)
+    opened: dict[str, Part] = {split: Part(open_shards(folder)) for split, folder in folders.items()}
+    train, share = opened["train"], held_out_share(config)
+    for split, part in opened.items():
+        if split != "train":
+            check_same_task(train.manifest, part.manifest, config.train, folders[split], config.resize)
+    if share is not None:
+        train, opened["validation"] = hold_out(train.shards, share, config.split_seed)
+    held_out: PartName = "validation" if "validation" in opened else "test"
+    final: PartName = "test" if "test" in opened else "validation"
+    return Parts(train, opened[held_out], opened[final], held_out, final)
 
 
 def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: str, resize: int | None) -> None:
@@ -144,19 +186,28 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
         )
 
 
-def other_mode_note(train: Manifest, test: Manifest) -> str | None:
-    """Say that test images are converted to the training set's mode; None where they have the same."""
-    if train.image_mode == test.image_mode:
+def other_mode_note(train: Manifest, name: PartName, other: Manifest) -> str | None:
+    """Say that test or validation images are converted to the training set's mode; None where they have the same."""
+    if train.image_mode == other.image_mode:
         return None
-    names = {"RGB": "in colour", "L": "grey"}
-    return f"the test images are {names[test.image_mode]}; they are read {names[train.image_mode]}, like the training images"
+    modes = {"RGB": "in colour", "L": "grey"}
+    own, read = modes[other.image_mode], modes[train.image_mode]
+    return f"the {name} images are {own}; they are read {read}, like the training images"
 
 
-def choose_mode(config: DataConfig, train: ShardFolder, test: ShardFolder, device: torch.device) -> DataMode:
-    """Return the recipe's data mode; for auto, resident if both sets fit in memory, else stream."""
+def held_out_text(config: DataConfig, parts: Parts) -> str:
+    """Say what is held out for validation, and when the test set is evaluated."""
+    origin = config.validation if isinstance(config.validation, str) else "the training set"
+    at_the_end = "the test set is evaluated at the end" if "test" in parts.evaluated else "there is no test set"
+    return f"{parts.held_out.samples:,} images of {origin} for validation; {at_the_end}"
+
+
+def choose_mode(config: DataConfig, parts: Parts, device: torch.device) -> DataMode:
+    """Return the recipe's data mode; for auto, resident if all sets fit in memory, else stream."""
     if config.mode != "auto":
         return config.mode
-    sizes = [decoded_bytes(each.manifest, config.resize, train.manifest.image_mode) for each in (train, test)]
+    mode = parts.train.manifest.image_mode
+    sizes = [decoded_bytes(shards.manifest, config.resize, mode) for shards in opened_sets(parts)]
     if None in sizes:
         return "stream"
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine.memory_bytes()
@@ -168,18 +219,27 @@ def choose_order_version(config: DataConfig) -> OrderVersion:
     return ORDER_VERSION if config.order_version == "auto" else config.order_version
 
 
-def load(config: DataConfig, mode: DataMode, train: ShardFolder, test: ShardFolder, device: torch.device) -> Data:
-    """Build the readers and the normalisation.
+def opened_sets(parts: Parts) -> list[ShardFolder]:
+    """Return the data sets that these are parts of, each once."""
+    return list({id(part.shards): part.shards for part in parts.distinct}.values())
+
+
+def load(config: DataConfig, mode: DataMode, parts: Parts, device: torch.device) -> Data:
+    """Build the readers and the normalisation. Parts of one data set share a reader.
 
     Raises:
         InputError: the images are damaged, differ in size, or are too small for a transform.
     """
-    if mode == "resident":
-        train_reader: Reader = load_resident(train, config.resize, device)
-        test_reader: Reader = load_resident(test, config.resize, device, train.manifest.image_mode)
-    else:
-        train_reader = StreamReader(train, config.resize)
-        test_reader = StreamReader(test, config.resize, train.manifest.image_mode)
+    train = parts.train.manifest
+    readers: dict[int, Reader] = {
+        id(shards): load_resident(shards, config.resize, device, train.image_mode)
+        if mode == "resident"
+        else StreamReader(shards, config.resize, train.image_mode)
+        for shards in opened_sets(parts)
+    }
+    train_reader, held_out_reader, final_reader = (
+        readers[id(part.shards)] for part in (parts.train, parts.held_out, parts.final)
+    )
     height, width, _ = train_reader.image_shape
     for entry in config.augment:
         if min(height, width) < smallest_side(entry):
@@ -187,8 +247,14 @@ def load(config: DataConfig, mode: DataMode, train: ShardFolder, test: ShardFold
                 f"data.augment: {entry['name']} with these options needs images of at least "
                 f"{smallest_side(entry)} pixels a side, but these are {width}x{height}"
             )
-    normalize = make_normalize(config, train.manifest, train_reader.image_shape, device)
-    return Data(train, test, train_reader, test_reader, normalize)
+    normalize = make_normalize(config, train, train_reader.image_shape, device)
+    return Data(
+        **vars(parts),
+        train_reader=train_reader,
+        held_out_reader=held_out_reader,
+        final_reader=final_reader,
+        normalize=normalize,
+    )
 
 
 def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data, plan: Plan) -> TrainBatches:
@@ -213,16 +279,17 @@ def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data
         memory_format=MEMORY_FORMATS[recipe.train.memory_format],
         device=accelerator.device,
         workers=_reader_threads(recipe, loaded.train_reader),
+        ids=loaded.train.ids,
     )
 
 
 def make_test_batches(
-    recipe: ResolvedRecipe, accelerator: Accelerator, reader: Reader, num_samples: int, normalize: Normalize
+    recipe: ResolvedRecipe, accelerator: Accelerator, reader: Reader, part: Part, normalize: Normalize
 ) -> TestBatches:
-    """Return a function that starts a pass over this rank's part of a test set."""
+    """Return a function that starts a pass over this rank's share of what is evaluated on."""
     return lambda: test_batches(
         reader,
-        num_samples,
+        part.samples,
         batch_size=recipe.eval.batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -230,6 +297,7 @@ def make_test_batches(
         memory_format=MEMORY_FORMATS[recipe.train.memory_format],
         device=accelerator.device,
         workers=_reader_threads(recipe, reader),
+        ids=part.ids,
     )
 
 

@@ -9,7 +9,7 @@ from shardstep.configs.cores import usable_cores
 from shardstep.configs.text import count, duration
 from shardstep.datasets.batches import micro_pieces
 from shardstep.datasets.order import window_of
-from shardstep.trainer.data import other_mode_note, unused_source_warning
+from shardstep.trainer.data import folders_of, held_out_text, other_mode_note, unused_source_warning
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.gradients import describe_gradient_sync
 from shardstep.trainer.models.batch_norm import SyncBatchNorm2d
@@ -42,17 +42,19 @@ def describe(run: Run) -> list[str]:
         f"lr {entry.get('lr', run.base_lr):g}"
         for entry in recipe.optimizer["groups"]
     )
-    other_mode = other_mode_note(train, run.data.test.manifest)
+    parts = run.data.distinct
+    modes = dict.fromkeys(other_mode_note(train, name, part.manifest) for name, part in run.data.evaluated.items())
     remaining_s = run.time_limit.remaining_s()
     facts = [
         ("world", f"{ranks}, {processor}"),
         (
             "data",
-            f"{train.samples:,} + {run.data.test.manifest.samples:,} images {width}x{height}x{channels}, "
+            f"{' + '.join(f'{part.samples:,}' for part in parts)} images {width}x{height}x{channels}, "
             f"{run.data.num_classes} classes, {recipe.data.mode}; order: lanes {recipe.data.lanes}, window {window}, "
             f"version {recipe.data.order_version}",
         ),
-        ("shards", f"{recipe.data.train}, {recipe.data.test}"),
+        ("shards", ", ".join(folders_of(recipe.data).values())),
+        *([("held out", held_out_text(recipe.data, run.data))] if "validation" in run.data.evaluated else []),
         ("model", f"{recipe.model['name']}, {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained"),
         ("optimizer", f"{recipe.optimizer['name']}, lr {run.base_lr:g}, {recipe.schedule['name']}{groups}"),
         (
@@ -63,7 +65,7 @@ def describe(run: Run) -> list[str]:
         *([("gradients", describe_gradient_sync(recipe.train, run.state.module))] if plan.world_size > 1 else []),
         ("duration", duration_text(plan)),
         *([("time", f"the allocation ends in {duration(remaining_s)}")] if remaining_s is not None else []),
-        *([("note", other_mode)] if other_mode else []),
+        *(("note", text) for text in modes if text),
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
     ]
     headline = (

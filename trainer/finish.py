@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +63,8 @@ def train_to_end(run: Run, arguments: list[str]) -> Ending:
         else:
             # There is none if the last start ended between its checkpoint and its summary.
             evaluation = result.evaluation or run.evaluate()
+            if evaluation and run.data.final is not run.data.held_out:
+                evaluation = run.evaluate(at_the_end=True)
             if evaluation is None:
                 return _stop(run, is_safe)
             run.watchdog.stop()
@@ -95,7 +96,8 @@ def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
         run.display.note(text)
     shares = "" if evaluation.accuracy is None else f"accuracy {evaluation.accuracy:.2%}, top-5 {evaluation.top5:.2%}, "
     run.display.note(
-        f"done: test {shares}loss {evaluation.loss:.4f} on {evaluation.samples:,} images after {run.state.wall_s:.0f} s"
+        f"done: {run.data.final_name} {shares}loss {evaluation.loss:.4f} on {evaluation.samples:,} images after "
+        f"{run.state.wall_s:.0f} s"
     )
     per_class = zip(evaluation.per_class_accuracy or [], run.data.train.manifest.classes, strict=False)
     known = [(accuracy, name) for accuracy, name in per_class if accuracy is not None]
@@ -216,16 +218,15 @@ def draw_pictures(run: Run, evaluation: Evaluation) -> list[str]:
 
 def first_predictions(run: Run) -> tuple[Tensor, list[int], list[int], list[float]]:
     """Return the first test images with labels, predictions and their probabilities, computed on this rank alone."""
-    count = min(pictures.GRID_ROWS * pictures.GRID_COLUMNS, run.data.test.manifest.samples)
-    pixels, labels = run.data.test_reader.read(np.arange(count))
+    chosen = run.data.final.first(pictures.GRID_ROWS * pictures.GRID_COLUMNS)
+    pixels, labels = run.data.final_reader.read(chosen)
     confidence, prediction = _outputs(run, pixels).softmax(dim=1).max(dim=1)
     return pixels.cpu(), labels.tolist(), prediction.tolist(), confidence.tolist()
 
 
 def first_reconstructions(run: Run) -> tuple[Tensor, Tensor]:
     """Return the first test images and their reconstructions: uint8 (N, H, W, C), computed on this rank alone."""
-    count = min(pictures.GRID_ROWS * pictures.GRID_COLUMNS // 2, run.data.test.manifest.samples)
-    pixels, _ = run.data.test_reader.read(np.arange(count))
+    pixels, _ = run.data.final_reader.read(run.data.final.first(pictures.GRID_ROWS * pictures.GRID_COLUMNS // 2))
     return pixels.cpu(), run.data.normalize.undo(_outputs(run, pixels)).cpu()
 
 

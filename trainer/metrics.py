@@ -16,6 +16,7 @@ from torch import Tensor
 from shardstep.configs.durations import Duration
 from shardstep.configs.errors import NonFiniteError
 from shardstep.configs.files import write_atomically
+from shardstep.datasets.parts import PartName
 from shardstep.trainer.distributed.collectives import gather_rows, reduce_sums
 from shardstep.trainer.evaluation import Evaluation
 from shardstep.trainer.machine import resident_bytes
@@ -41,10 +42,13 @@ class Metrics:
         warn: Callable[[str], None],
         has_accuracy: bool = True,
         clip: Clip | None = None,
+        evaluated_on: PartName = "test",
     ):
         """Rank 0 calls `listeners` with every line. `path` and `state` hold the lines and sums from before a resume;
-        `has_accuracy` is False for reconstruction, whose outputs are neither correct nor wrong.
+        `has_accuracy` is False for reconstruction, whose outputs are neither correct nor wrong; `evaluated_on` is the set
+        of the evaluations.
         """
+        self._evaluated_on = evaluated_on
         self._accelerator = accelerator
         self._has_accuracy, self._clip = has_accuracy, clip
         self._plan, self._evaluate_every, self._pace = plan, evaluate_every, 0.0  # samples per second
@@ -142,7 +146,7 @@ class Metrics:
         """Write an evaluation line, with the training means since the last evaluation. All ranks reduce.
 
         Raises:
-            NonFiniteError: the test loss, or the training loss since the last evaluation, is NaN or infinite.
+            NonFiniteError: the test or validation loss, or the training loss since the last evaluation, is NaN or infinite.
         """
         (total,) = reduce_sums(self._accelerator, [self._since_evaluation])
         train_loss, train_accuracy = (total / max(self._samples_since_evaluation, 1)).tolist()
@@ -150,6 +154,7 @@ class Metrics:
         self._samples_since_evaluation = 0
         line = {
             "kind": "eval",
+            "set": self._evaluated_on,
             "step": state.progress.step,
             "epoch": round(epoch, 6),
             "samples": state.progress.samples,
@@ -166,7 +171,7 @@ class Metrics:
             "share_done": round(self._plan.share_done(state.progress, state.train_s), 6),
             "time": round(time.time(), 3),
         }
-        losses = {"test loss": evaluation.loss, "training loss since the last evaluation": train_loss}
+        losses = {f"{self._evaluated_on} loss": evaluation.loss, "training loss since the last evaluation": train_loss}
         nonfinite = [f"the {name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
         if nonfinite:
             self._record(line)

@@ -36,7 +36,10 @@ from shardstep.trainer.validate_recipe import validate_recipe
 
 _MATHEMATICS = {
     "run": ["seed"],
-    "data": ["augment", "normalize", "resize", "lanes", "window_shards", "order_version", "last_batch"],
+    "data": [
+        *("augment", "normalize", "resize", "lanes", "window_shards", "order_version", "last_batch"),
+        *("validation", "fold", "split_seed"),
+    ],
     "train": [
         *("global_batch_size", "precision", "weights", "memory_format", "convolutions", "compile", "compress"),
         *("clip_norm", "clip_value", "duration", "max_wall_s", "on_nan"),
@@ -190,7 +193,7 @@ def restore(
     Raises:
         InputError: the checkpoint does not fit the model, the optimizer, the data sets or the micro-batches.
     """
-    state.fingerprint, state.test_fingerprint = data.train.manifest.fingerprint, data.test.manifest.fingerprint
+    state.fingerprint, state.test_fingerprint = data.train.manifest.fingerprint, data.held_out.manifest.fingerprint
     for problem in found.damaged:
         display.warn(f"skipped a damaged checkpoint: {problem}")
     if found.path:

@@ -62,7 +62,8 @@ class Run:
     plan: Plan
     data: Data
     batches: TrainBatches
-    test_batches: TestBatches
+    held_out_batches: TestBatches
+    final_batches: TestBatches
     objective: Objective
     learning_rate: LearningRate
     clip: Clip
@@ -93,9 +94,12 @@ class Run:
         """The learning rate that the schedule multiplies."""
         return float(self.recipe.optimizer["lr"])
 
-    def evaluate(self) -> Evaluation | None:
-        """Evaluate the model on the test set; return None if all ranks are to stop. All ranks."""
+    def evaluate(self, at_the_end: bool = False) -> Evaluation | None:
+        """Evaluate the model on what is held out, or on the final set; return None if all ranks are to stop. All ranks."""
         self.requests.restart()
+        part, batches = self.data.held_out, self.held_out_batches
+        if at_the_end:
+            part, batches = self.data.final, self.final_batches
 
         def stop_requested() -> bool:
             self.watchdog.beat(self.state.progress.step, "evaluating")
@@ -103,8 +107,8 @@ class Run:
 
         with averaged(self.state):
             evaluation = evaluate(
-                self.accelerator, self.state.module, self.test_batches, self.objective,
-                self.data.test.manifest.samples, self.data.num_classes, self.recipe.eval, stop_requested,
+                self.accelerator, self.state.module, batches, self.objective,
+                part.samples, self.data.num_classes, self.recipe.eval, stop_requested,
             )  # fmt: skip
         self.requests.restart()
         return evaluation
@@ -155,15 +159,14 @@ def assemble(
     return Run(
         recipe=recipe, dir=run_dir, accelerator=accelerator, state=state, plan=plan, data=data,
         batches=train_batches(recipe, accelerator, data, plan),
-        test_batches=make_test_batches(
-            recipe, accelerator, data.test_reader, data.test.manifest.samples, data.normalize
-        ),
+        held_out_batches=make_test_batches(recipe, accelerator, data.held_out_reader, data.held_out, data.normalize),
+        final_batches=make_test_batches(recipe, accelerator, data.final_reader, data.final, data.normalize),
         objective=objective,
         learning_rate=LearningRate(recipe.schedule, plan.duration, plan.samples_per_epoch, plan.global_batch_size),
         clip=clip, average=average, freezer=freezer, every=every,
         metrics=Metrics(
             accelerator, run_dir.metrics_path, state, plan, every.evaluation, listeners, display.warn,
-            has_accuracy=not objective.reconstructs, clip=clip,
+            has_accuracy=not objective.reconstructs, clip=clip, evaluated_on=data.held_out_name,
         ),
         display=display, trackers=trackers, nan_guard=NonFiniteGuard(recipe.train),
         requests=StopRequests(
@@ -171,7 +174,7 @@ def assemble(
         ),
         saver=saver, time_limit=time_limit,
         watchdog=Watchdog(HeartbeatStore(world), folder, recipe.run.hang_timeout, stop_signal, display.tell),
-        sample_log=SampleLog(folder, world.process_index, data.train) if recipe.log.sample_keys else None,
+        sample_log=SampleLog(folder, world.process_index, data.train.shards) if recipe.log.sample_keys else None,
         timer=Timer(world.device.type),
         profiler=Profiler(profiled, folder / "profile", world.process_index, on_gpu, display.note),
         initialized_s=initialized_s, measured=measured,

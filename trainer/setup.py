@@ -44,11 +44,11 @@ def build(
     is_resumed = found.path is not None
 
     with raise_on_all_ranks(world):
-        train, test = data.open_both(recipe.data)
-        plan = make_plan(recipe.train, train.manifest.samples, recipe.data.last_batch == "drop", world.num_processes)
-    mode = broadcast_object(world, data.choose_mode(recipe.data, train, test, world.device))
+        parts = data.open_parts(recipe.data)
+        plan = make_plan(recipe.train, parts.train.samples, recipe.data.last_batch == "drop", world.num_processes)
+    mode = broadcast_object(world, data.choose_mode(recipe.data, parts, world.device))
     with raise_on_all_ranks(world):
-        loaded = data.load(recipe.data, mode, train, test, world.device)
+        loaded = data.load(recipe.data, mode, parts, world.device)
 
     with raise_on_all_ranks(world):
         module = model_setup.initial_model(recipe, loaded, world.device, display, is_resumed)

@@ -13,12 +13,15 @@ from shardstep.trainer.run_dir import Failure, Status
 def write_summary(
     run: Run, status: Status, evaluation: Evaluation | None = None, failure: Failure | None = None, reason: str = ""
 ) -> dict[str, Any]:
-    """Write summary.json, and return its content. Called on rank 0; `evaluation` is the last one of a finished run."""
+    """Write summary.json, and return its content. Called on rank 0; `evaluation` is the final one of a finished run."""
     recipe, state, manifest = run.recipe, run.state, run.data.train.manifest
     train, last_evaluation = run.metrics.last_train, run.metrics.last_evaluation
     by_person = run.requests.by_person or run.requests.interrupted
     # DDP does not answer while it waits for a rank that hangs.
     exposed_s = None if failure == "hang" else exposed_communication_s(run.state.model)
+    validation = None
+    if run.data.held_out_name == "validation" and last_evaluation:
+        validation = {key: last_evaluation.get(key) for key in ("loss", "accuracy", "top5")}
     summary = {
         "status": status,
         **({"failure": failure, "reason": reason} if failure else {}),
@@ -40,13 +43,14 @@ def write_summary(
         "wall_s": round(state.wall_s, 3),
         "train_s": round(state.train_s, 3),
         "time_s": run.timer.time_s(run.batches.to_device_s, run.batches.augment_s, exposed_s),
+        **({"validation": validation} if validation else {}),
         "restarts": max(len(state.starts) - 1, 0),
         "best": state.best,
         "data": {
             "mode": recipe.data.mode,
             "source": manifest.made.get("source"),
-            "train_samples": manifest.samples,
-            "test_samples": run.data.test.manifest.samples,
+            "train_samples": run.data.train.samples,
+            **{f"{name}_samples": part.samples for name, part in run.data.evaluated.items()},
             "fingerprint": manifest.fingerprint,
         },
     }

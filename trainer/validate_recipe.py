@@ -11,6 +11,7 @@ from typing import Any
 from shardstep.configs.components import convert, resolve_options
 from shardstep.configs.durations import duration_problems
 from shardstep.configs.errors import InputError
+from shardstep.configs.held_out import held_out_problems
 from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.datasets.augment import TRANSFORMS
@@ -73,7 +74,7 @@ def validate_recipe(loaded: LoadedRecipe) -> Recipe:
     problems += found
     for check in (_check_durations, _check_values, _check_combinations, _check_normalize):
         problems += check(recipe)
-    problems += gradient_sync_problems(recipe.train)
+    problems += held_out_problems(recipe.data) + gradient_sync_problems(recipe.train)
     if not problems:
         problems += optimizers.check_schedule_has_effect(recipe.optimizer, recipe.schedule)
     if problems:
@@ -142,8 +143,9 @@ def _check_values(recipe: Recipe) -> list[str]:
         problems.append(f"run.seed={recipe.run.seed} must be below 2**63")
     if not 0 < recipe.train.timeout_s < 10**7:
         problems.append(f"train.timeout_s={recipe.train.timeout_s} must be a number of seconds above 0 and below 10**7")
-    for key, place in (("train", recipe.data.train), ("test", recipe.data.test)):
-        if "://" in place:
+    for key in ("train", "validation", "test"):
+        place = getattr(recipe.data, key)
+        if "://" in str(place):
             problems.append(f"data.{key}={place}: shards must be in a folder; URLs cannot be read yet")
     if recipe.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
         problems.append("log.tensorboard=true, but TensorBoard is not installed: pip install 'shardstep[tensorboard]'")

@@ -83,7 +83,7 @@ _VARIANT_COLUMNS = ["variant", "changes in the recipe"]
 
 
 def _search_columns(report: ComparisonReport) -> list[str]:
-    return ["variant", f"{report.tune}: training loss", "loss at the worse neighbour"]
+    return ["variant", f"{report.tune}: loss", "loss at the worse neighbour"]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:

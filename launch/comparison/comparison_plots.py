@@ -71,7 +71,7 @@ def _draw_curves(plt: Any, variants: Sequence[Variant], target: float | None, tu
             axis.axhline(100 * target, color=_GREY, linewidth=0.8, linestyle=(0, (4, 4)))
         axis.set(xlabel=label)
         axis.grid(alpha=0.2)
-    axes[0].set(ylabel="test accuracy, %")
+    axes[0].set(ylabel="accuracy, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
 
@@ -87,7 +87,7 @@ def _draw_final(plt: Any, variants: Sequence[Variant], target: float | None, tun
         axis.plot(interval.mean, row, "o", **marks)
         axis.plot([100 * value for value in variant.accuracies], [row] * len(variant.accuracies), "|", ms=11, **marks)
     axis.set_yticks(range(len(finished)), [variant.name for variant in finished])
-    axis.set(xlabel="final test accuracy, %: each seed, mean and 95 % confidence interval")
+    axis.set(xlabel="final accuracy, %: each run, mean and 95 % confidence interval")
     low, high = axis.get_xlim()
     axis.set_xlim(max(low, 0), min(high, 100))  # an interval of few seeds can exceed the scale
     axis.margins(y=0.5 / max(len(finished), 1))
@@ -99,11 +99,13 @@ def _draw_rates(plt: Any, variants: Sequence[Variant], target: float | None, tun
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     losses = []
     for place, variant in enumerate(variants):
-        known = {rate: run.train_loss for rate, run in variant.search.items() if run.train_loss is not None}
+        known = {rate: run.search_loss for rate, run in variant.search.items() if run.search_loss is not None}
         losses.append(list(known.values()))
         style = {"color": f"C{place % 10}", "linestyle": _STYLES[place // 10 % len(_STYLES)]}
         axis.plot(list(known), losses[-1], marker="o", markersize=4, label=variant.name, **style)
-    axis.set(xscale="log", xlabel=tune, ylabel="training loss, last fifth of the samples")
+    on_validation = any(run.validation_loss is not None for variant in variants for run in variant.search.values())
+    by = "validation loss at the end" if on_validation else "training loss, last fifth of the samples"
+    axis.set(xscale="log", xlabel=tune, ylabel=by)
     shown = [loss for found in losses for loss in found if loss <= EXPLODED * min(found)]
     if len(shown) < sum(map(len, losses)):  # exploded ones may leave the picture at its top
         margin = 0.05 * (max(shown) - min(shown))
@@ -115,18 +117,18 @@ def _draw_rates(plt: Any, variants: Sequence[Variant], target: float | None, tun
 
 PLOTS = {
     "curves": Plot(
-        "Test accuracy against epochs and against seconds of training, one line per run.",
+        "Accuracy against epochs and against seconds of training, one line per run.",
         lambda variants: any(variant.finished for variant in variants),
         _draw_curves,
     ),
     "final": Plot(
-        "Final test accuracy of each seed, with the mean and its confidence interval.",
+        "Final accuracy of each run, with the mean and its confidence interval.",
         lambda variants: any(variant.accuracies for variant in variants),
         _draw_final,
     ),
     "rates": Plot(
-        "Training loss against the learning rates of the search: how much the choice matters.",
-        lambda variants: any(run.train_loss is not None for variant in variants for run in variant.search.values()),
+        "Loss against the learning rates of the search: how much the choice matters.",
+        lambda variants: any(run.search_loss is not None for variant in variants for run in variant.search.values()),
         _draw_rates,
     ),
 }

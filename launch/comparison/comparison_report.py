@@ -142,15 +142,15 @@ def _search_rows(variants: list[Variant]) -> list[list[str]]:
     for variant in variants:
         cells = []
         for rate, run in variant.search.items():
-            loss = run.outcome if run.train_loss is None else f"{run.train_loss:#.5g}"
+            loss = run.outcome if run.search_loss is None else f"{run.search_loss:#.5g}"
             cells.append(f"{rate:g}: {loss}{' (chosen)' if rate == variant.rate else ''}")
         rows.append([variant.name, ", ".join(cells), _sensitivity(variant)])
     return rows
 
 
 def _sensitivity(variant: Variant) -> str:
-    """Describe how much the training loss grows at the worse neighbour of the best learning rate."""
-    losses = [run.train_loss for run in variant.search.values()]
+    """Describe how much the loss grows at the worse neighbour of the best learning rate."""
+    losses = [run.search_loss for run in variant.search.values()]
     known = [loss for loss in losses if loss is not None]
     if not known:
         return "all values failed"
@@ -167,9 +167,16 @@ def _sensitivity(variant: Variant) -> str:
 
 
 def _notes(comparison: Comparison, target: float | None) -> list[str]:
+    interval = f"± its {CONFIDENCE:.0%} confidence interval (Student's t), which needs two"
+    accuracy = f"on the test set at the end of each run; mean over seeds, {interval} seeds."
+    if comparison.folds:
+        accuracy = (
+            f"on the fold that each run held out, at its end; mean over {count(len(comparison.folds), 'fold')} and "
+            f"{count(comparison.seeds, 'seed')}, {interval} runs. Runs share most of their training samples, so the interval "
+            f"is narrower than that of separate training sets."
+        )
     notes = [
-        f"accuracy: on the test set at the end of each run; mean over seeds, ± its {CONFIDENCE:.0%} confidence interval "
-        f"(Student's t), which needs two seeds.",
+        f"accuracy: {accuracy}",
         "s/epoch, epochs, s to: training only, without evaluations. B/param: bytes of the optimizer's state in a "
         "checkpoint, per parameter of the model.",
     ]
@@ -182,11 +189,17 @@ def _notes(comparison: Comparison, target: float | None) -> list[str]:
         notes.append("A run ends after the step during which its time runs out, so long steps exceed the budget.")
     if comparison.tune:
         notes.append(
-            f"{comparison.tune}: the value with the lowest training loss over the last fifth of a run's samples, under the "
-            f"same budget, with a seed that no other run has. Not the best test accuracy: the test set must not select what "
-            f"it measures."
+            f"{comparison.tune}: the value with the lowest {_search_loss(comparison.has_validation)}, under the same "
+            "budget, with a seed that no other run has. Not the best test accuracy: the test set must not select what it "
+            "measures."
         )
     return notes
+
+
+def _search_loss(has_validation: bool) -> str:
+    return (
+        "validation loss at the end of a run" if has_validation else "training loss over the last fifth of its samples"
+    )
 
 
 def _complaints(variants: list[Variant]) -> list[str]:

@@ -23,6 +23,7 @@ from shardstep.launch.comparison.variants import (
     next_rate,
     rate_grid,
     read_variants,
+    take_folds,
 )
 from shardstep.trainer.checkpoints.lock import LOCK_NAME, is_held
 from shardstep.trainer.distributed import launch_env
@@ -43,6 +44,8 @@ class Comparison:
     Attributes:
         arguments: of every run: the recipe and the overrides that all variants share.
         variants: overrides by name.
+        folds: values of data.fold; each variant has a run for every seed and fold.
+        has_validation: whether a variant holds samples out, or has a folder of them.
         tune: the key whose values are searched, such as optimizer.lr; empty for none.
         base_rates: learning rate at which each variant's search begins; None without --tune.
         digests: of each variant's recipe.
@@ -60,6 +63,8 @@ class Comparison:
     budget: Budget
     variants: dict[str, list[str]]
     seeds: int
+    folds: list[str]
+    has_validation: bool
     tune: str
     trials: int
     target: float | None
@@ -91,7 +96,7 @@ class Comparison:
     def search_tasks(self) -> list[Task]:
         """Return the runs that the search is known to need still."""
         return [
-            self._task(name, f"rate-{rate:g}", [f"{self.tune}={rate:g}", f"run.seed={SEARCH_SEED}"])
+            self._task(name, f"rate-{rate:g}", [f"{self.tune}={rate:g}", f"run.seed={SEARCH_SEED}", *self._fold(0)])
             for name in self.variants
             for rate, run in self.search(name).items()
             if not run.is_over
@@ -100,19 +105,29 @@ class Comparison:
     def seed_tasks(self) -> list[Task]:
         """Return the missing runs by seed of variants whose search is over: all with the first seed, then the next."""
         tasks, names = [], self._searched()
-        for seed in range(self.seeds):
+        for number in range(self.repeats):
             for name in names:
-                if not self._result(name, str(seed)).is_over:
+                if not self._result(name, str(number)).is_over:
                     rate = self.rate(name) if self.tune else None
                     tuned = [f"{self.tune}={rate:g}"] if rate is not None else []
-                    tasks.append(self._task(name, str(seed), [*tuned, f"run.seed={seed}"]))
+                    seed = number // max(len(self.folds), 1)
+                    tasks.append(self._task(name, str(number), [*tuned, f"run.seed={seed}", *self._fold(number)]))
         return tasks
+
+    @property
+    def repeats(self) -> int:
+        """The number of runs of each variant: one for each seed and fold."""
+        return self.seeds * max(len(self.folds), 1)
+
+    def _fold(self, number: int) -> list[str]:
+        """Return the override that holds out a fold in a variant's run; runs take the folds in turn."""
+        return [f"data.fold={self.folds[number % len(self.folds)]}"] if self.folds else []
 
     def read_results(self) -> list[Variant]:
         """Read the present results of every variant."""
         variants = []
         for name, overrides in self.variants.items():
-            runs = {seed: self._result(name, str(seed)) for seed in range(self.seeds)}
+            runs = {number: self._result(name, str(number)) for number in range(self.repeats)}
             first = next((self.folder / name / str(seed) for seed, run in runs.items() if run.last), None)
             memory = optimizer_memory(first) if first else None
             variants.append(Variant(name, overrides, self.rate(name), runs, self.search(name), memory))
@@ -174,6 +189,7 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """Return the settings as comparison.json and results.json have them."""
         found = {"command": self.command, "arguments": self.arguments, "budget": self.budget.text, "tune": self.tune}
+        found["folds"] = self.folds
         choices = {"settled": self.auto_choices, "rates": self.rates, "digests": self.digests}
         return found | {"trials": self.trials, "share": self.share} | choices
 
@@ -198,8 +214,8 @@ class Comparison:
 
 
 def losses_of(search: dict[float, RunResult]) -> dict[float, float]:
-    """Return the training loss at each learning rate, infinite where training failed."""
-    return {rate: math.inf if run.train_loss is None else run.train_loss for rate, run in search.items()}
+    """Return the loss at each learning rate that the search goes by, infinite where training failed."""
+    return {rate: math.inf if run.search_loss is None else run.search_loss for rate, run in search.items()}
 
 
 def prepare(args: argparse.Namespace, command: str) -> Comparison:
@@ -214,7 +230,12 @@ def prepare(args: argparse.Namespace, command: str) -> Comparison:
         raise InputError.from_problems("nothing was started", problems)
     from shardstep.trainer.formats.candidates import is_measured
 
-    budget, variants = Budget.parse(args.budget), read_variants(args.over, args.variants)
+    budget = Budget.parse(args.budget)
+    over, folds = take_folds(args.over)
+    has_one_variant = folds and not over and not args.variants
+    variants = {"recipe": list[str]()} if has_one_variant else read_variants(over, args.variants)
+    for fold in folds:
+        _check([args.recipe, *args.overrides, f"data.fold={fold}"])
     recipes, problems = _load_variants(args, budget, variants)
     base_rates, tune_problems = _base_rates(args, budget, variants, recipes)
     problems += tune_problems
@@ -240,6 +261,8 @@ def prepare(args: argparse.Namespace, command: str) -> Comparison:
         budget=budget if args.budget else Budget(next(iter(recipes.values())).train.duration, ()),
         variants=variants,
         seeds=args.seeds,
+        folds=folds,
+        has_validation=bool(folds) or any(recipe.data.validation or recipe.data.fold for recipe in recipes.values()),
         tune=args.tune or "",
         trials=args.trials or _TRIALS,
         target=args.target,
@@ -351,7 +374,8 @@ def _check_same_comparison(comparison: Comparison) -> None:
         return
     try:
         saved, new = json.loads(path.read_text()), comparison.as_json()
-        changed = [key for key in ("budget", "tune", "trials") if saved[key] != new[key]]
+        saved.setdefault("folds", [])  # by earlier versions
+        changed = [key for key in ("budget", "tune", "trials", "folds") if saved[key] != new[key]]
         differences = [f"{key}: {saved[key]} -> {new[key]}" for key in changed]
         differences += [
             f"variant {name} differs from its runs there"

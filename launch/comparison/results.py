@@ -18,7 +18,7 @@ EXPLODED = 10.0
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation: the run's position, its seconds of training, and the figures for the test set."""
+    """An evaluation: the run's position, its seconds of training, and the figures for what was held out."""
 
     step: int
     epoch: float
@@ -39,6 +39,8 @@ class RunResult:
         has_diverged: whether it failed with a NaN or infinite loss. It would fail again, so it is not run again.
         curve: its evaluations.
         train_loss: mean over the last fifth of the samples that it trained on; None if it is not finished.
+        accuracy: at the end, on the test set, or on the fold that the run held out; None if it is not finished.
+        validation_loss: at the end, if the run has a validation set or holds out a fold.
         world: ranks, device and precision, from its summary.
         data: numbers of samples and fingerprint, from its summary.
         start: hardware and versions, from its last start.
@@ -50,6 +52,8 @@ class RunResult:
     has_diverged: bool = False
     curve: list[Point] = field(default_factory=list)
     train_loss: float | None = None
+    accuracy: float | None = None
+    validation_loss: float | None = None
     wall_s: float | None = None
     world: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +75,11 @@ class RunResult:
     def last(self) -> Point | None:
         """The evaluation at the end; None unless the run is finished."""
         return self.curve[-1] if self.state == "finished" and self.curve else None
+
+    @property
+    def search_loss(self) -> float | None:
+        """The loss that a search by learning rate goes by: on the validation set, if there is one, else the training loss."""
+        return self.train_loss if self.validation_loss is None else self.validation_loss
 
     @property
     def seconds_per_epoch(self) -> float | None:
@@ -111,7 +120,7 @@ class Variant:
     @property
     def accuracies(self) -> list[float]:
         """Final accuracies of the finished runs."""
-        return [run.last.accuracy for run in self.finished if run.last and run.last.accuracy is not None]
+        return [run.accuracy for run in self.finished if run.accuracy is not None]
 
     def as_json(self) -> dict[str, Any]:
         """Return the variant and its runs as results.json has them."""
@@ -143,12 +152,15 @@ def read_result(folder: Path, log: Path | None = None) -> RunResult:
         complaint = (str(summary.get("reason", "")) if state == "failed" else "") or last_complaint(log)
         reason = complaint or ("the loss is NaN or infinite" if has_diverged else "it was stopped")
         return RunResult(str(folder), state, reason, has_diverged, curve)
-    start = run.starts[-1] if run.starts else {}
+    start, validation = run.starts[-1] if run.starts else {}, summary.get("validation") or {}
+    final = validation if run.config.recipe.data.fold else summary.get("eval") or {}
     return RunResult(
         folder=str(folder),
         state="finished",
         curve=curve,
         train_loss=tail_loss(curve),
+        accuracy=final.get("accuracy", curve[-1].accuracy if curve else None),
+        validation_loss=validation.get("loss"),
         wall_s=summary["wall_s"],
         world={key: summary[key] for key in ("world_size", "device", "precision")},
         data=summary.get("data", {}),

@@ -25,6 +25,19 @@ MOST_EXTENSIONS = 3
 """Learning rates that extend a search, one after the other, while its best is at an edge."""
 
 
+def take_folds(over: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the `--over` options without that of data.fold, and its values, which repeat each variant.
+
+    Raises:
+        InputError: a fold is given twice.
+    """
+    rest = [text for text in over if not text.startswith("data.fold=")]
+    folds = [point[0].partition("=")[2] for text in over if text not in rest for point in points_of([text])]
+    if len(set(folds)) < len(folds):
+        raise InputError(f"--over data.fold={','.join(folds)}: give each fold once")
+    return rest, folds
+
+
 def read_variants(over: Sequence[str], file: str | None) -> dict[str, list[str]]:
     """Return the overrides of each variant by name.
 

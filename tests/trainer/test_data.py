@@ -38,8 +38,8 @@ def test_the_training_sets_mode_rules(
     train_ranks(1, write_recipe(tmp_path, tmp_path, data={"mode": data_mode}, train={"global_batch_size": 6}))
 
     trained = open_trained_model(tmp_path / "run", "cpu")
-    shards, reader = trained.open_test_set()
-    stored = StreamReader(shards).read(np.arange(12))[0].numpy()  # in the test set's own mode
+    test_set, reader = trained.open_test_set()
+    stored = StreamReader(test_set.shards).read(np.arange(12))[0].numpy()  # in the test set's own mode
     as_trained = [np.array(Image.fromarray(image.squeeze()).convert(modes[0])).reshape(8, 8, -1) for image in stored]
     pixels, labels = reader.read(np.arange(12))
     assert np.array_equal(pixels.numpy(), as_trained)

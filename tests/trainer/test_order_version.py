@@ -23,7 +23,7 @@ def test_the_order_is_that_of_the_recipe(shards: Path, given: str, version: Orde
     recipe = validate_recipe(load_recipe("smoke", [*sets, *keys]))
     chosen = data.choose_order_version(recipe.data)
     resolved = resolve(recipe, Choices("stream", "cpu", "fp32", "channels_last", "direct", chosen))
-    loaded = data.load(resolved.data, "stream", *data.open_both(resolved.data), torch.device("cpu"))
+    loaded = data.load(resolved.data, "stream", data.open_parts(resolved.data), torch.device("cpu"))
     accelerator: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
     made = data.train_batches(resolved, accelerator, loaded, make_plan(resolved.train, 101, False, 1))
     assert made.order == OrderConfig([17] * 5 + [16], 3, 4, 2, version)

@@ -123,14 +123,15 @@ def describe(trained: TrainedModel, pixels: Pixels, checked_with: str) -> dict[s
 
 
 def export(
-    trained: TrainedModel, name: str, path: Path, reader: Reader, num_samples: int, pixels: Pixels = "uint8"
+    trained: TrainedModel, name: str, path: Path, reader: Reader, ids: np.ndarray, pixels: Pixels = "uint8"
 ) -> ExportCheck:
     """Write a model, load the file again and compare it with the original. The file appears only if they agree.
 
     Args:
         trained: on the CPU.
         name: of the format, a key of FORMATS.
-        reader: of `num_samples` real images.
+        reader: of real images.
+        ids: of those to compare the outputs on.
         pixels: type of the pixels that the exported model takes, 0 to 255 in both.
 
     Raises:
@@ -145,7 +146,7 @@ def export(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # exporters warn about their internals
             FORMATS[name].write(trained, partial, pixels)
-            found = compare(trained, FORMATS[name].load(partial), reader, num_samples, pixels)
+            found = compare(trained, FORMATS[name].load(partial), reader, ids, pixels)
         if not found.largest <= found.allowed:  # also for NaN
             raise ExportFailed(
                 f"{name}: loaded again, the outputs differ by up to {found.largest:.3g} on {count(found.images, 'image')}; "
@@ -164,16 +165,16 @@ def export(
 
 @torch.inference_mode()
 def compare(
-    trained: TrainedModel, loaded: Loaded, reader: Reader, num_samples: int, pixels: Pixels = "uint8"
+    trained: TrainedModel, loaded: Loaded, reader: Reader, ids: np.ndarray, pixels: Pixels = "uint8"
 ) -> ExportCheck:
     """Compare a loaded file with the original on the first images of a set, in batches of several sizes."""
     start, largest, scale = 0, 0.0, 1.0
     for size in _COMPARED_BATCHES:
-        ids = np.arange(start, min(start + size, num_samples))
-        if not len(ids):
+        batch = ids[start : start + size]
+        if not len(batch):
             break
-        start += len(ids)
-        images, _ = reader.read(ids)
+        start += len(batch)
+        images, _ = reader.read(batch)
         expected = trained.module(trained.normalize(images)).float()
         inputs = images.permute(0, 3, 1, 2).contiguous()  # (B, H, W, C) -> (B, C, H, W)
         outputs = loaded(inputs.to(getattr(torch, pixels)))

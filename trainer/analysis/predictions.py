@@ -48,7 +48,7 @@ class Predictions:
         return counts.reshape(num_classes, num_classes)
 
     def most_confident_mistakes(self, count: int) -> np.ndarray:
-        """Return the ids of the mistakes with the highest confidence, the highest first."""
+        """Return the numbers of the mistakes with the highest confidence, the highest first."""
         wrong = np.flatnonzero(~self.correct)
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")][:count]
 
@@ -72,12 +72,12 @@ def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], N
         if kept is None:
             raise
         return kept
-    samples = test.manifest.samples
+    samples = test.samples
     kept = _read(cache, made_with, test.manifest.fingerprint)
     if kept is not None and len(kept.labels) == samples:
         return kept
     parts: list[tuple[np.ndarray, ...]] = []
-    with progress_bar(f"predicting {trained.recipe.data.test}", samples, "images") as advance, torch.inference_mode():
+    with progress_bar(f"predicting {trained.test_set_name}", samples, "images") as advance, torch.inference_mode():
         for images, labels, _ in test_batches(
             reader,
             samples,
@@ -88,6 +88,7 @@ def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], N
             memory_format=torch.contiguous_format,
             device=trained.device,
             workers=max(1, trained.recipe.data.workers),
+            ids=test.ids,
         ):
             outputs = predict(trained.module, images, views, sure_above)  # (B, K), or images
             if trained.objective.reconstructs:

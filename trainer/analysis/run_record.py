@@ -15,7 +15,7 @@ from shardstep.configs.schema import Recipe
 from shardstep.configs.text import listed
 from shardstep.datasets.manifest import Manifest
 from shardstep.trainer.analysis.trained_model import read_train_manifest
-from shardstep.trainer.monitoring.status import Line
+from shardstep.trainer.monitoring.status import Line, evaluated_on
 from shardstep.trainer.optim.losses import RECONSTRUCTION
 from shardstep.trainer.run_dir import RunDir, State
 
@@ -53,6 +53,21 @@ class RunRecord:
     def last_evaluation(self) -> Line:
         """The last evaluation; empty where there was none."""
         return self.evaluations[-1] if self.evaluations else {}
+
+    @property
+    def evaluated_on(self) -> str:
+        """The set of the evaluations: test or validation."""
+        return evaluated_on(self.last_evaluation)
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The metrics at the end: those of the summary, on the test set; before the end those of the last evaluation."""
+        return _mapping(self.summary.get("eval")) or self.last_evaluation
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """Step and metrics of the best evaluation; empty where there was none, or no summary was written."""
+        return _mapping(self.summary.get("best"))
 
     @property
     def last_start(self) -> dict[str, Any]:

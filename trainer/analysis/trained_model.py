@@ -10,9 +10,11 @@ from torch import nn
 from shardstep.configs.cores import usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
+from shardstep.configs.held_out import NO_TEST_SET
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved
 from shardstep.datasets.augment import Normalize
-from shardstep.datasets.manifest import Manifest, ShardFolder, open_shards, parse_manifest
+from shardstep.datasets.manifest import Manifest, open_shards, parse_manifest
+from shardstep.datasets.parts import Part
 from shardstep.datasets.reader import StreamReader
 from shardstep.trainer import data
 from shardstep.trainer.checkpoints.checkpoint import load_weights
@@ -43,16 +45,29 @@ class TrainedModel:
         is_final = self.weights.parent == self.run_dir.path
         return "the final weights" if is_final else f"the checkpoint {self.weights.parent.name}"
 
-    def open_test_set(self, folder: str | None = None) -> tuple[ShardFolder, StreamReader]:
+    def open_test_set(self, folder: str | None = None) -> tuple[Part, StreamReader]:
         """Open the run's test set, or another one of the same task; its images are read in the training set's mode.
+
+        A run without a test set has its validation set for one.
 
         Raises:
             InputError: it cannot be opened, or is of another task.
         """
-        place = folder or self.recipe.data.test
-        test = open_shards(place)
+        if folder is None and self.recipe.data.test == NO_TEST_SET:
+            test, place = data.open_parts(self.recipe.data).final, self.test_set_name
+        else:
+            place = folder or self.recipe.data.test
+            test = Part(open_shards(place))
         data.check_same_task(self.manifest, test.manifest, "the run's training set", place, self.recipe.data.resize)
-        return test, StreamReader(test, self.recipe.data.resize, self.manifest.image_mode)
+        return test, StreamReader(test.shards, self.recipe.data.resize, self.manifest.image_mode)
+
+    @property
+    def test_set_name(self) -> str:
+        """The folder of the run's test set; of a run without one, what its validation set is."""
+        config = self.recipe.data
+        if config.test != NO_TEST_SET:
+            return config.test
+        return config.validation if isinstance(config.validation, str) else f"what is held out of {config.train}"
 
 
 def open_trained_model(

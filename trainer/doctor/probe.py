@@ -15,6 +15,7 @@ from shardstep.configs.resolve import with_keys
 from shardstep.configs.schema import Recipe
 from shardstep.datasets.write import write_shards
 from shardstep.trainer import loop, setup
+from shardstep.trainer.data import missing_sets
 from shardstep.trainer.distributed.collectives import time_all_reduce
 from shardstep.trainer.doctor.findings import Speed
 from shardstep.trainer.monitoring.display import Display
@@ -73,7 +74,7 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path, measure_anew: b
         InputError: the run cannot be built, its step runs out of memory, or its loss is NaN or infinite.
     """
     data: dict[str, object] = {"mode": "stream"}
-    for split, shards in (("train", recipe.data.train), ("test", recipe.data.test)):
+    for split, shards in missing_sets(recipe.data).items():
         if (recipe.data.source or "").startswith("synthetic:") and not Path(shards).exists():
             write_shards(str(recipe.data.source), split, folder / split)
             data[split] = str(folder / split)

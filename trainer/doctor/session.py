@@ -216,27 +216,30 @@ def _check_data(
     recipe: Recipe, has_recipe: bool, device: torch.device, facts: dict[str, Any]
 ) -> tuple[str | None, list[Finding]]:
     """Open the recipe's data sets, if they exist; returns their fingerprints, and findings."""
-    folders = {"train": Path(recipe.data.train), "test": Path(recipe.data.test)}
+    folders = data.folders_of(recipe.data)
     missing = list(data.missing_sets(recipe.data).values())
     if missing and (recipe.data.source or not has_recipe):
         facts["no_data"] = {"missing": missing, "source": recipe.data.source}
         return None, []
     try:
-        train, test = data.open_both(recipe.data)
-        mode = data.choose_mode(recipe.data, train, test, device)
+        parts = data.open_parts(recipe.data)
+        mode = data.choose_mode(recipe.data, parts, device)
     except (InputError, OSError) as error:
         remedy = "run `shardstep shards verify` on the folder, and write damaged shards again"
         return None, [Finding.from_error("data", error, remedy)]
-    shards = {"train": train.manifest, "test": test.manifest}
-    facts["data"] = {split: _data_facts(manifest, folders[split]) for split, manifest in shards.items()}
+    manifests = [shards.manifest for shards in data.opened_sets(parts)]
+    shards = {"train": parts.train.manifest} | {name: part.manifest for name, part in parts.evaluated.items()}
+    facts["data"] = {
+        split: _data_facts(manifest, folders[split]) for split, manifest in shards.items() if split in folders
+    }
     facts["data"]["mode"] = mode
-    both = f"{train.manifest.fingerprint[:12]} and {test.manifest.fingerprint[:12]}"
-    return both, _check_cache(recipe, train.manifest, test.manifest) if mode == "resident" else []
+    fingerprints = " and ".join(manifest.fingerprint[:12] for manifest in manifests)
+    return fingerprints, _check_cache(recipe, manifests) if mode == "resident" else []
 
 
-def _data_facts(manifest: Manifest, folder: Path) -> dict[str, Any]:
+def _data_facts(manifest: Manifest, folder: str) -> dict[str, Any]:
     return {
-        "folder": str(folder),
+        "folder": folder,
         "samples": manifest.samples,
         "classes": len(manifest.classes),
         "image_shape": manifest.image_shape,
@@ -246,11 +249,11 @@ def _data_facts(manifest: Manifest, folder: Path) -> dict[str, Any]:
     }
 
 
-def _check_cache(recipe: Recipe, train: Manifest, test: Manifest) -> list[Finding]:
-    """Check that the images that are not decoded yet fit into the cache folder."""
+def _check_cache(recipe: Recipe, manifests: list[Manifest]) -> list[Finding]:
+    """Check that the images that are not decoded yet fit into the cache folder; the training set comes first."""
     folder, num_bytes = cache_folder(), 0
-    for manifest in (train, test):
-        shape = manifest.shape_when_read(recipe.data.resize, train.image_mode)
+    for manifest in manifests:
+        shape = manifest.shape_when_read(recipe.data.resize, manifests[0].image_mode)
         if shape and not decoded_path(manifest, shape).is_file():
             num_bytes += manifest.samples * math.prod(shape)
     if not num_bytes:

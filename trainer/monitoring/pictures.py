@@ -15,6 +15,7 @@ from torch import Tensor
 from shardstep.configs.files import write_atomically
 from shardstep.configs.schema import Recipe
 from shardstep.configs.text import printable
+from shardstep.trainer.monitoring.status import evaluated_on
 
 FORMATS = ("png", "jpg", "jpeg", "pdf", "svg", "webp")
 GRID_ROWS, GRID_COLUMNS = 4, 8  # of the test images of a finished run
@@ -26,13 +27,14 @@ def draw_curves(metrics_path: Path, picture: Path, extras: str) -> None:
     """Draw loss and accuracy against epochs from a metrics.jsonl; only the training loss has the `extras`."""
     plt = pyplot()
     lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    evaluated = next((evaluated_on(line) for line in lines if line["kind"] == "eval"), "test")
     has_accuracy = any(line["accuracy"] is not None for line in lines)
     figure, axes = plt.subplots(1, 1 + has_accuracy, figsize=(5.5 * (1 + has_accuracy), 4), layout="constrained")
     for axis, name in zip(np.atleast_1d(axes), ("loss", "accuracy"), strict=False):
         of_train, of_test = (f", with {extras}", ", without") if extras and name == "loss" else ("", "")
         for kind, label, style in (
             ("train", f"training batch{of_train}", {"alpha": 0.6}),
-            ("eval", f"test set{of_test}", {"marker": "o"}),
+            ("eval", f"{evaluated} set{of_test}", {"marker": "o"}),
         ):
             chosen = [line for line in lines if line["kind"] == kind and line[name] is not None]
             epochs, values = ([line[key] for line in chosen] for key in ("epoch", name))

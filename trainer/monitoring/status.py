@@ -82,7 +82,7 @@ class Status:
         if evaluation:
             score = evaluation["accuracy"]
             shown = _loss(evaluation) if score is None else f"{score:.2%}"
-            quality.append(f"test {shown} (step {evaluation['step']:,})")
+            quality.append(f"{evaluated_on(evaluation)} {shown} (step {evaluation['step']:,})")
         if self.saved_step is not None:
             speed.append(f"saved step {self.saved_step:,}, {duration(max(0.0, now_s - self.saved_at_s))} ago")
         return ["  ".join(filter(None, quality)), "  ".join(speed)]
@@ -94,11 +94,16 @@ def describe_line(line: Line) -> str:
         score, before = line["accuracy"], line["train_accuracy"]
         trained = "-" if before is None else f"{before:.1%}"
         shown = "" if score is None else f"accuracy {score:.2%} (train {trained})"
-        parts = [f"epoch {line['epoch']:<5.4g} step {_of(line)}", f"test {_loss(line)}", shown]
+        parts = [f"epoch {line['epoch']:<5.4g} step {_of(line)}", f"{evaluated_on(line)} {_loss(line)}", shown]
         return "  ".join(filter(None, [*parts, f"{line['wall_s']:.0f} s"]))
     parts = [f"epoch {line['epoch']:<5.4g} {_loss(line)}", _accuracy(line), *_speed(line), f"lr {line['lr']:.3g}"]
     parts += [f"step {_of(line)}", f"{line['memory_mb']:,} MB", f"{duration(line['left_s'])} left"]
     return "  ".join(filter(None, parts))
+
+
+def evaluated_on(line: Line) -> str:
+    """Return what an evaluation line is about: "test" or "validation"; earlier versions knew only the test set."""
+    return str(line.get("set", "test"))
 
 
 def scalars_of(line: Line) -> dict[str, float]:

@@ -103,6 +103,50 @@ def test_an_interrupted_comparison_is_resumed(shards: Path, tmp_path: Path) -> N
     assert "budget: 1200 steps -> 10 steps" in other.stderr
 
 
+def test_folds_repeat_every_variant(shards: Path, tmp_path: Path) -> None:
+    recipe, out = write_recipe(tmp_path, shards), tmp_path / "out"
+    arguments = ["compare", str(recipe), "--over", "data.fold=1/3,2/3,3/3", "--seeds", "1", "--budget", "6 steps"]
+    result = run_command(*arguments, "--out", str(out), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    summaries = [json.loads((out / "recipe" / run / "summary.json").read_text()) for run in ("0", "1", "2")]
+    assert [found["data"]["validation_samples"] for found in summaries] == [34, 34, 33]  # of 101
+    accuracies = [found["validation"]["accuracy"] for found in summaries]
+    (variant,) = json.loads((out / "results.json").read_text())["variants"]
+    assert variant["accuracy"]["mean"] == pytest.approx(sum(accuracies) / 3)
+    assert variant["accuracy"]["half_width"] is not None
+    assert "on the fold that each run held out" in " ".join(result.stdout.split())
+    other = run_command(*arguments[:2], "--over", "data.fold=1/3,2/3", "--out", str(out), "--seeds", "1", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "folds: ['1/3', '2/3', '3/3'] -> ['1/3', '2/3']" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("folds", "message"),
+    [("1/3,1/3", "give each fold once"), ("1/3,4/3", "data.fold=4/3 must be one of several parts")],
+)
+def test_what_are_no_folds(folds: str, message: str, shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards)
+    result = run_command("compare", str(recipe), "--over", f"data.fold={folds}", cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_a_search_goes_by_the_validation_set(shards: Path, tmp_path: Path) -> None:
+    recipe, out = write_recipe(tmp_path, shards, data={"validation": 0.3}), tmp_path / "out"
+    search = ["--tune", "optimizer.lr", "--trials", "2", "--budget", "4 steps", "--seeds", "1"]
+    result = run_command(
+        "compare", str(recipe), "--over", "optimizer.name=sgd", *search, "--out", str(out), cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    (variant,) = json.loads((out / "results.json").read_text())["variants"]
+    best = min(variant["search"], key=lambda rate: variant["search"][rate]["validation_loss"])
+    assert variant["rate"] == float(best)
+    assert variant["accuracy"]["mean"] == variant["runs"]["0"]["accuracy"]
+    summary = json.loads((out / "sgd" / "0" / "summary.json").read_text())
+    assert variant["runs"]["0"]["accuracy"] == summary["eval"]["accuracy"]  # on the test set
+    assert "lowest validation loss" in " ".join(result.stdout.split())
+
+
 def finish(folder: Path, lr: float, loss: float) -> None:
     """Write as much of a finished run as a comparison reads, with a given training loss."""
     folder.mkdir(parents=True)

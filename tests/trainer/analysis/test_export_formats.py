@@ -87,7 +87,7 @@ def test_every_model_in_every_format(name: str, model: str, tmp_path: Path) -> N
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
     path = tmp_path / f"model{FORMATS[name].suffix}"
-    found = export(trained(model), name, path, images(), 150)
+    found = export(trained(model), name, path, images(), np.arange(150))
     assert found.largest <= found.allowed < 0.01
     assert found.images == 128  # 1 + 3 + 60 + 64
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -95,8 +95,8 @@ def test_every_model_in_every_format(name: str, model: str, tmp_path: Path) -> N
 
 def test_metadata_say_how_to_use_a_file(tmp_path: Path) -> None:
     one = trained("mlp")
-    export(one, "safetensors", tmp_path / "a.safetensors", images(), 5)
-    export(one, "torch_export", tmp_path / "a.pt2", images(), 5)
+    export(one, "safetensors", tmp_path / "a.safetensors", images(), np.arange(5))
+    export(one, "torch_export", tmp_path / "a.pt2", images(), np.arange(5))
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         told = [json.loads(file.metadata()[KEY])]
     with zipfile.ZipFile(tmp_path / "a.pt2") as archive:
@@ -112,7 +112,7 @@ def test_metadata_say_how_to_use_a_file(tmp_path: Path) -> None:
 def test_metadata_of_onnx(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    export(trained("mlp"), "onnx", tmp_path / "a.onnx", images(), 5)
+    export(trained("mlp"), "onnx", tmp_path / "a.onnx", images(), np.arange(5))
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     assert json.loads(session.get_modelmeta().custom_metadata_map[KEY])["classes"] == ["a", "b", "c"]
     (pixels,) = session.get_inputs()
@@ -123,7 +123,7 @@ def test_metadata_of_onnx(tmp_path: Path) -> None:
 def test_the_batch_of_onnx_has_a_name_by_which_its_size_can_be_fixed(model: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    export(trained(model), "onnx", tmp_path / "a.onnx", images(), 5, "float32")
+    export(trained(model), "onnx", tmp_path / "a.onnx", images(), np.arange(5), "float32")
     options = onnxruntime.SessionOptions()
     options.add_free_dimension_override_by_name("batch", 7)
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx", options)
@@ -141,7 +141,7 @@ def test_pixels_are_of_the_type_that_was_asked_for(name: str, pixels: exporting.
         pytest.importorskip("onnxruntime")
     path = tmp_path / f"a{FORMATS[name].suffix}"
     one = trained("mlp")
-    found = export(one, name, path, images(), 150, pixels)
+    found = export(one, name, path, images(), np.arange(150), pixels)
     assert found.largest <= found.allowed
     described = exporting.describe(one, pixels, FORMATS[name].checked_with)
     assert described["input"]["type"] == pixels
@@ -161,7 +161,7 @@ def test_ncnn_computes_the_same(model: str, tmp_path: Path) -> None:
     """By its converter pnnx, which takes float32 pixels only; it says in a script how to feed a batch of one."""
     ncnn, pnnx = pytest.importorskip("ncnn"), pytest.importorskip("pnnx")
     one = trained(model)
-    export(one, "onnx", tmp_path / "a.onnx", images(), 5, "float32")
+    export(one, "onnx", tmp_path / "a.onnx", images(), np.arange(5), "float32")
     command = [pnnx.EXEC_PATH, "a.onnx", f"inputshape=[1,3,{SIZE},{SIZE}]f32", "fp16=0"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     taken, returned = map(int, re.findall(r"batch_index=(\d+)", (tmp_path / "a_ncnn.py").read_text()))
@@ -200,7 +200,7 @@ def test_a_file_that_is_another_model_is_not_left(
 
     monkeypatch.setitem(FORMATS, "safetensors", replace(right, load=load))
     with pytest.raises(ExportFailed, match="differ by up to"):
-        export(trained("mlp"), "safetensors", tmp_path / "a.safetensors", images(), 5)
+        export(trained("mlp"), "safetensors", tmp_path / "a.safetensors", images(), np.arange(5))
     assert not list(tmp_path.iterdir())
 
 
@@ -211,20 +211,20 @@ def test_a_model_that_cannot_be_traced_is_told(tmp_path: Path) -> None:
 
     one = replace(trained("mlp"), module=Branching())
     with pytest.raises(ExportFailed, match="mlp cannot be exported to torch_export: "):
-        export(one, "torch_export", tmp_path / "a.pt2", images(), 5)
+        export(one, "torch_export", tmp_path / "a.pt2", images(), np.arange(5))
     assert not list(tmp_path.iterdir())
 
 
 def test_onnx_without_its_libraries_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs onnx, onnxruntime, onnxscript: pip install 'shardstep\[export\]'"):
-        export(trained("mlp"), "onnx", tmp_path / "a.onnx", images(), 5)
+        export(trained("mlp"), "onnx", tmp_path / "a.onnx", images(), np.arange(5))
 
 
 def test_a_run_of_the_disk(finished_run: Path, tmp_path: Path) -> None:
     one = open_trained_model(finished_run, "cpu")
     test, reader = one.open_test_set()
-    found = export(one, "torch_export", tmp_path / "a.pt2", reader, test.manifest.samples)
+    found = export(one, "torch_export", tmp_path / "a.pt2", reader, test.all_ids())
     assert found.images == 53
     # uint8 in, in any batch size, without this code
     loaded = torch.export.load(tmp_path / "a.pt2").module()

@@ -8,6 +8,7 @@ from datetime import datetime
 from importlib import metadata
 from typing import Any
 
+from shardstep.configs.held_out import NO_TEST_SET
 from shardstep.configs.load import recipe_text
 from shardstep.configs.text import duration
 from shardstep.trainer.analysis.calibration import expected_calibration_error
@@ -174,10 +175,28 @@ def _rate(one: RunAnalysis) -> float | None:
     return statistics.median(rates) if rates else None
 
 
+def _on_validation(key: str) -> Callable[[RunAnalysis], float | None]:
+    def value(one: RunAnalysis) -> float | None:
+        return number(one.record.last_evaluation, key) if one.record.evaluated_on == "validation" else None
+
+    return value
+
+
+def _on_test(key: str) -> Callable[[RunAnalysis], float | None]:
+    def value(one: RunAnalysis) -> float | None:
+        has_test_set = one.record.recipe.data.test != NO_TEST_SET
+        is_over = one.record.evaluated_on == "test" or one.record.state == "finished"
+        return number(one.record.final, key) if has_test_set and is_over else None
+
+    return value
+
+
 _FIGURES = [
-    _Figure("test accuracy", lambda one: number(one.record.last_evaluation, "accuracy"), _percent, max),
-    _Figure("top-5 accuracy", lambda one: number(one.record.last_evaluation, "top5"), _percent, max),
-    _Figure("test loss", lambda one: number(one.record.last_evaluation, "loss"), "{:.4f}".format, min),
+    _Figure("validation accuracy", _on_validation("accuracy"), _percent, max),
+    _Figure("validation loss", _on_validation("loss"), "{:.4f}".format, min),
+    _Figure("test accuracy", _on_test("accuracy"), _percent, max),
+    _Figure("top-5 accuracy", lambda one: number(one.record.final, "top5"), _percent, max),
+    _Figure("test loss", _on_test("loss"), "{:.4f}".format, min),
     _Figure("calibration error", _calibration_error, _percent, min),
     _Figure("training and evaluation", _seconds, _time),
     _Figure("training images/s", _rate, "{:,.0f}".format),
@@ -204,19 +223,34 @@ def _curves(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
         line_chart(_pairs(analyses, labels, "accuracy"), "epoch", "accuracy", percent=True),
         line_chart(_of(analyses, labels, "lr"), "epoch", "learning rate", from_zero=True),
         line_chart(_of(analyses, labels, "samples_per_s"), "epoch", "training images/s", from_zero=True),
-        None if alone else line_chart(_by_time(analyses, labels, "accuracy"), "seconds", "test accuracy", percent=True),
-        None if alone else line_chart(_by_time(analyses, labels, "loss"), "seconds", "test loss"),
+        None if alone else line_chart(_by_time(analyses, labels, "accuracy"), "seconds", "accuracy", percent=True),
+        None if alone else line_chart(_by_time(analyses, labels, "loss"), "seconds", "loss"),
     ]
     drawn = [one for one in charts if one]
     if not drawn:
         return None
-    said = "Bold: test set. Thin: single training batches."
+    sets = sorted({one.record.evaluated_on for one in analyses})
+    said = f"Bold: {' or '.join(sets)} set. Thin: single training batches."
     said += " Dashed: mean over the training samples since the last evaluation." if alone else ""
     for one, label in zip(analyses, labels, strict=True):
         extras = training_extras(one.record.recipe)
         if extras:
-            said += f" The training loss{'' if alone else f' of {label}'} includes {extras}, the test loss does not."
+            whose = "" if alone else f" of {label}"
+            said += f" The training loss{whose} includes {extras}, the {one.record.evaluated_on} loss does not."
+        said += _best_evaluation(one.record, "" if alone else f" of {label}")
     return join(tag("h2", "Curves"), tag("p", said, class_="quiet"), tag("div", *drawn, class_="grid two"))
+
+
+def _best_evaluation(record: RunRecord, of_which: str) -> str:
+    """Say which evaluation was the best, and that its score is too good if it was chosen on the test set."""
+    best = record.best
+    step, accuracy = number(best, "step"), number(best, "accuracy")
+    if step is None or accuracy is None:
+        return ""
+    said = f" The best evaluation{of_which}: {_percent(accuracy)} at step {step:,.0f}"
+    if record.evaluated_on == "validation":
+        return f"{said}, on the validation set."
+    return f"{said}. It was chosen on the test set, so expect less on new images; data.validation holds images out for that."
 
 
 def _pairs(analyses: list[RunAnalysis], labels: list[str], key: str) -> list[Series]:
@@ -226,7 +260,11 @@ def _pairs(analyses: list[RunAnalysis], labels: list[str], key: str) -> list[Ser
         batches, test = _points(one.record.train, key), _points(one.record.evaluations, key)
         if len(analyses) == 1:
             means = Series("training mean", _points(one.record.evaluations, f"train_{key}"), 1, "dashed")
-            series += [Series("training batch", batches, 7, "faint"), means, Series("test set", test, 0)]
+            series += [
+                Series("training batch", batches, 7, "faint"),
+                means,
+                Series(f"{one.record.evaluated_on} set", test, 0),
+            ]
         else:
             series += [Series("" if test else label, batches, color, "faint"), Series(label, test, color)]
     return series
