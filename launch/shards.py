@@ -2,6 +2,7 @@
 
 shardstep shards write --source SRC --split train --out DIR [--samples-per-shard N] [--seed S] [--limit N]
                        [--classes-of DIR] [--bad-images skip]
+                       [--labels FILE] [--image-column NAME] [--label-column NAME]
 shardstep shards verify DIR
 shardstep shards info DIR
 shardstep shards index DIR [--classes NAME,NAME,...|@FILE] [--first-label N] [--force]
@@ -48,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--classes-of", type=Path, metavar="DIR", help=classes_of)
     bad_images = "treat files that cannot be decoded as an error, or skip and list them (default: refuse)"
     add("--bad-images", choices=get_args(BadImages), default="refuse", help=bad_images)
+    table = "table of labels: .csv, .tsv, .jsonl, .parquet or .txt; {split} in the path stands for the split"
+    add("--labels", metavar="FILE", help=table)
+    of_images = "column with the images' names or content (default: the one whose name says so)"
+    add("--image-column", metavar="NAME", help=of_images)
+    of_labels = "column with the labels (default: the one whose name says so, or the only one left)"
+    add("--label-column", metavar="NAME", help=of_labels)
     verify = "compare every byte with the manifest, and decode every image"
     for name, what in (("verify", verify), ("info", "print counts, classes and sizes")):
         commands.add_parser(name, help=what).add_argument("dir", type=Path)
@@ -75,10 +82,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write(args: argparse.Namespace) -> int:
+    from shardstep.datasets.sources.tables import LabelOptions
     from shardstep.datasets.write import write_shards
 
     sizes = (args.samples_per_shard, args.seed, args.limit)
-    manifest = write_shards(args.source, args.split, args.out, *sizes, args.bad_images, args.classes_of)
+    labels = LabelOptions(args.labels, args.image_column, args.label_column)
+    manifest = write_shards(args.source, args.split, args.out, *sizes, args.bad_images, args.classes_of, labels)
     print(f"{args.out}: {_size(manifest)}, {manifest.bytes:,} bytes")
     return 0
 

@@ -20,6 +20,7 @@ from shardstep.datasets.order import ORDER_VERSION, window_of
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
 from shardstep.datasets.sources import surely_differs
+from shardstep.datasets.sources.tables import LabelOptions
 from shardstep.datasets.write import make_missing_shards
 from shardstep.trainer import machine
 from shardstep.trainer.distributed import launch_env
@@ -89,10 +90,14 @@ def make_missing_data(config: DataConfig) -> None:
         return
     for split, folder in missing_sets(config).items():
         try:
-            make_missing_shards(config.source, split, Path(folder).expanduser())
+            make_missing_shards(config.source, split, Path(folder).expanduser(), _label_options(config))
         except InputError as error:  # perhaps only on this node: its first rank reports it
             error.everywhere = not launch_env.is_first_rank_of_node()
             raise
+
+
+def _label_options(config: DataConfig) -> LabelOptions:
+    return LabelOptions(config.labels, config.image_column, config.label_column)
 
 
 def unused_source_warning(config: DataConfig, data: Data) -> str | None:
@@ -103,7 +108,7 @@ def unused_source_warning(config: DataConfig, data: Data) -> str | None:
         ("train", config.train, data.train.manifest),
         ("test", config.test, data.test.manifest),
     ):
-        if surely_differs(config.source, manifest, split):
+        if surely_differs(config.source, manifest, split, _label_options(config)):
             return (
                 f"data.source={config.source} is not used: {folder} already holds shards of other images "
                 f"({manifest.made.get('source', 'of unknown origin')}; classes {_short(manifest)}). To use the source, give "

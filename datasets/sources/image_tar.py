@@ -10,9 +10,11 @@ from shardstep.configs.text import count
 from shardstep.datasets.input_files import Entry, joined
 from shardstep.datasets.sources.image_folder import open_image_tree
 from shardstep.datasets.sources.source import Source
+from shardstep.datasets.sources.tables import LabelOptions
 from shardstep.datasets.tar import Member, read_members
 
 _Node = Union["_Folder", Member]
+IMAGE_TAR = "tar of an image folder"  # the description of one with class folders
 _MOST_LINKS = 40  # followed for one path, as on Linux
 
 
@@ -120,10 +122,10 @@ class TarTree:
         return way[-1]
 
 
-def open_image_tar(path: Path, split: str) -> Source:
-    """Find the images in <split>/<class>/ or <class>/ of a tar; see TarTree and open_image_tree for the errors."""
+def open_image_tar(path: Path, split: str, options: LabelOptions) -> Source:
+    """Find the images in a tar; see TarTree and open_image_tree."""
     tree = TarTree(path)
-    source = open_image_tree("tar of an image folder", tree, split)
+    source = open_image_tree(IMAGE_TAR, tree, split, options)
     if tree.replaced:
         which = count(len(tree.replaced), "member is", "members are")
         source.notes.append(f"{path}: {which} in the tar again; the last one counts: {tree.replaced[0]}")
