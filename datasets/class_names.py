@@ -36,9 +36,12 @@ def class_name(text: str) -> str:
 def sorted_classes(names: Iterable[str]) -> list[str]:
     """Return the different names in the order of their labels: as numbers if all are whole numbers, else as text."""
     unique = set(names)
-    if all(map(_WHOLE.fullmatch, unique)):
-        return sorted(unique, key=lambda name: (int(float(name)) if "." in name else int(name), name))
-    return sorted(unique)
+    return sorted(unique, key=lambda name: (int(name), name)) if are_whole_numbers(unique) else sorted(unique)
+
+
+def are_whole_numbers(names: Iterable[str]) -> bool:
+    """Check whether all names are whole numbers, with at most 18 digits."""
+    return all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in names)
 
 
 def label_names(labels: Sequence[object], where: str) -> list[str]:
@@ -51,7 +54,10 @@ def label_names(labels: Sequence[object], where: str) -> list[str]:
     Raises:
         InputError: they are measurements, or there are several in one.
     """
-    texts = [_label_text(label, where) for label in labels]
+    try:
+        texts = [label_text(label) for label in labels]
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
     different = set(texts) - {""}
     if different and all(map(_NUMBER.fullmatch, different)):
         fractions = sorted(text for text in different if not _WHOLE.fullmatch(text))
@@ -76,13 +82,13 @@ def numbered(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
     return classes, np.array([label_of[name] for name in names], dtype=np.int64)
 
 
-def _label_text(label: object, where: str) -> str:
+def label_text(label: object) -> str:
+    """Return a label as text, "" if there is none. Raises ValueError if it is a list of several."""
     if isinstance(label, list | tuple | dict | set | np.ndarray):
-        raise InputError(f"{where}: {label!r:.80} is a list; {ONE_LABEL}")
+        raise ValueError(f"{label!r:.80} is a list; {ONE_LABEL}")
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return ""
-    text = label.decode(errors="replace") if isinstance(label, bytes) else str(label)
-    text = text.strip()
+    text = str(label).strip()
     return "" if text.lower() == "nan" else text
 
 

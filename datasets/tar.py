@@ -5,6 +5,7 @@ header's checksum must match, every member must lie inside the file, and only ze
 Formats: ustar, GNU long names, and pax headers for path, linkpath and size (POSIX.1-2001, "pax Interchange Format").
 """
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
@@ -14,6 +15,14 @@ import numpy as np
 from shardstep.configs.errors import InputError
 
 BLOCK = 512
+TAR = (".tar",)
+PACKED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_UNPACKERS = {  # first bytes of a compressed file -> how its name ends, and the program that unpacks it
+    b"\x1f\x8b": ((".gz", ".tgz"), "gunzip"),
+    b"BZh": ((".bz2", ".tbz2"), "bunzip2"),
+    b"\xfd7zXZ": ((".xz", ".txz"), "unxz"),
+    b"\x28\xb5\x2f\xfd": ((".zst",), "unzstd --rm"),
+}
 REGULAR, CONTIGUOUS, HARD_LINK, LINK, FOLDER, FOLDER_LISTING, REGULAR_OLD = b"07125D\0"
 SPARSE, LONG_LINK, LONG_NAME, PAX, PAX_GLOBAL = b"SKLxg"
 Kind = Literal["file", "folder", "link", "hard link", "special file"]
@@ -50,7 +59,21 @@ def read_members(path: Path) -> Iterator[Member]:
         raise InputError(f"{path} cannot be read: {'not a regular file' if path.exists() else 'it does not exist'}")
     total = path.stat().st_size
     with path.open("rb") as file:
+        if command := unpack_command(path):
+            raise InputError(f"{path} is compressed: unpack it with `{command}`")
         yield from _read_members(file, total, str(path))
+
+
+def unpack_command(path: Path) -> str | None:
+    """Return the command that unpacks a compressed file; None if it is not compressed."""
+    with path.open("rb") as file:
+        first_bytes = file.read(8)
+    for magic, (endings, program) in _UNPACKERS.items():
+        if first_bytes.startswith(magic):
+            packed = path if path.name.lower().endswith(endings) else path.with_name(path.name + endings[0])
+            rename = "" if packed == path else f"{shlex.join(['mv', str(path), str(packed)])} && "
+            return f"{rename}{program} {shlex.quote(str(packed))}"
+    return None
 
 
 def _read_members(file: BinaryIO, total: int, path: str) -> Iterator[Member]:

@@ -5,7 +5,7 @@ shardstep shards write --source SRC --split train --out DIR [--samples-per-shard
                        [--labels FILE] [--image-column NAME] [--label-column NAME]
 shardstep shards verify DIR
 shardstep shards info DIR
-shardstep shards index DIR [--classes NAME,NAME,...|@FILE] [--first-label N] [--force]
+shardstep shards index DIR [--label FIELD] [--classes NAME,NAME,...|@FILE] [--first-label N] [--force]
 shardstep shards order DIR --seed S --epoch E [--start P --count N --lanes L --window-shards W]
                        [--order-version 1|2]
 """
@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=what).add_argument("dir", type=Path)
     add = commands.add_parser("index", help="write manifest.json and index for existing tars").add_argument
     add("dir", type=Path)
+    label = (
+        "where the label of a sample is, a number or a name: cls, txt, index, or json:path.to.label (default: that of the "
+        "manifest replaced, else numbers in cls)"
+    )
+    add("--label", metavar="FIELD", help=label)
     names = (
         "class names by label, separated by commas and quoted as in a CSV file, or @FILE with one name a line (default: "
         "those of the manifest replaced, else numbers)"
@@ -130,6 +135,7 @@ def _index(args: argparse.Namespace) -> int:
     from shardstep.datasets.manifest import MANIFEST_NAME, parse_manifest
     from shardstep.datasets.scan import index_shards
     from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE
+    from shardstep.datasets.tar_labels import NUMBERS_IN_CLS, parse_label_field
 
     if not args.dir.is_dir():
         raise InputError(f"{args.dir} is not a folder")
@@ -148,8 +154,10 @@ def _index(args: argparse.Namespace) -> int:
     first_label = args.first_label if args.first_label is not None else former.first_label if former else 0
     if first_label < 0:
         raise InputError(f"--first-label {first_label}: labels are integers from 0")
+    label = args.label if args.label is not None else former and former.made.get("label_field")
     made = {"source": WRITTEN_ELSEWHERE} | ({"first_label": first_label} if first_label else {})
-    manifest = index_shards(args.dir, made, classes, former_classes=former_classes)
+    label_field = NUMBERS_IN_CLS if label is None else parse_label_field(str(label))
+    manifest = index_shards(args.dir, made, classes, former_classes=former_classes, label_field=label_field)
     print(f"{args.dir}: {_size(manifest)}, {count(len(manifest.classes), 'class', 'classes')}")
     empty = [name for name, n in zip(manifest.classes, manifest.samples_per_class, strict=True) if not n]
     if empty:

@@ -28,6 +28,7 @@ from shardstep.datasets.sources.labelled_files import LABELLED_BY, is_labelled_b
 from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE, Source
 from shardstep.datasets.sources.synthetic import make_synthetic
 from shardstep.datasets.sources.tables import NO_OPTIONS, LabelOptions
+from shardstep.datasets.tar import unpack_command
 
 
 def open_source(source: str, split: str, labels: LabelOptions = NO_OPTIONS) -> Source:
@@ -111,4 +112,6 @@ def _open_path(path: Path, split: str, labels: LabelOptions = NO_OPTIONS) -> Sou
         return cifar10.read_cifar10_archive(path, split)
     if name.endswith(".tar"):
         return open_image_tar(path, split, labels)
-    raise InputError(f"{path} is neither a folder nor a .tar or .tar.gz archive")
+    if path.is_file() and (command := unpack_command(path)):
+        raise InputError(f"{path} is compressed: unpack it with `{command}`")
+    raise InputError(f"{path} is neither a folder nor a .tar; unpack other archives first")
