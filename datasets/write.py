@@ -191,7 +191,7 @@ def _write_tars(
         with TarWriter(str(folder / f"{split}-{shard:06d}.tar"), encoder=False, mtime=0) as tar:
             for row, (number, data) in rows:
                 label = str(images.labels[number]).encode()
-                tar.write({"__key__": f"{row:0{width}d}", images.extension(number): data, "cls": label})
+                tar.write({"__key__": f"{row:0{width}d}", images.extension(number, data): data, "cls": label})
     return [bad[number] for number in sorted(bad)]
 
 

@@ -9,6 +9,7 @@ synthetic:N     N images that a model can learn, generated from a seed
 a folder        SRC/<split>/<class>/<file> or SRC/<class>/<file>; <split> is also Train, training_set, seg_train, ...
 a .tar of one   the same layout inside
                 both also with a table of labels, as metadata.csv|jsonl|parquet or given as LabelOptions
+a .parquet file, or a folder of them: images and labels in columns, as Hugging Face's datasets has them
 CIFAR-10's own archives, python or binary, packed (.tar.gz) or unpacked
 """
 
@@ -25,6 +26,7 @@ from shardstep.datasets.sources.digits import DIGIT_CLASSES, DIGITS, read_digits
 from shardstep.datasets.sources.image_folder import open_image_folder
 from shardstep.datasets.sources.image_tar import open_image_tar
 from shardstep.datasets.sources.labelled_files import LABELLED_BY, is_labelled_by
+from shardstep.datasets.sources.parquet_images import PARQUET_IMAGES, find_parquet_files, open_parquet_images
 from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE, Source
 from shardstep.datasets.sources.synthetic import make_synthetic
 from shardstep.datasets.sources.tables import NO_OPTIONS, LabelOptions
@@ -74,7 +76,7 @@ def surely_differs(source: str, manifest: Manifest, split: str, labels: LabelOpt
 
 
 def _shares_a_class(source: Path, split: str, classes: list[str], made_from: str) -> bool:
-    if made_from.startswith(LABELLED_BY):  # the folders are no classes
+    if made_from.startswith(LABELLED_BY) or made_from == PARQUET_IMAGES:  # the folders are no classes
         return True
     tree = FolderTree(source)
     try:
@@ -106,12 +108,16 @@ def _open_path(path: Path, split: str, labels: LabelOptions = NO_OPTIONS) -> Sou
         for name in (f"{split}.tar", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"):
             if (path / name).is_file():
                 return _open_path(path / name, split, labels)
+        if labels.table is None and (names := find_parquet_files(path)):
+            return open_parquet_images(path, names, split, labels)
         return open_image_folder(path, split, labels)
     name = path.name.lower() if path.is_file() else ""
     if name.endswith((".tar.gz", ".tgz")) or (name.endswith(".tar") and cifar10.is_cifar10_tar(path)):
         return cifar10.read_cifar10_archive(path, split)
     if name.endswith(".tar"):
         return open_image_tar(path, split, labels)
+    if name.endswith(".parquet"):
+        return open_parquet_images(path.parent, [path.name], None, labels)
     if path.is_file() and (command := unpack_command(path)):
         raise InputError(f"{path} is compressed: unpack it with `{command}`")
     raise InputError(f"{path} is neither a folder nor a .tar; unpack other archives first")

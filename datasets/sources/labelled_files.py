@@ -14,7 +14,7 @@ from shardstep.datasets.input_files import FileTree, find_images, joined, read_f
 from shardstep.datasets.sources.class_folders import find_split_folder, split_of
 from shardstep.datasets.sources.file_names import files_of_names
 from shardstep.datasets.sources.source import Source
-from shardstep.datasets.sources.tables import LabelOptions, LabelTable, columns_named, read_table
+from shardstep.datasets.sources.tables import LabelOptions, LabelTable, choose_label_column, columns_named, read_table
 
 LABELLED_BY = "images labelled by"  # begins the description of such a Source
 _METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as Hugging Face's imagefolder has them
@@ -172,23 +172,19 @@ def _images_of_rows(
 
 
 def _label_column(table: LabelTable, options: LabelOptions, image_column: str) -> str:
-    """Return the given column of labels, the one whose name says so, or the only one left."""
-    named = columns_named(table.columns, options.label_column, "label", table.path)
-    named = [name for name in named if name != image_column or name == options.label_column]
-    others = [name for name in table.columns if name not in (image_column, _split_column(table))]
-    found = named or others
-    if len(found) == 1:
-        return found[0]
-    one_hot = [name for name in others if {_text(value) for value in table.columns[name]} <= {"0", "1", "0.0", "1.0"}]
-    if not named and len(one_hot) > 1:
+    """Return the column of labels, see choose_label_column. A column for each class is refused as such."""
+    apart = (image_column, _split_column(table))
+    one_hot = [
+        name
+        for name in table.columns
+        if name not in apart and all(_text(value) in ("0", "1", "0.0", "1.0") for value in table.columns[name])
+    ]
+    if len(one_hot) > 1 and not columns_named(table.columns, options.label_column, "label", table.path):
         raise InputError(
             f"{table.path} has a column for each class ({listed(one_hot)}), with 0 or 1; {ONE_LABEL}: write a column with "
             f"the name of the class, or choose a column with --label-column (data.label_column in a recipe)"
         )
-    raise InputError(
-        f"{table.path}: which column has the labels? Choose with --label-column (data.label_column in a recipe) among "
-        f"{listed(list(table.columns), most=30)}"
-    )
+    return choose_label_column(list(table.columns), options.label_column, apart, table.path)
 
 
 def _split_column(table: LabelTable) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import listed
-from shardstep.datasets.decode import EXTENSIONS
+from shardstep.datasets.decode import EXTENSIONS, extension_of
 
 SPLITS = ("train", "test")
 WRITTEN_ELSEWHERE = "tars written elsewhere"  # in a manifest, instead of a Source's description
@@ -27,10 +27,10 @@ class Source:
     notes: list[str] = field(default_factory=list)  # lines on what was left out and why
     empty_folders: list[str] = field(default_factory=list)  # class folders without images
 
-    def extension(self, number: int) -> str:
-        """Return the file name extension of an image; pixels become PNG."""
+    def extension(self, number: int, data: bytes) -> str:
+        """Return the file name extension of an image, by its name, or else by its content."""
         suffix = PurePosixPath(self.name(number)).suffix.lstrip(".").lower()
-        return suffix if suffix in EXTENSIONS else "png"
+        return suffix if suffix in EXTENSIONS else extension_of(data)
 
     def only(self, numbers: np.ndarray) -> "Source":
         """Return a source of the images with these numbers, in this order."""

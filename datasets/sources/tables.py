@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +70,22 @@ def columns_named(
     if given is not None:
         return [given]
     return [name for name in columns if re.fullmatch(_COLUMN_NAMES[kind], re.sub(r"[\W_]", "", name.lower()))]
+
+
+def choose_label_column(columns: Sequence[str], given: str | None, apart: Collection[str | None], where: Path) -> str:
+    """Return the given column of labels, the one whose name says so, or the only one left besides those in `apart`.
+
+    Raises:
+        InputError: there is no such column, or no plain one.
+    """
+    named = [name for name in columns_named(columns, given, "label", where) if name == given or name not in apart]
+    found = named or [name for name in columns if name not in apart]
+    if len(found) == 1:
+        return found[0]
+    raise InputError(
+        f"{where}: which column has the labels? Choose with --label-column (data.label_column in a recipe) among "
+        f"{listed(columns, most=30)}"
+    )
 
 
 def read_table(path: Path, data: bytes) -> LabelTable:
