@@ -16,6 +16,7 @@ from shardstep.configs.text import listed
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _WHOLE = re.compile(r"([+-]?\d+)(\.0*)?")  # pandas writes 3.0 into a column that has gaps
 ONE_LABEL = "one label an image is what is read"  # what to say where there are several
+_BOXES = re.compile(r"(n\d{8}) (-?\d+ ?){4}(\1 (-?\d+ ?){4})*")  # of one class, in ImageNet's LOC_val_solution.csv
 _BETWEEN_LABELS = re.compile(r"\s*[|;,]\s*")
 
 
@@ -59,6 +60,8 @@ def label_names(labels: Sequence[object], where: str) -> list[str]:
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
     different = set(texts) - {""}
+    if different and all(map(_BOXES.fullmatch, different)):
+        return label_names([text.partition(" ")[0] for text in texts], where)
     if different and all(map(_NUMBER.fullmatch, different)):
         fractions = sorted(text for text in different if not _WHOLE.fullmatch(text))
         if fractions:

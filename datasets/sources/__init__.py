@@ -10,6 +10,8 @@ a folder        SRC/<split>/<class>/<file> or SRC/<class>/<file>; <split> is als
 a .tar of one   the same layout inside
                 both also with a table of labels, as metadata.csv|jsonl|parquet or given as LabelOptions
 a .parquet file, or a folder of them: images and labels in columns, as Hugging Face's datasets has them
+Tiny ImageNet unpacked, or a folder of ImageNet's archives
+an .npz file of arrays, as MedMNIST has them
 CIFAR-10's own archives, python or binary, packed (.tar.gz) or unpacked
 """
 
@@ -21,10 +23,12 @@ from shardstep.datasets.class_names import class_name
 from shardstep.datasets.input_files import FolderTree
 from shardstep.datasets.manifest import Manifest
 from shardstep.datasets.sources import cifar10
+from shardstep.datasets.sources.arrays import read_arrays
 from shardstep.datasets.sources.class_folders import find_class_folders, visible_folders
 from shardstep.datasets.sources.digits import DIGIT_CLASSES, DIGITS, read_digits
 from shardstep.datasets.sources.image_folder import open_image_folder
 from shardstep.datasets.sources.image_tar import open_image_tar
+from shardstep.datasets.sources.imagenet import TINY_IMAGENET, open_imagenet_folder
 from shardstep.datasets.sources.labelled_files import LABELLED_BY, is_labelled_by
 from shardstep.datasets.sources.parquet_images import PARQUET_IMAGES, find_parquet_files, open_parquet_images
 from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE, Source
@@ -76,7 +80,7 @@ def surely_differs(source: str, manifest: Manifest, split: str, labels: LabelOpt
 
 
 def _shares_a_class(source: Path, split: str, classes: list[str], made_from: str) -> bool:
-    if made_from.startswith(LABELLED_BY) or made_from == PARQUET_IMAGES:  # the folders are no classes
+    if made_from.startswith(LABELLED_BY) or made_from in (PARQUET_IMAGES, TINY_IMAGENET):  # the folders are no classes
         return True
     tree = FolderTree(source)
     try:
@@ -108,6 +112,8 @@ def _open_path(path: Path, split: str, labels: LabelOptions = NO_OPTIONS) -> Sou
         for name in (f"{split}.tar", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"):
             if (path / name).is_file():
                 return _open_path(path / name, split, labels)
+        if not labels and (source := open_imagenet_folder(path, split)):
+            return source
         if labels.table is None and (names := find_parquet_files(path)):
             return open_parquet_images(path, names, split, labels)
         return open_image_folder(path, split, labels)
@@ -116,6 +122,8 @@ def _open_path(path: Path, split: str, labels: LabelOptions = NO_OPTIONS) -> Sou
         return cifar10.read_cifar10_archive(path, split)
     if name.endswith(".tar"):
         return open_image_tar(path, split, labels)
+    if name.endswith(".npz") and not labels:
+        return read_arrays(path, split)
     if name.endswith(".parquet"):
         return open_parquet_images(path.parent, [path.name], None, labels)
     if path.is_file() and (command := unpack_command(path)):

@@ -1,6 +1,7 @@
 """A tar of an image folder as a Source: images are read in place, nothing is unpacked."""
 
 import os
+import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Union
@@ -15,6 +16,7 @@ from shardstep.datasets.tar import Member, read_members
 
 _Node = Union["_Folder", Member]
 IMAGE_TAR = "tar of an image folder"  # the description of one with class folders
+_CLASS_TAR = re.compile(r"(?:.*/)?n\d{8}\.tar")  # in ImageNet's tar of tars
 _MOST_LINKS = 40  # followed for one path, as on Linux
 
 
@@ -26,7 +28,7 @@ class TarTree:
     """A tar as a FileTree: what would be there if it were unpacked into an empty folder.
 
     Links are followed within the tar. As tar does, names lose a leading "/" and all up to a "..", and of several members of
-    one name the last one counts.
+    one name the last one counts. A tar inside it that holds a class of ImageNet is a folder.
 
     Raises:
         InputError: see read_members; or a member lies below a file.
@@ -37,7 +39,11 @@ class TarTree:
         self._root = _Folder()
         self.replaced: list[str] = []
         for member in read_members(path):
-            self._add(member)
+            if _CLASS_TAR.fullmatch(member.name) and member.kind == "file":
+                for inner in read_members(path, member):
+                    self._add(inner._replace(name=f"{member.name.removesuffix('.tar')}/{inner.name}"))
+            else:
+                self._add(member)
 
     def _add(self, member: Member) -> None:
         *folders, name = _parts(member.name) or [""]

@@ -45,7 +45,7 @@ def open_labelled_tree(tree: FileTree, split: str, options: LabelOptions) -> Sou
             if not has_own_table:
                 raise
     in_tree = os.path.relpath(os.path.realpath(path), os.path.realpath(tree.where))
-    return _labelled(tree, split, folder if has_folders else "", table, in_tree, options, has_own_table)
+    return label_files(tree, split, folder if has_folders else "", table, in_tree, options, has_own_table)
 
 
 def open_metadata_tree(tree: FileTree, split: str, options: LabelOptions) -> Source | None:
@@ -64,14 +64,14 @@ def open_metadata_tree(tree: FileTree, split: str, options: LabelOptions) -> Sou
             labels = columns_named(table.columns, options.label_column, "label", table.path)
             if len(labels) == 1 and "file_name" in table.columns:
                 options = LabelOptions(path, options.image_column or "file_name", labels[0])
-                return _labelled(tree, split, folder if has_splits else "", table, path, options, has_splits)
+                return label_files(tree, split, folder if has_splits else "", table, path, options, has_splits)
     return None
 
 
-def _labelled(
+def label_files(
     tree: FileTree, split: str, folder: str, table: LabelTable, table_path: str, options: LabelOptions, has_splits: bool
 ) -> Source:
-    """Make a Source of the files in a tree that a table's rows name.
+    """Make a Source of the files in a tree that the rows of a table name; see open_labelled_tree for the errors.
 
     Args:
         folder: of the split; "" if all files are its own.

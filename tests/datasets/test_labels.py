@@ -169,6 +169,7 @@ def test_the_order_of_classes(names: list[str], expected: list[str]) -> None:
         (["red, ripe", "green"], ["red, ripe", "green"]),
         (["cafe\u0301"], ["caf\u00e9"]),
         (["1.2.3"], ["1.2.3"]),
+        (["n03995372 85 1 499 272", "n01773797 7 13 9 1 n01773797 1 2 3 4 ", ""], ["n03995372", "n01773797", ""]),
     ],
 )
 def test_labels_are_names(labels: list[object], expected: list[str]) -> None:
