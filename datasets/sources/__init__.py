@@ -4,6 +4,7 @@ datasets/write.py, launch/shards.py and trainer/data.py import this package; it 
 except manifest.py.
 
 cifar10         $CIFAR10_SOURCE, else torchvision's download
+mnist, svhn...  $TORCHVISION_SOURCE, else torchvision's download, see torchvision_sets.py
 digits          the 8x8 digits inside scikit-learn
 synthetic:N     N images that a model can learn, generated from a seed
 a folder        SRC/<split>/<class>/<file> or SRC/<class>/<file>; <split> is also Train, training_set, seg_train, ...
@@ -15,6 +16,7 @@ an .npz file of arrays, as MedMNIST has them
 CIFAR-10's own archives, python or binary, packed (.tar.gz) or unpacked
 """
 
+import difflib
 import os
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from shardstep.datasets.sources.parquet_images import PARQUET_IMAGES, find_parqu
 from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE, Source
 from shardstep.datasets.sources.synthetic import make_synthetic
 from shardstep.datasets.sources.tables import NO_OPTIONS, LabelOptions
+from shardstep.datasets.sources.torchvision_sets import TORCHVISION_SETS, is_another_set, open_torchvision_set
 from shardstep.datasets.tar import unpack_command
 
 
@@ -47,7 +50,7 @@ def open_source(source: str, split: str, labels: LabelOptions = NO_OPTIONS) -> S
     Raises:
         InputError: there is no such source, or it cannot be read, or its labels cannot.
     """
-    has_own_labels = source in ("cifar10", "digits") or source.startswith("synthetic:")
+    has_own_labels = source in ("cifar10", "digits", *TORCHVISION_SETS) or source.startswith("synthetic:")
     if labels and has_own_labels:
         raise InputError(f"{source} has labels of its own: --labels, --image-column and --label-column are for files")
     if source == "cifar10":
@@ -56,10 +59,13 @@ def open_source(source: str, split: str, labels: LabelOptions = NO_OPTIONS) -> S
         return read_digits(split)
     if source.startswith("synthetic:"):
         return make_synthetic(source, split)
+    if source in TORCHVISION_SETS:
+        return open_torchvision_set(source, split)
     path = Path(source).expanduser()
     if not path.exists():
-        known = "cifar10, digits, synthetic:N, nor a folder or archive that exists"
-        raise InputError(f"no source {source!r}: neither {known}")
+        known = "cifar10, digits, synthetic:N, a data set of torchvision, nor a folder or archive that exists"
+        close = difflib.get_close_matches(source, TORCHVISION_SETS, n=1)
+        raise InputError(f"no source {source!r}: neither {known}{f'. Did you mean {close[0]}?' if close else ''}")
     return _open_path(path, split, labels)
 
 
@@ -74,6 +80,8 @@ def surely_differs(source: str, manifest: Manifest, split: str, labels: LabelOpt
         return made_from not in (f"synthetic:{count}", WRITTEN_ELSEWHERE)
     if source == "cifar10":
         return made_here or (classes != cifar10.CIFAR10_CLASSES and not os.environ.get("CIFAR10_SOURCE"))
+    if source in TORCHVISION_SETS:
+        return made_here or is_another_set(made_from, source)
     if labels.table is not None:
         return made_from != WRITTEN_ELSEWHERE and not is_labelled_by(made_from, labels, split)
     return made_here or not _shares_a_class(Path(os.path.expanduser(source)), split, classes, made_from)
