@@ -46,8 +46,8 @@ class DataConfig:
     test: str = ""
     """Folder of the test shards. Empty: data/<name of data.source>/test, or data/cifar10/test without a source."""
     source: Optional[str] = None  # noqa: UP045 - OmegaConf reads the field on Python 3.10 too
-    """Source that missing shards are written from, each split separately: cifar10, digits, synthetic:N, a folder or an
-    archive. Not used for shards that exist."""
+    """Source that missing shards are written from, each split separately: cifar10, digits, synthetic:N, a data set of
+    torchvision, a folder or a file; see docs/data.md. Not used for shards that exist."""
     labels: Optional[str] = None  # noqa: UP045
     """Table of the labels of data.source: a .csv, .tsv, .jsonl, .parquet or .txt file. Its column split, or else the folders
     of data.source, say which rows are test samples; {split} in the path stands for a table each, train and test."""

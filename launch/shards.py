@@ -37,7 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="shardstep shards", description="Write, check and inspect data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("write", help="write shards from a source of images").add_argument
-    sources = "cifar10, digits, synthetic:N, a folder of <class>/<file>, a .tar of one, or CIFAR-10's own archive"
+    sources = (
+        "cifar10, mnist and other data sets of torchvision, digits, synthetic:N, a folder or .tar of images in "
+        "<class>/<file> or with a table of labels, or a published form, see docs/data.md"
+    )
     add("--source", required=True, help=sources)
     add("--split", choices=["train", "test"], default="train", help="split to write (default: train)")
     add("--out", type=Path, required=True, help="folder to create")

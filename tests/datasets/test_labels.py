@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.schema import DataConfig
 from shardstep.datasets.class_names import label_names, sorted_classes
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.sources import open_source, surely_differs
@@ -17,6 +19,7 @@ from shardstep.datasets.sources.tables import LabelOptions, read_table
 from shardstep.datasets.write import make_missing_shards
 from shardstep.launch.cli import run as run_command
 from shardstep.launch.shards import main as shards_main
+from shardstep.trainer.data import make_missing_data, open_both
 from tests.datasets.test_sources import png
 
 HAS_PYARROW = importlib.util.find_spec("pyarrow") is not None
@@ -387,11 +390,20 @@ def test_a_split_without_rows(tmp_path: Path) -> None:
 def test_shards_with_other_labels_are_known_by_their_description(
     made_from: str, options: LabelOptions, differs: bool, shards: Path, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     make_files(tmp_path, ["train/a/1.png", "test/a/1.png"])
     manifest = replace(open_shards(shards / "train").manifest, made={"source": made_from})
     assert surely_differs(str(tmp_path), manifest, "train", options) == differs
+
+
+def test_a_recipe_names_the_table(tmp_path: Path) -> None:
+    make_files(tmp_path / "photos", ["1.png", "2.png", "3.png"])
+    (tmp_path / "labels.csv").write_text("file,age,kind,split\n1,7,b,train\n2,8,a,train\n3,9,a,test\n")
+    table, columns = str(tmp_path / "labels.csv"), {"image_column": "file", "label_column": "kind"}
+    folders = {split: str(tmp_path / "out" / split) for split in ("train", "test")}
+    config = DataConfig(source=str(tmp_path / "photos"), labels=table, **folders, **columns)
+    make_missing_data(config)
+    train, test = open_both(config)
+    assert (train.manifest.classes, test.manifest.samples_per_class) == (["a", "b"], [1, 0])
 
 
 # --- Hugging Face's imagefolder ---------------------------------------------------------------------------------------
