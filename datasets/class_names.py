@@ -17,6 +17,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _WHOLE = re.compile(r"([+-]?\d+)(\.0*)?")  # pandas writes 3.0 into a column that has gaps
 ONE_LABEL = "one label an image is what is read"  # what to say where there are several
 _BOXES = re.compile(r"(n\d{8}) (-?\d+ ?){4}(\1 (-?\d+ ?){4})*")  # of one class, in ImageNet's LOC_val_solution.csv
+_NUMBERS = re.compile(r"\d+( +\d+)*")
 _BETWEEN_LABELS = re.compile(r"\s*[|;,]\s*")
 
 
@@ -70,9 +71,11 @@ def label_names(labels: Sequence[object], where: str) -> list[str]:
                 f"classes, write them with a letter, such as grade-{fractions[0]}"
             )
         return [_WHOLE.sub(r"\1", text) for text in texts]
-    several = sorted(
-        text for text in different if len(parts := _BETWEEN_LABELS.split(text)) > 1 and different >= {*parts}
-    )
+    if all(map(_NUMBERS.fullmatch, different)):  # such as 16 0
+        several = sorted(text for text in different if " " in text)
+    else:
+        parts = {text: _BETWEEN_LABELS.split(text) for text in different}
+        several = sorted(text for text, some in parts.items() if len(some) > 1 and different >= {*some})
     if several:
         raise InputError(f"{where}: {listed(several, most=2)} are several labels in one; {ONE_LABEL}")
     return [class_name(text) for text in texts]

@@ -50,9 +50,8 @@ def open_source(source: str, split: str, labels: LabelOptions = NO_OPTIONS) -> S
     Raises:
         InputError: there is no such source, or it cannot be read, or its labels cannot.
     """
-    has_own_labels = source in ("cifar10", "digits", *TORCHVISION_SETS) or source.startswith("synthetic:")
-    if labels and has_own_labels:
-        raise InputError(f"{source} has labels of its own: --labels, --image-column and --label-column are for files")
+    if source in ("cifar10", "digits", *TORCHVISION_SETS) or source.startswith("synthetic:"):
+        _refuse(labels, source)
     if source == "cifar10":
         return _open_cifar10(split)
     if source == "digits":
@@ -111,6 +110,14 @@ def _open_cifar10(split: str) -> Source:
         raise InputError(f"CIFAR10_SOURCE={given}: {error}") from None
 
 
+def _refuse(labels: LabelOptions, source: str | Path) -> None:
+    """Refuse options of labels for a source that has labels of its own."""
+    if labels:
+        raise InputError(
+            f"{source} has labels of its own: --labels, --image-column and --label-column are for other files"
+        )
+
+
 def _open_path(path: Path, split: str, labels: LabelOptions = NO_OPTIONS) -> Source:
     if path.is_dir():
         source = None if labels else cifar10.read_cifar10_folder(path, split)
@@ -127,12 +134,14 @@ def _open_path(path: Path, split: str, labels: LabelOptions = NO_OPTIONS) -> Sou
         return open_image_folder(path, split, labels)
     name = path.name.lower() if path.is_file() else ""
     if name.endswith((".tar.gz", ".tgz")) or (name.endswith(".tar") and cifar10.is_cifar10_tar(path)):
+        _refuse(labels, path)
         return cifar10.read_cifar10_archive(path, split)
     if name.endswith(".tar"):
         return open_image_tar(path, split, labels)
-    if name.endswith(".npz") and not labels:
+    if name.endswith(".npz"):
+        _refuse(labels, path)
         return read_arrays(path, split)
-    if name.endswith(".parquet"):
+    if name.endswith(".parquet") and labels.table is None:
         return open_parquet_images(path.parent, [path.name], None, labels)
     if path.is_file() and (command := unpack_command(path)):
         raise InputError(f"{path} is compressed: unpack it with `{command}`")

@@ -2,6 +2,8 @@
 
 import os
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import listed
 from shardstep.datasets.class_names import ONE_LABEL, label_names, sorted_classes
-from shardstep.datasets.input_files import FileTree, find_images, joined, read_file
+from shardstep.datasets.input_files import FileTree, FoundImages, find_images, joined, read_file
 from shardstep.datasets.sources.class_folders import find_split_folder, split_of
 from shardstep.datasets.sources.file_names import files_of_names
 from shardstep.datasets.sources.source import Source
@@ -33,10 +35,7 @@ def open_labelled_tree(tree: FileTree, split: str, options: LabelOptions) -> Sou
     """
     assert options.table is not None
     path = _table_path(options.table, split)
-    try:
-        table = read_table(path, read_file(path))
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"{path} {error}") from None
+    table = read_table(path, _content(path, partial(read_file, path)))
     has_own_table, folder, has_folders = "{split}" in options.table, "", False
     if _splits_of_rows(table) is None:
         try:
@@ -51,7 +50,7 @@ def open_labelled_tree(tree: FileTree, split: str, options: LabelOptions) -> Sou
 def open_metadata_tree(tree: FileTree, split: str, options: LabelOptions) -> Source | None:
     """Make a Source of a tree with metadata.csv, .jsonl or .parquet, as Hugging Face's imagefolder reads it.
 
-    It is in the split's folder, or beside these folders, and has a column file_name. None without one that has labels.
+    It is in the split's folder, or beside these folders, and has a column file_name. None without one that has labels, too.
 
     Raises:
         InputError: see open_labelled_tree.
@@ -60,7 +59,10 @@ def open_metadata_tree(tree: FileTree, split: str, options: LabelOptions) -> Sou
     for place in dict.fromkeys([folder, ""]):
         names = {entry.name for entry in tree.entries(place) if entry.kind == "file"}
         for path in [joined(place, name) for name in _METADATA_NAMES if name in names]:
-            table = read_table(tree.where / path, tree.read(path))
+            data = _content(tree.where / path, partial(tree.read, path))
+            if b"file_name" not in data:  # another program's file of this name
+                continue
+            table = read_table(tree.where / path, data)
             labels = columns_named(table.columns, options.label_column, "label", table.path)
             if len(labels) == 1 and "file_name" in table.columns:
                 options = LabelOptions(path, options.image_column or "file_name", labels[0])
@@ -79,38 +81,27 @@ def label_files(
         has_splits: whether the table holds one split, for a reason other than its column or the folder.
     """
     found = find_images(tree, used=(table_path,))
-    files, left_out = found.images, found.left_out
+    files = found.images
     image_column, meant = _images_of_rows(tree, table, options, files, folder)
     label_column = _label_column(table, options, image_column)
     labels = label_names(table.columns[label_column], f"{table.path}, column {label_column}")
     splits = _splits_of_rows(table)
+    names = [_text(value) for value in table.columns[image_column]]
+    inside = f"{folder}/" if folder else ""
 
-    label_of: dict[int, str] = {}
-    others, problems = Counter[str](), []
+    others, rows = Counter[str](), list[int]()
     for row, numbers in enumerate(meant):
-        name, label = _text(table.columns[image_column][row]), labels[row]
         if splits and splits[row] != split:
             others[splits[row] or "no split"] += 1
-        elif len(numbers) > 1:
-            problems.append(
-                f"{name} may be {listed([files[n] for n in numbers], 3)}: write more of the path in the table"
-            )
-        elif not numbers:
-            left_out.add("missing file" if name else "empty name", name or f"row {row + 1}")
-        elif not files[numbers[0]].startswith(folder and f"{folder}/"):
-            others[f"files outside {folder}/"] += 1
-        elif not label:
-            left_out.add("empty label", name)
-        elif label_of.get(numbers[0]) == label:
-            left_out.add("repeated row", name)
-        elif (former := label_of.setdefault(numbers[0], label)) != label:
-            problems.append(f"{files[numbers[0]]} has the labels {listed(sorted([former, label]))}")
-    if problems:
-        raise InputError.from_problems(f"{table.path} does not give each image one label", problems, _MOST_NAMED)
+        elif len(numbers) == 1 and not files[numbers[0]].startswith(inside):
+            others[f"files outside {inside}"] += 1
+        else:
+            rows.append(row)
+    label_of = _labels_of_files(table.path, rows, names, labels, meant, found)
     named = {number for numbers in meant for number in numbers}
     for number, file in enumerate(files):
-        if number not in named and file.startswith(folder and f"{folder}/"):
-            left_out.add("unlabelled image", file)
+        if number not in named and file.startswith(inside):
+            found.left_out.add("unlabelled image", file)
 
     notes = found.notes(tree.where)
     if others.keys() - {"train", "test"}:
@@ -133,12 +124,47 @@ def label_files(
     )
 
 
+def _labels_of_files(
+    where: Path, rows: list[int], names: list[str], labels: list[str], meant: list[list[int]], found: FoundImages
+) -> dict[int, str]:
+    """Return the label of each file, by its number, from some rows of a table; the rows without one are left out.
+
+    Raises:
+        InputError: a row may mean several files, or a file has several labels.
+    """
+    label_of: dict[int, str] = {}
+    problems = []
+    for row in rows:
+        name, label, numbers = names[row], labels[row], meant[row]
+        files = [found.images[number] for number in numbers]
+        if len(numbers) > 1:
+            problems.append(f"{name} may be {listed(files, 3)}: write more of the path in the table")
+        elif not numbers:
+            found.left_out.add("missing file" if name else "empty name", name or f"row {row + 1}")
+        elif not label:
+            found.left_out.add("empty label", name)
+        elif label_of.get(numbers[0]) == label:
+            found.left_out.add("repeated row", name)
+        elif (former := label_of.setdefault(numbers[0], label)) != label:
+            problems.append(f"{files[0]} has the labels {listed(sorted([former, label]))}")
+    if problems:
+        raise InputError.from_problems(f"{where} does not give each image one label", problems, _MOST_NAMED)
+    return label_of
+
+
 def is_labelled_by(description: str, options: LabelOptions, split: str) -> bool:
     """Check by names whether a Source of this description has the labels of a table."""
     assert options.table is not None
     column = "the column " if options.label_column is None else f"the column {options.label_column} of "
     is_table = description.endswith(f" of {_table_path(options.table, split).name}")
     return is_table and description.startswith(f"{LABELLED_BY} {column}")
+
+
+def _content(path: Path, read: Callable[[], bytes]) -> bytes:
+    try:
+        return read()
+    except ValueError as error:
+        raise InputError(f"{path} {error}") from None
 
 
 def _table_path(table: str, split: str) -> Path:

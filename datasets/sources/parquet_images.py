@@ -42,12 +42,15 @@ def find_parquet_files(folder: Path) -> list[str]:
     """Return the parquet files in and below a folder, sorted; none where there are images beside them, or above."""
     tree, found, level = FolderTree(folder), list[str](), [""]
     for _ in range(1 + _MOST_LEVELS):
-        entries = [(joined(place, entry.name), entry) for place in level for entry in tree.entries(place)]
-        if any(is_image(path) for path, _ in entries):
-            return []
-        seen = [(path, entry.kind) for path, entry in entries if not is_hidden(path)]
-        found += [path for path, kind in seen if kind == "file" and split_name(path)[1] == "parquet"]
-        level = [path for path, kind in seen if kind == "folder"]
+        folders = []
+        for place in level:
+            entries = [entry for entry in tree.entries(place) if not is_hidden(entry.name)]
+            if any(is_image(entry.name) for entry in entries):
+                return []
+            files = [entry.name for entry in entries if entry.kind == "file"]
+            found += [joined(place, name) for name in files if split_name(name)[1] == "parquet"]
+            folders += [joined(place, entry.name) for entry in entries if entry.kind == "folder"]
+        level = folders
     return sorted(found)
 
 

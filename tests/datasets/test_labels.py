@@ -187,6 +187,7 @@ def test_labels_are_names(labels: list[object], expected: list[str]) -> None:
         (["1e-3", "2"], "labels such as 1e-3 are measurements"),
         (["a|b", "a", "b"], r"a\|b are several labels in one; one label an image is what is read"),
         (["a, b", "a", "b", "c"], '"a, b" are several labels in one'),
+        (["16 0", "5", "7 1 2", ""], "16 0, 7 1 2 are several labels in one"),
         ([["a", "b"]], r"\['a', 'b'\] is a list; one label an image is what is read"),
         ([{"a": 1}], "is a list; one label an image"),
     ],
@@ -305,8 +306,11 @@ def test_files_that_are_no_tables(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("source", ["digits", "synthetic:10"])
+@pytest.mark.parametrize("source", ["digits", "synthetic:10", "cifar10", "mnist", "ARCHIVE", "ARRAYS"])
 def test_sources_with_labels_of_their_own(source: str, tmp_path: Path) -> None:
+    for name, path in (("ARCHIVE", tmp_path / "cifar-10-python.tar.gz"), ("ARRAYS", tmp_path / "x.npz")):
+        path.write_bytes(b"")
+        source = str(path) if source == name else source
     with pytest.raises(InputError, match="has labels of its own"):
         open_source(source, "train", LabelOptions("labels.csv"))
 
@@ -435,7 +439,9 @@ def test_metadata_beside_the_images(tmp_path: Path, kind: str, place: str, packe
     assert source.notes == []
 
 
-@pytest.mark.parametrize("table", ["file_name,text\na/1.png,a cat\n", "name,label\na/1.png,cat\n"])
+@pytest.mark.parametrize(
+    "table", ["file_name,text\na/1.png,a cat\n", "name,label\na/1.png,cat\n", "no\ntable,at,all\n", ""]
+)
 def test_metadata_without_labels_leave_class_folders_as_they_are(tmp_path: Path, table: str) -> None:
     make_files(tmp_path, ["a/1.png", "b/2.png"])
     (tmp_path / "metadata.csv").write_text(table)
