@@ -134,7 +134,7 @@ def _real_path(folder: str) -> str:
 def source_name(source: str) -> str:
     """Return a short name for a source of images: cifar10, digits, synthetic-N, or that of its folder or archive."""
     name = os.path.basename(os.path.abspath(os.path.expanduser(source)))
-    return re.sub(r"\.(tar|tar\.gz|tgz)$", "", name).replace(":", "-")
+    return re.sub(r"\.(tar|tar\.gz|tgz|npz|parquet)$", "", name).replace(":", "-")
 
 
 def recipe_text(recipe: Recipe) -> str:

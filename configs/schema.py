@@ -47,8 +47,15 @@ class DataConfig:
     """Folder of the test shards. Empty: data/<name of data.source>/test, or data/cifar10/test without a source. none: there
     is no test set; data.validation or data.fold holds out what the run is evaluated on."""
     source: Optional[str] = None  # noqa: UP045 - OmegaConf reads the field on Python 3.10 too
-    """Source that missing shards are written from, each split separately: cifar10, digits, synthetic:N, a folder or an
-    archive. Not used for shards that exist."""
+    """Source that missing shards are written from, each split separately: cifar10, digits, synthetic:N, a data set of
+    torchvision, a folder or a file; see docs/data.md. Not used for shards that exist."""
+    labels: Optional[str] = None  # noqa: UP045
+    """Table of the labels of data.source: a .csv, .tsv, .jsonl, .parquet or .txt file. Its column split, or else the folders
+    of data.source, say which rows are test samples; {split} in the path stands for a table each, train and test."""
+    image_column: Optional[str] = None  # noqa: UP045
+    """Column with the images' names or content, in the table or parquet files; null: the one whose name says so."""
+    label_column: Optional[str] = None  # noqa: UP045
+    """Column with the labels, in the table or parquet files; null: the one whose name says so, or the only one left."""
     mode: Literal["auto", DataMode] = "auto"
     """Where images are read from. resident: decoded once, kept in RAM or on the device; stream: the shards; auto: resident
     if the images fit."""

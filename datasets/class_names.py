@@ -1,11 +1,24 @@
-"""Class names: text from folders, tars, options and manifests, in one Unicode form."""
+"""Class names: text from folders, tables, tars, options and manifests, in one Unicode form and one order."""
 
 import csv
 import io
+import math
+import re
 import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from shardstep.configs.errors import InputError
+from shardstep.configs.text import listed
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_WHOLE = re.compile(r"([+-]?\d+)(\.0*)?")  # pandas writes 3.0 into a column that has gaps
+ONE_LABEL = "one label an image is what is read"  # what to say where there are several
+_BOXES = re.compile(r"(n\d{8}) (-?\d+ ?){4}(\1 (-?\d+ ?){4})*")  # of one class, in ImageNet's LOC_val_solution.csv
+_NUMBERS = re.compile(r"\d+( +\d+)*")
+_BETWEEN_LABELS = re.compile(r"\s*[|;,]\s*")
 
 
 def class_name(text: str) -> str:
@@ -20,6 +33,69 @@ def class_name(text: str) -> str:
         shown = text.encode(errors="backslashreplace").decode()
         raise InputError(f"the class name {shown} is not UTF-8: rename its folder") from None
     return unicodedata.normalize("NFC", text)
+
+
+def sorted_classes(names: Iterable[str]) -> list[str]:
+    """Return the different names in the order of their labels: as numbers if all are whole numbers, else as text."""
+    unique = set(names)
+    return sorted(unique, key=lambda name: (int(name), name)) if are_whole_numbers(unique) else sorted(unique)
+
+
+def are_whole_numbers(names: Iterable[str]) -> bool:
+    """Check whether all names are whole numbers, with at most 18 digits."""
+    return all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in names)
+
+
+def label_names(labels: Sequence[object], where: str) -> list[str]:
+    """Return labels, as a table or a file has them, as class names; "" for an empty one.
+
+    Args:
+        labels: text, numbers, or None. 3, 3.0 and "3.0" are one class.
+        where: for messages.
+
+    Raises:
+        InputError: they are measurements, or there are several in one.
+    """
+    try:
+        texts = [label_text(label) for label in labels]
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    different = set(texts) - {""}
+    if different and all(map(_BOXES.fullmatch, different)):
+        return label_names([text.partition(" ")[0] for text in texts], where)
+    if different and all(map(_NUMBER.fullmatch, different)):
+        fractions = sorted(text for text in different if not _WHOLE.fullmatch(text))
+        if fractions:
+            raise InputError(
+                f"{where}: labels such as {listed(fractions, most=3)} are measurements, not classes. If they are names of "
+                f"classes, write them with a letter, such as grade-{fractions[0]}"
+            )
+        return [_WHOLE.sub(r"\1", text) for text in texts]
+    if all(map(_NUMBERS.fullmatch, different)):  # such as 16 0
+        several = sorted(text for text in different if " " in text)
+    else:
+        parts = {text: _BETWEEN_LABELS.split(text) for text in different}
+        several = sorted(text for text, some in parts.items() if len(some) > 1 and different >= {*some})
+    if several:
+        raise InputError(f"{where}: {listed(several, most=2)} are several labels in one; {ONE_LABEL}")
+    return [class_name(text) for text in texts]
+
+
+def numbered(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Return the classes that occur, see sorted_classes, and the label of each name: int64, shape (len(names),)."""
+    classes = sorted_classes(names)
+    label_of = {name: label for label, name in enumerate(classes)}
+    return classes, np.array([label_of[name] for name in names], dtype=np.int64)
+
+
+def label_text(label: object) -> str:
+    """Return a label as text, "" if there is none. Raises ValueError if it is a list of several."""
+    if isinstance(label, list | tuple | dict | set | np.ndarray):
+        raise ValueError(f"{label!r:.80} is a list; {ONE_LABEL}")
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        return ""
+    text = str(label).strip()
+    return "" if text.lower() == "nan" else text
 
 
 def class_names_of_manifest(names: list[str]) -> list[str]:

@@ -53,7 +53,7 @@ def decode(data: bytes, mode: str) -> np.ndarray:
     if data[:8] == _PNG:  # neither animated nor grey with transparency, which OpenCV reads wrongly and as colour
         is_common = data.find(b"acTL", 0, data.find(b"IDAT")) < 0 and data[25:26] != _GREY_ALPHA
     else:
-        is_common = data[:3] == _JPEG or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+        is_common = extension_of(data) != "png"
     if not is_common:
         return _in_mode(decode_rare(data), mode)
     cv2 = _cv2()
@@ -72,6 +72,13 @@ def decode(data: bytes, mode: str) -> np.ndarray:
     if pixels.ndim == 2:
         return pixels[:, :, np.newaxis]
     return _in_mode(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), mode)
+
+
+def extension_of(data: bytes) -> str:
+    """Return the file name extension of JPEG and WebP files by their first bytes, and png for all others."""
+    if data[:3] == _JPEG:
+        return "jpg"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else "png"
 
 
 def to_grey(pixels: np.ndarray) -> np.ndarray:

@@ -178,9 +178,22 @@ class FoundImages:
     left_out: LeftOut = field(default_factory=LeftOut)
     repeated: list[str] = field(default_factory=list)  # images that are another of them under a second name, by links
 
+    def notes(self, where: Path) -> list[str]:
+        """Return lines on what was left out, and on images that links lead to more than once."""
+        notes = [line] if (line := self.left_out.line(where)) else []
+        if self.repeated:
+            which = f"{count(len(self.repeated), 'image')} found more than once, by links"
+            notes.append(f"{where}: {which}, and used each time: {self.repeated[0]}")
+        return notes
 
-def find_images(tree: FileTree, start: str = "", extensions: Collection[str] = EXTENSIONS) -> FoundImages:
+
+def find_images(
+    tree: FileTree, start: str = "", extensions: Collection[str] = EXTENSIONS, used: Collection[str] = ()
+) -> FoundImages:
     """Find the images in and below a folder of a tree. Links are followed, except back to a folder above them.
+
+    Args:
+        used: paths of other files that are not left out.
 
     Raises:
         InputError: a folder cannot be listed.
@@ -201,7 +214,7 @@ def find_images(tree: FileTree, start: str = "", extensions: Collection[str] = E
                 found.repeated.append(path)
             elif entry.identity is not None:
                 seen.add(entry.identity)
-        else:
+        elif path not in used:
             found.left_out.add_entry(path, entry)
     return found
 

@@ -19,7 +19,7 @@ from shardstep.configs.files import write_atomically
 from shardstep.configs.text import count
 from shardstep.datasets.class_names import class_names_of_manifest
 from shardstep.datasets.input_files import FolderTree, LeftOut, is_hidden, split_name
-from shardstep.datasets.tar import BLOCK, read_members
+from shardstep.datasets.tar import BLOCK, TAR, read_members
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index"
@@ -242,11 +242,11 @@ def _index_command(folder: Path) -> str:
     return f"`{shlex.join(['shardstep', 'shards', 'index', str(folder), '--force'])}`"
 
 
-def find_tars(folder: Path) -> tuple[list[Path], LeftOut]:
-    """Return the tars in a folder, sorted, whether or not they can be read, and what else is there."""
+def find_tars(folder: Path, endings: tuple[str, ...] = TAR) -> tuple[list[Path], LeftOut]:
+    """Return the tars in a folder, by their endings, sorted, whether or not they can be read, and what else is there."""
     tars, left_out = [], LeftOut()
     for entry in sorted(FolderTree(folder).entries(""), key=lambda entry: entry.name):
-        if split_name(entry.name)[1] == "tar" and entry.kind != "folder" and not is_hidden(entry.name):
+        if entry.name.lower().endswith(endings) and entry.kind != "folder" and not is_hidden(entry.name):
             tars.append(folder / entry.name)
         elif entry.name not in (MANIFEST_NAME, INDEX_NAME):
             left_out.add_entry(entry.name, entry)

@@ -1,8 +1,9 @@
 """Tars to a manifest and an index: every byte is read and hashed, every image decoded, once.
 
 The same code handles the shards that shardstep writes and tars written elsewhere: <key>.<image> beside <key>.cls, a label
-in decimal digits. A damaged shard, a sample without its label, a label out of range or an image that cannot be decoded is
-an error that names the sample. Members and files that belong to no sample are counted on stderr.
+in decimal digits, or beside another field with a number or a name. A damaged shard, a sample without its label, a label out
+of range or an image that cannot be decoded is an error that names the sample. Members and files that belong to no sample are
+counted on stderr.
 """
 
 import hashlib
@@ -20,12 +21,14 @@ import numpy as np
 from shardstep.configs.cores import pool_threads
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
-from shardstep.configs.text import count, printable
+from shardstep.configs.text import printable
 from shardstep.datasets.decode import EXTENSIONS, decode
 from shardstep.datasets.input_files import LeftOut, is_hidden, split_name
 from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, find_tars, write_manifest
-from shardstep.datasets.tar import BLOCK, read_members
+from shardstep.datasets.tar import BLOCK, PACKED_TAR, TAR, read_members
+from shardstep.datasets.tar_labels import NUMBERS_IN_CLS, LabelField, number_labels
 
+NAMES = "names"  # in a manifest: labels in the tars are the names of classes, not their numbers
 MOST_NAMED = 20  # problems listed in one message
 _COUNT_TOGETHER = 250  # images per histogram update, for fewer and larger array operations
 # Name, offset and size of a Member; the garbage collector passes over plain tuples of these.
@@ -37,13 +40,15 @@ class _ShardScan:
     """The content of one shard. The histograms count pixel values, so that mean and std are exact in any order."""
 
     shard: Shard
-    entries: np.ndarray
+    entries: np.ndarray  # whose labels are places in `labels`
     keys: list[str]
+    labels: list[str] = field(default_factory=list)  # that occur, as they are in the tar
     sizes: set[tuple[int, int]] = field(default_factory=set)
     encodings: set[str] = field(default_factory=set)
     colour: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))
     grey: np.ndarray = field(default_factory=lambda: np.zeros((1, 256), dtype=np.int64))
     problems: list[str] = field(default_factory=list)
+    has_labels: bool = False
     left_out: LeftOut = field(default_factory=LeftOut)
 
 
@@ -53,6 +58,7 @@ def index_shards(
     classes: list[str] | None = None,
     advance: Callable[[int], None] = lambda _: None,
     former_classes: list[str] | None = None,
+    label_field: LabelField = NUMBERS_IN_CLS,
 ) -> Manifest:
     """Read every tar in a folder and write its manifest.json and index.
 
@@ -62,33 +68,45 @@ def index_shards(
         classes: names by label; None takes `former_classes`, else the numbers from the first to the largest label.
         advance: called with the number of samples just read.
         former_classes: names to keep if there are enough for the labels.
+        label_field: where the labels are.
 
     Raises:
         InputError: there are no shards, or some are damaged or incomplete; the message lists the problems.
     """
-    paths, left_out = find_tars(folder)
+    paths, left_out = find_tars(folder, TAR + PACKED_TAR)
     if not paths:
         raise InputError(f"no .tar files in {folder}")
     first_label = int(made.get("first_label", 0))
     with ThreadPoolExecutor(pool_threads()) as pool:
-        scans = list(pool.map(lambda number: _scan(number, paths[number], first_label, advance), range(len(paths))))
+        scans = list(pool.map(lambda n: _scan(n, paths[n], label_field, first_label, advance), range(len(paths))))
     for scan in scans:
         left_out.update(scan.left_out)
-    if line := left_out.line(folder, f"<key>.cls beside <key>.{'|'.join(EXTENSIONS)} in .tar"):
+    looked_for = f"<key>.{label_field.extension} beside <key>.{'|'.join(EXTENSIONS)}"
+    if line := left_out.line(folder, f"{looked_for} in .tar"):
         print(printable(line), file=sys.stderr)
     problems = [problem for scan in scans for problem in scan.problems] + _repeated_keys(scans)
-    entries = np.concatenate([scan.entries for scan in scans])
-    if not problems and len(entries) == 0:
-        problems.append("no samples: looked for <key>.cls beside <key>." + "|".join(EXTENSIONS))
+    if not problems and not any(len(scan.entries) for scan in scans):
+        problems.append(f"no samples: looked for {looked_for}")
     if not problems:
-        if classes is None and former_classes and entries["label"].max() < len(former_classes):
-            classes = former_classes
-        problems += _class_problems(entries["label"], classes, first_label)
+        try:
+            texts = dict.fromkeys(text for scan in scans for text in scan.labels)
+            samples = sum(len(scan.entries) for scan in scans)
+            found = number_labels(texts, samples, label_field, first_label, classes, former_classes)
+        except InputError as error:
+            problems.append(str(error))
     if problems:
-        raise InputError.from_problems(f"{folder} cannot be indexed", problems, MOST_NAMED)
+        choice = (
+            "" if any(scan.has_labels for scan in scans) else " (--label chooses other files, as txt or json:label)"
+        )
+        raise InputError.from_problems(f"{folder} cannot be indexed{choice}", problems, MOST_NAMED)
 
-    if classes is None:
-        classes = [str(first_label + label) for label in range(int(entries["label"].max()) + 1)]
+    if label_field.may_be_name:
+        made = made | {"label_field": str(label_field)} | ({"labels": NAMES} if found.are_names else {})
+    classes = found.classes
+    for scan in scans:
+        labels = np.array([found.label_of[text] for text in scan.labels], dtype=np.uint32)
+        scan.entries["label"] = labels[scan.entries["label"]]
+    entries = np.concatenate([scan.entries for scan in scans])
     colour, grey = sum(scan.colour for scan in scans), sum(scan.grey for scan in scans)
     is_grey = not np.any(colour)
     histogram = np.asarray(grey if is_grey else colour + grey)  # grey images among coloured ones count in each channel
@@ -113,44 +131,28 @@ def index_shards(
     return manifest
 
 
-def _class_problems(labels: np.ndarray, classes: list[str] | None, first_label: int) -> list[str]:
-    """Check labels, counted from 0, against class names, which must be unique; without names, for gaps at the start."""
-    smallest, largest = int(labels.min()) + first_label, int(labels.max()) + first_label
-    if classes is not None:
-        problems = ["class names must be unique and not empty"] if len(set(classes) - {""}) < len(classes) else []
-        if labels.max() >= len(classes):
-            remedy = f"; if labels count from {smallest}, add --first-label {smallest}" if labels.min() == 1 else ""
-            problems.append(f"label {largest} is out of range: there are {len(classes)} classes{remedy}")
-        return problems
-    if labels.max() >= len(labels):
-        return [f"the largest label is {largest}, with {count(len(labels), 'sample')}: give the class names"]
-    if smallest > first_label:
-        return [
-            f"the labels are {smallest} to {largest}, none is {first_label}. If they count from {smallest}, add "
-            f"--first-label {smallest}; if samples of class {first_label} are only missing here, name all classes "
-            f"with --classes"
-        ]
-    return []
-
-
-def _scan(number: int, path: Path, first_label: int, advance: Callable[[int], None]) -> _ShardScan:
+def _scan(
+    number: int, path: Path, label_field: LabelField, first_label: int, advance: Callable[[int], None]
+) -> _ShardScan:
     scan = _ShardScan(Shard(path.name, 0, "", 0), np.empty(0, dtype=INDEX_DTYPE), [])
     try:
-        images, labels = _pair(path, scan)
+        images, labels = _pair(path, label_field, scan)
     except InputError as error:
         scan.problems.append(str(error))
         return scan
     entries = np.empty(len(images), dtype=INDEX_DTYPE)
     pending: list[np.ndarray] = []
+    places: dict[str, int] = {}  # of the labels that occur
     with path.open("rb") as file:
         for row, (key, (name, offset, size)) in enumerate(images.items()):
             data = os.pread(file.fileno(), size, offset)
-            _, label_offset, label_size = labels[key]
-            label = _label(os.pread(file.fileno(), label_size, label_offset))
-            if label is None or label < first_label:
-                scan.problems.append(f"{path.name}: {key}.cls is not a label: it must be an integer from {first_label}")
-                label = first_label
-            entries[row] = number, offset // BLOCK, size, label - first_label, zlib.crc32(data)
+            label_name, label_offset, label_size = labels[key]
+            try:
+                label = label_field.read(os.pread(file.fileno(), label_size, label_offset), first_label)
+            except ValueError as error:
+                scan.problems.append(f"{path.name}: {label_name} {error}")
+                label = ""
+            entries[row] = number, offset // BLOCK, size, places.setdefault(label, len(places)), zlib.crc32(data)
             try:
                 pending.append(decode(data, "UNCHANGED"))
             except ValueError as error:
@@ -159,18 +161,20 @@ def _scan(number: int, path: Path, first_label: int, advance: Callable[[int], No
                 _count(pending, scan)
                 advance(len(pending))
                 pending.clear()
-    scan.entries, scan.keys = entries, list(images)
+    scan.entries, scan.keys, scan.labels = entries, list(images), list(places)
     scan.shard = Shard(path.name, path.stat().st_size, file_sha256(path), len(entries))
     return scan
 
 
-def _pair(path: Path, scan: _ShardScan) -> tuple[dict[str, _Place], dict[str, _Place]]:
+def _pair(path: Path, label_field: LabelField, scan: _ShardScan) -> tuple[dict[str, _Place], dict[str, _Place]]:
     """Return images and labels of a shard by key, in the order of the images; one without the other is a problem."""
     images: dict[str, _Place] = {}
     labels: dict[str, _Place] = {}
     for name, offset, size, kind, _ in read_members(path):
         key, extension = split_name(name)
-        places = images if extension in EXTENSIONS else labels if extension == "cls" else None
+        label_key = label_field.key(name)
+        places = labels if label_key is not None else images if extension in EXTENSIONS else None
+        key = key if label_key is None else label_key
         if kind == "folder":
             continue
         if is_hidden(name):
@@ -186,11 +190,14 @@ def _pair(path: Path, scan: _ShardScan) -> tuple[dict[str, _Place], dict[str, _P
             scan.problems.append(f"{path.name}: {name} {twice}")
         else:
             places[key] = name, offset, size
+    scan.has_labels = bool(labels)
     samples = images.keys() & labels.keys()
-    for places, other in ((images, "no label {}.cls"), (labels, "no image")):
+    for places, other in ((images, f"no label {{}}.{label_field.extension}"), (labels, "no image")):
         for key, (name, _, _) in places.items():
             if key not in samples and _belongs_to_another(key, samples):
-                scan.left_out.add("extra image" if places is images else ".cls file", f"{path.name}: {name}")
+                scan.left_out.add(
+                    "extra image" if places is images else f".{label_field.extension} file", f"{path.name}: {name}"
+                )
             elif key not in samples:
                 scan.problems.append(f"{path.name}: {name} has {other.format(key)}")
     scan.encodings |= {
@@ -204,11 +211,6 @@ def _belongs_to_another(key: str, samples: Set[str]) -> bool:
     folder, slash, base = key.rpartition("/")
     pieces = base.split(".")
     return any(folder + slash + ".".join(pieces[:end]) in samples for end in range(1, len(pieces)))
-
-
-def _label(text: bytes) -> int | None:
-    digits = text.strip()
-    return int(digits) if digits.isdigit() and len(digits) < 10 else None
 
 
 def _count(images: list[np.ndarray], scan: _ShardScan) -> None:

@@ -5,6 +5,7 @@ header's checksum must match, every member must lie inside the file, and only ze
 Formats: ustar, GNU long names, and pax headers for path, linkpath and size (POSIX.1-2001, "pax Interchange Format").
 """
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
@@ -14,6 +15,14 @@ import numpy as np
 from shardstep.configs.errors import InputError
 
 BLOCK = 512
+TAR = (".tar",)
+PACKED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_UNPACKERS = {  # first bytes of a compressed file -> how its name ends, and the program that unpacks it
+    b"\x1f\x8b": ((".gz", ".tgz"), "gunzip"),
+    b"BZh": ((".bz2", ".tbz2"), "bunzip2"),
+    b"\xfd7zXZ": ((".xz", ".txz"), "unxz"),
+    b"\x28\xb5\x2f\xfd": ((".zst",), "unzstd --rm"),
+}
 REGULAR, CONTIGUOUS, HARD_LINK, LINK, FOLDER, FOLDER_LISTING, REGULAR_OLD = b"07125D\0"
 SPARSE, LONG_LINK, LONG_NAME, PAX, PAX_GLOBAL = b"SKLxg"
 Kind = Literal["file", "folder", "link", "hard link", "special file"]
@@ -40,35 +49,51 @@ class Member(NamedTuple):
     target: str = ""
 
 
-def read_members(path: Path) -> Iterator[Member]:
-    """Yield the members of an uncompressed tar, in their order in the archive.
+def read_members(path: Path, inside: Member | None = None) -> Iterator[Member]:
+    """Yield the members of an uncompressed tar, or of a tar inside it, in their order; offsets are those in the file.
 
     Raises:
         InputError: the archive is cut off, damaged, compressed, or not a tar; the message gives the byte.
     """
     if not path.is_file():  # to open a FIFO would wait for its writer
         raise InputError(f"{path} cannot be read: {'not a regular file' if path.exists() else 'it does not exist'}")
-    total = path.stat().st_size
+    start, total = (0, path.stat().st_size) if inside is None else (inside.offset, inside.offset + inside.size)
+    where = str(path) if inside is None else f"{path}: {inside.name}"
     with path.open("rb") as file:
-        yield from _read_members(file, total, str(path))
+        if command := unpack_command(path):
+            raise InputError(f"{path} is compressed: unpack it with `{command}`")
+        yield from _read_members(file, start, total, where)
 
 
-def _read_members(file: BinaryIO, total: int, path: str) -> Iterator[Member]:
-    position, long_name, long_link = 0, None, None
+def unpack_command(path: Path) -> str | None:
+    """Return the command that unpacks a compressed file; None if it is not compressed."""
+    with path.open("rb") as file:
+        first_bytes = file.read(8)
+    for magic, (endings, program) in _UNPACKERS.items():
+        if first_bytes.startswith(magic):
+            packed = path if path.name.lower().endswith(endings) else path.with_name(path.name + endings[0])
+            rename = "" if packed == path else f"{shlex.join(['mv', str(path), str(packed)])} && "
+            return f"{rename}{program} {shlex.quote(str(packed))}"
+    return None
+
+
+def _read_members(file: BinaryIO, start: int, total: int, path: str) -> Iterator[Member]:
+    position, long_name, long_link = start, None, None
     pax: dict[str, str] = {}
-    begin, window, sizes = 0, b"", list[int]()  # bytes from `begin` on, and the sizes in the headers among them
+    begin, window, sizes = start, b"", list[int]()  # bytes from `begin` on, and the sizes in the headers among them
     while True:
         place = position - begin
         if place + BLOCK > len(window):
             is_close = place - len(window) < _CLOSE
-            begin, place, window = position, 0, _read(file, position, _LONG_READ if is_close else _SHORT_READ)
+            length = max(0, min(_LONG_READ if is_close else _SHORT_READ, total - position))
+            begin, place, window = position, 0, _read(file, position, length)
             if len(window) < BLOCK:
                 raise InputError(f"{path} is cut off at byte {total}: a tar ends with blocks of zeros")
             sizes = _sizes_of_usual_headers(window) if is_close else [-1] * (len(window) // BLOCK)
         header, size = window[place : place + BLOCK], sizes[place // BLOCK]
         if size < 0:
             if header == _ZEROS:
-                _check_end(file, position + BLOCK, path)
+                _check_end(file, position + BLOCK, total, path)
                 return
             size = _checked_size(header, path, position)
         data, kind = position + BLOCK, header[156]
@@ -161,10 +186,10 @@ def _text(data: bytes, path: str, position: int) -> str:
         raise InputError(f"{path}: the name {data!r} in the header at byte {position} is not UTF-8") from None
 
 
-def _check_end(file: BinaryIO, place: int, path: str) -> None:
+def _check_end(file: BinaryIO, place: int, total: int, path: str) -> None:
     """Check that only zeros follow the first block of zeros: a lost header would hide the members after it."""
     file.seek(place)
-    while chunk := file.read(1 << 20):
+    while chunk := file.read(min(1 << 20, total - place)):
         if any(chunk):
             raise InputError(f"{path} is damaged: there is data after a block of zeros, from byte {place} on")
         place += len(chunk)

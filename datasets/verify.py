@@ -19,7 +19,9 @@ from shardstep.datasets import manifest as manifests
 from shardstep.datasets.decode import decode
 from shardstep.datasets.input_files import split_name
 from shardstep.datasets.manifest import MANIFEST_NAME, ShardFolder
+from shardstep.datasets.scan import NAMES
 from shardstep.datasets.tar import BLOCK, read_members
+from shardstep.datasets.tar_labels import NUMBERS_IN_CLS, parse_label_field
 
 
 def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None) -> list[str]:
@@ -98,18 +100,21 @@ def _damage_inside(shards: ShardFolder, shard: int) -> list[str]:
                 name = os.pread(file.fileno(), 100, place - BLOCK).partition(b"\0")[0].decode(errors="replace")
                 sample = f"sample {split_name(name)[0] or '?'} (number {number} of the shard, byte {place})"
                 damage.append(f"the image of {sample} is damaged")
-    first_label = shards.manifest.first_label
+    manifest = shards.manifest
+    label_field = parse_label_field(str(manifest.made.get("label_field", NUMBERS_IN_CLS)))
     labels = {
-        shards.key(int(number)): first_label + int(shards.index[number]["label"])
+        shards.key(int(number)): int(shards.index[number]["label"])
         for number in np.flatnonzero(shards.index["shard"] == shard)
     }
     try:
         for member in read_members(path):
-            key, extension = split_name(member.name)
-            if extension == "cls" and key in labels:
+            key = label_field.key(member.name)
+            if key is not None and key in labels:
                 with path.open("rb") as file:
-                    text = os.pread(file.fileno(), member.size, member.offset)
-                if text.strip() != str(labels[key]).encode():
+                    content = os.pread(file.fileno(), member.size, member.offset)
+                by_name = manifest.made.get("labels") == NAMES
+                label = manifest.classes[labels[key]] if by_name else str(manifest.first_label + labels[key])
+                if not label_field.holds(content, label):
                     damage.append(f"the label of sample {key} (byte {member.offset}) is damaged")
     except InputError as error:
         damage.append(f"its structure is damaged: {error}")

@@ -26,6 +26,7 @@ from shardstep.datasets.rng import permutation
 from shardstep.datasets.scan import MOST_NAMED, index_shards
 from shardstep.datasets.sources import open_source
 from shardstep.datasets.sources.source import Source
+from shardstep.datasets.sources.tables import NO_OPTIONS, LabelOptions
 
 BadImages = Literal["refuse", "skip"]
 SAMPLES_PER_SHARD = 1000
@@ -42,6 +43,7 @@ def write_shards(
     limit: int | None = None,
     bad_images: BadImages = "refuse",
     classes_of: Path | None = None,
+    labels: LabelOptions = NO_OPTIONS,
 ) -> Manifest:
     """Write one split of a source as WebDataset shards with a manifest and an index.
 
@@ -53,6 +55,7 @@ def write_shards(
         limit: number of images to choose by the seed, balanced over the classes; None takes all.
         bad_images: whether files that cannot be decoded are an error, or are left out and listed on stderr.
         classes_of: a data set whose classes to use, in its order, whether or not there are images of each.
+        labels: the table of labels and its columns, where the source leaves them open.
 
     Raises:
         InputError: the source or images of it cannot be read, it has a class that `classes_of` lacks, or `out` is not empty.
@@ -63,7 +66,7 @@ def write_shards(
         raise InputError(f"a limit of {limit} images: choose at least 1")
     out = out.expanduser().resolve()
     with file_lock(out.parent / f".{out.name}.lock"):
-        images = open_source(source, split)
+        images = open_source(source, split, labels)
         if classes_of is not None:
             images = images.in_classes(open_shards(classes_of).manifest.classes, str(classes_of))
         return _write_locked(images, source, split, out, samples_per_shard, seed, limit, bad_images)
@@ -87,10 +90,13 @@ def balanced_choice(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
     return np.sort(shuffled[np.argsort(turn, kind="stable")[:limit]])  # first the first image of each class, and so on
 
 
-def make_missing_shards(source: str, split: str, out: Path, is_only_split: bool = False) -> bool:
+def make_missing_shards(
+    source: str, split: str, out: Path, labels: LabelOptions = NO_OPTIONS, is_only_split: bool = False
+) -> bool:
     """Write the shards unless they exist or another process of this node writes them; return whether this call did.
 
-    `is_only_split`: whether all images of a source without splits may go into this one, because there is no other.
+    See write_shards for the arguments. `is_only_split`: whether all images of a source without splits may go into this one,
+    because there is no other.
 
     Raises:
         InputError: the source cannot be read or does not separate its splits, or `out` is not empty.
@@ -101,12 +107,12 @@ def make_missing_shards(source: str, split: str, out: Path, is_only_split: bool 
     with file_lock(out.parent / f".{out.name}.lock"):
         if (out / MANIFEST_NAME).is_file():
             return False
-        images = open_source(source, split)
+        images = open_source(source, split, labels)
         if not images.has_splits and not is_only_split:
             raise InputError(
-                f"data.source={source} has no train/ and test/ folders: both sets would hold the same images. Hold a part "
-                f"out with data.validation=0.1 data.test=none, or write each set from a separate folder with "
-                f"`shardstep shards write --source ...`"
+                f"data.source={source} has no train/ and test/ folders, nor a table with a column split: both sets would "
+                f"hold the same images. Hold a part out with data.validation=0.1 data.test=none, or write each set from its "
+                f"own folder with `shardstep shards write --source ...`"
             )
         _write_locked(images, source, split, out)
         return True
@@ -189,7 +195,7 @@ def _write_tars(
         with TarWriter(str(folder / f"{split}-{shard:06d}.tar"), encoder=False, mtime=0) as tar:
             for row, (number, data) in rows:
                 label = str(images.labels[number]).encode()
-                tar.write({"__key__": f"{row:0{width}d}", images.extension(number): data, "cls": label})
+                tar.write({"__key__": f"{row:0{width}d}", images.extension(number, data): data, "cls": label})
     return [bad[number] for number in sorted(bad)]
 
 

@@ -2,9 +2,10 @@
 
 shardstep shards write --source SRC --split train --out DIR [--samples-per-shard N] [--seed S] [--limit N]
                        [--classes-of DIR] [--bad-images skip]
+                       [--labels FILE] [--image-column NAME] [--label-column NAME]
 shardstep shards verify DIR
 shardstep shards info DIR
-shardstep shards index DIR [--classes NAME,NAME,...|@FILE] [--first-label N] [--force]
+shardstep shards index DIR [--label FIELD] [--classes NAME,NAME,...|@FILE] [--first-label N] [--force]
 shardstep shards order DIR --seed S --epoch E [--start P --count N --lanes L --window-shards W]
                        [--order-version 1|2]
 """
@@ -36,7 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="shardstep shards", description="Write, check and inspect data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("write", help="write shards from a source of images").add_argument
-    sources = "cifar10, digits, synthetic:N, a folder of <class>/<file>, a .tar of one, or CIFAR-10's own archive"
+    sources = (
+        "cifar10, mnist and other data sets of torchvision, digits, synthetic:N, a folder or .tar of images in "
+        "<class>/<file> or with a table of labels, or a published form, see docs/data.md"
+    )
     add("--source", required=True, help=sources)
     add("--split", choices=["train", "test"], default="train", help="split to write (default: train)")
     add("--out", type=Path, required=True, help="folder to create")
@@ -48,11 +52,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--classes-of", type=Path, metavar="DIR", help=classes_of)
     bad_images = "treat files that cannot be decoded as an error, or skip and list them (default: refuse)"
     add("--bad-images", choices=get_args(BadImages), default="refuse", help=bad_images)
+    table = "table of labels: .csv, .tsv, .jsonl, .parquet or .txt; {split} in the path stands for the split"
+    add("--labels", metavar="FILE", help=table)
+    of_images = "column with the images' names or content (default: the one whose name says so)"
+    add("--image-column", metavar="NAME", help=of_images)
+    of_labels = "column with the labels (default: the one whose name says so, or the only one left)"
+    add("--label-column", metavar="NAME", help=of_labels)
     verify = "compare every byte with the manifest, and decode every image"
     for name, what in (("verify", verify), ("info", "print counts, classes and sizes")):
         commands.add_parser(name, help=what).add_argument("dir", type=Path)
     add = commands.add_parser("index", help="write manifest.json and index for existing tars").add_argument
     add("dir", type=Path)
+    label = (
+        "where the label of a sample is, a number or a name: cls, txt, index, or json:path.to.label (default: that of the "
+        "manifest replaced, else numbers in cls)"
+    )
+    add("--label", metavar="FIELD", help=label)
     names = (
         "class names by label, separated by commas and quoted as in a CSV file, or @FILE with one name a line (default: "
         "those of the manifest replaced, else numbers)"
@@ -75,10 +90,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write(args: argparse.Namespace) -> int:
+    from shardstep.datasets.sources.tables import LabelOptions
     from shardstep.datasets.write import write_shards
 
     sizes = (args.samples_per_shard, args.seed, args.limit)
-    manifest = write_shards(args.source, args.split, args.out, *sizes, args.bad_images, args.classes_of)
+    labels = LabelOptions(args.labels, args.image_column, args.label_column)
+    manifest = write_shards(args.source, args.split, args.out, *sizes, args.bad_images, args.classes_of, labels)
     print(f"{args.out}: {_size(manifest)}, {manifest.bytes:,} bytes")
     return 0
 
@@ -121,6 +138,7 @@ def _index(args: argparse.Namespace) -> int:
     from shardstep.datasets.manifest import MANIFEST_NAME, parse_manifest
     from shardstep.datasets.scan import index_shards
     from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE
+    from shardstep.datasets.tar_labels import NUMBERS_IN_CLS, parse_label_field
 
     if not args.dir.is_dir():
         raise InputError(f"{args.dir} is not a folder")
@@ -139,8 +157,10 @@ def _index(args: argparse.Namespace) -> int:
     first_label = args.first_label if args.first_label is not None else former.first_label if former else 0
     if first_label < 0:
         raise InputError(f"--first-label {first_label}: labels are integers from 0")
+    label = args.label if args.label is not None else former and former.made.get("label_field")
     made = {"source": WRITTEN_ELSEWHERE} | ({"first_label": first_label} if first_label else {})
-    manifest = index_shards(args.dir, made, classes, former_classes=former_classes)
+    label_field = NUMBERS_IN_CLS if label is None else parse_label_field(str(label))
+    manifest = index_shards(args.dir, made, classes, former_classes=former_classes, label_field=label_field)
     print(f"{args.dir}: {_size(manifest)}, {count(len(manifest.classes), 'class', 'classes')}")
     empty = [name for name, n in zip(manifest.classes, manifest.samples_per_class, strict=True) if not n]
     if empty:

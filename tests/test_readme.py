@@ -198,6 +198,8 @@ def test_commands_run(document: str, tmp_path: Path) -> None:
             path = tmp_path / "path" / "to" / "images" / split / ("cat", "dog")[number % 2] / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png(number * 6, size=(40, 36)))
+    rows = [f"{path.relative_to(tmp_path)},{path.parent.name}\n" for path in sorted(tmp_path.rglob("*.png"))]
+    (tmp_path / "path" / "to" / "labels.csv").write_text("".join(["image,label\n", *rows]))
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in filter(runs_here, commands_of(document)):

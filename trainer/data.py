@@ -21,6 +21,7 @@ from shardstep.datasets.parts import Part, PartName, hold_out
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
 from shardstep.datasets.sources import surely_differs
+from shardstep.datasets.sources.tables import LabelOptions
 from shardstep.datasets.write import make_missing_shards
 from shardstep.trainer import machine
 from shardstep.trainer.distributed import launch_env
@@ -124,20 +125,25 @@ def make_missing_data(config: DataConfig) -> None:
         return
     for split, folder in missing_sets(config).items():
         try:
-            make_missing_shards(config.source, split, Path(folder).expanduser(), config.test == NO_TEST_SET)
+            is_only_split = config.test == NO_TEST_SET
+            make_missing_shards(config.source, split, Path(folder).expanduser(), _label_options(config), is_only_split)
         except InputError as error:  # perhaps only on this node: its first rank reports it
             error.everywhere = not launch_env.is_first_rank_of_node()
             raise
+
+
+def _label_options(config: DataConfig) -> LabelOptions:
+    return LabelOptions(config.labels, config.image_column, config.label_column)
 
 
 def unused_source_warning(config: DataConfig, data: Data) -> str | None:
     """Return a warning if existing shards hold other images than data.source; else None."""
     if config.source is None:
         return None
-    folders = folders_of(config)
+    folders, labels = folders_of(config), _label_options(config)
     for split, part in (("train", data.train), ("test", data.final)):
         folder = folders.get(split)
-        if folder and surely_differs(config.source, manifest := part.manifest, split):
+        if folder and surely_differs(config.source, manifest := part.manifest, split, labels):
             return (
                 f"data.source={config.source} is not used: {folder} already holds shards of other images "
                 f"({manifest.made.get('source', 'of unknown origin')}; classes {_short(manifest)}). To use the source, give "

@@ -184,6 +184,12 @@ def _check_combinations(recipe: Recipe) -> list[str]:
         problems.append("data.last_batch=drop has no effect with train.global_batch_size=full: an epoch is one batch")
     if recipe.log.wandb == "disabled" and recipe.log.wandb_artifacts != "none":
         problems.append(f"log.wandb_artifacts={recipe.log.wandb_artifacts} has no effect with log.wandb=disabled")
+    if recipe.data.source is None:
+        problems += [
+            f"data.{key}={value} has no effect without data.source, whose labels it says"
+            for key in ("labels", "image_column", "label_column")
+            if (value := getattr(recipe.data, key)) is not None
+        ]
     names = [entry.get("name") for entry in recipe.data.augment]
     if "flip" in names and "alternating_flip" in names:
         problems.append("data.augment: flip undoes what alternating_flip does; keep one of them")

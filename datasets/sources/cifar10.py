@@ -19,7 +19,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
 from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.sources.source import Source
-from shardstep.datasets.tar import read_members
+from shardstep.datasets.tar import read_members, unpack_command
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -80,7 +80,8 @@ def read_cifar10_archive(path: Path, split: str) -> Source:
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path} cannot be read as an archive: {error}") from None
     if not contents:
-        raise InputError(f"{path} does not hold CIFAR-10's {split} batches")
+        remedy = f". Unpack other archives first: `{command}`" if (command := unpack_command(path)) else ""
+        raise InputError(f"{path} does not hold CIFAR-10's {split} batches{remedy}")
     return _from_batches(contents)
 
 

@@ -27,7 +27,17 @@ _MOST_WRAPPERS = 8
 def find_class_folders(tree: FileTree, split: str) -> tuple[str, bool]:
     """Return the folder whose folders are the classes of a split, and whether there are folders for splits.
 
-    Single folders that hold nothing but folders are passed through.
+    Single folders that hold nothing but folders are passed through. See find_split_folder for the errors.
+    """
+    folder, has_splits = find_split_folder(tree, split)
+    if not has_splits:
+        return folder, False
+    named_so = {folder.rpartition("/")[2].lower(), *_NO_CLASSES}
+    return _unwrapped(tree, folder, lambda name: name.lower() in named_so or split_of(name) == split), True
+
+
+def find_split_folder(tree: FileTree, split: str) -> tuple[str, bool]:
+    """Return the folder of a split, or the folder that holds everything, and whether there are folders for splits.
 
     Raises:
         InputError: there are folders of other splits only, or several for this one.
@@ -49,9 +59,7 @@ def find_class_folders(tree: FileTree, split: str) -> tuple[str, bool]:
         )
     if chosen != split and len(mine) > 1:
         raise InputError(f"{where} has several folders for {split}: {', '.join(sorted(mine))}. Give one as the source")
-    named_so = {chosen.lower(), *_NO_CLASSES}
-    inside = _unwrapped(tree, joined(top, chosen), lambda name: name.lower() in named_so or _split_of(name) == split)
-    return inside, True
+    return joined(top, chosen), True
 
 
 def split_folders(names: Iterable[str]) -> dict[str, str]:
@@ -60,7 +68,7 @@ def split_folders(names: Iterable[str]) -> dict[str, str]:
     Names with other words in them do so only in pairs: pets_train beside pets_test, but not bullet_train alone.
     """
     names = list(names)
-    found = {name: split for name in names if (split := _split_of(name))}
+    found = {name: split for name in names if (split := split_of(name))}
     pairs: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
     for name in names:
         words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
@@ -73,7 +81,8 @@ def split_folders(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _split_of(name: str) -> str | None:
+def split_of(name: str) -> str | None:
+    """Return train, test or val, if a name stands for one of them."""
     match = _SPLIT_NAME.fullmatch(re.sub(r"[^a-z]", "", name.lower()))
     return _SPLIT_WORDS[match[1]] if match else None
 
@@ -93,7 +102,7 @@ def refuse_what_are_no_classes(images: list[list[str]], has_splits: bool, where:
     if all(name.lower() in _NO_CLASSES for name in classes):
         raise InputError(
             f"{where} has no class folders: all images are in {', '.join(f'{name}/' for name in classes)}. Sort them into "
-            f"<class>/<file>; labels in a file beside them are not read"
+            f"<class>/<file>, or give a table of labels with --labels (data.labels in a recipe)"
         )
     inner: dict[str, set[str]] = defaultdict(set)
     for parts in images:

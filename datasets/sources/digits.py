@@ -3,7 +3,7 @@
 import numpy as np
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.sources.source import Source
+from shardstep.datasets.sources.source import Source, is_fifth_of_class
 
 DIGITS, DIGIT_CLASSES = "digits of scikit-learn", [str(label) for label in range(10)]
 
@@ -19,11 +19,7 @@ def read_digits(split: str) -> Source:
     except ImportError:
         raise InputError("the source digits needs scikit-learn: pip install shardstep[digits]") from None
     digits = load_digits()
-    rank_in_class = np.empty(len(digits.target), dtype=np.int64)
-    for label in range(10):
-        members = np.flatnonzero(digits.target == label)
-        rank_in_class[members] = np.arange(len(members))
-    chosen = np.flatnonzero((rank_in_class % 5 == 4) == (split == "test"))
+    chosen = np.flatnonzero(is_fifth_of_class(digits.target) == (split == "test"))
     images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 17 grey levels, (N, 8, 8)
     return Source(
         DIGITS,

@@ -1,4 +1,4 @@
-"""A tree of image files, <class>/<file>, as a Source: a folder, or what image_tar.py reads from a tar."""
+"""A tree of image files as a Source, <class>/<file> or with a table: a folder, or what image_tar.py reads from a tar."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, listed
-from shardstep.datasets.class_names import class_name
+from shardstep.datasets.class_names import class_name, sorted_classes
 from shardstep.datasets.decode import EXTENSIONS
 from shardstep.datasets.input_files import (
     FileTree,
@@ -23,25 +23,44 @@ from shardstep.datasets.sources.class_folders import (
     refuse_what_are_no_classes,
     split_folders,
 )
+from shardstep.datasets.sources.labelled_files import open_labelled_tree, open_metadata_tree
 from shardstep.datasets.sources.source import Source
+from shardstep.datasets.sources.tables import LabelOptions
+
+IMAGE_FOLDER = "image folder"  # the description of class folders
 
 
-def open_image_folder(path: Path, split: str) -> Source:
-    """Find the images in PATH/<split>/<class>/ or PATH/<class>/; see open_image_tree for the errors."""
-    return open_image_tree("image folder", FolderTree(path), split)
+def open_image_folder(path: Path, split: str, options: LabelOptions) -> Source:
+    """Find the images in a folder; see open_image_tree."""
+    return open_image_tree(IMAGE_FOLDER, FolderTree(path), split, options)
 
 
-def open_image_tree(description: str, tree: FileTree, split: str) -> Source:
-    """Make a Source of files in class folders. The classes are the names of the first folders, sorted; see class_name.
+def open_image_tree(description: str, tree: FileTree, split: str, options: LabelOptions) -> Source:
+    """Make a Source of files with the labels of a table, that of the options or metadata.csv; else of files in class folders.
+
+    The classes of folders are the names of the first folders, see sorted_classes.
 
     Args:
-        description: of the Source.
-        tree: holds the class folders, or a folder for each split, or a single folder of these.
+        description: of a Source of class folders.
+        tree: holds the files in any folders; or class folders, or a folder for each split, or a single folder of these.
         split: "train" or "test".
 
     Raises:
-        InputError: there are no images, some lie outside class folders, or the folders are no classes.
+        InputError: see open_labelled_tree; or there are no images, some lie outside class folders, or the folders are no
+            classes.
     """
+    if options.table is not None:
+        return open_labelled_tree(tree, split, options)
+    if source := open_metadata_tree(tree, split, options):
+        return source
+    if options:
+        raise InputError(
+            f"{tree.where} has no table whose columns could be chosen: give one with --labels (data.labels)"
+        )
+    return _open_class_folders(description, tree, split)
+
+
+def _open_class_folders(description: str, tree: FileTree, split: str) -> Source:
     start, has_splits = find_class_folders(tree, split)
     found = find_images(tree, start)
     images, where = found.images, tree.where / start
@@ -57,7 +76,7 @@ def open_image_tree(description: str, tree: FileTree, split: str) -> Source:
         raise InputError(f"{where} holds {which}: sort them into <class>/<file>, or give another source")
     refuse_what_are_no_classes(parts, has_splits, str(where))
     name_of = {folder: class_name(folder) for folder in sorted({image[0] for image in parts})}
-    classes = sorted(set(name_of.values()))
+    classes = sorted_classes(name_of.values())
     label_of = {name: label for label, name in enumerate(classes)}
     return Source(
         description,
@@ -88,11 +107,7 @@ def _notes(tree: FileTree, start: str, found: FoundImages, has_splits: bool, nam
         _count_beside(tree, start, found)
     if start and not has_splits:
         notes.append(f"{tree.where}: the classes are the folders in {start}/, the only folder")
-    if line := found.left_out.line(tree.where):
-        notes.append(line)
-    if found.repeated:
-        which = f"{count(len(found.repeated), 'image')} found more than once, by links"
-        notes.append(f"{tree.where}: {which}, and used each time: {found.repeated[0]}")
+    notes += found.notes(tree.where)
     merged = [name for name, folders in Counter(name_of.values()).items() if folders > 1]
     if merged:
         notes.append(f"merged: folders whose names are one in another Unicode form (NFC and NFD): {listed(merged)}")

@@ -1,6 +1,7 @@
 """A tar of an image folder as a Source: images are read in place, nothing is unpacked."""
 
 import os
+import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Union
@@ -10,9 +11,12 @@ from shardstep.configs.text import count
 from shardstep.datasets.input_files import Entry, joined
 from shardstep.datasets.sources.image_folder import open_image_tree
 from shardstep.datasets.sources.source import Source
+from shardstep.datasets.sources.tables import LabelOptions
 from shardstep.datasets.tar import Member, read_members
 
 _Node = Union["_Folder", Member]
+IMAGE_TAR = "tar of an image folder"  # the description of one with class folders
+_CLASS_TAR = re.compile(r"(?:.*/)?n\d{8}\.tar")  # in ImageNet's tar of tars
 _MOST_LINKS = 40  # followed for one path, as on Linux
 
 
@@ -24,7 +28,7 @@ class TarTree:
     """A tar as a FileTree: what would be there if it were unpacked into an empty folder.
 
     Links are followed within the tar. As tar does, names lose a leading "/" and all up to a "..", and of several members of
-    one name the last one counts.
+    one name the last one counts. A tar inside it that holds a class of ImageNet is a folder.
 
     Raises:
         InputError: see read_members; or a member lies below a file.
@@ -35,7 +39,11 @@ class TarTree:
         self._root = _Folder()
         self.replaced: list[str] = []
         for member in read_members(path):
-            self._add(member)
+            if _CLASS_TAR.fullmatch(member.name) and member.kind == "file":
+                for inner in read_members(path, member):
+                    self._add(inner._replace(name=f"{member.name.removesuffix('.tar')}/{inner.name}"))
+            else:
+                self._add(member)
 
     def _add(self, member: Member) -> None:
         *folders, name = _parts(member.name) or [""]
@@ -120,10 +128,10 @@ class TarTree:
         return way[-1]
 
 
-def open_image_tar(path: Path, split: str) -> Source:
-    """Find the images in <split>/<class>/ or <class>/ of a tar; see TarTree and open_image_tree for the errors."""
+def open_image_tar(path: Path, split: str, options: LabelOptions) -> Source:
+    """Find the images in a tar; see TarTree and open_image_tree."""
     tree = TarTree(path)
-    source = open_image_tree("tar of an image folder", tree, split)
+    source = open_image_tree(IMAGE_TAR, tree, split, options)
     if tree.replaced:
         which = count(len(tree.replaced), "member is", "members are")
         source.notes.append(f"{path}: {which} in the tar again; the last one counts: {tree.replaced[0]}")

@@ -8,7 +8,7 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import listed
-from shardstep.datasets.decode import EXTENSIONS
+from shardstep.datasets.decode import EXTENSIONS, extension_of
 
 SPLITS = ("train", "test")
 WRITTEN_ELSEWHERE = "tars written elsewhere"  # in a manifest, instead of a Source's description
@@ -27,10 +27,10 @@ class Source:
     notes: list[str] = field(default_factory=list)  # lines on what was left out and why
     empty_folders: list[str] = field(default_factory=list)  # class folders without images
 
-    def extension(self, number: int) -> str:
-        """Return the file name extension of an image; pixels become PNG."""
+    def extension(self, number: int, data: bytes) -> str:
+        """Return the file name extension of an image, by its name, or else by its content."""
         suffix = PurePosixPath(self.name(number)).suffix.lstrip(".").lower()
-        return suffix if suffix in EXTENSIONS else "png"
+        return suffix if suffix in EXTENSIONS else extension_of(data)
 
     def only(self, numbers: np.ndarray) -> "Source":
         """Return a source of the images with these numbers, in this order."""
@@ -56,3 +56,12 @@ class Source:
             )
         new_labels = np.array([label_of[name] for name in self.classes], dtype=np.int64)
         return replace(self, classes=list(classes), labels=new_labels[self.labels], empty_folders=[])
+
+
+def is_fifth_of_class(labels: np.ndarray) -> np.ndarray:
+    """Choose test samples where a data set has no split: the fifth, tenth, ... of each class; a boolean for each label."""
+    order = np.argsort(labels, kind="stable")
+    of_class = labels[order]
+    place = np.empty(len(labels), dtype=np.int64)
+    place[order] = np.arange(len(labels)) - np.searchsorted(of_class, of_class)
+    return place % 5 == 4

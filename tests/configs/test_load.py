@@ -194,6 +194,20 @@ def test_clip_norm_and_value_exclude_each_other(tmp_path: Path) -> None:
     assert "exclude each other" in problems_of(tmp_path, MINIMAL, "train.clip_norm=1", "train.clip_value=1")
 
 
+@pytest.mark.parametrize("key", ["labels", "image_column", "label_column"])
+def test_labels_belong_to_a_source(tmp_path: Path, key: str) -> None:
+    override = f"data.{key}=x"
+    assert f"{override} has no effect without data.source" in problems_of(tmp_path, MINIMAL, override)
+    assert validate_recipe(load(tmp_path, MINIMAL, override, "data.source=y")).data.source == "y"
+
+
+@pytest.mark.parametrize(
+    "source", ["x/photos", "photos/", "photos.tar", "photos.tar.gz", "photos.parquet", "/x/photos.npz"]
+)
+def test_data_folders_are_named_after_the_source(tmp_path: Path, source: str) -> None:
+    assert load(tmp_path, MINIMAL, f"data.source={source}").recipe.data.test == "data/photos/test"
+
+
 def test_unknown_recipe_names_its_neighbours() -> None:
     with pytest.raises(InputError, match="did you mean quickstart"):
         load_recipe("quikstart")

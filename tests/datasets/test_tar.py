@@ -207,7 +207,9 @@ def test_every_flipped_header_byte_is_found(tmp_path: Path) -> None:
 def test_compressed_is_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("file"))
-    with pytest.raises(InputError, match="not a plain tar|cut off"):
+    with pytest.raises(
+        InputError, match=r"is compressed: unpack it with `mv .*x\.tar .*x\.tar\.gz && gunzip .*x\.tar\.gz`"
+    ):
         list(read_members(tmp_path / "x.tar"))
 
 

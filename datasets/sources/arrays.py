@@ -1,0 +1,75 @@
+"""Images in a numpy .npz file as a Source: MedMNIST's arrays, and those of Keras's mnist.npz."""
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from shardstep.configs.errors import InputError
+from shardstep.configs.text import listed
+from shardstep.datasets.class_names import ONE_LABEL, label_names, numbered
+from shardstep.datasets.sources.source import Source
+
+ARRAYS = "arrays of images"  # the description of such a Source
+_NAMES = {  # of images and labels, by split
+    "train": (("train_images", "train_labels"), ("x_train", "y_train")),
+    "val": (("val_images", "val_labels"), ("x_val", "y_val")),
+    "test": (("test_images", "test_labels"), ("x_test", "y_test")),
+}
+
+
+def read_arrays(path: Path, split: str) -> Source:
+    """Make a Source of images (N, H, W) or (N, H, W, 1 or 3), or (N, 3, H, W), in uint8, with labels (N,) or (N, 1).
+
+    Raises:
+        InputError: the file is damaged, or has no such arrays of the split.
+    """
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            pairs = {part: pair for part, names in _NAMES.items() for pair in names if set(pair) <= set(file.files)}
+            if split not in pairs:
+                looked_for = " or ".join(" and ".join(pair) for pair in _NAMES[split])
+                raise InputError(f"{path} has no arrays {looked_for}, only {listed(file.files, most=10)}")
+            images = file[pairs[split][0]]
+            labels = {part: _labels(file[pair[1]], f"{path}: {pair[1]}") for part, pair in pairs.items()}
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} cannot be read as arrays of numpy: {error}") from None
+    pixels, mine = _pixels(images, f"{path}: {pairs[split][0]}"), labels[split]
+    if len(pixels) != len(mine) or not len(pixels):
+        raise InputError(f"{path}: {len(pixels)} images and {len(mine)} labels for {split}")
+    classes, _ = numbered([name for names in labels.values() for name in names])
+    label_of = {name: label for label, name in enumerate(classes)}
+    return Source(
+        ARRAYS,
+        classes,
+        np.array([label_of[name] for name in mine], dtype=np.int64),
+        lambda number: pixels[number],
+        lambda number: f"image {number}",
+    )
+
+
+def _labels(labels: np.ndarray, where: str) -> list[str]:
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        raise InputError(f"{where} has {labels.shape[1]} labels for each image; {ONE_LABEL}")
+    if labels.size != len(labels):
+        raise InputError(f"{where} has the shape {labels.shape}: one label for each image is (N,) or (N, 1)")
+    names = label_names(labels.reshape(-1).tolist(), where)
+    if "" in names:
+        raise InputError(f"{where}: image {names.index('')} has no label")
+    return names
+
+
+def _pixels(images: np.ndarray, where: str) -> np.ndarray:
+    """Return images of shape (N, H, W, 1 or 3)."""
+    if images.dtype != np.uint8:
+        raise InputError(f"{where} holds {images.dtype} values: write whole numbers 0 to 255, as uint8")
+    if images.ndim == 3:
+        return images[:, :, :, np.newaxis]
+    if images.ndim == 4 and images.shape[3] in (1, 3):
+        return images
+    if images.ndim == 4 and images.shape[1] in (1, 3):  # planes
+        return images.transpose(0, 2, 3, 1)
+    raise InputError(f"{where} has the shape {images.shape}: images are (N, H, W) or (N, H, W, 3), no volumes")

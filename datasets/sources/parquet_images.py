@@ -1,0 +1,195 @@
+"""Images inside parquet files, as Hugging Face's datasets writes them: a column of files, and one of labels.
+
+A column of images is a struct of bytes and path, or plain bytes. The names of classes are in the schema's metadata.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardstep.configs.errors import InputError
+from shardstep.configs.text import listed
+from shardstep.datasets.cache import cache_folder
+from shardstep.datasets.class_names import class_name, label_names, sorted_classes
+from shardstep.datasets.input_files import FolderTree, LeftOut, is_hidden, is_image, joined, split_name
+from shardstep.datasets.progress import progress_bar
+from shardstep.datasets.sources.class_folders import split_of
+from shardstep.datasets.sources.parquet import open_parquet
+from shardstep.datasets.sources.source import Source
+from shardstep.datasets.sources.tables import LabelOptions, choose_label_column, columns_named
+
+PARQUET_IMAGES = "images in parquet files"  # the description of such a Source
+_READ_TOGETHER = 64  # images
+_MOST_LEVELS = 3  # of folders, as in default/train/0000.parquet
+_UNLABELLED = -1  # the label that Hugging Face gives to what has none
+
+
+@dataclass(frozen=True)
+class _Columns:
+    image: str
+    label: str
+    classes: list[str] | None  # if the file names them; its labels are then numbers
+
+
+def find_parquet_files(folder: Path) -> list[str]:
+    """Return the parquet files in and below a folder, sorted; none where there are images beside them, or above."""
+    tree, found, level = FolderTree(folder), list[str](), [""]
+    for _ in range(1 + _MOST_LEVELS):
+        folders = []
+        for place in level:
+            entries = [entry for entry in tree.entries(place) if not is_hidden(entry.name)]
+            if any(is_image(entry.name) for entry in entries):
+                return []
+            files = [entry.name for entry in entries if entry.kind == "file"]
+            found += [joined(place, name) for name in files if split_name(name)[1] == "parquet"]
+            folders += [joined(place, entry.name) for entry in entries if entry.kind == "folder"]
+        level = folders
+    return sorted(found)
+
+
+def open_parquet_images(where: Path, names: Sequence[str], split: str | None, options: LabelOptions) -> Source:
+    """Make a Source of the parquet files of a split; their names or folders say which: train-00000-of-00002.parquet, ...
+
+    Args:
+        where: the folder of the files.
+        names: of the files below it. If no name says a split, each split has all files.
+        split: "train" or "test"; None takes all files.
+
+    Raises:
+        InputError: pyarrow is missing, a file cannot be read, none is of the split, or there are no plain columns of images
+            and labels.
+    """
+    split_of_file = {name: _split_of_file(name) for name in names}
+    has_splits = split is not None and any(split_of_file.values())
+    chosen = [name for name, its_split in split_of_file.items() if not has_splits or its_split == split]
+    if not chosen:
+        others = sorted({other for other in split_of_file.values() if other})
+        raise InputError(
+            f"{where} has no parquet files of {split}, only of {', '.join(others)}: give the files' folder, or one file, as "
+            f"the source"
+        )
+    columns = _columns(where / chosen[0], options)
+    values = {name: _column(where / name, columns.label) for name in names}
+    # Classes of all splits, so that each of them has the same.
+    labels = {name: _label_names(some, columns, where / name) for name, some in values.items()}
+    classes = columns.classes or sorted_classes(label for some in labels.values() for label in some if label)
+    number_of = {label: number for number, label in enumerate(classes)}
+
+    left_out, rows, kept = LeftOut(), list[str](), list[int]()
+    for name in chosen:
+        for row, label in enumerate(labels[name], 1):
+            if label:
+                kept.append(len(rows))
+            else:
+                left_out.add("empty label", f"{name}: row {row}")
+            rows.append(label)
+    if not kept:
+        raise InputError(f"{where}: no row of {listed(chosen)} has a label in the column {columns.label}")
+    files = _Files(where, chosen, columns.image, len(rows))
+    return Source(
+        PARQUET_IMAGES,
+        classes,
+        np.array([number_of[rows[row]] for row in kept], dtype=np.int64),
+        lambda number: files.read(kept[number]),
+        lambda number: files.names[kept[number]],
+        has_splits,
+        notes=[line] if (line := left_out.line(where, f"{columns.image} with {columns.label}")) else [],
+    )
+
+
+class _Files:
+    """The files in a column of images, copied one after the other into a file without a name: rows are read in any order."""
+
+    def __init__(self, where: Path, names: Sequence[str], column: str, rows: int) -> None:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.names: list[str] = []
+        self._places: list[tuple[int, int]] = []  # offset and size; a size of -1 for none
+        with tempfile.TemporaryFile(dir=folder) as copy, progress_bar(f"reading {where}", rows, "rows") as advance:
+            self._descriptor = os.dup(copy.fileno())
+            offset = 0
+            for name, value in _images(where, names, column):
+                content = value.get("bytes") if isinstance(value, dict) else value
+                path = value.get("path") if isinstance(value, dict) else None
+                self.names.append(f"{name}: {path or f'row {len(self.names) + 1}'}")
+                self._places.append((offset, -1 if content is None else len(content)))
+                offset += copy.write(content or b"")
+                advance(1)
+
+    def read(self, row: int) -> bytes:
+        offset, size = self._places[row]
+        if size < 0:
+            raise ValueError("cannot be read: the parquet file holds no bytes for it")
+        return os.pread(self._descriptor, size, offset)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+def _images(where: Path, names: Sequence[str], column: str) -> Iterator[tuple[str, Any]]:
+    for name in names:
+        with (where / name).open("rb") as opened, open_parquet(where / name, opened) as file:
+            for batch in file.iter_batches(_READ_TOGETHER, columns=[column]):
+                for value in batch.column(0):
+                    yield name, value.as_py()
+
+
+def _columns(path: Path, options: LabelOptions) -> _Columns:
+    """Choose the columns of a file by the options, by what its metadata says, by their types, and by their names."""
+    with path.open("rb") as opened, open_parquet(path, opened) as file:
+        schema = file.schema_arrow
+    types = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        class_names = {name: one["names"] for name, one in features.items() if one.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        class_names = {}
+    structs = [name for name, kind in types.items() if kind.startswith("struct<") and "bytes: " in kind]
+    images = structs or [name for name, kind in types.items() if kind in ("binary", "large_binary")]
+    if options.image_column is not None:
+        images = columns_named(types, options.image_column, "image", path)
+    if len(images) != 1:
+        raise InputError(
+            f"{path}: which column has the images? Choose with --image-column (data.image_column in a recipe) among "
+            f"{listed(images or list(types), most=30)}"
+        )
+    given = options.label_column or (next(iter(class_names)) if len(class_names) == 1 else None)
+    label = choose_label_column(list(types), given, images, path)
+    names = class_names.get(label)
+    return _Columns(images[0], label, None if names is None else [class_name(str(name)) for name in names])
+
+
+def _column(path: Path, column: str) -> list[Any]:
+    with path.open("rb") as opened, open_parquet(path, opened) as file:
+        columns_named(file.schema_arrow.names, column, "label", path)
+        return list(file.read(columns=[column]).column(0).to_pylist())
+
+
+def _label_names(values: list[Any], columns: _Columns, path: Path) -> list[str]:
+    where = f"{path}, column {columns.label}"
+    if columns.classes is None:
+        return label_names(values, where)
+    names = label_names(["" if value == _UNLABELLED else value for value in values], where)
+    out_of_range = sorted({name for name in names if name and not 0 <= int(name) < len(columns.classes)})
+    if out_of_range:
+        raise InputError(
+            f"{where}: labels {listed(out_of_range)} are out of range: it names {len(columns.classes)} classes"
+        )
+    return [name and columns.classes[int(name)] for name in names]
+
+
+def _split_of_file(name: str) -> str | None:
+    """Return the split that the name of a file says, or else that of its folder."""
+    for part in reversed(name.removesuffix(".parquet").split("/")):
+        splits = {split for word in re.findall("[a-z]+", part.lower()) if (split := split_of(word))}
+        if len(splits) == 1:
+            return splits.pop()
+    return None
