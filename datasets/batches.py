@@ -150,9 +150,8 @@ class TrainBatches:
             labels = labels.to(self.device, non_blocking=True)
             on_device = time.perf_counter()
             if self.transforms and len(images):
-                positions = torch.arange(piece.start, piece.stop, device=self.device)
-                ids = torch.from_numpy(sample_ids).to(self.device, non_blocking=True)
-                draws = Draws(self.order.seed, piece.epoch, positions, ids)
+                positions = torch.arange(piece.start, piece.stop)
+                draws = Draws(self.order.seed, piece.epoch, positions, torch.from_numpy(sample_ids), self.device)
                 for transform in self.transforms:
                     images = transform(images, draws)
             images = self.normalize(images).contiguous(memory_format=self.memory_format)

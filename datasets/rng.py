@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -87,14 +88,31 @@ class Draws:
     mixes seed, epoch and stream. Wrapping int64 arithmetic is the same on every device.
     """
 
-    def __init__(self, seed: int, epoch: int, positions: "Tensor", sample_ids: "Tensor"):
-        """`positions`, `sample_ids`: int64, shape (batch,), on the device that needs the numbers."""
+    def __init__(
+        self,
+        seed: int,
+        epoch: int,
+        positions: "Tensor",
+        sample_ids: "Tensor",
+        device: "torch.device | None" = None,
+    ):
+        """Start at the first stream.
+
+        Args:
+            positions, sample_ids: int64, shape (batch,), on the host.
+            device: where the numbers are needed; None is the host.
+        """
         self.epoch, self._seed, self._stream = epoch, seed, 0
-        self._positions, self._sample_ids = positions, sample_ids
+        self._host_positions, self._sample_ids = positions, sample_ids.to(device=device, non_blocking=True)
+        self._positions = positions.to(device=device, non_blocking=True)
 
     def uniform(self, columns: int = 1) -> "Tensor":
         """Draw float64 in [0, 1), shape (batch, columns). Each call uses the next stream."""
         return self._uniform(self._positions, self.epoch, columns)
+
+    def uniform_on_host(self, columns: int = 1) -> "Tensor":
+        """Draw the numbers of uniform() on the host, for what decides which kernels run: a GPU is not waited for."""
+        return self._uniform(self._host_positions, self.epoch, columns)
 
     def uniform_by_sample(self, columns: int = 1) -> "Tensor":
         """Draw as uniform(), keyed by (seed, sample id, stream): a sample gets the same number in every epoch."""

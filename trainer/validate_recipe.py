@@ -13,7 +13,7 @@ from shardstep.configs.durations import duration_problems
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
-from shardstep.datasets.augment import TRANSFORMS
+from shardstep.datasets.augment import TRANSFORMS, augment_problems
 from shardstep.trainer import models
 from shardstep.trainer.distributed.gradients import gradient_sync_problems
 from shardstep.trainer.distributed.world import choose_device
@@ -92,7 +92,7 @@ def _resolve_augment(entries: list[Any]) -> tuple[list[dict[str, Any]], list[str
         section, found = resolve_options(where, given, *NAMED["augment"])
         resolved.append(section)
         problems += found
-    return resolved, problems
+    return resolved, problems or augment_problems(resolved)
 
 
 def _check_durations(recipe: Recipe) -> list[str]:
@@ -182,9 +182,6 @@ def _check_combinations(recipe: Recipe) -> list[str]:
         problems.append("data.last_batch=drop has no effect with train.global_batch_size=full: an epoch is one batch")
     if recipe.log.wandb == "disabled" and recipe.log.wandb_artifacts != "none":
         problems.append(f"log.wandb_artifacts={recipe.log.wandb_artifacts} has no effect with log.wandb=disabled")
-    names = [entry.get("name") for entry in recipe.data.augment]
-    if "flip" in names and "alternating_flip" in names:
-        problems.append("data.augment: flip undoes what alternating_flip does; keep one of them")
     return problems
 
 
