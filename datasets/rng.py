@@ -95,14 +95,15 @@ class Draws:
         positions: "Tensor",
         sample_ids: "Tensor",
         device: "torch.device | None" = None,
+        stream: int = 0,
     ):
-        """Start at the first stream.
+        """Start at a stream.
 
         Args:
             positions, sample_ids: int64, shape (batch,), on the host.
             device: where the numbers are needed; None is the host.
         """
-        self.epoch, self._seed, self._stream = epoch, seed, 0
+        self.epoch, self._seed, self._device, self._stream = epoch, seed, device, stream
         self._host_positions, self._sample_ids = positions, sample_ids.to(device=device, non_blocking=True)
         self._positions = positions.to(device=device, non_blocking=True)
 
@@ -121,6 +122,14 @@ class Draws:
     def integers(self, bound: int, columns: int = 1) -> "Tensor":
         """Draw int64 in [0, bound), shape (batch, columns)."""
         return (self.uniform(columns) * bound).long()
+
+    def of_pairs(self) -> "Draws":
+        """Return draws for each two neighbours of the batch together, keyed by the first one's position."""
+        pairs = len(self._host_positions) // 2 * 2
+        first = slice(0, pairs, 2)
+        return Draws(
+            self._seed, self.epoch, self._host_positions[first], self._sample_ids[first], self._device, self._stream
+        )
 
     def _uniform(self, index: "Tensor", epoch: int, columns: int) -> "Tensor":
         import torch  # here: `shards order` runs without it, in a fraction of a second

@@ -2,7 +2,7 @@
 
 A transform takes images of shape (batch, height, width, channels) and Draws, and returns images of the same shape, except
 for `shrink`; it may change its input. The result for a sample depends on (seed, epoch, its global position or its id),
-never on its batch or rank. Keyword arguments are options in a recipe:
+never on its batch or rank. Mixers (mixing.py) come after all transforms. Keyword arguments are options in a recipe:
 `data.augment=[flip, {name: translate, pixels: 2}]`.
 
 geometry.py moves pixels, color.py changes their values, occlusion.py hides some, policies.py does several things at
@@ -18,6 +18,7 @@ from torch import Tensor
 from shardstep.datasets.augment.checks import augment_problems, smallest_side
 from shardstep.datasets.augment.color import blur, color_jitter, grayscale
 from shardstep.datasets.augment.geometry import alternating_flip, flip, random_crop, rotate, shrink, translate
+from shardstep.datasets.augment.mixing import MIXERS, Labels, MixedLabels, Mixing
 from shardstep.datasets.augment.normalize import Normalize, scale_and_shift
 from shardstep.datasets.augment.occlusion import cutout, erasing
 from shardstep.datasets.augment.policies import randaugment, trivial_augment
@@ -36,6 +37,8 @@ TRANSFORMS: dict[str, Callable[..., Tensor]] = {
         *(randaugment, trivial_augment),
     )
 }
+AUGMENTATIONS: dict[str, Callable] = TRANSFORMS | MIXERS
+"""Everything that data.augment can name."""
 
 
 def build_transforms(sections: Sequence[dict[str, Any]]) -> list[Transform]:
@@ -43,4 +46,11 @@ def build_transforms(sections: Sequence[dict[str, Any]]) -> list[Transform]:
     return [
         partial(TRANSFORMS[section["name"]], **{key: section[key] for key in section if key != "name"})
         for section in sections
+        if section["name"] in TRANSFORMS
     ]
+
+
+def build_mixing(sections: Sequence[dict[str, Any]]) -> Mixing | None:
+    """Build the mixup and cutmix of a recipe's checked data.augment; None if there are none."""
+    mixers = [section for section in sections if section["name"] in MIXERS]
+    return Mixing(mixers) if mixers else None

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from shardstep.datasets.augment.mixing import MIXERS
 
-def augment_problems(sections: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what is wrong with the resolved entries of data.augment, alone and together."""
+
+def augment_problems(sections: Sequence[dict[str, Any]], global_batch_size: int | str) -> list[str]:
+    """Return what is wrong with the resolved entries of data.augment, alone, together and for this size of batches."""
     problems = []
     for place, section in enumerate(sections):
         found = _CHECKS[section["name"]](section) if section["name"] in _CHECKS else []
@@ -13,6 +15,14 @@ def augment_problems(sections: Sequence[dict[str, Any]]) -> list[str]:
     names = [section["name"] for section in sections]
     if "flip" in names and "alternating_flip" in names:
         problems.append("data.augment: flip undoes what alternating_flip does; keep one of them")
+    mixers = [name for name in names if name in MIXERS]
+    if mixers and names[-len(mixers) :] != mixers:
+        problems.append(f"data.augment: {' and '.join(mixers)} must come last: what they mix are finished images")
+    problems += [f"data.augment: {name} can be listed only once" for name in MIXERS if mixers.count(name) > 1]
+    if mixers and global_batch_size == 1:
+        problems.append(
+            f"data.augment: {mixers[0]} has no effect with train.global_batch_size=1: images have no partners"
+        )
     return problems
 
 
@@ -48,7 +58,14 @@ def _check_blur(section: dict[str, Any]) -> list[str]:
     return odd + _check_range(section, "sigma", float("inf"))
 
 
+def _check_mixer(section: dict[str, Any]) -> list[str]:
+    alpha = section["alpha"]
+    return [] if 0 < alpha <= _MOST_ALPHA else [f"alpha={alpha} must be above 0 and at most {_MOST_ALPHA}"]
+
+
+_MOST_ALPHA = 1000  # where w is 0.5 +- 0.01
 _CHECKS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "erasing": _check_erasing,
     "blur": _check_blur,
+    **dict.fromkeys(MIXERS, _check_mixer),
 }

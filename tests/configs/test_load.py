@@ -117,6 +117,11 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         ("data.augment=[flop]", "data.augment[0].name=flop is unknown; did you mean flip?"),
         ("data.augment=[{name: translate, pixel: 3}]", "pixel is not an option of translate; did you mean pixels?"),
         ("data.augment=[flip, alternating_flip]", "flip undoes"),
+        ("data.augment=[mixup, flip]", "data.augment: mixup must come last"),
+        ("data.augment=[mixup, flip, cutmix]", "mixup and cutmix must come last"),
+        ("data.augment=[flip, mixup, mixup]", "data.augment: mixup can be listed only once"),
+        ("data.augment=[flip, {name: mixup, alpha: 0}]", "data.augment[1].alpha=0.0 must be above 0"),
+        ("data.augment=[{name: cutmix, alpha: 1e9}]", "data.augment[0].alpha=1000000000.0 must be above 0 and at most"),
         (
             "data.augment=[{name: erasing, scale: [0.3, 0.1]}]",
             "augment[0].scale=[0.3, 0.1] must be two numbers above 0",
@@ -148,6 +153,11 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 def test_bad_values(tmp_path: Path, override: str, expected: str) -> None:
     extra = "loss.label_smoothing=0.1" if override == "loss.name=nll" else "run.seed=1"
     assert expected in problems_of(tmp_path, MINIMAL, override, extra)
+
+
+def test_an_image_alone_has_no_partner(tmp_path: Path) -> None:
+    found = problems_of(tmp_path, MINIMAL, "data.augment=[flip, cutmix]", "train.global_batch_size=1")
+    assert "data.augment: cutmix has no effect with train.global_batch_size=1" in found
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional
 
 from shardstep.datasets.augment.color import blur, color_jitter, grayscale
 from shardstep.datasets.augment.geometry import flip, random_crop, rotate
+from shardstep.datasets.augment.mixing import cutmix, mixup
 from shardstep.datasets.augment.occlusion import erasing
 from shardstep.datasets.augment.policies import (
     STRENGTHS,
@@ -172,3 +173,33 @@ def test_each_image_gets_what_it_drew(policy: str) -> None:
     else:
         found = trivial_augment(pixels, draws(count=200))
     assert torch.equal(channels_first(found), expected)
+
+
+# --- mixing -----------------------------------------------------------------------------------------------------------
+
+
+def test_mixup_differs_by_the_rounding_to_whole_levels() -> None:
+    pairs, numbers = images(64, 9, 8).unflatten(0, (32, 2)), draws(count=32).uniform(columns=4)
+    mixed, weights = mixup(pairs.clone(), numbers, alpha=0.5)
+    theirs = v2.MixUp(num_classes=2)
+    for pair, found, weight in zip(pairs, mixed, weights.tolist(), strict=True):
+        expected = theirs.transform(
+            channels_first(pair).float(), {"labels": torch.zeros(2), "batch_size": 2, "lam": weight}
+        )
+        assert (channels_first(found) - expected).abs().max() < 0.5 + 1e-3
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (9, 20)])
+def test_cutmix(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, numbers = images(400, height, width).unflatten(0, (200, 2)), draws(count=200).uniform(columns=4)
+    mixed, weights = cutmix(pairs.clone(), numbers, alpha=1.0)
+    theirs = v2.CutMix(num_classes=2)
+    for pair, found, weight, (_, share, row, column) in zip(pairs, mixed, weights, numbers, strict=True):
+        # of Beta(1, 1), which is uniform, the inverse is the number itself
+        monkeypatch.setattr(theirs._dist, "sample", lambda _, share=share: share)
+        places = iter([int(column * width), int(row * height)])
+        monkeypatch.setattr(torch, "randint", lambda *_, size, places=places: torch.tensor([next(places)]))
+        params = theirs.make_params([channels_first(pair)])
+        expected = theirs.transform(channels_first(pair), {"labels": torch.zeros(2), "batch_size": 2} | params)
+        assert torch.equal(channels_first(found), expected)
+        assert weight.item() == pytest.approx(params["lam_adjusted"])
