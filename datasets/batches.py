@@ -168,6 +168,8 @@ class TrainBatches:
             began = time.perf_counter()
 
     def _augment(self, piece: _Piece, sample_ids: np.ndarray, images: Tensor, labels: Tensor) -> tuple[Tensor, Labels]:
+        if not (self.transforms or self.mixing):
+            return images, labels
         positions = torch.arange(piece.read_start, piece.read_stop)
         draws = Draws(self.order.seed, piece.epoch, positions, torch.from_numpy(sample_ids), self.device)
         if len(images):

@@ -123,6 +123,12 @@ class Draws:
         """Draw int64 in [0, bound), shape (batch, columns)."""
         return (self.uniform(columns) * bound).long()
 
+    def bytes(self, count: int) -> "Tensor":
+        """Draw uint8 from all 256 values, shape (batch, count)."""
+        import torch
+
+        return self._words(self._positions, self.epoch, -(-count // 8)).view(torch.uint8)[:, :count]
+
     def of_pairs(self) -> "Draws":
         """Return draws for each two neighbours of the batch together, keyed by the first one's position."""
         pairs = len(self._host_positions) // 2 * 2
@@ -132,12 +138,15 @@ class Draws:
         )
 
     def _uniform(self, index: "Tensor", epoch: int, columns: int) -> "Tensor":
+        return _shift_right(self._words(index, epoch, columns), 11).double() * 2.0**-53
+
+    def _words(self, index: "Tensor", epoch: int, columns: int) -> "Tensor":
         import torch  # here: `shards order` runs without it, in a fraction of a second
 
         start = mix(mix(mix(self._seed) ^ (epoch % WORD)) ^ self._stream)
         self._stream += 1
         counter = index.unsqueeze(1) * columns + torch.arange(columns, device=index.device)
-        return _shift_right(_mix_words(counter * _signed(GOLDEN) + _signed(start)), 11).double() * 2.0**-53
+        return _mix_words(counter * _signed(GOLDEN) + _signed(start))
 
 
 def _mix_words(words: "Tensor") -> "Tensor":

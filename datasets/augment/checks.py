@@ -31,8 +31,8 @@ def smallest_side(section: dict[str, Any]) -> int:
     match section:
         case {"name": "translate", "pixels": reflected}:
             return int(reflected) + 1
-        case {"name": "random_crop", "padding": reflected, "padding_mode": "reflect"}:
-            return int(reflected) + 1
+        case {"name": "random_crop", "padding": padding, "padding_mode": mode}:
+            return int(padding) + (mode == "reflect")
         case {"name": "blur", "kernel_size": size}:
             return int(size) // 2 + 1
         case {"name": "shrink", "size": size}:

@@ -115,7 +115,8 @@ class Mixing:
 def with_partners(start: int, stop: int, size: int) -> tuple[int, int]:
     """Widen places [start, stop) of a global batch of `size` samples, so that it holds the partner of each.
 
-    Places 3, 4 and 5 of 10 need 2 as well, [2, 6); place 8 of 9 has no partner. Nothing needs nothing.
+    Places 3, 4 and 5 of 10 need 2 as well, [2, 6); place 8 of 9 has no partner. An empty range
+    stays empty.
     """
     return (start, stop) if start == stop else (start - start % 2, min(stop + stop % 2, size))
 

@@ -1,6 +1,7 @@
 """Transforms that hide a part of each image."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +25,13 @@ def erasing(
     probability: float = 0.5,
     scale: tuple[float, float] = (0.02, 0.33),
     ratio: tuple[float, float] = (0.3, 3.3),
+    fill: Literal["black", "noise"] = "black",
 ) -> Tensor:
-    """Blacken a random box inside each image with the given probability. Zhong 2017, arXiv 1708.04896.
+    """Fill a random box inside each image with black or noise, with the given probability. Zhong 2017, arXiv 1708.04896.
 
     `scale` is the range of the box's share of the image's area, `ratio` that of its height / width, uniform in the
     logarithm. As torchvision's RandomErasing before normalisation: of ten random boxes the first that is smaller than the
-    image, if any is.
+    image, if any is. Noise is uniform, where torchvision's and timm's, after normalisation, is Gaussian.
     """
     _, height, width, _ = images.shape
     chosen = draws.uniform()[:, 0] < probability
@@ -42,7 +44,10 @@ def erasing(
     place = draws.uniform(columns=2)
     top, left = (place[:, 0] * (height - box_height + 1)).long(), (place[:, 1] * (width - box_width + 1)).long()
     inside = inside_box(images, top, left, top + box_height, left + box_width)
-    return images.masked_fill(inside & (chosen & fits.any(dim=1)).view(-1, 1, 1, 1), 0)
+    inside &= (chosen & fits.any(dim=1)).view(-1, 1, 1, 1)
+    if fill == "noise":
+        return torch.where(inside, draws.bytes(images[:1].numel()).reshape(images.shape), images)
+    return images.masked_fill(inside, 0)
 
 
 def inside_box(images: Tensor, top: Tensor, left: Tensor, bottom: Tensor, right: Tensor) -> Tensor:

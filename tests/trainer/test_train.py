@@ -225,6 +225,7 @@ def test_a_loss_that_leaves_the_numbers_is_a_failure_that_names_the_step(shards:
         ({}, ["loss.name=nll"], "takes log-probabilities"),
         ({}, ["data.augment=[{name: translate, pixels: 40}]"], "needs images of at least 41 pixels"),
         ({}, ["data.augment=[{name: blur, kernel_size: 65}]"], "needs images of at least 33 pixels"),
+        ({}, ["data.augment=[{name: random_crop, padding: 1000000}]"], "needs images of at least 1000000 pixels"),
         (
             {},
             ["data.augment=[{name: random_crop, padding: 32, padding_mode: reflect}]"],

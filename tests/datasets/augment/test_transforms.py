@@ -23,7 +23,11 @@ def draws(positions: torch.Tensor | None = None, count: int = 64, epoch: int = 0
 
 
 SAME_SIZE = [name for name in TRANSFORMS if name != "shrink"]
-OPTIONS: dict[str, dict] = {"shrink": {"size": 4, "epochs": 9}, "color_jitter": {"hue": 0.2}}
+OPTIONS: dict[str, dict] = {
+    "shrink": {"size": 4, "epochs": 9},
+    "color_jitter": {"hue": 0.2},
+    "erasing": {"fill": "noise"},
+}
 """Options that make each transform do all that it can, where the defaults do not."""
 DIGESTS = {
     "flip": "adaca9776e22c42a",
@@ -36,7 +40,7 @@ DIGESTS = {
     "grayscale": "04e3338ab5837109",
     "blur": "083749d76ca2002a",
     "cutout": "37077d34364ccbfa",
-    "erasing": "0b92ea3b2ddf4f82",
+    "erasing": "8424b1e5193f1cf4",
     "randaugment": "e2a3394e7636b7c6",
     "trivial_augment": "eb32d0052213c40c",
 }
@@ -167,6 +171,19 @@ def test_erasing_blackens_boxes_of_the_given_areas_and_ratios(height: int, width
         assert (box_height - 0.5) * (box_width - 0.5) / (height * width) < scale[1]
         assert ratio[0] < (box_height + 0.5) / (box_width - 0.5)
         assert (box_height - 0.5) / (box_width + 0.5) < ratio[1]
+
+
+def test_erasing_with_noise_fills_the_same_boxes_with_all_values_alike() -> None:
+    black, noisy = (
+        erasing(torch.full((400, 33, 31, 3), 255, dtype=torch.uint8), draws(count=400), fill=fill)
+        for fill in ("black", "noise")
+    )
+    assert (noisy[black != 0] == 255).all()
+    values = torch.bincount(noisy[black == 0].int(), minlength=256)
+    expected = values.sum() / 256
+    assert expected > 400
+    assert ((values - expected).abs() < 5 * expected.sqrt()).all()
+    assert abs(torch.corrcoef(torch.stack([noisy[black == 0][:-1], noisy[black == 0][1:]]).float())[0, 1]) < 0.02
 
 
 def test_color_jitter_by_hand() -> None:
