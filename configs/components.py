@@ -125,6 +125,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("layers", "hidden", "widths", "head", "size", "epochs"), (1, math.inf)),
     **dict.fromkeys(("momentum", "decay", "label_smoothing", "dropout", "feature_dropout"), (0, 1)),
     **dict.fromkeys(("probability", "brightness", "contrast", "saturation"), (0, 1)),
+    **{"hue": (0, 0.5), "degrees": (0, 180), "padding": (0, math.inf), "num_ops": (1, 99), "magnitude": (0, 30)},
     "ns_steps": (0, 99),
 }
 """Smallest and largest value of an option, wherever an option has this name; in a list, of each number."""

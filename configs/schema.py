@@ -63,7 +63,7 @@ class DataConfig:
     """Number of reader threads per rank in stream mode; 0 reads in the training thread."""
     augment: list[Any] = field(default_factory=list)
     """Batch transforms, in order: names, or mappings of a name and options, such as [flip, {name: translate, pixels: 2}].
-    The names are the keys of TRANSFORMS in datasets/augment.py."""
+    The names are the keys of AUGMENTATIONS in datasets/augment; mixup and cutmix come last."""
     normalize: Any = "manifest"
     """Normalisation of pixel values: manifest (mean and std of the training set), none (0..1), or {mean: [...], std: [...]}
     on the 0..1 scale."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from shardstep.configs.schema import OrderVersion
-from shardstep.datasets.augment import Normalize, Transform
+from shardstep.datasets.augment import Labels, Mixing, Normalize, Transform
+from shardstep.datasets.augment.mixing import with_partners
 from shardstep.datasets.order import ORDER_VERSION, EpochOrder
 from shardstep.datasets.reader import Reader
 from shardstep.datasets.rng import Draws
@@ -28,7 +29,7 @@ class MicroBatch:
     """The input of one rank's forward and backward pass."""
 
     images: Tensor  # float32 (batch, channels, height, width), normalised, on the device
-    labels: Tensor  # int64 (batch,), on the device
+    labels: Labels  # int64 (batch,), on the device; two for each image with mixup or cutmix
     positions: np.ndarray  # int64 (batch,), global positions in the epoch, on the host
     sample_ids: np.ndarray  # int64 (batch,), on the host
 
@@ -64,11 +65,13 @@ class OrderConfig:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The positions of a micro-batch that is not read yet."""
+    """The positions of a micro-batch that is not read yet, and those to read: with the partners of mixup and cutmix."""
 
     epoch: int
     start: int
     stop: int
+    read_start: int
+    read_stop: int
 
 
 def micro_pieces(size: int, rank: int, world_size: int, max_micro_batch: int) -> list[tuple[int, int]]:
@@ -99,6 +102,7 @@ class TrainBatches:
     device: torch.device
     workers: int  # threads that read ahead; 0 reads in the calling thread
     ids: np.ndarray | None = None  # of the samples that the order numbers, if these are a part of the reader's
+    mixing: Mixing | None = None
     wait_s: float = field(default=0.0, init=False)  # waiting for data and preparing it; host time
     to_device_s: float = field(default=0.0, init=False)  # of wait_s: copying batches to the device
     augment_s: float = field(default=0.0, init=False)  # of wait_s: transforming and normalizing them
@@ -124,14 +128,18 @@ class TrainBatches:
 
     def _pieces(self, epoch: int, position: int, size: int) -> list[_Piece]:
         places = micro_pieces(size, self.rank, self.world_size, self.max_micro_batch)
-        return [_Piece(epoch, position + start, position + stop) for start, stop in places]
+        read = [with_partners(*place, size) for place in places] if self.mixing else places
+        return [
+            _Piece(epoch, *(position + place for place in (*own, *wanted)))
+            for own, wanted in zip(places, read, strict=True)
+        ]
 
     def _read(self, piece: _Piece) -> Callable[[], tuple[_Piece, np.ndarray, Tensor, Tensor]]:
         """Return a task that reads one piece. The ids are computed here: the order's cache belongs to one thread."""
         order = self._order_of(piece.epoch)
-        numbers = order.slice(piece.start, piece.stop)
+        numbers = order.slice(piece.read_start, piece.read_stop)
         sample_ids = numbers if self.ids is None else self.ids[numbers]
-        for lane, block in order.blocks(piece.start, piece.stop):
+        for lane, block in order.blocks(piece.read_start, piece.read_stop):
             for upcoming in (block, block + 1):
                 if (lane, upcoming) not in self._announced:
                     self._announced.add((lane, upcoming))
@@ -151,19 +159,25 @@ class TrainBatches:
             images = images.to(self.device, non_blocking=True)
             labels = labels.to(self.device, non_blocking=True)
             on_device = time.perf_counter()
-            if self.transforms and len(images):
-                positions = torch.arange(piece.start, piece.stop, device=self.device)
-                ids = torch.from_numpy(sample_ids).to(self.device, non_blocking=True)
-                draws = Draws(self.order.seed, piece.epoch, positions, ids)
-                for transform in self.transforms:
-                    images = transform(images, draws)
-            images = self.normalize(images).contiguous(memory_format=self.memory_format)
+            images, mixed = self._augment(piece, sample_ids, images, labels)
+            own = slice(piece.start - piece.read_start, piece.stop - piece.read_start)
+            images = self.normalize(images[own]).contiguous(memory_format=self.memory_format)
             ready = time.perf_counter()
             self.wait_s += ready - began
             self.to_device_s += on_device - read
             self.augment_s += ready - on_device
-            yield MicroBatch(images, labels, np.arange(piece.start, piece.stop), sample_ids)
+            yield MicroBatch(images, mixed[own], np.arange(piece.start, piece.stop), sample_ids[own])
             began = time.perf_counter()
+
+    def _augment(self, piece: _Piece, sample_ids: np.ndarray, images: Tensor, labels: Tensor) -> tuple[Tensor, Labels]:
+        if not (self.transforms or self.mixing):
+            return images, labels
+        positions = torch.arange(piece.read_start, piece.read_stop)
+        draws = Draws(self.order.seed, piece.epoch, positions, torch.from_numpy(sample_ids), self.device)
+        if len(images):
+            for transform in self.transforms:
+                images = transform(images, draws)
+        return self.mixing(images, labels, draws) if self.mixing else (images, labels)
 
 
 def test_batches(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -87,14 +88,32 @@ class Draws:
     mixes seed, epoch and stream. Wrapping int64 arithmetic is the same on every device.
     """
 
-    def __init__(self, seed: int, epoch: int, positions: "Tensor", sample_ids: "Tensor"):
-        """`positions`, `sample_ids`: int64, shape (batch,), on the device that needs the numbers."""
-        self.epoch, self._seed, self._stream = epoch, seed, 0
-        self._positions, self._sample_ids = positions, sample_ids
+    def __init__(
+        self,
+        seed: int,
+        epoch: int,
+        positions: "Tensor",
+        sample_ids: "Tensor",
+        device: "torch.device | None" = None,
+        stream: int = 0,
+    ):
+        """Start at a stream.
+
+        Args:
+            positions, sample_ids: int64, shape (batch,), on the host.
+            device: where the numbers are needed; None is the host.
+        """
+        self.epoch, self._seed, self._device, self._stream = epoch, seed, device, stream
+        self._host_positions, self._sample_ids = positions, sample_ids.to(device=device, non_blocking=True)
+        self._positions = positions.to(device=device, non_blocking=True)
 
     def uniform(self, columns: int = 1) -> "Tensor":
         """Draw float64 in [0, 1), shape (batch, columns). Each call uses the next stream."""
         return self._uniform(self._positions, self.epoch, columns)
+
+    def uniform_on_host(self, columns: int = 1) -> "Tensor":
+        """Draw the numbers of uniform() on the host, for what decides which kernels run: a GPU is not waited for."""
+        return self._uniform(self._host_positions, self.epoch, columns)
 
     def uniform_by_sample(self, columns: int = 1) -> "Tensor":
         """Draw as uniform(), keyed by (seed, sample id, stream): a sample gets the same number in every epoch."""
@@ -104,13 +123,30 @@ class Draws:
         """Draw int64 in [0, bound), shape (batch, columns)."""
         return (self.uniform(columns) * bound).long()
 
+    def bytes(self, count: int) -> "Tensor":
+        """Draw uint8 from all 256 values, shape (batch, count)."""
+        import torch
+
+        return self._words(self._positions, self.epoch, -(-count // 8)).view(torch.uint8)[:, :count]
+
+    def of_pairs(self) -> "Draws":
+        """Return draws for each two neighbours of the batch together, keyed by the first one's position."""
+        pairs = len(self._host_positions) // 2 * 2
+        first = slice(0, pairs, 2)
+        return Draws(
+            self._seed, self.epoch, self._host_positions[first], self._sample_ids[first], self._device, self._stream
+        )
+
     def _uniform(self, index: "Tensor", epoch: int, columns: int) -> "Tensor":
+        return _shift_right(self._words(index, epoch, columns), 11).double() * 2.0**-53
+
+    def _words(self, index: "Tensor", epoch: int, columns: int) -> "Tensor":
         import torch  # here: `shards order` runs without it, in a fraction of a second
 
         start = mix(mix(mix(self._seed) ^ (epoch % WORD)) ^ self._stream)
         self._stream += 1
         counter = index.unsqueeze(1) * columns + torch.arange(columns, device=index.device)
-        return _shift_right(_mix_words(counter * _signed(GOLDEN) + _signed(start)), 11).double() * 2.0**-53
+        return _mix_words(counter * _signed(GOLDEN) + _signed(start))
 
 
 def _mix_words(words: "Tensor") -> "Tensor":

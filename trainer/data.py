@@ -13,7 +13,7 @@ from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.resolve import ResolvedRecipe
 from shardstep.configs.schema import DataConfig, DataMode, OrderVersion
 from shardstep.configs.text import listed
-from shardstep.datasets.augment import Normalize, build_transforms, smallest_side
+from shardstep.datasets.augment import Normalize, build_mixing, build_transforms, smallest_side
 from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, did_you_mean, open_shards
 from shardstep.datasets.order import ORDER_VERSION, window_of
@@ -286,6 +286,7 @@ def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data
         device=accelerator.device,
         workers=_reader_threads(recipe, loaded.train_reader),
         ids=loaded.train.ids,
+        mixing=build_mixing(recipe.data.augment),
     )
 
 

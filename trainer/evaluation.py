@@ -112,12 +112,12 @@ def _count(
         outputs = predict(module, images, config.views, config.sure_above)  # (B, K)
         sums[3] += len(labels)
         if objective.reconstructs:
-            sums[0] += objective.evaluation_loss(outputs, images)
+            sums[0] += objective.evaluation_loss(outputs, images).sum()
             continue
         # Nothing below waits for the device, as bincount or a tensor made from a Python number would.
         best = outputs.topk(min(5, num_classes), dim=1).indices
         hits = best == labels.unsqueeze(1)
-        loss = objective.evaluation_loss(outputs, labels).double()
+        loss = objective.evaluation_loss(outputs, labels).sum().double()
         sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
         confusion.scatter_add_(0, labels * num_classes + best[:, 0], one.expand(len(labels)))
     return sums, confusion

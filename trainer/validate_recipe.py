@@ -14,7 +14,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.held_out import held_out_problems
 from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
-from shardstep.datasets.augment import TRANSFORMS
+from shardstep.datasets.augment import AUGMENTATIONS, augment_problems
 from shardstep.trainer import models
 from shardstep.trainer.distributed.gradients import gradient_sync_problems
 from shardstep.trainer.distributed.world import choose_device
@@ -28,7 +28,7 @@ NAMED: dict[str, tuple[Mapping[str, Callable], Mapping[str, tuple[Any, Any]]]] =
     "optimizer": (optimizers.OPTIMIZERS, optimizers.COMMON_OPTIONS),
     "schedule": (schedules.SCHEDULES, schedules.COMMON_OPTIONS),
     "average": (average.AVERAGES, {}),
-    "augment": (TRANSFORMS, {}),
+    "augment": (AUGMENTATIONS, {}),
 }
 """The functions that each open section, and each entry of data.augment, can name, and the options that go with any name."""
 _AT_LEAST = {
@@ -69,7 +69,7 @@ def validate_recipe(loaded: LoadedRecipe) -> Recipe:
         resolved_sections[section] = resolved
         problems += found
 
-    augment, found = _resolve_augment(recipe.data.augment)
+    augment, found = _resolve_augment(recipe)
     recipe = replace(recipe, data=replace(recipe.data, augment=augment), **resolved_sections)
     problems += found
     for check in (_check_durations, _check_values, _check_combinations, _check_normalize):
@@ -82,9 +82,9 @@ def validate_recipe(loaded: LoadedRecipe) -> Recipe:
     return recipe
 
 
-def _resolve_augment(entries: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+def _resolve_augment(recipe: Recipe) -> tuple[list[dict[str, Any]], list[str]]:
     resolved, problems = [], []
-    for place, entry in enumerate(entries):
+    for place, entry in enumerate(recipe.data.augment):
         given = {"name": entry} if isinstance(entry, str) else entry
         where = f"data.augment[{place}]"
         if not isinstance(given, dict):
@@ -93,7 +93,7 @@ def _resolve_augment(entries: list[Any]) -> tuple[list[dict[str, Any]], list[str
         section, found = resolve_options(where, given, *NAMED["augment"])
         resolved.append(section)
         problems += found
-    return resolved, problems
+    return resolved, problems or augment_problems(resolved, recipe.train.global_batch_size)
 
 
 def _check_durations(recipe: Recipe) -> list[str]:
@@ -190,9 +190,6 @@ def _check_combinations(recipe: Recipe) -> list[str]:
             for key in ("labels", "image_column", "label_column")
             if (value := getattr(recipe.data, key)) is not None
         ]
-    names = [entry.get("name") for entry in recipe.data.augment]
-    if "flip" in names and "alternating_flip" in names:
-        problems.append("data.augment: flip undoes what alternating_flip does; keep one of them")
     return problems
 
 

@@ -117,6 +117,27 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         ("data.augment=[flop]", "data.augment[0].name=flop is unknown; did you mean flip?"),
         ("data.augment=[{name: translate, pixel: 3}]", "pixel is not an option of translate; did you mean pixels?"),
         ("data.augment=[flip, alternating_flip]", "flip undoes"),
+        ("data.augment=[mixup, flip]", "data.augment: mixup must come last"),
+        ("data.augment=[mixup, flip, cutmix]", "mixup and cutmix must come last"),
+        ("data.augment=[flip, mixup, mixup]", "data.augment: mixup can be listed only once"),
+        ("data.augment=[flip, {name: mixup, alpha: 0}]", "data.augment[1].alpha=0.0 must be above 0"),
+        ("data.augment=[{name: cutmix, alpha: 1e9}]", "data.augment[0].alpha=1000000000.0 must be above 0 and at most"),
+        (
+            "data.augment=[{name: erasing, scale: [0.3, 0.1]}]",
+            "augment[0].scale=[0.3, 0.1] must be two numbers above 0",
+        ),
+        ("data.augment=[{name: erasing, scale: [0.1, 1.5]}]", "above 0 and at most 1, the smaller one first"),
+        ("data.augment=[{name: erasing, scale: 0.1}]", "data.augment[0].scale"),
+        ("data.augment=[{name: erasing, ratio: [0, 2]}]", "augment[0].ratio=[0.0, 2.0] must be two numbers above 0"),
+        ("data.augment=[{name: blur, sigma: [0, 2]}]", "augment[0].sigma=[0.0, 2.0] must be two numbers above 0"),
+        ("data.augment=[{name: blur, kernel_size: 4}]", "kernel_size=4 must be an odd number of pixels"),
+        ("data.augment=[{name: blur, kernel_size: -3}]", "kernel_size=-3 must be an odd number of pixels"),
+        ("data.augment=[{name: color_jitter, hue: 0.6}]", "hue: 0.6 must be at least 0 and at most 0.5"),
+        ("data.augment=[{name: randaugment, magnitude: 31}]", "magnitude: 31 must be at least 0 and at most 30"),
+        ("data.augment=[{name: randaugment, num_ops: 0}]", "num_ops: 0 must be at least 1"),
+        ("data.augment=[{name: random_crop, padding: -1}]", "padding: -1 must be at least 0"),
+        ("data.augment=[{name: random_crop, padding_mode: edge}]", "data.augment[0].padding_mode"),
+        ("data.augment=[{name: rotate, degrees: 200}]", "degrees: 200.0 must be at least 0 and at most 180"),
         ("optimizer.name=lbfgs", "cannot work here"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
         ("optimizer.groups=[{lr: 1}]", "must be a mapping with match"),
@@ -132,6 +153,11 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 def test_bad_values(tmp_path: Path, override: str, expected: str) -> None:
     extra = "loss.label_smoothing=0.1" if override == "loss.name=nll" else "run.seed=1"
     assert expected in problems_of(tmp_path, MINIMAL, override, extra)
+
+
+def test_an_image_alone_has_no_partner(tmp_path: Path) -> None:
+    found = problems_of(tmp_path, MINIMAL, "data.augment=[flip, cutmix]", "train.global_batch_size=1")
+    assert "data.augment: cutmix has no effect with train.global_batch_size=1" in found
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.augment import Normalize, build_transforms
+from shardstep.datasets.augment import Labels, MixedLabels, Normalize, build_mixing, build_transforms
 from shardstep.datasets.batches import OrderConfig, TrainBatches, micro_pieces, read_ahead, test_batches
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.order import EpochOrder
@@ -42,6 +42,15 @@ def test_pieces_by_hand() -> None:
     assert [micro_pieces(2, rank, 3, 5) for rank in range(3)] == [[(0, 0)], [(0, 1)], [(1, 2)]]
 
 
+AUGMENT = [{"name": "flip", "probability": 0.5}, {"name": "translate", "pixels": 3}]
+MIXED = [
+    *AUGMENT,
+    {"name": "trivial_augment"},
+    {"name": "mixup", "alpha": 0.5, "probability": 0.8},
+    {"name": "cutmix", "alpha": 1.0, "probability": 1.0},
+]
+
+
 def batches(
     shards: Path,
     reader: Reader,
@@ -51,19 +60,22 @@ def batches(
     limit: int = 100,
     lanes: int = 1,
     window: int | None = None,
+    augment: list[dict] = AUGMENT,
+    size: int = 30,
 ) -> TrainBatches:
     opened = open_shards(shards / "train")
     return TrainBatches(
         reader,
         OrderConfig(opened.samples_per_shard, 5, lanes, window),
-        global_batch_size=30,
+        global_batch_size=size,
         samples_per_epoch=101,
         rank=rank,
         world_size=world_size,
         max_micro_batch=limit,
         device=CPU,
         workers=workers,
-        transforms=build_transforms([{"name": "flip", "probability": 0.5}, {"name": "translate", "pixels": 3}]),
+        transforms=build_transforms(augment),
+        mixing=build_mixing(augment),
         normalize=Normalize([0.5] * 3, [0.25] * 3, (32, 32, 3), CPU),
         memory_format=torch.contiguous_format,
     )
@@ -81,12 +93,19 @@ def collect(made: TrainBatches, steps: int, epoch: int = 0, position: int = 0) -
                 "position": batch.position,
                 "size": batch.size,
                 "images": torch.cat([micro.images for micro in micros]),
-                "labels": torch.cat([micro.labels for micro in micros]),
+                "labels": torch.cat([as_columns(micro.labels) for micro in micros]),
                 "positions": np.concatenate([micro.positions for micro in micros]),
                 "ids": np.concatenate([micro.sample_ids for micro in micros]),
             }
         )
     return found
+
+
+def as_columns(labels: Labels) -> torch.Tensor:
+    """Labels (batch,); of mixed images own and partners' labels and weights, (batch, 3)."""
+    if isinstance(labels, MixedLabels):
+        return torch.stack([labels.own.double(), labels.partners.double(), labels.weights.double()], dim=1)
+    return labels
 
 
 def joined(ranks: list[list[dict]], step: int, key: str) -> np.ndarray:
@@ -114,19 +133,39 @@ def test_any_world_sees_the_same(
             assert np.array_equal(joined(many, step, key), np.asarray(one[step][key])), key
 
 
-def test_resident_and_stream_give_the_same(shards: Path) -> None:
+@pytest.mark.parametrize(("world_size", "limit"), [(1, 3), (1, 4), (2, 100), (2, 3), (3, 100), (3, 3), (8, 1)])
+@pytest.mark.parametrize("size", [1, 7, 30])
+def test_any_world_mixes_the_same(shards: Path, world_size: int, limit: int, size: int) -> None:
+    # Of batches of 7, and of the last of 11, the last sample has no partner; shares and pieces begin within pairs.
+    reader = load_resident(open_shards(shards / "train"), None, CPU)
+    one = collect(batches(shards, reader, augment=MIXED, size=size), 9)
+    many = [
+        collect(batches(shards, reader, rank, world_size, limit=limit, augment=MIXED, size=size), 9)
+        for rank in range(world_size)
+    ]
+    for step in range(9):
+        for key in ("images", "labels", "positions", "ids"):
+            assert np.array_equal(joined(many, step, key), np.asarray(one[step][key])), key
+        partners = [min(place ^ 1, one[step]["size"] - 1) for place in range(one[step]["size"])]
+        own, others, _ = one[step]["labels"].unbind(1)
+        assert torch.equal(others, own[partners])
+
+
+@pytest.mark.parametrize("augment", [AUGMENT, MIXED])
+def test_resident_and_stream_give_the_same(shards: Path, augment: list[dict]) -> None:
     opened = open_shards(shards / "train")
-    resident = collect(batches(shards, load_resident(opened, None, CPU)), 6)
-    stream = collect(batches(shards, StreamReader(opened), workers=2), 6)
+    resident = collect(batches(shards, load_resident(opened, None, CPU), augment=augment), 6)
+    stream = collect(batches(shards, StreamReader(opened), workers=2, augment=augment), 6)
     for one, other in zip(resident, stream, strict=True):
         assert torch.equal(one["images"], other["images"])
         assert torch.equal(one["labels"], other["labels"])
 
 
-def test_starting_anywhere_is_going_on(shards: Path) -> None:
+@pytest.mark.parametrize("augment", [AUGMENT, MIXED])
+def test_starting_anywhere_is_going_on(shards: Path, augment: list[dict]) -> None:
     reader = StreamReader(open_shards(shards / "train"))
-    whole = collect(batches(shards, reader), 8)
-    rest = collect(batches(shards, reader), 3, epoch=1, position=30)
+    whole = collect(batches(shards, reader, augment=augment), 8)
+    rest = collect(batches(shards, reader, augment=augment), 3, epoch=1, position=30)
     for late, early in zip(rest, whole[5:], strict=True):
         assert torch.equal(late["images"], early["images"])
         assert late["positions"].tolist() == early["positions"].tolist()

@@ -165,6 +165,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "an mlp, fp16 with a scaler": {"train": {"precision": "fp16"}},
     "convolutions, bf16 weights": {"model": CONVOLUTIONS, "train": {"precision": "bf16", "weights": "half"}},
     "streamed and augmented": {"model": CONVOLUTIONS, "data": {"mode": "stream", "augment": ["flip"]}},
+    "mixed": {"model": CONVOLUTIONS, "data": {"augment": ["trivial_augment", "erasing", "mixup", "cutmix"]}},
 }
 
 

@@ -224,6 +224,13 @@ def test_a_loss_that_leaves_the_numbers_is_a_failure_that_names_the_step(shards:
         ({}, ["data.train=/nowhere"], "no shards in /nowhere"),
         ({}, ["loss.name=nll"], "takes log-probabilities"),
         ({}, ["data.augment=[{name: translate, pixels: 40}]"], "needs images of at least 41 pixels"),
+        ({}, ["data.augment=[{name: blur, kernel_size: 65}]"], "needs images of at least 33 pixels"),
+        ({}, ["data.augment=[{name: random_crop, padding: 1000000}]"], "needs images of at least 1000000 pixels"),
+        (
+            {},
+            ["data.augment=[{name: random_crop, padding: 32, padding_mode: reflect}]"],
+            "needs images of at least 33 pixels",
+        ),
         ({"model": {"name": "article_cnn"}}, ["data.resize=7"], "images of 7x7 pixels are too small, it needs 9x9"),
         ({}, ["data.normalize={mean: [0.5], std: [0.2]}", "model.negative_slope=0.3"], "negative_slope belongs to"),
         ({}, ["run.resume=must"], "run.resume=must, but there is no checkpoint"),

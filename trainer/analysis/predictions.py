@@ -93,9 +93,7 @@ def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], N
             outputs = predict(trained.module, images, views, sure_above)  # (B, K), or images
             if trained.objective.reconstructs:
                 empty = labels[:0]
-                one_by_one = zip(outputs.split(1), images.split(1), strict=True)
-                losses = [trained.objective.evaluation_loss(*pair) for pair in one_by_one]
-                row = (labels, empty, empty, torch.stack(losses))
+                row = (labels, empty, empty, trained.objective.evaluation_loss(outputs, images))
             else:
                 confidence, predicted = outputs.softmax(dim=1).max(dim=1)
                 row = (labels, predicted, confidence, labels[:0])

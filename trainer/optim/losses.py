@@ -1,7 +1,7 @@
-"""Losses by name: (outputs, targets) -> the sum over the batch. Keyword arguments are the recipe's options.
+"""Losses by name: (outputs, targets) -> one loss per sample, (B,). Keyword arguments are the recipe's options.
 
-They return sums, not means: the loop divides by the number of samples in the global batch, so that shares of any size, even
-empty ones, add up to the exact global mean. With `reduction: sum` it does not divide.
+Objective adds them up; the loop divides the sum by the number of samples in the global batch, so that shares of any size,
+even empty ones, add up to the exact global mean. With `reduction: sum` it does not divide.
 """
 
 from collections.abc import Callable
@@ -14,27 +14,28 @@ from torch import Tensor
 from torch.nn import functional
 
 from shardstep.configs.errors import InputError
+from shardstep.datasets.augment import Labels
 
 Outputs = Tensor | tuple[Tensor, ...]
 """What a model returns: its outputs; in training perhaps a tuple with the outputs of auxiliary heads."""
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of logits (B, K) with labels (B,), summed.
+    """Cross-entropy of logits (B, K) with labels (B,), per sample.
 
     With smoothing s, the target is 1 - s on the label plus s / K on every class (Szegedy et al. 2015, arXiv 1512.00567,
     section 7).
     """
-    return functional.cross_entropy(outputs.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+    return functional.cross_entropy(outputs.float(), labels, reduction="none", label_smoothing=label_smoothing)
 
 
 def nll(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of log-probabilities (B, K) at labels (B,), summed; needs output_activation=log_softmax."""
-    return functional.nll_loss(outputs.float(), labels, reduction="sum")
+    """Negative log-likelihood of log-probabilities (B, K) at labels (B,), per sample; needs output_activation=log_softmax."""
+    return functional.nll_loss(outputs.float(), labels, reduction="none")
 
 
 def perceptron(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Margin by which the highest wrong output of (B, K) exceeds the label's, summed; 0 where the label's is the highest.
+    """Margin by which the highest wrong output of (B, K) exceeds the label's, or 0, per sample.
 
     For two classes with y = -1 or 1 and f = outputs[1] - outputs[0] this is Rosenblatt's max(0, -y f) (1958, Psychological
     Review 65); for more classes it is the extension by Crammer and Singer 2001, JMLR 2, without a margin. A tie counts as an
@@ -44,17 +45,17 @@ def perceptron(outputs: Tensor, labels: Tensor) -> Tensor:
     own = scores.gather(1, labels.unsqueeze(1)).squeeze(1)  # (B,)
     others = scores.scatter(1, labels.unsqueeze(1), -torch.inf)
     deficit = others.amax(dim=1) - own
-    return torch.where(deficit < 0, 0.0, deficit).sum()  # unlike a clamp, this passes a NaN on
+    return torch.where(deficit < 0, 0.0, deficit)  # unlike a clamp, this passes a NaN on
 
 
 def mse(outputs: Tensor, images: Tensor) -> Tensor:
-    """Squared error of reconstructed images (B, C, H, W): the mean over an image's values, summed over the batch."""
-    return (outputs.float() - images).square().sum() / images.shape[1:].numel()
+    """Squared error of reconstructed images (B, C, H, W): the mean over the values of each image."""
+    return (outputs.float() - images).square().mean(dim=(1, 2, 3))
 
 
 def l1(outputs: Tensor, images: Tensor) -> Tensor:
-    """Absolute error of reconstructed images (B, C, H, W): the mean over an image's values, summed over the batch."""
-    return (outputs.float() - images).abs().sum() / images.shape[1:].numel()
+    """Absolute error of reconstructed images (B, C, H, W): the mean over the values of each image."""
+    return (outputs.float() - images).abs().mean(dim=(1, 2, 3))
 
 
 CLASSIFICATION: dict[str, Callable[..., Tensor]] = {loss.__name__: loss for loss in (cross_entropy, nll, perceptron)}
@@ -70,7 +71,7 @@ class Objective:
     """The losses for training and evaluation.
 
     Attributes:
-        training_loss: summed over a batch.
+        training_loss: outputs and targets in, one loss per sample out.
         evaluation_loss: the same without options that only serve training, such as label smoothing.
         reconstructs: whether the images are the targets, so that no output is correct or wrong.
     """
@@ -85,21 +86,27 @@ class Objective:
         """Return what to divide the sum over a global batch by."""
         return 1 if self.reduction == "sum" else batch_size
 
-    def loss(self, outputs: Outputs, images: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, outputs: Outputs, images: Tensor, labels: Labels) -> Tensor:
         """Return the training loss of a batch, summed, including auxiliary heads."""
         main, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
         targets = images if self.reconstructs else labels
-        total = self.training_loss(main, targets)
+        total = self._sum(main, targets)
         for head in auxiliary:
-            total = total + self.auxiliary_weight * self.training_loss(head, targets)
+            total = total + self.auxiliary_weight * self._sum(head, targets)
         return total
 
-    def correct(self, outputs: Outputs, labels: Tensor) -> Tensor | int:
-        """Count the samples of a batch whose highest output is their label."""
+    def correct(self, outputs: Outputs, labels: Labels) -> Tensor | int:
+        """Count the samples of a batch whose highest output is their label, or the one with the larger weight of two."""
         if self.reconstructs:
             return 0
         main = outputs[0] if isinstance(outputs, tuple) else outputs
-        return (main.argmax(dim=1) == labels).sum()
+        return (main.argmax(dim=1) == (labels if isinstance(labels, Tensor) else labels.heavier)).sum()
+
+    def _sum(self, outputs: Tensor, targets: Labels) -> Tensor:
+        if isinstance(targets, Tensor):
+            return self.training_loss(outputs, targets).sum()
+        own, partners = (self.training_loss(outputs, each) for each in (targets.own, targets.partners))
+        return torch.lerp(partners, own, targets.weights).sum()
 
 
 def build_objective(loss: dict[str, Any], model: dict[str, Any]) -> Objective:

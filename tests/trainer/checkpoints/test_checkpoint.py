@@ -351,6 +351,10 @@ CASES: dict[str, dict[str, Any]] = {
     "fp16 with the scaler": {"train": {"precision": "fp16"}},
     "micro-steps": {"train": {"max_micro_batch": 4}},
     "streamed": {"data": {"mode": "stream", "augment": ["flip"]}},
+    "mixed": {
+        "data": {"mode": "stream", "augment": ["trivial_augment", "erasing", "mixup", "cutmix"]},
+        "train": {"max_micro_batch": 3},
+    },
     "batch norm": {"model": {"name": "whitening_cnn", "widths": [8, 8]}},
     "images that grow": {
         "model": {"name": "whitening_cnn", "widths": [8, 8]},

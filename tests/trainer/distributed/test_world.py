@@ -89,6 +89,11 @@ def test_the_same_curve_for_other_settings(shards: Path, tmp_path: Path, worlds:
         },
         "clipping by value": {"train": {"duration": "26 steps", "clip_value": 0.001}},
         "streamed": steps | {"data": {"mode": "stream", "workers": 2, "lanes": 3, "window_shards": 2}},
+        "mixed": {
+            "data": {"augment": ["randaugment", "mixup", "cutmix"]},
+            "loss": {"name": "cross_entropy", "label_smoothing": 0.1},
+            "train": {"duration": "26 steps", "global_batch_size": 13, "max_micro_batch": 3},
+        },
         "whole batch": {"train": {"duration": "25 steps", "global_batch_size": "full", "max_micro_batch": 16}},
         "last batch dropped": {"data": {"last_batch": "drop"}, "train": {"duration": "26 steps"}},
         "a sum, and parts frozen after a while": {

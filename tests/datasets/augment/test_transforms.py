@@ -1,18 +1,15 @@
+"""Transforms by themselves: by hand, in any batch, and as they were."""
+
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
-from shardstep.datasets.augment import (
-    TRANSFORMS,
-    Normalize,
-    alternating_flip,
-    build_transforms,
-    color_jitter,
-    cutout,
-    flip,
-    shrink,
-    translate,
-)
+from shardstep.datasets.augment import TRANSFORMS, Normalize, build_transforms
+from shardstep.datasets.augment.color import color_jitter
+from shardstep.datasets.augment.geometry import alternating_flip, flip, random_crop, shrink, translate
+from shardstep.datasets.augment.occlusion import cutout, erasing
 from shardstep.datasets.rng import Draws
 
 
@@ -26,16 +23,64 @@ def draws(positions: torch.Tensor | None = None, count: int = 64, epoch: int = 0
 
 
 SAME_SIZE = [name for name in TRANSFORMS if name != "shrink"]
+OPTIONS: dict[str, dict] = {
+    "shrink": {"size": 4, "epochs": 9},
+    "color_jitter": {"hue": 0.2},
+    "erasing": {"fill": "noise"},
+}
+"""Options that make each transform do all that it can, where the defaults do not."""
+DIGESTS = {
+    "flip": "adaca9776e22c42a",
+    "alternating_flip": "38dedd40d591fd99",
+    "translate": "d75ee2658c185be1",
+    "random_crop": "3f45a033ad571299",
+    "rotate": "c8e551a50b6e60c8",
+    "shrink": "25f7ab6d4469313d",
+    "color_jitter": "39a4a9b77dabdb9b",
+    "grayscale": "04e3338ab5837109",
+    "blur": "083749d76ca2002a",
+    "cutout": "37077d34364ccbfa",
+    "erasing": "8424b1e5193f1cf4",
+    "randaugment": "e2a3394e7636b7c6",
+    "trivial_augment": "eb32d0052213c40c",
+}
+"""Of 64 images of 12x11 pixels: what a recipe with these transforms trains on. A run must not find others when it resumes."""
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_each_transform_draws_and_does_what_it_did(name: str) -> None:
+    result = TRANSFORMS[name](images(64, 12, 11), draws(), **OPTIONS.get(name, {}))
+    assert hashlib.sha256(result.numpy().tobytes()).hexdigest()[:16] == DIGESTS[name]
+
+
+@pytest.mark.parametrize(("height", "width", "channels"), [(6, 5, 3), (7, 8, 1), (33, 31, 3)])
+@pytest.mark.parametrize("name", SAME_SIZE)
+def test_a_sample_is_transformed_the_same_in_any_batch(name: str, height: int, width: int, channels: int) -> None:
+    shape, options = (64, height, width, channels), OPTIONS.get(name, {})
+    whole = TRANSFORMS[name](images(*shape), draws(), **options)
+    for part in (slice(0, 1), slice(7, 20), slice(63, 64)):
+        alone = TRANSFORMS[name](images(*shape)[part], draws(torch.arange(64)[part]), **options)
+        assert torch.equal(alone, whole[part])
+    assert whole.shape == shape
+    assert whole.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("name", SAME_SIZE)
-def test_a_sample_is_transformed_the_same_in_any_batch(name: str) -> None:
-    whole = TRANSFORMS[name](images(64), draws())
-    for part in (slice(0, 1), slice(7, 20), slice(63, 64)):
-        alone = TRANSFORMS[name](images(64)[part], draws(torch.arange(64)[part]))
-        assert torch.equal(alone, whole[part])
-    assert whole.shape == (64, 6, 5, 3)
-    assert whole.dtype == torch.uint8
+def test_large_images_are_the_same_with_any_batch_and_threads(name: str) -> None:
+    # 360,900 values: torch sums one such image by several threads, in another order than several images
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads, parts in ((1, [slice(0, 6)]), (2, [slice(row, row + 1) for row in range(6)])):
+            torch.set_num_threads(threads)
+            options = OPTIONS.get(name, {})
+            done = [
+                TRANSFORMS[name](images(6, 300, 401)[part], draws(torch.arange(6)[part]), **options) for part in parts
+            ]
+            found.append(torch.cat(done))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", SAME_SIZE)
@@ -81,6 +126,17 @@ def test_translate_against_numpy() -> None:
     assert len({tuple(shift) for shift in shifts.tolist()}) > 20
 
 
+def test_random_crop_against_numpy() -> None:
+    pad, originals, result = 3, images(64), random_crop(images(64), draws(), padding=3)
+    shifts = draws().integers(7, columns=2)
+    for image, cut, (down, right) in zip(originals.numpy(), result.numpy(), shifts.tolist(), strict=True):
+        padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+        assert np.array_equal(cut, padded[down : down + 6, right : right + 5])
+    reflected = random_crop(images(64), draws(), padding=3, padding_mode="reflect")
+    assert torch.equal(reflected, translate(images(64), draws(), pixels=3))
+    assert torch.equal(random_crop(images(9), draws(count=9), padding=0), images(9))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_translate_by_nothing(channels: int) -> None:
     assert torch.equal(translate(images(9, channels=channels), draws(count=9), pixels=0), images(9, channels=channels))
@@ -96,6 +152,38 @@ def test_cutout_blackens_a_square() -> None:
         rows, columns = hole.any(dim=1).nonzero()[:, 0], hole.any(dim=0).nonzero()[:, 0]
         assert hole.sum() == len(rows) * len(columns)
         assert rows[-1] - rows[0] + 1 == len(rows)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (24, 60), (1, 9)])
+def test_erasing_blackens_boxes_of_the_given_areas_and_ratios(height: int, width: int) -> None:
+    count, scale, ratio = 400, (0.1, 0.2), (0.5, 2.0)
+    white = torch.full((count, height, width, 3), 255, dtype=torch.uint8)
+    holes = (erasing(white, draws(count=count), probability=0.75, scale=scale, ratio=ratio) == 0).all(dim=3)
+    erased = holes[holes.any(dim=(1, 2))]
+    assert (len(erased) == 0) == (height == 1)  # a box is smaller than the image
+    if height > 1:
+        assert abs(len(erased) / count - 0.75) < 0.1  # 4 standard deviations: 4 sqrt(0.75 x 0.25 / 400) = 0.09
+    for hole in erased:
+        box_height, box_width = int(hole.any(dim=1).sum()), int(hole.any(dim=0).sum())
+        assert hole.sum() == box_height * box_width
+        # sides are rounded to whole pixels
+        assert scale[0] < (box_height + 0.5) * (box_width + 0.5) / (height * width)
+        assert (box_height - 0.5) * (box_width - 0.5) / (height * width) < scale[1]
+        assert ratio[0] < (box_height + 0.5) / (box_width - 0.5)
+        assert (box_height - 0.5) / (box_width + 0.5) < ratio[1]
+
+
+def test_erasing_with_noise_fills_the_same_boxes_with_all_values_alike() -> None:
+    black, noisy = (
+        erasing(torch.full((400, 33, 31, 3), 255, dtype=torch.uint8), draws(count=400), fill=fill)
+        for fill in ("black", "noise")
+    )
+    assert (noisy[black != 0] == 255).all()
+    values = torch.bincount(noisy[black == 0].int(), minlength=256)
+    expected = values.sum() / 256
+    assert expected > 400
+    assert ((values - expected).abs() < 5 * expected.sqrt()).all()
+    assert abs(torch.corrcoef(torch.stack([noisy[black == 0][:-1], noisy[black == 0][1:]]).float())[0, 1]) < 0.02
 
 
 def test_color_jitter_by_hand() -> None:
