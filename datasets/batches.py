@@ -20,7 +20,7 @@ from shardstep.configs.schema import OrderVersion
 from shardstep.datasets.augment import Normalize, Transform
 from shardstep.datasets.order import ORDER_VERSION, EpochOrder
 from shardstep.datasets.reader import Reader
-from shardstep.datasets.rng import Draws
+from shardstep.datasets.rng import AT_DECODING, Draws
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,11 @@ class TrainBatches:
                 if (lane, upcoming) not in self._announced:
                     self._announced.add((lane, upcoming))
                     self.reader.will_need(order.shards_of(lane, upcoming))
-        return lambda: (piece, sample_ids, *self.reader.read(sample_ids))
+        return lambda: (piece, sample_ids, *self.reader.read(sample_ids, self._draws_of(piece, sample_ids)))
+
+    def _draws_of(self, piece: _Piece, sample_ids: np.ndarray) -> Draws:
+        positions = torch.arange(piece.start, piece.stop)
+        return Draws(self.order.seed, piece.epoch, positions, torch.from_numpy(sample_ids), AT_DECODING)
 
     def _order_of(self, epoch: int) -> EpochOrder:
         if epoch != self._epoch or self._epoch_order is None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 """The constants of splitmix64 (Steele, Lea and Flood 2014, OOPSLA)."""
 WORD = 2**64
+AT_DECODING = 2**32
+"""First stream of what is drawn before there is a batch: far above those that its transforms use."""
 _ROUNDS = 8  # even; from 5 on, outputs cannot be told from random ones by anything feasible (Patarin 2004, CRYPTO)
 
 
@@ -87,9 +89,9 @@ class Draws:
     mixes seed, epoch and stream. Wrapping int64 arithmetic is the same on every device.
     """
 
-    def __init__(self, seed: int, epoch: int, positions: "Tensor", sample_ids: "Tensor"):
-        """`positions`, `sample_ids`: int64, shape (batch,), on the device that needs the numbers."""
-        self.epoch, self._seed, self._stream = epoch, seed, 0
+    def __init__(self, seed: int, epoch: int, positions: "Tensor", sample_ids: "Tensor", stream: int = 0):
+        """`positions`, `sample_ids`: int64, shape (batch,), on the device that needs the numbers; `stream`: of the first."""
+        self.epoch, self._seed, self._stream = epoch, seed, stream
         self._positions, self._sample_ids = positions, sample_ids
 
     def uniform(self, columns: int = 1) -> "Tensor":

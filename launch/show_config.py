@@ -28,7 +28,8 @@ def show_config(loaded: LoadedRecipe, world_size: int) -> None:
     if not missing:
         train, test = data.open_both(recipe.data)
         mode = data.choose_mode(recipe.data, train, test, torch.device(recipe.train.device))
-        recipe = with_keys(recipe, data={"mode": mode})
+        crop_version = data.choose_crop_version(recipe.data, train, test)
+        recipe = with_keys(recipe, data={"mode": mode, "crop_version": crop_version})
     print(recipe_text(recipe), end="")
 
     num_samples = None if missing else train.manifest.samples

@@ -11,10 +11,12 @@ from torch import Tensor
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.resolve import ResolvedRecipe
-from shardstep.configs.schema import DataConfig, DataMode, OrderVersion
+from shardstep.configs.schema import CropVersion, DataConfig, DataMode, OrderVersion
 from shardstep.configs.text import listed
 from shardstep.datasets.augment import Normalize, build_transforms, smallest_side
 from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
+from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
+from shardstep.datasets.framing import RANDOM_CROP, Framing, framing_of, random_crop
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, did_you_mean, open_shards
 from shardstep.datasets.order import ORDER_VERSION, window_of
 from shardstep.datasets.reader import Reader, StreamReader
@@ -119,11 +121,11 @@ def open_both(config: DataConfig) -> tuple[ShardFolder, ShardFolder]:
         InputError: one cannot be opened, or their classes or sizes of images differ.
     """
     train, test = open_shards(config.train), open_shards(config.test)
-    check_same_task(train.manifest, test.manifest, config.train, config.test, config.resize)
+    check_same_task(train.manifest, test.manifest, config.train, config.test, framing_of(config))
     return train, test
 
 
-def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: str, resize: int | None) -> None:
+def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: str, framing: Framing | None) -> None:
     """Check that two sets have the same classes and sizes of images. Grey and coloured images are read in the mode of `one`.
 
     Raises:
@@ -136,7 +138,7 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
             f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}; "
             f"{_class_difference(one, other, one_name, other_name)}{remedy}"
         )
-    sizes = [manifest.shape_when_read(resize, one.image_mode) for manifest in (one, other)]
+    sizes = [manifest.shape_when_read(framing, one.image_mode) for manifest in (one, other)]
     if sizes[0] != sizes[1]:
         raise InputError(
             f"{one_name} and {other_name} have images of different sizes: {one.image_shape} and {other.image_shape}; "
@@ -153,11 +155,11 @@ def other_mode_note(train: Manifest, test: Manifest) -> str | None:
 
 
 def choose_mode(config: DataConfig, train: ShardFolder, test: ShardFolder, device: torch.device) -> DataMode:
-    """Return the recipe's data mode; for auto, resident if both sets fit in memory, else stream."""
+    """Return the recipe's data mode; for auto, resident if both sets fit in memory and are decoded alike, else stream."""
     if config.mode != "auto":
         return config.mode
-    sizes = [decoded_bytes(each.manifest, config.resize, train.manifest.image_mode) for each in (train, test)]
-    if None in sizes:
+    sizes = [decoded_bytes(each.manifest, framing_of(config), train.manifest.image_mode) for each in (train, test)]
+    if None in sizes or random_crop(config.augment):
         return "stream"
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine.memory_bytes()
     return "resident" if sum(size or 0 for size in sizes) <= RESIDENT_SHARE * memory else "stream"
@@ -168,18 +170,28 @@ def choose_order_version(config: DataConfig) -> OrderVersion:
     return ORDER_VERSION if config.order_version == "auto" else config.order_version
 
 
+def choose_crop_version(config: DataConfig, train: ShardFolder, test: ShardFolder) -> CropVersion:
+    """Return the recipe's crop version; for auto, the fastest for these sets that works on this machine."""
+    if config.crop_version != "auto":
+        return config.crop_version
+    encodings = {*train.manifest.encodings, *test.manifest.encodings}
+    has_crops = framing_of(config) is not None and not encodings.isdisjoint(("jpg", "jpeg"))
+    return PARTIAL if has_crops and not missing_for_partial() else 2
+
+
 def load(config: DataConfig, mode: DataMode, train: ShardFolder, test: ShardFolder, device: torch.device) -> Data:
     """Build the readers and the normalisation.
 
     Raises:
         InputError: the images are damaged, differ in size, or are too small for a transform.
     """
+    framing = framing_of(config)
     if mode == "resident":
-        train_reader: Reader = load_resident(train, config.resize, device)
-        test_reader: Reader = load_resident(test, config.resize, device, train.manifest.image_mode)
+        train_reader: Reader = load_resident(train, framing, device)
+        test_reader: Reader = load_resident(test, framing, device, train.manifest.image_mode)
     else:
-        train_reader = StreamReader(train, config.resize)
-        test_reader = StreamReader(test, config.resize, train.manifest.image_mode)
+        train_reader = StreamReader(train, framing)
+        test_reader = StreamReader(test, framing, train.manifest.image_mode)
     height, width, _ = train_reader.image_shape
     for entry in config.augment:
         if min(height, width) < smallest_side(entry):
@@ -208,7 +220,7 @@ def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         max_micro_batch=recipe.train.max_micro_batch,
-        transforms=build_transforms(recipe.data.augment),
+        transforms=build_transforms([entry for entry in recipe.data.augment if entry["name"] != RANDOM_CROP]),
         normalize=loaded.normalize,
         memory_format=MEMORY_FORMATS[recipe.train.memory_format],
         device=accelerator.device,

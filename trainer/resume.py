@@ -36,7 +36,10 @@ from shardstep.trainer.validate_recipe import validate_recipe
 
 _MATHEMATICS = {
     "run": ["seed"],
-    "data": ["augment", "normalize", "resize", "lanes", "window_shards", "order_version", "last_batch"],
+    "data": [
+        *("augment", "normalize", "resize", "crop_version"),
+        *("lanes", "window_shards", "order_version", "last_batch"),
+    ],
     "train": [
         *("global_batch_size", "precision", "weights", "memory_format", "convolutions", "compile", "compress"),
         *("clip_norm", "clip_value", "duration", "max_wall_s", "on_nan"),

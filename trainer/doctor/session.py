@@ -27,8 +27,10 @@ import torch
 from shardstep.configs.cores import usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, recipe_text
+from shardstep.configs.resolve import with_keys
 from shardstep.configs.schema import Recipe, TrainConfig
 from shardstep.datasets.cache import cache_folder
+from shardstep.datasets.framing import framing_of
 from shardstep.datasets.manifest import Manifest
 from shardstep.datasets.resident import decoded_path
 from shardstep.trainer import data, machine
@@ -224,6 +226,7 @@ def _check_data(
     try:
         train, test = data.open_both(recipe.data)
         mode = data.choose_mode(recipe.data, train, test, device)
+        recipe = with_keys(recipe, data={"crop_version": data.choose_crop_version(recipe.data, train, test)})
     except (InputError, OSError) as error:
         remedy = "run `shardstep shards verify` on the folder, and write damaged shards again"
         return None, [Finding.from_error("data", error, remedy)]
@@ -250,8 +253,9 @@ def _check_cache(recipe: Recipe, train: Manifest, test: Manifest) -> list[Findin
     """Check that the images that are not decoded yet fit into the cache folder."""
     folder, num_bytes = cache_folder(), 0
     for manifest in (train, test):
-        shape = manifest.shape_when_read(recipe.data.resize, train.image_mode)
-        if shape and not decoded_path(manifest, shape).is_file():
+        framing = framing_of(recipe.data)
+        shape = manifest.shape_when_read(framing, train.image_mode)
+        if shape and not decoded_path(manifest, shape, framing).is_file():
             num_bytes += manifest.samples * math.prod(shape)
     if not num_bytes:
         return []
