@@ -174,9 +174,18 @@ def choose_crop_version(config: DataConfig, train: ShardFolder, test: ShardFolde
     """Return the recipe's crop version; for auto, the fastest for these sets that works on this machine."""
     if config.crop_version != "auto":
         return config.crop_version
+    return PARTIAL if _cuts_jpegs(config, train, test) and not missing_for_partial() else 2
+
+
+def whole_jpegs_note(config: DataConfig, train: ShardFolder, test: ShardFolder) -> str | None:
+    """Say that this machine decodes more of JPEGs than it needs, and what it lacks; None where it does not."""
+    lacks = missing_for_partial() if config.crop_version == 2 and _cuts_jpegs(config, train, test) else None
+    return f"JPEGs are decoded entirely; to decode only what is needed takes {lacks}" if lacks else None
+
+
+def _cuts_jpegs(config: DataConfig, train: ShardFolder, test: ShardFolder) -> bool:
     encodings = {*train.manifest.encodings, *test.manifest.encodings}
-    has_crops = framing_of(config) is not None and not encodings.isdisjoint(("jpg", "jpeg"))
-    return PARTIAL if has_crops and not missing_for_partial() else 2
+    return framing_of(config) is not None and not encodings.isdisjoint(("jpg", "jpeg"))
 
 
 def load(config: DataConfig, mode: DataMode, train: ShardFolder, test: ShardFolder, device: torch.device) -> Data:

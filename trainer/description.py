@@ -9,7 +9,7 @@ from shardstep.configs.cores import usable_cores
 from shardstep.configs.text import count, duration
 from shardstep.datasets.batches import micro_pieces
 from shardstep.datasets.order import window_of
-from shardstep.trainer.data import other_mode_note, unused_source_warning
+from shardstep.trainer.data import other_mode_note, unused_source_warning, whole_jpegs_note
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.gradients import describe_gradient_sync
 from shardstep.trainer.models.batch_norm import SyncBatchNorm2d
@@ -42,7 +42,10 @@ def describe(run: Run) -> list[str]:
         f"lr {entry.get('lr', run.base_lr):g}"
         for entry in recipe.optimizer["groups"]
     )
-    other_mode = other_mode_note(train, run.data.test.manifest)
+    data_notes = [
+        other_mode_note(train, run.data.test.manifest),
+        whole_jpegs_note(recipe.data, run.data.train, run.data.test),
+    ]
     remaining_s = run.time_limit.remaining_s()
     facts = [
         ("world", f"{ranks}, {processor}"),
@@ -63,7 +66,7 @@ def describe(run: Run) -> list[str]:
         *([("gradients", describe_gradient_sync(recipe.train, run.state.module))] if plan.world_size > 1 else []),
         ("duration", duration_text(plan)),
         *([("time", f"the allocation ends in {duration(remaining_s)}")] if remaining_s is not None else []),
-        *([("note", other_mode)] if other_mode else []),
+        *(("note", note) for note in data_notes if note),
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
     ]
     headline = (

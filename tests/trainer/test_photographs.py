@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torchvision.transforms import v2
 
 from shardstep.configs.load import load_recipe
+from shardstep.configs.resolve import with_keys
 from shardstep.configs.schema import CropVersion
 from shardstep.datasets import native
 from shardstep.datasets.manifest import open_shards
@@ -19,6 +20,7 @@ from shardstep.launch import evaluate, export, predict
 from shardstep.launch.cli import run as run_command
 from shardstep.trainer import data
 from shardstep.trainer.analysis.trained_model import open_trained_model
+from shardstep.trainer.doctor.session import _decoder_findings
 from shardstep.trainer.validate_recipe import validate_recipe
 from tests.photographs import write_photographs
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
@@ -122,6 +124,11 @@ def test_a_machine_that_cannot_decode_parts(
         code, _, err = failure_of(str(recipe), "data.crop_version=3")
         assert code == 2
         assert "data.crop_version=3 needs libjpeg's header and a C compiler (there is no no-such-compiler)" in err
+        for version, severity in ((2, "warning"), (3, "error")):
+            chosen = with_keys(loaded, data={"crop_version": version})
+            (finding,) = _decoder_findings(chosen, *data.open_both(loaded.data))
+            assert finding.severity == severity
+            assert "libjpeg's header and a C compiler (there is no no-such-compiler)" in finding.what
         # a finished run is still of use there
         assert run_command(evaluate.main, [str(run), "--device", "cpu"]) == 0
         out = capsys.readouterr().out

@@ -30,8 +30,9 @@ from shardstep.configs.load import LoadedRecipe, recipe_text
 from shardstep.configs.resolve import with_keys
 from shardstep.configs.schema import Recipe, TrainConfig
 from shardstep.datasets.cache import cache_folder
+from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
 from shardstep.datasets.framing import framing_of
-from shardstep.datasets.manifest import Manifest
+from shardstep.datasets.manifest import Manifest, ShardFolder
 from shardstep.datasets.resident import decoded_path
 from shardstep.trainer import data, machine
 from shardstep.trainer.distributed import launch_env, world
@@ -233,8 +234,18 @@ def _check_data(
     shards = {"train": train.manifest, "test": test.manifest}
     facts["data"] = {split: _data_facts(manifest, folders[split]) for split, manifest in shards.items()}
     facts["data"]["mode"] = mode
+    found = _decoder_findings(recipe, train, test)
     both = f"{train.manifest.fingerprint[:12]} and {test.manifest.fingerprint[:12]}"
-    return both, _check_cache(recipe, train.manifest, test.manifest) if mode == "resident" else []
+    return both, found + (_check_cache(recipe, train.manifest, test.manifest) if mode == "resident" else [])
+
+
+def _decoder_findings(recipe: Recipe, train: ShardFolder, test: ShardFolder) -> list[Finding]:
+    """Check that this machine can decode only the needed parts of JPEGs, if the recipe has it do so or leaves it open."""
+    remedy = "install gcc and the header of libjpeg-turbo (libjpeg62-turbo-dev in Debian)"
+    if recipe.data.crop_version == PARTIAL and (lacks := missing_for_partial()):
+        return [Finding("error", "compiler", f"data.crop_version={PARTIAL} needs {lacks}", f"{remedy}, or use 2")]
+    note = data.whole_jpegs_note(recipe.data, train, test)
+    return [Finding("warning", "compiler", note, remedy)] if note else []
 
 
 def _data_facts(manifest: Manifest, folder: Path) -> dict[str, Any]:
