@@ -7,6 +7,7 @@ from typing import Any
 
 from shardstep.configs.schema import (
     Convolutions,
+    CropVersion,
     DataConfig,
     DataMode,
     Device,
@@ -24,6 +25,7 @@ class ResolvedDataConfig(DataConfig):
 
     mode: DataMode = "resident"
     order_version: OrderVersion = 1
+    crop_version: CropVersion = 1
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,13 @@ class Choices:
     memory_format: MemoryFormat
     convolutions: Convolutions
     order_version: OrderVersion
+    crop_version: CropVersion
 
 
 CHOICES = (
     ("data", "mode"),
     ("data", "order_version"),
+    ("data", "crop_version"),
     ("train", "device"),
     ("train", "precision"),
     ("train", "memory_format"),

@@ -11,6 +11,7 @@ from typing import Any, Literal, Optional, Union
 Device = Literal["cpu", "cuda"]
 DataMode = Literal["resident", "stream"]
 OrderVersion = Literal[1, 2]
+CropVersion = Literal[1, 2, 3]
 Precision = Literal["fp32", "bf16", "fp16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Convolutions = Literal["direct", "winograd", "unfold"]
@@ -62,13 +63,18 @@ class DataConfig:
     workers: int = 2
     """Number of reader threads per rank in stream mode; 0 reads in the training thread."""
     augment: list[Any] = field(default_factory=list)
-    """Batch transforms, in order: names, or mappings of a name and options, such as [flip, {name: translate, pixels: 2}].
-    The names are the keys of AUGMENTATIONS in datasets/augment; mixup and cutmix come last."""
+    """Transforms, in order: names, or mappings of a name and options, such as [flip, {name: translate, pixels: 2}]. The
+    names are the keys of AUGMENTATIONS in datasets/augment; random_resized_crop comes first, mixup and cutmix last."""
     normalize: Any = "manifest"
     """Normalisation of pixel values: manifest (mean and std of the training set), none (0..1), or {mean: [...], std: [...]}
     on the 0..1 scale."""
     resize: Optional[int] = None  # noqa: UP045
-    """Pixels that the shorter side is scaled to before the centre square is cut out; null keeps the size of the images."""
+    """Pixels that the shorter side is scaled to before the centre square is cut out; null keeps the size of the images. With
+    random_resized_crop, whose size is that of the square, this is for evaluation; null is then the size divided by 0.875."""
+    crop_version: Literal["auto", CropVersion] = "auto"
+    """How images are cut and scaled. 1: as by earlier versions; 2: as by torchvision with Pillow; 3: as 2, from only the
+    needed part of a JPEG, less than 1 of 255 apart on average (needs a C compiler and libjpeg); auto: 3 for JPEGs where it
+    works, else 2, but a run keeps what it began with."""
     lanes: int = 1
     """Number of equal parts of the shuffled order that are read in turn, one sample each; see datasets/order.py."""
     window_shards: Union[int, str] = "auto"  # noqa: UP007

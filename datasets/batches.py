@@ -21,7 +21,7 @@ from shardstep.datasets.augment import Labels, Mixing, Normalize, Transform
 from shardstep.datasets.augment.mixing import with_partners
 from shardstep.datasets.order import ORDER_VERSION, EpochOrder
 from shardstep.datasets.reader import Reader
-from shardstep.datasets.rng import Draws
+from shardstep.datasets.rng import AT_DECODING, Draws
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,17 @@ class TrainBatches:
                 if (lane, upcoming) not in self._announced:
                     self._announced.add((lane, upcoming))
                     self.reader.will_need(order.shards_of(lane, upcoming))
-        return lambda: (piece, sample_ids, *self.reader.read(sample_ids))
+        return lambda: (
+            piece,
+            sample_ids,
+            *self.reader.read(sample_ids, self._draws(piece, sample_ids, stream=AT_DECODING)),
+        )
+
+    def _draws(
+        self, piece: _Piece, sample_ids: np.ndarray, device: torch.device | None = None, stream: int = 0
+    ) -> Draws:
+        positions = torch.arange(piece.read_start, piece.read_stop)
+        return Draws(self.order.seed, piece.epoch, positions, torch.from_numpy(sample_ids), device, stream)
 
     def _order_of(self, epoch: int) -> EpochOrder:
         if epoch != self._epoch or self._epoch_order is None:
@@ -172,8 +182,7 @@ class TrainBatches:
     def _augment(self, piece: _Piece, sample_ids: np.ndarray, images: Tensor, labels: Tensor) -> tuple[Tensor, Labels]:
         if not (self.transforms or self.mixing):
             return images, labels
-        positions = torch.arange(piece.read_start, piece.read_stop)
-        draws = Draws(self.order.seed, piece.epoch, positions, torch.from_numpy(sample_ids), self.device)
+        draws = self._draws(piece, sample_ids, self.device)
         if len(images):
             for transform in self.transforms:
                 images = transform(images, draws)
@@ -201,9 +210,9 @@ def test_batches(
     mine = np.arange(rank, num_samples, world_size) if ids is None else ids[rank::world_size]
     largest = -(-num_samples // world_size)
     parts = (mine[start : start + batch_size] for start in range(0, largest, batch_size))
-    for ids, images, labels in read_ahead(parts, lambda ids: lambda: (ids, *reader.read(ids)), workers):
+    for chosen, images, labels in read_ahead(parts, lambda part: lambda: (part, *reader.read(part)), workers):
         pixels = normalize(images.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
-        yield pixels, labels.to(device, non_blocking=True), ids
+        yield pixels, labels.to(device, non_blocking=True), chosen
 
 
 def read_ahead(items: Iterator, task_of: Callable, workers: int) -> Iterator:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from shardstep.datasets.decode import EXTENSIONS, decode, resize_to_cover
+from shardstep.datasets.decode import EXTENSIONS
+from shardstep.datasets.decode_crop import decode_crop
+from shardstep.datasets.framing import Framing
 from shardstep.datasets.input_files import FolderTree, find_images, read_file
 
 FOUND = (*EXTENSIONS, "bmp", "gif", "tif", "tiff", "ppm", "pgm")
@@ -28,14 +30,14 @@ def find_image_files(path: Path) -> tuple[list[Path], str | None]:
     return [path / image for image in found.images], line
 
 
-def read_image_file(path: Path, mode: str, image_shape: tuple[int, int, int]) -> np.ndarray:
+def read_image_file(path: Path, mode: str, framing: Framing) -> np.ndarray:
     """Read an image of any size and format. The EXIF orientation is ignored, as in a data set.
 
     Args:
         mode: "RGB" or "L", like the data set's images.
-        image_shape: (height, width, channels) of the result: the image is scaled to cover it, and cropped to its centre.
+        framing: how the image is cut and scaled; its centre is read.
 
     Raises:
         ValueError: the file cannot be read.
     """
-    return resize_to_cover(decode(read_file(path), mode), image_shape[0], image_shape[1])
+    return decode_crop(read_file(path), mode, framing)

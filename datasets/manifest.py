@@ -18,6 +18,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.files import write_atomically
 from shardstep.configs.text import count
 from shardstep.datasets.class_names import class_names_of_manifest
+from shardstep.datasets.framing import Framing
 from shardstep.datasets.input_files import FolderTree, LeftOut, is_hidden, split_name
 from shardstep.datasets.tar import BLOCK, TAR, read_members
 
@@ -65,14 +66,14 @@ class Manifest:
     def channels(self) -> int:
         return CHANNELS[self.image_mode]
 
-    def shape_when_read(self, resize: int | None, image_mode: str | None = None) -> tuple[int, int, int] | None:
+    def shape_when_read(self, framing: Framing | None, image_mode: str | None = None) -> tuple[int, int, int] | None:
         """Return (height, width, channels) of the images as they are read; None if they differ in size.
 
         Args:
-            resize: side of the square that they are scaled and cropped to; None keeps their size.
+            framing: how they are cut and scaled; None keeps their size.
             image_mode: "RGB" or "L", if they are read like those of another set.
         """
-        sides = [resize, resize] if resize is not None else self.image_shape and self.image_shape[1:]
+        sides = [framing.height, framing.width] if framing else self.image_shape and self.image_shape[1:]
         return (sides[0], sides[1], CHANNELS[image_mode or self.image_mode]) if sides else None
 
     @property

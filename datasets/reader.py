@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.decode import decode, resize_to_cover
+from shardstep.datasets.decode import decode
+from shardstep.datasets.decode_crop import PARTIAL, decode_crop, missing_for_partial
+from shardstep.datasets.framing import DRAWS, Framing
 from shardstep.datasets.manifest import ShardFolder
 from shardstep.datasets.order import WINDOW_ALL_BYTES
+from shardstep.datasets.rng import Draws
 from shardstep.datasets.tar import BLOCK
 
 _MOST_OPEN_SHARDS = 256  # a data set may have more shards than a process may have open files
@@ -31,8 +34,11 @@ class Reader(Protocol):
     image_shape: tuple[int, int, int]
     """(height, width, channels) of every image."""
 
-    def read(self, sample_ids: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,)."""
+    def read(self, sample_ids: np.ndarray, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+        """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,).
+
+        `draws` are for what is random in reading; without them, images are read as they are evaluated.
+        """
         ...
 
     def will_need(self, shards: list[int]) -> None:
@@ -61,34 +67,46 @@ class _OpenFile:
 class StreamReader:
     """A reader of images from shards; checks each against the size and crc32 in the index."""
 
-    def __init__(self, shards: ShardFolder, resize: int | None = None, image_mode: str | None = None):
+    def __init__(self, shards: ShardFolder, framing: Framing | None = None, image_mode: str | None = None):
         """Open a reader.
 
         Args:
-            resize: side of the square that images are scaled and cropped to; None keeps their size.
+            framing: how images are cut and scaled; None keeps their size.
             image_mode: "RGB" or "L"; None means the set's own. A test set is read in its training set's mode.
 
         Raises:
-            InputError: the images differ in size and `resize` is None.
+            InputError: the images differ in size and there is no framing, or this machine lacks what its version needs.
         """
-        self._shards, self._resize = shards, resize
+        lacks = missing_for_partial() if framing and framing.version == PARTIAL else None
+        if lacks:
+            raise InputError(
+                f"data.crop_version={PARTIAL} needs {lacks}. Without it, give data.crop_version=2, and for a run that was "
+                f"begun with {PARTIAL} run.allow_changes=[data.crop_version]"
+            )
+        self._shards, self._framing = shards, framing
         self._open = lru_cache(maxsize=_MOST_OPEN_SHARDS)(lambda shard: _OpenFile(shards.shard_path(shard)))
         self._mode = image_mode or shards.manifest.image_mode
-        shape = shards.manifest.shape_when_read(resize, self._mode)
+        shape = shards.manifest.shape_when_read(framing, self._mode)
         if shape is None:
-            raise InputError(f"the images in {shards.path} differ in size: set data.resize, such as data.resize=224")
+            raise InputError(
+                f"the images in {shards.path} differ in size: set data.resize, such as data.resize=224, or "
+                f"begin data.augment with random_resized_crop"
+            )
         self.image_shape = shape
 
-    def read(self, sample_ids: np.ndarray) -> tuple[Tensor, Tensor]:
+    def read(self, sample_ids: np.ndarray, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
         """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,), in the order of the ids.
+
+        `draws` choose a random part of each image, if the framing has that; without them, its centre is read.
 
         Raises:
             InputError: a sample is damaged, or its image does not have the size in the manifest.
         """
         pixels = np.empty((len(sample_ids), *self.image_shape), dtype=np.uint8)
+        drawn = draws.uniform(DRAWS).tolist() if draws and self._framing and self._framing.random else None
         rows = np.argsort(sample_ids)  # in their order on disk
         for row, sample_id in zip(rows.tolist(), sample_ids[rows].tolist(), strict=True):
-            pixels[row] = self._decode(sample_id)
+            pixels[row] = self._decode(sample_id, drawn[row] if drawn else None)
         return torch.from_numpy(pixels), torch.from_numpy(self._shards.index["label"][sample_ids].astype(np.int64))
 
     def read_bytes(self, sample_id: int) -> bytes:
@@ -113,14 +131,14 @@ class StreamReader:
         for shard in shards:
             self._open(shard).read_ahead()
 
-    def _decode(self, sample_id: int) -> np.ndarray:
+    def _decode(self, sample_id: int, draws: list[float] | None) -> np.ndarray:
         data = self.read_bytes(sample_id)
         try:
+            if self._framing:
+                return decode_crop(data, self._mode, self._framing, draws)
             pixels = decode(data, self._mode)
         except ValueError as error:
             raise InputError(f"{self._name(sample_id)}: {error}") from None
-        if self._resize is not None:
-            pixels = resize_to_cover(pixels, self._resize, self._resize)
         if pixels.shape != self.image_shape:
             raise InputError(
                 f"{self._name(sample_id)} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the manifest says "

@@ -1,6 +1,7 @@
 """A data set decoded once: one array of pixels per node, which ranks memory-map or copy to their device.
 
-The array is a file in the cache folder, named after the data set's fingerprint, the image size and the decoder's version.
+The array is a file in the cache folder, named after the data set's fingerprint, the image size, and the versions of the
+decoder and of the crop.
 """
 
 import hashlib
@@ -18,9 +19,11 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
 from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.decode import DECODER
+from shardstep.datasets.framing import Framing
 from shardstep.datasets.manifest import Manifest, ShardFolder
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.reader import StreamReader
+from shardstep.datasets.rng import Draws
 
 _DECODE_TOGETHER = 500  # images per task of the pool
 
@@ -34,8 +37,11 @@ class ResidentReader:
         height, width, channels = pixels.shape[1:]
         self.image_shape = (height, width, channels)
 
-    def read(self, sample_ids: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,), in the order of the ids."""
+    def read(self, sample_ids: np.ndarray, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+        """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,), in the order of the ids.
+
+        `draws` have no effect: images were cut and scaled when they were decoded.
+        """
         ids = torch.from_numpy(sample_ids).to(self._pixels.device, non_blocking=True)
         return self._pixels.index_select(0, ids), self._labels.index_select(0, ids)
 
@@ -43,31 +49,32 @@ class ResidentReader:
         """Do nothing: everything is in memory."""
 
 
-def decoded_bytes(manifest: Manifest, resize: int | None, image_mode: str) -> int | None:
+def decoded_bytes(manifest: Manifest, framing: Framing | None, image_mode: str) -> int | None:
     """Return the size of the decoded array, or None if the images differ in size."""
-    shape = manifest.shape_when_read(resize, image_mode)
+    shape = manifest.shape_when_read(framing, image_mode)
     return None if shape is None else manifest.samples * math.prod(shape)
 
 
-def decoded_path(manifest: Manifest, image_shape: tuple[int, int, int]) -> Path:
+def decoded_path(manifest: Manifest, image_shape: tuple[int, int, int], framing: Framing | None) -> Path:
     """Return the file of the array that holds a data set's images, decoded to (height, width, channels)."""
-    return cache_folder() / f"{manifest.fingerprint}-{'x'.join(map(str, image_shape))}-{DECODER}.u8"
+    cropped = f"-crop{framing.version}" if framing and framing.version > 1 else ""
+    return cache_folder() / f"{manifest.fingerprint}-{'x'.join(map(str, image_shape))}-{DECODER}{cropped}.u8"
 
 
 def load_resident(
-    shards: ShardFolder, resize: int | None, device: torch.device, image_mode: str | None = None
+    shards: ShardFolder, framing: Framing | None, device: torch.device, image_mode: str | None = None
 ) -> ResidentReader:
     """Decode a data set, or map the array of an earlier run, and put it on the device.
 
     Args:
-        shards, resize, image_mode: as for StreamReader.
+        shards, framing, image_mode: as for StreamReader; the framing is not random.
 
     Raises:
         InputError: a sample is damaged, or the cache folder is not writable.
     """
-    stream = StreamReader(shards, resize, image_mode)
+    stream = StreamReader(shards, framing, image_mode)
     shape = (shards.manifest.samples, *stream.image_shape)
-    path = decoded_path(shards.manifest, stream.image_shape)
+    path = decoded_path(shards.manifest, stream.image_shape, framing)
     try:
         with file_lock(path.with_suffix(".lock")):
             if not _is_intact(path, shape):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 """The constants of splitmix64 (Steele, Lea and Flood 2014, OOPSLA)."""
 WORD = 2**64
+AT_DECODING = 2**32
+"""First stream of what is drawn before there is a batch: far above those that its transforms use."""
 _ROUNDS = 8  # even; from 5 on, outputs cannot be told from random ones by anything feasible (Patarin 2004, CRYPTO)
 
 

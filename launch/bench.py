@@ -1,6 +1,6 @@
 """Measure the loaders, the training step and the start against plain alternatives in the same session.
 
-    shardstep bench loader [--images DIR] [--clock cpu]
+    shardstep bench loader [--images DIR|photos] [--clock cpu]
     shardstep bench step [--batches SIZE ...]
     shardstep bench convolutions [--precision bf16|fp32] [--images N] [--layers IN,OUT,SIDE ...]
     shardstep bench checkpoint

@@ -34,9 +34,9 @@ def main(arguments: list[str]) -> int:
 
     suffix = FORMATS[args.format].suffix
     trained = open_trained_model(args.run, "cpu")
-    note = unfinished_note(args.run, trained.weights)
-    if note:
-        print(note)
+    for note in (unfinished_note(args.run, trained.weights), trained.crop_note):
+        if note:
+            print(note)
     out = args.out or trained.run_dir.path / f"exported{suffix}"
     if out.suffix != suffix:
         raise InputError(f"--out={out} must end in {suffix} for --format={args.format}")

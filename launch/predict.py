@@ -47,9 +47,9 @@ def main(arguments: list[str]) -> int:
     if args.grid:
         check_output_file("--grid", args.grid)
     trained = open_trained_model(args.run, args.device)
-    note = unfinished_note(args.run, trained.weights)
-    if note:
-        print(note, file=sys.stderr, flush=True)
+    for note in (unfinished_note(args.run, trained.weights), trained.crop_note):
+        if note:
+            print(note, file=sys.stderr, flush=True)
     if trained.objective.reconstructs:
         raise InputError(
             f"{args.run} reconstructs images: it has no classes to predict. `shardstep report` shows its reconstructions"

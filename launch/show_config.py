@@ -28,7 +28,8 @@ def show_config(loaded: LoadedRecipe, world_size: int) -> None:
     if not missing:
         parts = data.open_parts(recipe.data)
         mode = data.choose_mode(recipe.data, parts, torch.device(recipe.train.device))
-        recipe = with_keys(recipe, data={"mode": mode})
+        crop_version = data.choose_crop_version(recipe.data, parts)
+        recipe = with_keys(recipe, data={"mode": mode, "crop_version": crop_version})
     print(recipe_text(recipe), end="")
 
     num_samples = None if missing else parts.train.samples

@@ -11,10 +11,12 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.held_out import NO_TEST_SET, held_out_share
 from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.resolve import ResolvedRecipe
-from shardstep.configs.schema import DataConfig, DataMode, OrderVersion
+from shardstep.configs.schema import CropVersion, DataConfig, DataMode, OrderVersion
 from shardstep.configs.text import listed
 from shardstep.datasets.augment import Normalize, build_mixing, build_transforms, smallest_side
 from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
+from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
+from shardstep.datasets.framing import RANDOM_CROP, Framing, framing_of, random_crop
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, did_you_mean, open_shards
 from shardstep.datasets.order import ORDER_VERSION, window_of
 from shardstep.datasets.parts import Part, PartName, hold_out
@@ -163,7 +165,7 @@ def open_parts(config: DataConfig) -> Parts:
     train, share = opened["train"], held_out_share(config)
     for split, part in opened.items():
         if split != "train":
-            check_same_task(train.manifest, part.manifest, config.train, folders[split], config.resize)
+            check_same_task(train.manifest, part.manifest, config.train, folders[split], framing_of(config))
     if share is not None:
         train, opened["validation"] = hold_out(train.shards, share, config.split_seed)
     held_out: PartName = "validation" if "validation" in opened else "test"
@@ -171,7 +173,7 @@ def open_parts(config: DataConfig) -> Parts:
     return Parts(train, opened[held_out], opened[final], held_out, final)
 
 
-def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: str, resize: int | None) -> None:
+def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: str, framing: Framing | None) -> None:
     """Check that two sets have the same classes and sizes of images. Grey and coloured images are read in the mode of `one`.
 
     Raises:
@@ -184,7 +186,7 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
             f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}; "
             f"{_class_difference(one, other, one_name, other_name)}{remedy}"
         )
-    sizes = [manifest.shape_when_read(resize, one.image_mode) for manifest in (one, other)]
+    sizes = [manifest.shape_when_read(framing, one.image_mode) for manifest in (one, other)]
     if sizes[0] != sizes[1]:
         raise InputError(
             f"{one_name} and {other_name} have images of different sizes: {one.image_shape} and {other.image_shape}; "
@@ -209,12 +211,12 @@ def held_out_text(config: DataConfig, parts: Parts) -> str:
 
 
 def choose_mode(config: DataConfig, parts: Parts, device: torch.device) -> DataMode:
-    """Return the recipe's data mode; for auto, resident if all sets fit in memory, else stream."""
+    """Return the recipe's data mode; for auto, resident if all sets fit in memory and are decoded alike, else stream."""
     if config.mode != "auto":
         return config.mode
     mode = parts.train.manifest.image_mode
-    sizes = [decoded_bytes(shards.manifest, config.resize, mode) for shards in opened_sets(parts)]
-    if None in sizes:
+    sizes = [decoded_bytes(shards.manifest, framing_of(config), mode) for shards in opened_sets(parts)]
+    if None in sizes or random_crop(config.augment):
         return "stream"
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine.memory_bytes()
     return "resident" if sum(size or 0 for size in sizes) <= RESIDENT_SHARE * memory else "stream"
@@ -230,17 +232,35 @@ def opened_sets(parts: Parts) -> list[ShardFolder]:
     return list({id(part.shards): part.shards for part in parts.distinct}.values())
 
 
+def choose_crop_version(config: DataConfig, parts: Parts) -> CropVersion:
+    """Return the recipe's crop version; for auto, the fastest for these sets that works on this machine."""
+    if config.crop_version != "auto":
+        return config.crop_version
+    return PARTIAL if _cuts_jpegs(config, parts) and not missing_for_partial() else 2
+
+
+def whole_jpegs_note(config: DataConfig, parts: Parts) -> str | None:
+    """Say that this machine decodes more of JPEGs than it needs, and what it lacks; None where it does not."""
+    lacks = missing_for_partial() if config.crop_version == 2 and _cuts_jpegs(config, parts) else None
+    return f"JPEGs are decoded entirely; to decode only what is needed takes {lacks}" if lacks else None
+
+
+def _cuts_jpegs(config: DataConfig, parts: Parts) -> bool:
+    encodings = {encoding for part in parts.distinct for encoding in part.manifest.encodings}
+    return framing_of(config) is not None and not encodings.isdisjoint(("jpg", "jpeg"))
+
+
 def load(config: DataConfig, mode: DataMode, parts: Parts, device: torch.device) -> Data:
     """Build the readers and the normalisation. Parts of one data set share a reader.
 
     Raises:
         InputError: the images are damaged, differ in size, or are too small for a transform.
     """
-    train = parts.train.manifest
+    train, framing = parts.train.manifest, framing_of(config)
     readers: dict[int, Reader] = {
-        id(shards): load_resident(shards, config.resize, device, train.image_mode)
+        id(shards): load_resident(shards, framing, device, train.image_mode)
         if mode == "resident"
-        else StreamReader(shards, config.resize, train.image_mode)
+        else StreamReader(shards, framing, train.image_mode)
         for shards in opened_sets(parts)
     }
     train_reader, held_out_reader, final_reader = (
@@ -280,7 +300,7 @@ def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         max_micro_batch=recipe.train.max_micro_batch,
-        transforms=build_transforms(recipe.data.augment),
+        transforms=build_transforms([entry for entry in recipe.data.augment if entry["name"] != RANDOM_CROP]),
         normalize=loaded.normalize,
         memory_format=MEMORY_FORMATS[recipe.train.memory_format],
         device=accelerator.device,

@@ -9,7 +9,13 @@ from shardstep.configs.cores import usable_cores
 from shardstep.configs.text import count, duration
 from shardstep.datasets.batches import micro_pieces
 from shardstep.datasets.order import window_of
-from shardstep.trainer.data import folders_of, held_out_text, other_mode_note, unused_source_warning
+from shardstep.trainer.data import (
+    folders_of,
+    held_out_text,
+    other_mode_note,
+    unused_source_warning,
+    whole_jpegs_note,
+)
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.gradients import describe_gradient_sync
 from shardstep.trainer.models.batch_norm import SyncBatchNorm2d
@@ -43,7 +49,8 @@ def describe(run: Run) -> list[str]:
         for entry in recipe.optimizer["groups"]
     )
     parts = run.data.distinct
-    modes = dict.fromkeys(other_mode_note(train, name, part.manifest) for name, part in run.data.evaluated.items())
+    data_notes = dict.fromkeys(other_mode_note(train, name, part.manifest) for name, part in run.data.evaluated.items())
+    data_notes[whole_jpegs_note(recipe.data, run.data)] = None
     remaining_s = run.time_limit.remaining_s()
     facts = [
         ("world", f"{ranks}, {processor}"),
@@ -65,7 +72,7 @@ def describe(run: Run) -> list[str]:
         *([("gradients", describe_gradient_sync(recipe.train, run.state.module))] if plan.world_size > 1 else []),
         ("duration", duration_text(plan)),
         *([("time", f"the allocation ends in {duration(remaining_s)}")] if remaining_s is not None else []),
-        *(("note", text) for text in modes if text),
+        *(("note", text) for text in data_notes if text),
         *(("note", text) for text in _batch_norm_notes(run.state.module, plan)),
     ]
     headline = (

@@ -37,7 +37,8 @@ from shardstep.trainer.validate_recipe import validate_recipe
 _MATHEMATICS = {
     "run": ["seed"],
     "data": [
-        *("augment", "normalize", "resize", "lanes", "window_shards", "order_version", "last_batch"),
+        *("augment", "normalize", "resize", "crop_version"),
+        *("lanes", "window_shards", "order_version", "last_batch"),
         *("validation", "fold", "split_seed"),
     ],
     "train": [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from shardstep.configs.resolve import Choices, resolve
+from shardstep.configs.resolve import Choices, resolve, with_keys
 from shardstep.configs.schema import Recipe
 from shardstep.trainer import data, model_setup, resume
 from shardstep.trainer.distributed.collectives import broadcast_object, raise_on_all_ranks
@@ -47,6 +47,8 @@ def build(
         parts = data.open_parts(recipe.data)
         plan = make_plan(recipe.train, parts.train.samples, recipe.data.last_batch == "drop", world.num_processes)
     mode = broadcast_object(world, data.choose_mode(recipe.data, parts, world.device))
+    crop_version = broadcast_object(world, data.choose_crop_version(recipe.data, parts))
+    recipe = with_keys(recipe, data={"crop_version": crop_version})
     with raise_on_all_ranks(world):
         loaded = data.load(recipe.data, mode, parts, world.device)
 
@@ -56,7 +58,7 @@ def build(
     objective = build_objective(recipe.loss, recipe.model)
     compute, measured = resolve_precision(world, recipe, module, objective, loaded, plan, display, measure_anew)
     order_version = data.choose_order_version(recipe.data)
-    choices = (compute.precision, compute.memory_format, compute.convolutions, order_version)
+    choices = (compute.precision, compute.memory_format, compute.convolutions, order_version, crop_version)
     resolved = resolve(recipe, Choices(mode, world.device.type, *choices))
 
     with raise_on_all_ranks(world):

@@ -15,6 +15,7 @@ from shardstep.configs.held_out import held_out_problems
 from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.datasets.augment import AUGMENTATIONS, augment_problems
+from shardstep.datasets.framing import LARGEST_SIDE, RANDOM_CROP, RandomResizedCrop, random_crop_problems
 from shardstep.trainer import models
 from shardstep.trainer.distributed.gradients import gradient_sync_problems
 from shardstep.trainer.distributed.world import choose_device
@@ -28,7 +29,7 @@ NAMED: dict[str, tuple[Mapping[str, Callable], Mapping[str, tuple[Any, Any]]]] =
     "optimizer": (optimizers.OPTIMIZERS, optimizers.COMMON_OPTIONS),
     "schedule": (schedules.SCHEDULES, schedules.COMMON_OPTIONS),
     "average": (average.AVERAGES, {}),
-    "augment": (AUGMENTATIONS, {}),
+    "augment": ({RANDOM_CROP: RandomResizedCrop, **AUGMENTATIONS}, {}),
 }
 """The functions that each open section, and each entry of data.augment, can name, and the options that go with any name."""
 _AT_LEAST = {
@@ -41,7 +42,6 @@ _CHECKS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "schedule": schedules.check_schedule,
     "average": average.check_average,
 }
-_LARGEST_SIDE = 16_384  # pixels: one image with three channels of floats takes 3 GB
 
 
 def validate_recipe(loaded: LoadedRecipe) -> Recipe:
@@ -77,6 +77,7 @@ def validate_recipe(loaded: LoadedRecipe) -> Recipe:
     problems += held_out_problems(recipe.data) + gradient_sync_problems(recipe.train)
     if not problems:
         problems += optimizers.check_schedule_has_effect(recipe.optimizer, recipe.schedule)
+        problems += random_crop_problems(recipe.data)
     if problems:
         raise InputError.from_problems(f"recipe {loaded.source}", problems)
     return recipe
@@ -124,8 +125,8 @@ def _check_values(recipe: Recipe) -> list[str]:
         problems.append(
             f"run.name={name!r} must be a name within runs/, of printable characters: for another place give run.dir"
         )
-    if recipe.data.resize is not None and recipe.data.resize > _LARGEST_SIDE:
-        problems.append(f"data.resize={recipe.data.resize} must be at most {_LARGEST_SIDE} pixels")
+    if recipe.data.resize is not None and recipe.data.resize > LARGEST_SIDE:
+        problems.append(f"data.resize={recipe.data.resize} must be at most {LARGEST_SIDE} pixels")
     problems += [
         f"{key}={value} must be at least {least}"
         for key, least in _AT_LEAST.items()

@@ -22,6 +22,7 @@ from shardstep.launch.benchmarks.bench_tables import (
     seconds,
     whole_number,
 )
+from shardstep.launch.benchmarks.photographs import measure_photographs
 
 if TYPE_CHECKING:
     from shardstep.datasets.manifest import ShardFolder
@@ -38,13 +39,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     add_clock_option(parser)
     add = parser.add_argument
-    add("--images", type=Path, metavar="DIR", help="shards of small images (default: 5,000 synthetic ones, 32x32)")
+    images = (
+        "shards of small images (default: 5,000 synthetic ones, 32x32); photos: only crops of synthetic photographs"
+    )
+    add("--images", type=Path, metavar="DIR|photos", help=images)
     add("--samples", type=whole_number, default=5000, help="limit of small images in a repeat (default: %(default)s)")
     add("--jpegs", type=whole_number, default=300, help="synthetic 500x375 JPEGs in a repeat (default: %(default)s)")
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
-    """Measure a table each for small images, large images, cold reads and starts.
+    """Measure a table each for small images, large images, cold reads and starts; or those of photographs.
 
     Raises:
         InputError: the small images differ in size.
@@ -57,6 +61,9 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[Table]:
 
     torch.set_num_threads(1)
     keep_freed_memory()  # as training does
+    if args.images == Path("photos"):
+        yield from measure_photographs(args, folder)
+        return
     if args.images is None:
         args.images = folder / "small"
         write_shards(f"synthetic:{args.samples}", "train", args.images)
@@ -280,9 +287,10 @@ def _large_images(shards: "ShardFolder", args: argparse.Namespace) -> Table:
     from torchvision import transforms
 
     from shardstep.datasets.decode import decode
+    from shardstep.datasets.framing import Framing
     from shardstep.datasets.reader import StreamReader
 
-    full_size, resized = StreamReader(shards), StreamReader(shards, resize=224)
+    full_size, resized = StreamReader(shards), StreamReader(shards, Framing.covering(224, 224, 2))
     ids = np.random.default_rng(0).permutation(shards.manifest.samples)
     files = [full_size.read_bytes(sample) for sample in ids.tolist()]
     batches = np.array_split(ids, max(1, len(ids) // 32))

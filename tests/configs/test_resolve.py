@@ -10,7 +10,7 @@ from shardstep.configs.load import load_recipe, recipe_text
 from shardstep.configs.resolve import CHOICES, Choices, ResolvedRecipe, as_resolved, resolve, with_keys
 from shardstep.configs.schema import Recipe
 
-CHOSEN = Choices("stream", "cpu", "bf16", "channels_last", "winograd", 2)
+CHOSEN = Choices("stream", "cpu", "bf16", "channels_last", "winograd", 2, 3)
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def test_choices_are_put_in_and_nothing_else_changes() -> None:
     assert {key: value for key, value in after.items() if value != before[key]} == {
         "data.mode": "stream",
         "data.order_version": 2,
+        "data.crop_version": 3,
         "train.precision": "bf16",
         "train.convolutions": "winograd",
     }
@@ -66,4 +67,4 @@ def test_the_recipe_of_a_run_is_resolved_and_that_of_an_earlier_version_gets_def
     recipe = as_resolved(load_recipe(str(path)).recipe)
     assert (recipe.train.precision, recipe.train.device) == ("bf16", "cuda")
     assert (recipe.train.memory_format, recipe.train.convolutions) == ("contiguous", "direct")
-    assert recipe.data.order_version == 1
+    assert (recipe.data.order_version, recipe.data.crop_version) == (1, 1)

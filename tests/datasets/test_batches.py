@@ -11,12 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.schema import CropVersion
 from shardstep.datasets.augment import Labels, MixedLabels, Normalize, build_mixing, build_transforms
 from shardstep.datasets.batches import OrderConfig, TrainBatches, micro_pieces, read_ahead, test_batches
+from shardstep.datasets.framing import DRAWS, Framing, RandomResizedCrop
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.order import EpochOrder
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import load_resident
+from shardstep.datasets.rng import AT_DECODING, Draws
+from shardstep.datasets.write import write_shards
+from tests.photographs import write_photographs
 
 CPU = torch.device("cpu")
 test_batches.__test__ = False  # type: ignore[attr-defined] # a function of the product, not a test
@@ -171,11 +176,55 @@ def test_starting_anywhere_is_going_on(shards: Path, augment: list[dict]) -> Non
         assert late["positions"].tolist() == early["positions"].tolist()
 
 
-def test_resized_images_are_the_same_in_both_modes(shards: Path) -> None:
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 101 JPEGs of several sizes and kinds, in train/."""
+    folder = tmp_path_factory.mktemp("photographs")
+    source = write_photographs(folder / "files", "train", 101)
+    write_shards(str(source), "train", folder / "train", samples_per_shard=17)
+    return folder
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_random_crops_are_the_same_for_any_number_of_ranks_and_start(version: CropVersion, photographs: Path) -> None:
+    framing = Framing(32, 32, (36, 36), version, RandomResizedCrop(32))
+    reader = StreamReader(open_shards(photographs / "train"), framing)
+    (one,) = [collect(batches(photographs, reader), 7)]
+    many = [collect(batches(photographs, reader, rank, 3, workers=2, limit=4), 7) for rank in range(3)]
+    for step in range(7):
+        assert np.array_equal(joined(many, step, "ids"), one[step]["ids"])
+        assert np.array_equal(joined(many, step, "images"), one[step]["images"])
+    for late, early in zip(collect(batches(photographs, reader), 3, epoch=1, position=30), one[5:], strict=False):
+        assert torch.equal(late["images"], early["images"])
+    # another epoch, another part; the labels come along
+    first, second = one[0]["ids"].tolist(), np.concatenate([step["ids"] for step in one[4:]]).tolist()
+    again = next(sample for sample in first if sample in second)
+    later = torch.cat([step["images"] for step in one[4:]])[second.index(again)]
+    assert not torch.equal(one[0]["images"][first.index(again)], later)
+    assert one[0]["labels"].tolist() == open_shards(photographs / "train").labels[one[0]["ids"]].tolist()
+
+
+def test_without_draws_the_centre_is_read(photographs: Path) -> None:
+    opened, ids = open_shards(photographs / "train"), np.arange(20)
+    random = StreamReader(opened, Framing(32, 32, (36, 36), 2, RandomResizedCrop(32))).read(ids)[0]
+    centre = StreamReader(opened, Framing(32, 32, (36, 36), 2)).read(ids)[0]
+    assert torch.equal(random, centre)
+
+
+def test_draws_at_decoding_are_others_than_those_of_the_batch() -> None:
+    positions = torch.arange(2000)
+    crops = Draws(3, 1, positions, positions, stream=AT_DECODING)
+    batch = Draws(3, 1, positions, positions)
+    seen = {value for _ in range(4) for value in crops.uniform(DRAWS).flatten().tolist()}
+    assert not seen & {value for _ in range(20) for value in batch.uniform(3).flatten().tolist()}
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_resized_images_are_the_same_in_both_modes(version: CropVersion, shards: Path) -> None:
     opened, ids = open_shards(shards / "train"), np.array([3, 99])
-    stream = StreamReader(opened, resize=20).read(ids)[0]
+    stream = StreamReader(opened, Framing.covering(20, 20, version)).read(ids)[0]
     assert stream.shape == (2, 20, 20, 3)
-    assert torch.equal(load_resident(opened, 20, CPU).read(ids)[0], stream)
+    assert torch.equal(load_resident(opened, Framing.covering(20, 20, version), CPU).read(ids)[0], stream)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

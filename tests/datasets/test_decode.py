@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.schema import CropVersion
 from shardstep.datasets.decode import decode, to_grey
+from shardstep.datasets.framing import Framing
 from shardstep.datasets.image_files import read_image_file
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.reader import StreamReader
@@ -82,12 +84,13 @@ def test_training_reads_what_indexing_counted(start: str, own_mode: str, read_mo
     assert manifest.std == pytest.approx(counted.std(dim=0, correction=0).tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_files_are_read_as_in_a_set(mode: str, tmp_path: Path) -> None:
+def test_files_are_read_as_in_a_set(mode: str, version: CropVersion, tmp_path: Path) -> None:
     for name, kind in KINDS.items():
         path = tmp_path / f"{name}.png"
         path.write_bytes(kind.data)
-        check(read_image_file(path, mode, (HEIGHT, WIDTH, 0)), kind, mode, name)
+        check(read_image_file(path, mode, Framing.covering(HEIGHT, WIDTH, version)), kind, mode, name)
 
 
 def test_writing_takes_every_kind(tmp_path: Path) -> None:
@@ -105,7 +108,7 @@ def test_what_is_refused_is_refused_by_all(name: str, tmp_path: Path, capfd: pyt
     path.write_bytes(data)
     callers: list[Callable[[], object]] = [
         *(lambda mode=mode: decode(data, mode) for mode in ("RGB", "L", "UNCHANGED")),  # type: ignore[misc]
-        lambda: read_image_file(path, "RGB", (HEIGHT, WIDTH, 3)),
+        lambda: read_image_file(path, "RGB", Framing.covering(HEIGHT, WIDTH, 3)),
         lambda: write_shards(str(tmp_path / "tree"), "train", tmp_path / "out"),
         lambda: index_shards(write_set(tmp_path / "set", {name: data}), {}),
     ]

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shardstep.configs.schema import CropVersion
 from shardstep.datasets.decode import resize_to_cover
+from shardstep.datasets.framing import Framing
 from shardstep.datasets.image_files import find_image_files, read_image_file
 
 RED = (200, 40, 40)
@@ -33,11 +35,12 @@ def write_image(path: Path, kind: str, size: tuple[int, int] = (50, 30)) -> Path
     return path
 
 
+@pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_has_the_shape_of_the_data(name: str, mode: str, tmp_path: Path) -> None:
+def test_every_kind_has_the_shape_of_the_data(name: str, mode: str, version: CropVersion, tmp_path: Path) -> None:
     channels = {"RGB": 3, "L": 1}[mode]
-    pixels = read_image_file(write_image(tmp_path / name, KINDS[name]), mode, (16, 16, channels))
+    pixels = read_image_file(write_image(tmp_path / name, KINDS[name]), mode, Framing.covering(16, 16, version))
     assert (pixels.shape, pixels.dtype) == ((16, 16, channels), np.uint8)
     if mode == "RGB" and KINDS[name] in ("RGB", "RGBA", "CMYK"):
         assert pixels.mean(axis=(0, 1)) == pytest.approx(RED, abs=4)  # red stays red
@@ -51,12 +54,12 @@ def test_what_is_no_image_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[s
     (tmp_path / "text.jpg").write_text("no image")
     for name in ("cut.png", "empty.png", "text.jpg"):
         with pytest.raises(ValueError, match="not an image that can be decoded"):
-            read_image_file(tmp_path / name, "RGB", (8, 8, 3))
+            read_image_file(tmp_path / name, "RGB", Framing.covering(8, 8, 3))
     with pytest.raises(ValueError, match=r"cannot be read \(No such file or directory\)"):
-        read_image_file(tmp_path / "nowhere.png", "RGB", (8, 8, 3))
+        read_image_file(tmp_path / "nowhere.png", "RGB", Framing.covering(8, 8, 2))
     os.mkfifo(tmp_path / "fifo.png")
     with pytest.raises(ValueError, match=r"cannot be read \(not a regular file\)"):
-        read_image_file(tmp_path / "fifo.png", "RGB", (8, 8, 3))
+        read_image_file(tmp_path / "fifo.png", "RGB", Framing.covering(8, 8, 2))
     assert capfd.readouterr().err == ""  # the decoder keeps its own words to itself
 
 

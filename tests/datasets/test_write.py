@@ -10,6 +10,7 @@ from PIL import Image
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets.decode import EXTENSIONS, decode
+from shardstep.datasets.framing import Framing
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.reader import StreamReader
 from shardstep.datasets.scan import index_shards
@@ -104,7 +105,7 @@ def test_images_of_different_sizes_need_resize(tmp_path: Path) -> None:
     opened = open_shards(tmp_path / "out")
     with pytest.raises(InputError, match="differ in size: set data.resize"):
         StreamReader(opened)
-    pixels, _ = StreamReader(opened, resize=4).read(np.arange(2))
+    pixels, _ = StreamReader(opened, Framing.covering(4, 4, 2)).read(np.arange(2))
     assert pixels.shape == (2, 4, 4, 3)
     assert (pixels == 77).all()
 

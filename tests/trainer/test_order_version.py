@@ -22,7 +22,7 @@ def test_the_order_is_that_of_the_recipe(shards: Path, given: str, version: Orde
     sets = [f"data.train={shards / 'train'}", f"data.test={shards / 'test'}"]
     recipe = validate_recipe(load_recipe("smoke", [*sets, *keys]))
     chosen = data.choose_order_version(recipe.data)
-    resolved = resolve(recipe, Choices("stream", "cpu", "fp32", "channels_last", "direct", chosen))
+    resolved = resolve(recipe, Choices("stream", "cpu", "fp32", "channels_last", "direct", chosen, 2))
     loaded = data.load(resolved.data, "stream", data.open_parts(resolved.data), torch.device("cpu"))
     accelerator: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
     made = data.train_batches(resolved, accelerator, loaded, make_plan(resolved.train, 101, False, 1))

@@ -34,6 +34,7 @@ def test_it_resumes_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert RunDir(resumed).state() == "finished"
     assert len(RunDir(resumed).starts) == 2
     assert [RunDir(run).config.recipe.data.order_version for run in (resumed, whole)] == [1, 2]  # it was begun with 1
+    assert [RunDir(run).config.recipe.data.crop_version for run in (resumed, whole)] == [1, 2]
     losses, before = ([line["loss"] for line in RunDir(run).metrics()] for run in (resumed, FIXTURE / "finished"))
     assert len(losses) == 16 + 4  # steps and evaluations
     assert losses == pytest.approx(before, rel=1e-4)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
 from shardstep.datasets.augment import scale_and_shift
+from shardstep.datasets.framing import Framing
 from shardstep.datasets.reader import Reader
 from shardstep.trainer.analysis.trained_model import TrainedModel
 from shardstep.trainer.checkpoints.checkpoint import weights
@@ -111,7 +112,7 @@ def describe(trained: TrainedModel, pixels: Pixels, checked_with: str) -> dict[s
             "type": pixels,
             "shape": [BATCH, channels, height, width],
             "channels": trained.manifest.image_mode,
-            "resize": "the shorter side is scaled until the image covers height and width, then the centre is cut out",
+            **_describe_framing(trained.framing),
         },
         "output": {
             "name": "outputs",
@@ -120,6 +121,24 @@ def describe(trained: TrainedModel, pixels: Pixels, checked_with: str) -> dict[s
         "normalize": {"mean": mean, "std": std, "formula": "(pixels / 255 - mean) / std"},
         "checked_with": checked_with,  # there is no file that did not pass
     }
+
+
+def _describe_framing(framing: Framing) -> dict[str, str]:
+    """Describe how pictures become what the model takes, and by which transform of torchvision, if there is one."""
+    if framing.version == 1:
+        return {
+            "resize": "the shorter side is scaled until the image covers height and width, then the centre is cut out"
+        }
+    height, width = framing.cover
+    described = {
+        "resize": f"{framing.interpolation} with antialiasing, as by Pillow, to just cover {height}x{width} (height x "
+        f"width; the other side is rounded down); then the centre of {framing.height}x{framing.width} is cut out"
+    }
+    if height == width:
+        mode = f"v2.InterpolationMode.{framing.interpolation.upper()}"
+        crop = f"v2.CenterCrop(({framing.height}, {framing.width}))"
+        described["torchvision"] = f"v2.Compose([v2.Resize({height}, {mode}), {crop}])"
+    return described
 
 
 def export(

@@ -55,6 +55,6 @@ def predict_files(
 def _read(trained: TrainedModel, path: Path) -> np.ndarray | str:
     """Read the pixels of a file, or say why they cannot be read."""
     try:
-        return read_image_file(path, trained.manifest.image_mode, trained.image_shape)
+        return read_image_file(path, trained.manifest.image_mode, trained.framing)
     except ValueError as error:
         return str(error)

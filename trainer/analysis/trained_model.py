@@ -1,6 +1,6 @@
 """Open a run or one of its checkpoints as a trained model, with the preparation of its images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,8 @@ from shardstep.configs.files import file_sha256
 from shardstep.configs.held_out import NO_TEST_SET
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved
 from shardstep.datasets.augment import Normalize
+from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
+from shardstep.datasets.framing import Framing, framing_of
 from shardstep.datasets.manifest import Manifest, open_shards, parse_manifest
 from shardstep.datasets.parts import Part
 from shardstep.datasets.reader import StreamReader
@@ -45,6 +47,23 @@ class TrainedModel:
         is_final = self.weights.parent == self.run_dir.path
         return "the final weights" if is_final else f"the checkpoint {self.weights.parent.name}"
 
+    @property
+    def framing(self) -> Framing:
+        """How images of any size become those that the model takes: as in its run, or what comes closest on this machine."""
+        height, width, _ = self.image_shape
+        framing = framing_of(self.recipe.data) or Framing.covering(height, width, self.recipe.data.crop_version)
+        return replace(framing, version=2) if self.crop_note else framing
+
+    @property
+    def crop_note(self) -> str | None:
+        """Say that this machine does not decode images as the run did; None where it does."""
+        lacks = missing_for_partial() if self.recipe.data.crop_version == PARTIAL else None
+        if not lacks:
+            return None
+        return (
+            f"JPEGs are decoded entirely, unlike in the run: pixels differ by less than 1 of 255 on average ({lacks})"
+        )
+
     def open_test_set(self, folder: str | None = None) -> tuple[Part, StreamReader]:
         """Open the run's test set, or another one of the same task; its images are read in the training set's mode.
 
@@ -58,8 +77,9 @@ class TrainedModel:
         else:
             place = folder or self.recipe.data.test
             test = Part(open_shards(place))
-        data.check_same_task(self.manifest, test.manifest, "the run's training set", place, self.recipe.data.resize)
-        return test, StreamReader(test.shards, self.recipe.data.resize, self.manifest.image_mode)
+        framing = self.framing if framing_of(self.recipe.data) else None
+        data.check_same_task(self.manifest, test.manifest, "the run's training set", place, framing)
+        return test, StreamReader(test.shards, framing, self.manifest.image_mode)
 
     @property
     def test_set_name(self) -> str:
@@ -83,7 +103,7 @@ def open_trained_model(
     weights, run_dir = found or find_weights(path)
     recipe = read_recipe(run_dir)
     manifest = read_train_manifest(run_dir)
-    image_shape = manifest.shape_when_read(recipe.data.resize)
+    image_shape = manifest.shape_when_read(framing_of(recipe.data))
     if image_shape is None:
         files = f"neither {run_dir.config_path.name} nor {run_dir.train_manifest_path.name}"
         raise InputError(f"{run_dir.path}: {files} says how large the images are")

@@ -27,8 +27,11 @@ import torch
 from shardstep.configs.cores import usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, recipe_text
+from shardstep.configs.resolve import with_keys
 from shardstep.configs.schema import Recipe, TrainConfig
 from shardstep.datasets.cache import cache_folder
+from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
+from shardstep.datasets.framing import framing_of
 from shardstep.datasets.manifest import Manifest
 from shardstep.datasets.resident import decoded_path
 from shardstep.trainer import data, machine
@@ -224,6 +227,7 @@ def _check_data(
     try:
         parts = data.open_parts(recipe.data)
         mode = data.choose_mode(recipe.data, parts, device)
+        recipe = with_keys(recipe, data={"crop_version": data.choose_crop_version(recipe.data, parts)})
     except (InputError, OSError) as error:
         remedy = "run `shardstep shards verify` on the folder, and write damaged shards again"
         return None, [Finding.from_error("data", error, remedy)]
@@ -234,7 +238,17 @@ def _check_data(
     }
     facts["data"]["mode"] = mode
     fingerprints = " and ".join(manifest.fingerprint[:12] for manifest in manifests)
-    return fingerprints, _check_cache(recipe, manifests) if mode == "resident" else []
+    found = _decoder_findings(recipe, parts)
+    return fingerprints, found + (_check_cache(recipe, manifests) if mode == "resident" else [])
+
+
+def _decoder_findings(recipe: Recipe, parts: data.Parts) -> list[Finding]:
+    """Check that this machine can decode only the needed parts of JPEGs, if the recipe has it do so or leaves it open."""
+    remedy = "install gcc and the header of libjpeg-turbo (libjpeg62-turbo-dev in Debian)"
+    if recipe.data.crop_version == PARTIAL and (lacks := missing_for_partial()):
+        return [Finding("error", "compiler", f"data.crop_version={PARTIAL} needs {lacks}", f"{remedy}, or use 2")]
+    note = data.whole_jpegs_note(recipe.data, parts)
+    return [Finding("warning", "compiler", note, remedy)] if note else []
 
 
 def _data_facts(manifest: Manifest, folder: str) -> dict[str, Any]:
@@ -253,8 +267,9 @@ def _check_cache(recipe: Recipe, manifests: list[Manifest]) -> list[Finding]:
     """Check that the images that are not decoded yet fit into the cache folder; the training set comes first."""
     folder, num_bytes = cache_folder(), 0
     for manifest in manifests:
-        shape = manifest.shape_when_read(recipe.data.resize, manifests[0].image_mode)
-        if shape and not decoded_path(manifest, shape).is_file():
+        framing = framing_of(recipe.data)
+        shape = manifest.shape_when_read(framing, manifests[0].image_mode)
+        if shape and not decoded_path(manifest, shape, framing).is_file():
             num_bytes += manifest.samples * math.prod(shape)
     if not num_bytes:
         return []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from shardstep.trainer.kernels import native
+from shardstep.datasets import native
 from shardstep.trainer.kernels.common import channels_last
 
 _SOURCE = Path(__file__).with_suffix(".c")

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shardstep.datasets import native
 from shardstep.trainer import machine
-from shardstep.trainer.kernels import native
 from shardstep.trainer.kernels.common import channels_last, compute_dtype, has_hooks, refuse_second_derivatives
 from shardstep.trainer.kernels.unfold import UnfoldConv2d
 

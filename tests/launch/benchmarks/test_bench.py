@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from shardstep.configs.durations import Duration, Progress
 from shardstep.launch import bench
-from shardstep.launch.benchmarks import bench_tables, record_script
+from shardstep.launch.benchmarks import bench_tables, photographs, record_script
 from shardstep.launch.benchmarks.bench_record import script_plan
 from shardstep.launch.benchmarks.bench_step import _in_own_process
 from shardstep.launch.benchmarks.bench_tables import Table, as_json, importable, in_turn, paired_ratios, print_table
@@ -76,6 +76,28 @@ def test_a_benchmark_runs_and_its_json_has_what_it_promises(
     left_out = [note for table in found["tables"] for note in table["notes"] if "not installed" in note]
     libraries = {"loader": ["streaming", "litdata"], "step": ["lightning"], "startup": ["lightning"]}.get(name, [])
     assert len(left_out) == sum(not importable(library) for library in libraries)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(photographs, "in_turn", once)
+    found = tmp_path / "found.json"
+    assert bench.main(["loader", "--images", "photos", "--jpegs", "4", "--repeats", "1", "--json", str(found)]) == 0
+    training, evaluation, *_ = json.loads(found.read_text())["tables"]
+    assert training["title"].startswith("RandomResizedCrop(224) and flip of 4 JPEGs of 500x375")
+    assert evaluation["title"].startswith("Resize(256) and CenterCrop(224) of 4 JPEGs of 500x375")
+    for table in (training, evaluation):
+        assert [row["name"] for row in table["rows"]] == [
+            "OpenCV: the whole picture, cropped, linear",
+            "shardstep: the whole picture, antialiased",
+            "shardstep: only the crop, antialiased",
+            "shardstep: only the crop, antialiased; index, pread, crc32",
+            "torchvision ImageFolder + DataLoader",
+            "webdataset, torchvision transforms, DataLoader",
+        ]
+        means = [float(note.split("Pillow's by ")[1].split()[0]) for note in table["notes"]]
+        assert max(means[1:]) <= 1.0  # ours
+    assert "pixels differ from Pillow's by" in capsys.readouterr().out
 
 
 def once(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:

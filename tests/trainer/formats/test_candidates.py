@@ -9,9 +9,9 @@ from torch import nn
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import load_recipe
 from shardstep.configs.schema import TrainConfig
+from shardstep.datasets import native
 from shardstep.trainer import precision
 from shardstep.trainer.formats.candidates import ComputeFormat, candidates
-from shardstep.trainer.kernels import native
 from shardstep.trainer.machine import Cpu
 from shardstep.trainer.validate_recipe import validate_recipe
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardstep.trainer.kernels import max_pool, native
+from shardstep.datasets import native
+from shardstep.trainer.kernels import max_pool
 from shardstep.trainer.kernels.max_pool import SideBySideMaxPool2d, convert_max_pools
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shardstep.trainer.kernels import native
+from shardstep.datasets import native
 
 
 @pytest.fixture

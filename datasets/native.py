@@ -1,4 +1,4 @@
-"""Compile this package's C code for this machine's processor at its first use, and load it."""
+"""Compile C code of shardstep for this machine's processor at its first use, and load it."""
 
 import contextlib
 import ctypes
@@ -25,31 +25,33 @@ class NoCompilerError(Exception):
     """C code cannot be compiled here, or the library cannot be kept; the message says why, in a line."""
 
 
-def load(source: Path) -> ctypes.CDLL:
+def load(source: Path, libraries: tuple[str, ...] = ()) -> ctypes.CDLL:
     """Load the library of a C file; compile it first with $CC or cc, into a folder of the cache that only we can write to.
 
     A library is reused only for the same source, command and processor, because different nodes may share the folder.
+    `libraries` are those that it is linked with, such as "jpeg".
 
     Raises:
         NoCompilerError: there is no compiler, it refuses the file, or the library cannot be kept or loaded.
     """
     try:
         command = [*shlex.split(os.environ.get("CC") or "cc"), *_OPTIONS]
-        text = "\n".join([source.read_text(), *command, platform.machine(), _abilities()])
+        links = [f"-l{name}" for name in libraries]
+        text = "\n".join([source.read_text(), *command, *links, platform.machine(), _abilities()])
         library = _own_folder() / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
         with contextlib.suppress(OSError):  # not compiled yet
             return ctypes.CDLL(str(library))
-        _compile(command, source, library)
+        _compile(command, source, links, library)
         return ctypes.CDLL(str(library))
     except (OSError, RuntimeError, ValueError) as error:  # no home, an unclosed quote in CC
         raise NoCompilerError(str(error)) from None
 
 
 @functools.cache
-def missing(source: Path) -> str | None:
+def missing(source: Path, libraries: tuple[str, ...] = ()) -> str | None:
     """Return what this machine lacks for a C file, in a few words, or None. The result is cached."""
     try:
-        load(source)
+        load(source, libraries)
     except NoCompilerError as error:
         return f"a C compiler ({error})"
     return None
@@ -72,7 +74,7 @@ def _abilities() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _compile(command: list[str], source: Path, library: Path) -> None:
+def _compile(command: list[str], source: Path, links: list[str], library: Path) -> None:
     """Compile into a private file and rename it: several ranks may do so at once."""
     if not shutil.which(command[0]):
         raise NoCompilerError(f"there is no {command[0]}")
@@ -80,7 +82,7 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
     os.close(descriptor)
     try:
         compiler = subprocess.run(
-            [*command, "-o", own, str(source)], capture_output=True, text=True, errors="replace", check=False,
+            [*command, "-o", own, str(source), *links], capture_output=True, text=True, errors="replace", check=False,
             env=os.environ | {"LC_ALL": "C"},
         )  # fmt: skip
         if compiler.returncode:

@@ -1,0 +1,136 @@
+"""Bytes of an image file to pixels of one size: decodes what a framing keeps of a picture, and scales it.
+
+Crop version 3 decodes only the part of a JPEG that the crop needs, in C (jpeg_crop.c). All other files, and those that
+this code gives up on, are decoded entirely and then cut and scaled: so one decoder decides what is damaged.
+"""
+
+import ctypes
+import functools
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from shardstep.configs.schema import CropVersion
+from shardstep.datasets import native
+from shardstep.datasets.decode import decode, resize_to_cover
+from shardstep.datasets.framing import Crop, Framing, Interpolation
+
+PARTIAL: CropVersion = 3
+"""The crop version that decodes only what is needed."""
+_SOURCE, _LIBRARIES = Path(__file__).with_name("jpeg_crop.c"), ("jpeg",)
+_MOST_PIXELS = 2**30  # as in OpenCV
+_JPEG, _END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
+_FRAMES, _SCAN = (0xC0, 0xC1, 0xC2), 0xDA  # markers; the frames are baseline, extended and progressive
+
+
+_DONE, _NEEDS_MEMORY = 0, 3  # what crop_jpeg of jpeg_crop.c returns
+
+
+class _Side(ctypes.Structure):
+    """`struct side` of jpeg_crop.c."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("start", "length", "scaled", "first", "count")]
+
+
+def missing_for_partial() -> str | None:
+    """Return what this machine lacks for decoding only parts of JPEGs, in a few words, or None."""
+    lacks = native.missing(_SOURCE, _LIBRARIES)
+    return f"libjpeg's header and {lacks}" if lacks else None
+
+
+def decode_crop(data: bytes, mode: str, framing: Framing, draws: Sequence[float] | None = None) -> np.ndarray:
+    """Decode an image file to uint8 pixels of a framing, shape (height, width, channels).
+
+    Args:
+        mode: "RGB" or "L", as for `decode`.
+        draws: the numbers of a random crop, see framing.py; None reads the centre.
+
+    Raises:
+        ValueError: see `decode`.
+    """
+    shape = jpeg_shape(data) if framing.version == PARTIAL else None
+    if shape and (mode == "RGB" or shape[2] == 1):
+        pixels = _decode_part(data, framing.crop(*shape[:2], draws), framing.interpolation)
+        if pixels is not None:
+            return pixels if mode == "RGB" else pixels[:, :, :1]
+    pixels = decode(data, mode)
+    if framing.version == 1:
+        return resize_to_cover(pixels, framing.height, framing.width)
+    return cut_and_scale(pixels, framing.crop(pixels.shape[0], pixels.shape[1], draws), framing.interpolation)
+
+
+def cut_and_scale(pixels: np.ndarray, crop: Crop, interpolation: Interpolation) -> np.ndarray:
+    """Apply a crop to uint8 pixels (height, width, channels), with Pillow's antialiasing."""
+    region, window = crop.region, crop.window
+    pixels = pixels[region.top : region.top + region.height, region.left : region.left + region.width]
+    if pixels.shape[:2] != crop.scaled:
+        pixels = np.ascontiguousarray(pixels)  # torch would copy it more slowly
+        images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # (H, W, C) -> (1, C, H, W)
+        scaled = functional.interpolate(images, crop.scaled, mode=interpolation, antialias=True)
+        pixels = scaled[0].permute(1, 2, 0).numpy()
+    return pixels[window.top : window.top + window.height, window.left : window.left + window.width]
+
+
+def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
+    """Return (height, width, channels) of a JPEG that does not end early, from its frame header; None for other files."""
+    if data[:2] != _JPEG or data[-2:] != _END_OF_JPEG:
+        return None
+    place = 2
+    while data[place : place + 1] == b"\xff":
+        segment = data[place : place + 10]
+        if segment[1] in _FRAMES and len(segment) == 10:
+            height, width = int.from_bytes(segment[5:7], "big"), int.from_bytes(segment[7:9], "big")
+            return (height, width, segment[9]) if 0 < height * width <= _MOST_PIXELS else None
+        if len(segment) < 10 or segment[1] == _SCAN:
+            return None
+        place += 2 + int.from_bytes(segment[2:4], "big")
+    return None
+
+
+class _Scratch(ctypes.Structure):
+    """`struct scratch` of jpeg_crop.c; keeps its memory alive."""
+
+    _fields_ = [("memory", ctypes.c_void_p), ("size", ctypes.c_size_t), ("used", ctypes.c_size_t)]
+
+    def __init__(self, size: int):
+        self._memory = np.empty(size, dtype=np.uint8)
+        super().__init__(self._memory.ctypes.data, size, 0)
+
+
+class _Thread(threading.local):
+    """What each thread that decodes has for itself."""
+
+    def __init__(self) -> None:
+        self.scratch = _Scratch(0)
+
+
+_thread = _Thread()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return native.load(_SOURCE, _LIBRARIES)
+
+
+def _decode_part(data: bytes, crop: Crop, interpolation: Interpolation) -> np.ndarray | None:
+    """Decode a crop of a baseline JPEG; None if the C code gives up on it."""
+    region, (height, width), window = crop.region, crop.scaled, crop.window
+    rows = _Side(region.top, region.height, height, window.top, window.height)
+    columns = _Side(region.left, region.width, width, window.left, window.width)
+    pixels = np.empty((window.height, window.width, 3), dtype=np.uint8)
+
+    def decode_with(scratch: _Scratch) -> int:
+        return _library().crop_jpeg(
+            data, ctypes.c_size_t(len(data)), ctypes.byref(rows), ctypes.byref(columns), int(interpolation == "bicubic"),
+            ctypes.byref(scratch), ctypes.c_void_p(pixels.ctypes.data),
+        )  # fmt: skip
+
+    found = decode_with(_thread.scratch)
+    if found == _NEEDS_MEMORY:
+        _thread.scratch = _Scratch(_thread.scratch.used)
+        found = decode_with(_thread.scratch)
+    return pixels if found == _DONE else None
