@@ -42,21 +42,29 @@ def missing_for_partial() -> str | None:
     return f"libjpeg's header and {lacks}" if lacks else None
 
 
-def decode_crop(data: bytes, mode: str, framing: Framing, draws: Sequence[float] | None = None) -> np.ndarray:
+def decode_crop(
+    data: bytes,
+    mode: str,
+    framing: Framing,
+    draws: Sequence[float] | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Decode an image file to uint8 pixels of a framing, shape (height, width, channels).
 
     Args:
         mode: "RGB" or "L", as for `decode`.
         draws: the numbers of a random crop, see framing.py; None reads the centre.
+        out: contiguous memory for the pixels, which is used, and returned, where that saves a copy.
 
     Raises:
         ValueError: see `decode`.
     """
     shape = jpeg_shape(data) if framing.version == PARTIAL else None
     if shape and (mode == "RGB" or shape[2] == 1):
-        pixels = _decode_part(data, framing.crop(*shape[:2], draws), framing.interpolation)
-        if pixels is not None:
-            return pixels if mode == "RGB" else pixels[:, :, :1]
+        if out is None or mode != "RGB":
+            out = np.empty((framing.height, framing.width, 3), dtype=np.uint8)
+        if _decode_part(data, framing.crop(*shape[:2], draws), framing.interpolation, out):
+            return out if mode == "RGB" else out[:, :, :1]
     pixels = decode(data, mode)
     if framing.version == 1:
         return resize_to_cover(pixels, framing.height, framing.width)
@@ -116,21 +124,20 @@ def _library() -> ctypes.CDLL:
     return native.load(_SOURCE, _LIBRARIES)
 
 
-def _decode_part(data: bytes, crop: Crop, interpolation: Interpolation) -> np.ndarray | None:
-    """Decode a crop of a baseline JPEG; None if the C code gives up on it."""
+def _decode_part(data: bytes, crop: Crop, interpolation: Interpolation, out: np.ndarray) -> bool:
+    """Decode a crop of a JPEG to `out`, uint8 (height, width, 3); return False if the C code gives up on the file."""
     region, (height, width), window = crop.region, crop.scaled, crop.window
     rows = _Side(region.top, region.height, height, window.top, window.height)
     columns = _Side(region.left, region.width, width, window.left, window.width)
-    pixels = np.empty((window.height, window.width, 3), dtype=np.uint8)
 
     def decode_with(scratch: _Scratch) -> int:
         return _library().crop_jpeg(
             data, ctypes.c_size_t(len(data)), ctypes.byref(rows), ctypes.byref(columns), int(interpolation == "bicubic"),
-            ctypes.byref(scratch), ctypes.c_void_p(pixels.ctypes.data),
+            ctypes.byref(scratch), ctypes.c_void_p(out.ctypes.data),
         )  # fmt: skip
 
     found = decode_with(_thread.scratch)
     if found == _NEEDS_MEMORY:
         _thread.scratch = _Scratch(_thread.scratch.used)
         found = decode_with(_thread.scratch)
-    return pixels if found == _DONE else None
+    return found == _DONE

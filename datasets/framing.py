@@ -45,10 +45,9 @@ class Crop:
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """The entry `random_resized_crop` of data.augment: a random part of the picture, scaled to a square.
+    """Read a random part of each picture, scaled to a square of side `size`; must be the first entry of data.augment.
 
-    Szegedy et al. 2014, arXiv 1409.4842, section 6; the draws are tried as by torchvision's v2.RandomResizedCrop. It is
-    applied when a training image is decoded, so it must be the first entry.
+    Szegedy et al. 2014, arXiv 1409.4842, section 6; parts are tried as by torchvision's v2.RandomResizedCrop.
     """
 
     size: int = 224

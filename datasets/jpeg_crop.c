@@ -236,7 +236,7 @@ static int is_common(const struct jpeg_decompress_struct *jpeg)
     return 1;
 }
 
-/* Keep what the filters use of the strips of a number. */
+/* Keep what the filters use of the strips that were just read, those of row `number` of blocks. */
 static void keep_strips(struct work *work, int number)
 {
     for (int c = 0; c < work->jpeg.num_components; c++) {
@@ -310,8 +310,13 @@ static void prepare(struct work *work, struct side rows, struct side columns, in
         const jpeg_component_info *part = &work->jpeg.comp_info[c];
         double across = (double)part->h_samp_factor / work->jpeg.max_h_samp_factor;
         double down = (double)part->v_samp_factor / work->jpeg.max_v_samp_factor;
-        make_filter(&work->rows[c], rows, down, part->downsampled_height, is_cubic, scratch);
-        make_filter(&work->columns[c], columns, across, part->downsampled_width, is_cubic, scratch);
+        if (c == 2) { /* both chroma planes are sampled alike */
+            work->rows[c] = work->rows[1];
+            work->columns[c] = work->columns[1];
+        } else {
+            make_filter(&work->rows[c], rows, down, part->downsampled_height, is_cubic, scratch);
+            make_filter(&work->columns[c], columns, across, part->downsampled_width, is_cubic, scratch);
+        }
         size_t height = work->rows[c].end - work->rows[c].begin, needed = work->columns[c].room;
         work->widths[c] = (work->columns[c].end - work->columns[c].begin + LANES - 1) / LANES * LANES;
         work->planes[c] = take(scratch, height * work->widths[c] * sizeof *work->planes[c]);
@@ -332,7 +337,8 @@ static int crop(struct work *work, const uint8_t *data, size_t size, struct side
 
     jpeg_mem_src(jpeg, data, size);
     jpeg_read_header(jpeg, TRUE);
-    if (!is_common(jpeg))
+    if (!is_common(jpeg) || rows.start + rows.length > (int)jpeg->image_height ||
+        columns.start + columns.length > (int)jpeg->image_width)
         return ANOTHER_KIND;
     jpeg->raw_data_out = TRUE;
     jpeg->out_color_space = jpeg->jpeg_color_space;
@@ -346,7 +352,7 @@ static int crop(struct work *work, const uint8_t *data, size_t size, struct side
 }
 
 /* Write the crop of a JPEG to `out`, uint8 (rows->count, columns->count, 3). Returns DONE, ANOTHER_KIND for what is neither
-   grey nor YCbCr with common subsampling, DAMAGED, or NEEDS_MEMORY, with the bytes that it takes in scratch->used. */
+   grey nor YCbCr with common subsampling, or smaller, DAMAGED, or NEEDS_MEMORY, with the bytes that it takes in scratch->used. */
 int crop_jpeg(const uint8_t *data, size_t size, const struct side *rows, const struct side *columns, int is_cubic,
               struct scratch *scratch, uint8_t *out)
 {

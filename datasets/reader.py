@@ -106,7 +106,10 @@ class StreamReader:
         drawn = draws.uniform(DRAWS).tolist() if draws and self._framing and self._framing.random else None
         rows = np.argsort(sample_ids)  # in their order on disk
         for row, sample_id in zip(rows.tolist(), sample_ids[rows].tolist(), strict=True):
-            pixels[row] = self._decode(sample_id, drawn[row] if drawn else None)
+            place = pixels[row]
+            found = self._decode(sample_id, drawn[row] if drawn else None, place)
+            if found is not place:
+                place[...] = found
         return torch.from_numpy(pixels), torch.from_numpy(self._shards.index["label"][sample_ids].astype(np.int64))
 
     def read_bytes(self, sample_id: int) -> bytes:
@@ -131,11 +134,11 @@ class StreamReader:
         for shard in shards:
             self._open(shard).read_ahead()
 
-    def _decode(self, sample_id: int, draws: list[float] | None) -> np.ndarray:
+    def _decode(self, sample_id: int, draws: list[float] | None, out: np.ndarray) -> np.ndarray:
         data = self.read_bytes(sample_id)
         try:
             if self._framing:
-                return decode_crop(data, self._mode, self._framing, draws)
+                return decode_crop(data, self._mode, self._framing, draws, out)
             pixels = decode(data, self._mode)
         except ValueError as error:
             raise InputError(f"{self._name(sample_id)}: {error}") from None

@@ -287,10 +287,12 @@ def _large_images(shards: "ShardFolder", args: argparse.Namespace) -> Table:
     from torchvision import transforms
 
     from shardstep.datasets.decode import decode
+    from shardstep.datasets.decode_crop import missing_for_partial
     from shardstep.datasets.framing import Framing
     from shardstep.datasets.reader import StreamReader
 
-    full_size, resized = StreamReader(shards), StreamReader(shards, Framing.covering(224, 224, 2))
+    framing = Framing.covering(224, 224, 2 if missing_for_partial() else 3)
+    full_size, resized = StreamReader(shards), StreamReader(shards, framing)
     ids = np.random.default_rng(0).permutation(shards.manifest.samples)
     files = [full_size.read_bytes(sample) for sample in ids.tolist()]
     batches = np.array_split(ids, max(1, len(ids) // 32))

@@ -202,7 +202,7 @@ def huge_set(folder: Path, num_shards: int, per_shard: int) -> Path:
 class NoPixels(StreamReader):
     """Reads labels through the index, and no images."""
 
-    def _decode(self, sample_id: int, draws: list[float] | None) -> np.ndarray:
+    def _decode(self, sample_id: int, draws: list[float] | None, out: np.ndarray) -> np.ndarray:
         return np.zeros((32, 32, 3), dtype=np.uint8)
 
 

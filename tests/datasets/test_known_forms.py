@@ -186,6 +186,14 @@ def test_a_damaged_tar_inside_a_tar(tmp_path: Path) -> None:
         open_source(str(path), "train")
 
 
+def test_a_tar_inside_a_tar_that_is_cut_off_does_not_go_on_with_what_follows(tmp_path: Path) -> None:
+    inner = write_tar(tmp_path / "inner.tar", {"a.JPEG": png(1)}).read_bytes()
+    cut = inner[:1024]  # the header and the content of its only member
+    write_tar(tmp_path / "x.tar", {"n00000001.tar": cut, "n00000002.tar": inner, "n00000003.tar": inner})
+    with pytest.raises(InputError, match=r"x\.tar: n00000001\.tar is cut off at byte 1536"):
+        open_source(str(tmp_path / "x.tar"), "train")
+
+
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 

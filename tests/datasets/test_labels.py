@@ -19,7 +19,7 @@ from shardstep.datasets.sources.tables import LabelOptions, read_table
 from shardstep.datasets.write import make_missing_shards
 from shardstep.launch.cli import run as run_command
 from shardstep.launch.shards import main as shards_main
-from shardstep.trainer.data import make_missing_data, open_both
+from shardstep.trainer.data import make_missing_data, open_parts
 from tests.datasets.test_sources import png
 
 HAS_PYARROW = importlib.util.find_spec("pyarrow") is not None
@@ -208,7 +208,7 @@ def test_class_folders_with_numbers_are_in_the_order_of_the_numbers(tmp_path: Pa
 @pytest.mark.parametrize(
     ("rows", "counted"),
     [
-        ("3.png,cat\n", "1 missing file (3.png)"),
+        ("3.png,cow\n", "1 missing file (3.png)"),
         ("3.png,cat\n4.png,cat\n", "2 missing files (3.png, ...)"),
         ("b/x.png,\nb/y.png,nan\n", "2 empty labels (b/x.png, ...)"),
         (",cat\n", "1 empty name (row 3)"),
@@ -219,6 +219,7 @@ def test_rows_and_files_without_each_other_are_counted(tmp_path: Path, rows: str
     make_files(tmp_path / "photos", ["1.png", "2.png", "b/x.png", "b/y.png"])
     source = open_with(tmp_path, f"image,label\n1.png,dog\n2.png,cat\n{rows}")
     assert labelled(source) == {"1.png": "dog", "2.png": "cat"}
+    assert source.classes == ["cat", "dog"]
     parts = counted.replace("; ", ", ").split(", ")
     if not rows.startswith("b/"):
         parts.append("2 unlabelled images (b/x.png, ...)")
@@ -406,8 +407,8 @@ def test_a_recipe_names_the_table(tmp_path: Path) -> None:
     folders = {split: str(tmp_path / "out" / split) for split in ("train", "test")}
     config = DataConfig(source=str(tmp_path / "photos"), labels=table, **folders, **columns)
     make_missing_data(config)
-    train, test = open_both(config)
-    assert (train.manifest.classes, test.manifest.samples_per_class) == (["a", "b"], [1, 0])
+    parts = open_parts(config)
+    assert (parts.train.manifest.classes, parts.final.manifest.samples_per_class) == (["a", "b"], [1, 0])
 
 
 # --- Hugging Face's imagefolder ---------------------------------------------------------------------------------------

@@ -120,13 +120,13 @@ def test_a_machine_that_cannot_decode_parts(
     try:
         recipe = write_recipe(tmp_path, photographs, data={"augment": [CROP]})
         loaded = validate_recipe(load_recipe(str(recipe)))
-        assert data.choose_crop_version(loaded.data, *data.open_both(loaded.data)) == 2
+        assert data.choose_crop_version(loaded.data, data.open_parts(loaded.data)) == 2
         code, _, err = failure_of(str(recipe), "data.crop_version=3")
         assert code == 2
         assert "data.crop_version=3 needs libjpeg's header and a C compiler (there is no no-such-compiler)" in err
         for version, severity in ((2, "warning"), (3, "error")):
             chosen = with_keys(loaded, data={"crop_version": version})
-            (finding,) = _decoder_findings(chosen, *data.open_both(loaded.data))
+            (finding,) = _decoder_findings(chosen, data.open_parts(loaded.data))
             assert finding.severity == severity
             assert "libjpeg's header and a C compiler (there is no no-such-compiler)" in finding.what
         # a finished run is still of use there
