@@ -242,6 +242,7 @@ def test_evaluation_sees_each_sample_once(shards: Path, world_size: int) -> None
                 memory_format=torch.contiguous_format,
                 device=CPU,
                 workers=1,
+                ids=None,
             )
         )
         for rank in range(world_size)

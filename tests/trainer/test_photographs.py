@@ -15,6 +15,7 @@ from shardstep.configs.resolve import with_keys
 from shardstep.configs.schema import CropVersion
 from shardstep.datasets import native
 from shardstep.datasets.manifest import open_shards
+from shardstep.datasets.parts import Part
 from shardstep.datasets.write import write_shards
 from shardstep.launch import evaluate, export, predict
 from shardstep.launch.cli import run as run_command
@@ -107,9 +108,10 @@ def test_everything_reads_the_same_centres(
 )
 def test_the_crop_version(photographs: Path, shards: Path, keys: list[str], chosen: CropVersion) -> None:
     recipe = validate_recipe(load_recipe("smoke", [f"data.train={shards}/train", f"data.test={shards}/test", *keys]))
-    jpegs, pngs = (open_shards(folder / "train") for folder in (photographs, shards))
-    assert data.choose_crop_version(recipe.data, jpegs, jpegs) == chosen
-    assert data.choose_crop_version(recipe.data, pngs, pngs) == (2 if recipe.data.crop_version == "auto" else chosen)
+    jpegs, pngs = (Part(open_shards(folder / "train")) for folder in (photographs, shards))
+    of_jpegs, of_pngs = (data.Parts(part, part, part, "test", "test") for part in (jpegs, pngs))
+    assert data.choose_crop_version(recipe.data, of_jpegs) == chosen
+    assert data.choose_crop_version(recipe.data, of_pngs) == (2 if recipe.data.crop_version == "auto" else chosen)
 
 
 def test_a_machine_that_cannot_decode_parts(
@@ -159,3 +161,15 @@ def test_what_does_not_fit_is_one_clear_line(keys: list[str], message: str) -> N
     with pytest.raises(ValueError) as raised:
         validate_recipe(load_recipe("smoke", keys))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_mixed_crops_are_the_same_on_any_number_of_ranks(mix: str, photographs: Path, tmp_path: Path) -> None:
+    """A partner is cut as at its own position, though another rank trains on it."""
+    losses = []
+    for world_size in (1, 2, 3):
+        recipe = write_recipe(tmp_path / str(world_size), photographs, data={"augment": [CROP, "flip", mix]})
+        train_ranks(world_size, recipe, "train.max_micro_batch=3", "train.duration=3 steps")
+        losses.append([line["loss"] for line in train_lines(tmp_path / str(world_size) / "run")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
