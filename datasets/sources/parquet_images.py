@@ -115,13 +115,18 @@ class _Files:
         with tempfile.TemporaryFile(dir=folder) as copy, progress_bar(f"reading {where}", rows, "rows") as advance:
             self._descriptor = os.dup(copy.fileno())
             offset = 0
-            for name, value in _images(where, names, column):
-                content = value.get("bytes") if isinstance(value, dict) else value
-                path = value.get("path") if isinstance(value, dict) else None
-                self.names.append(f"{name}: {path or f'row {len(self.names) + 1}'}")
-                self._places.append((offset, -1 if content is None else len(content)))
-                offset += copy.write(content or b"")
-                advance(1)
+            try:
+                for name, value in _images(where, names, column):
+                    content = value.get("bytes") if isinstance(value, dict) else value
+                    path = value.get("path") if isinstance(value, dict) else None
+                    self.names.append(f"{name}: {path or f'row {len(self.names) + 1}'}")
+                    self._places.append((offset, -1 if content is None else len(content)))
+                    offset += copy.write(content or b"")
+                    advance(1)
+                copy.flush()
+            except OSError as error:  # a full disk; the file has no name
+                error.filename = error.filename or str(folder)
+                raise
 
     def read(self, row: int) -> bytes:
         offset, size = self._places[row]

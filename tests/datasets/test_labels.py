@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -322,10 +323,13 @@ def test_columns_without_a_table(tmp_path: Path) -> None:
         open_source(str(tmp_path), "train", LabelOptions(label_column="x"))
 
 
-@pytest.mark.skipif(HAS_PYARROW, reason="pyarrow is here")
-def test_parquet_without_pyarrow(tmp_path: Path) -> None:
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
     with pytest.raises(InputError, match=r"labels\.parquet: to read parquet files, pip install pyarrow"):
         read_table(tmp_path / "labels.parquet", b"PAR1")
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"train\.parquet: to read parquet files, pip install pyarrow"):
+        open_source(str(tmp_path), "train")
 
 
 @NEEDS_PYARROW

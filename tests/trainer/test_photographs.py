@@ -61,6 +61,9 @@ def test_two_ranks_train_on_the_same_pixels(run: Path, photographs: Path, tmp_pa
 def test_a_stopped_run_goes_on_bitwise(run: Path, photographs: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, photographs, data={"augment": [CROP, "flip"]})
     train_ranks(1, recipe, "train.duration=4 steps")  # of 3 in an epoch: in the middle of the second
+    code, _, err = failure_of(str(recipe), "run.allow_changes=[train.duration]", "data.crop_version=2")
+    assert code == 2
+    assert "data.crop_version: 3 -> 2" in err
     train_ranks(1, recipe, "run.allow_changes=[train.duration]")
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
