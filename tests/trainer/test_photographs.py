@@ -23,6 +23,7 @@ from shardstep.trainer import data
 from shardstep.trainer.analysis.trained_model import open_trained_model
 from shardstep.trainer.doctor.session import _decoder_findings
 from shardstep.trainer.validate_recipe import validate_recipe
+from tests.distributed import run_ranks
 from tests.photographs import write_photographs
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
 
@@ -61,7 +62,8 @@ def test_two_ranks_train_on_the_same_pixels(run: Path, photographs: Path, tmp_pa
 def test_a_stopped_run_goes_on_bitwise(run: Path, photographs: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, photographs, data={"augment": [CROP, "flip"]})
     train_ranks(1, recipe, "train.duration=4 steps")  # of 3 in an epoch: in the middle of the second
-    code, _, err = failure_of(str(recipe), "run.allow_changes=[train.duration]", "data.crop_version=2")
+    changed = (str(recipe), "run.allow_changes=[train.duration]", "data.crop_version=2")
+    ((code, _, err),) = run_ranks(1, failure_of, *changed)
     assert code == 2
     assert "data.crop_version: 3 -> 2" in err
     train_ranks(1, recipe, "run.allow_changes=[train.duration]")
