@@ -127,12 +127,11 @@ class TrainBatches:
             position = 0
 
     def _pieces(self, epoch: int, position: int, size: int) -> list[_Piece]:
-        places = micro_pieces(size, self.rank, self.world_size, self.max_micro_batch)
-        read = [with_partners(*place, size) for place in places] if self.mixing else places
-        return [
-            _Piece(epoch, *(position + place for place in (*own, *wanted)))
-            for own, wanted in zip(places, read, strict=True)
-        ]
+        pieces = []
+        for start, stop in micro_pieces(size, self.rank, self.world_size, self.max_micro_batch):
+            first, last = with_partners(start, stop, size) if self.mixing else (start, stop)
+            pieces.append(_Piece(epoch, position + start, position + stop, position + first, position + last))
+        return pieces
 
     def _read(self, piece: _Piece) -> Callable[[], tuple[_Piece, np.ndarray, Tensor, Tensor]]:
         """Return a task that reads one piece. The ids are computed here: the order's cache belongs to one thread."""
