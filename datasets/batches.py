@@ -143,11 +143,8 @@ class TrainBatches:
                 if (lane, upcoming) not in self._announced:
                     self._announced.add((lane, upcoming))
                     self.reader.will_need(order.shards_of(lane, upcoming))
-        return lambda: (
-            piece,
-            sample_ids,
-            *self.reader.read(sample_ids, self._draws(piece, sample_ids, stream=AT_DECODING)),
-        )
+        draws = self._draws(piece, sample_ids, stream=AT_DECODING) if self.reader.takes_draws else None
+        return lambda: (piece, sample_ids, *self.reader.read(sample_ids, draws))
 
     def _draws(
         self, piece: _Piece, sample_ids: np.ndarray, device: torch.device | None = None, stream: int = 0

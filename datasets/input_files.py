@@ -17,10 +17,10 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
 from shardstep.datasets.decode import EXTENSIONS
 
-# Of macOS, Windows, Synology, ext4 and Python; other hidden names begin with a dot.
+# Of macOS, Windows, Synology, QNAP, NetApp, ext4 and Python; other hidden names begin with a dot.
 _SYSTEM_NAMES = (
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir",
-    "lost+found", "__pycache__",
+    "lost+found", "__pycache__", "recycler", "#recycle", "@recycle", "#snapshot", "~snapshot", "@recently-snapshot",
 )  # fmt: skip
 _HIDDEN_PART = re.compile(  # a dot and more than . and .. have, or a whole system name
     rf"(?:^|/)(?:\.(?!\.?(?:/|$))|(?:{'|'.join(map(re.escape, _SYSTEM_NAMES))})(?:/|$))", re.IGNORECASE

@@ -33,6 +33,8 @@ class Reader(Protocol):
 
     image_shape: tuple[int, int, int]
     """(height, width, channels) of every image."""
+    takes_draws: bool
+    """Whether something is random in reading."""
 
     def read(self, sample_ids: np.ndarray, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
         """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,).
@@ -93,6 +95,7 @@ class StreamReader:
                 f"begin data.augment with random_resized_crop"
             )
         self.image_shape = shape
+        self.takes_draws = framing is not None and framing.random is not None
 
     def read(self, sample_ids: np.ndarray, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
         """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,), in the order of the ids.

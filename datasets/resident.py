@@ -35,7 +35,7 @@ class ResidentReader:
         """`pixels`: uint8 (samples, height, width, channels); `labels`: int64 (samples,), on the same device."""
         self._pixels, self._labels = pixels, labels
         height, width, channels = pixels.shape[1:]
-        self.image_shape = (height, width, channels)
+        self.image_shape, self.takes_draws = (height, width, channels), False
 
     def read(self, sample_ids: np.ndarray, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
         """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,), in the order of the ids.

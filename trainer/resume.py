@@ -47,6 +47,7 @@ _MATHEMATICS = {
     ],
     "eval": ["views", "sure_above"],  # the evaluations of one run are compared with each other: see state.best
 }
+_EVALUATED = {"eval": ["views", "sure_above"], "data": ["validation", "fold", "split_seed"]}
 _MICRO_BATCH = "train.max_micro_batch"  # mathematics only with batch norm, whose statistics are those of a micro-batch
 # Seconds to wait for the last attempt's lock: a network file system keeps a crashed node's locks for a lease, often 90 s.
 _RESTART_PATIENCE_S = 120.0
@@ -202,11 +203,19 @@ def restore(
         with raise_on_all_ranks(world):
             _check_micro_batches(found.path, recipe, plan, state.module)
             checkpoint.load(state, found.path, world.process_index, world.num_processes, new_test_set)
+        if _evaluates_otherwise(load_recipe(str(found.path / RECIPE)).recipe, recipe):
+            state.best = None  # its score cannot be compared with new ones
         if state.progress.position >= plan.samples_per_epoch:  # a new batch size has made the epoch shorter
             state.progress = replace(state.progress, epoch=state.progress.epoch + 1, position=0)
         display.note(f"resuming from {found.path}")
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     state.starts.append({"step": state.progress.step, "world_size": world.num_processes, "time": now})
+
+
+def _evaluates_otherwise(saved: Recipe, given: Recipe) -> bool:
+    """Return whether evaluations now have other views or other samples held out, as run.allow_changes may allow."""
+    pairs = ((getattr(saved, section), getattr(given, section), keys) for section, keys in _EVALUATED.items())
+    return any(getattr(before, key) != getattr(now, key) for before, now, keys in pairs for key in keys)
 
 
 def claim(

@@ -340,7 +340,8 @@ def test_sockets_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_names_that_are_hidden() -> None:
-    for name in (".x", "a/.x/b.png", "__MACOSX/a.png", "a/thumbs.db", "lost+found"):
+    bins = ("#recycle", "@Recycle/a.png", "a/#snapshot/b.png", "~snapshot", "RECYCLER", "@Recently-Snapshot")
+    for name in (".x", "a/.x/b.png", "__MACOSX/a.png", "a/thumbs.db", "lost+found", *bins):
         assert is_hidden(name), name
     for name in ("x", "./a", "../a", "a.b/c", "x__MACOSX", ""):
         assert not is_hidden(name), name

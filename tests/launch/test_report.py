@@ -130,7 +130,8 @@ def test_in_a_browser(shown: Path, browser: Browser) -> None:
 def test_no_line_ends_inside_a_figure(finished_run: Path, browser: Browser, tmp_path: Path) -> None:
     run = copy_run(finished_run, tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").write_text(json.dumps(summary | {"wall_s": 3599.4}))  # the widest: 59 min 59 s
+    widest = {"wall_s": 3599.4, "eval": summary["eval"] | {"accuracy": 1.0}}  # 59 min 59 s, 100.00 %
+    (run / "summary.json").write_text(json.dumps(summary | widest))
     lines = read_lines(run / "metrics.jsonl")
     (run / "metrics.jsonl").write_text("".join(json.dumps(line | {"accuracy": 1.0}) + "\n" for line in lines))
     assert main([str(run), "--device", "cpu"]) == 0

@@ -129,3 +129,18 @@ def test_one_folder_of_images_needs_no_splits(tmp_path: Path) -> None:
     train_ranks(1, recipe, "data.validation=0.2", "data.test=none", "train.global_batch_size=8")
     assert summary_of(tmp_path / "run")["data"]["validation_samples"] == 4
     assert not (tmp_path / "test").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "forgets"), [("eval.views=mirror", True), ("data.split_seed=1", True), ("eval.batch_size=7", False)]
+)
+def test_a_best_evaluation_of_another_kind_is_forgotten(
+    change: str, forgets: bool, shards: Path, tmp_path: Path
+) -> None:
+    """Both halves end with their only evaluation, so that what is best afterwards tells whether the first one counts."""
+    once = {"eval": {"every": "100 epochs"}, "data": {"validation": 0.3}, "optimizer": {"name": "sgd", "lr": 1e-30}}
+    recipe = write_recipe(tmp_path, shards, **once)
+    train_ranks(1, recipe, "train.duration=2 steps")
+    allowed = ["train.duration", *([change.partition("=")[0]] if forgets else [])]
+    train_ranks(1, recipe, "train.duration=4 steps", change, f"run.allow_changes=[{','.join(allowed)}]")
+    assert summary_of(tmp_path / "run")["best"]["step"] == (4 if forgets else 2)

@@ -62,7 +62,8 @@ class RunRecord:
     @property
     def final(self) -> dict[str, Any]:
         """The metrics at the end: those of the summary, on the test set; before the end those of the last evaluation."""
-        return _mapping(self.summary.get("eval")) or self.last_evaluation
+        found = _mapping(self.summary.get("eval")) if self.state == "finished" else {}
+        return found or self.last_evaluation
 
     @property
     def best(self) -> dict[str, Any]:

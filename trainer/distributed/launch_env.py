@@ -44,7 +44,8 @@ def world_size() -> int | None:
 def is_first_rank() -> bool:
     """Return whether this process is rank 0, which prints for all."""
     launcher = None if is_launched() else launcher_of(os.environ)  # whose ranks were refused a place
-    return os.environ.get(launcher.rank if launcher else "RANK", "0") == "0"
+    rank_given = os.environ.get(launcher.rank if launcher else "RANK", "0")
+    return rank_given == "0" or not rank_given.isdecimal()  # what is no rank is refused, aloud
 
 
 def is_first_rank_of_node() -> bool:
@@ -69,7 +70,8 @@ def ends_with_parent() -> bool:
 
 def is_restarted() -> bool:
     """Return whether this process replaces one that ended: restarted by torchrun, or in a requeued job."""
-    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    counts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(text.isdecimal() and int(text) for text in counts)
 
 
 def cpu_is_forced() -> bool:

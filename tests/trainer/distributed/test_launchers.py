@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from shardstep.configs.errors import InputError
-from shardstep.trainer.distributed.launch_env import check_own_launch, launch_variables
+from shardstep.trainer.distributed.launch_env import check_own_launch, is_restarted, launch_variables
 from shardstep.trainer.distributed.launchers import LAUNCHERS, PLACE, adopt_launch
 from tests.distributed import BOTH_MPIS, HANG_S, free_port, mpi, run_ranks
 from tests.launch.test_launch import BIN, TRAIN
@@ -221,6 +221,20 @@ def test_a_refusal_is_one_line_and_writes_nothing(environment: dict[str, str], m
 def run(command: list[str], cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     variables = os.environ | (environment or {})
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=HANG_S)
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_count_of_restarts_that_is_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, restarted in (("x", False), ("", False), ("0", False), ("-1", False), ("2", True)):
+        monkeypatch.setenv(name, text)
+        assert is_restarted() == restarted, text
+
+
+def test_a_rank_that_is_none_is_refused_aloud(shards: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, shards, run={"dir": str(tmp_path / "run")}))
+    ((code, _, stderr),) = run_ranks(1, train_as, OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "x"}, recipe)
+    assert code == 2
+    assert stderr.startswith("error: ")
 
 
 def train_as(variables: dict[str, str], recipe: str, *overrides: str) -> tuple[int, str, str]:
