@@ -128,7 +128,9 @@ def _write_locked(
     limit: int | None = None,
     bad_images: BadImages = "refuse",
 ) -> Manifest:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; nothing was written. Give a folder")
+    if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; nothing was written. Remove it or choose another folder")
     for note in images.notes:
         print(printable(note), file=sys.stderr)

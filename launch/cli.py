@@ -45,7 +45,7 @@ COMMANDS = {
 _SPINS = 10_000
 _LESS_MEMORY = "a smaller train.max_micro_batch, eval.batch_size or data.resize needs less memory"
 _HEAD_START_S = 1.0  # for the message of the rank that failed first
-BAD_INPUT, FAILED, STOPPED = 2, 1, 85
+BAD_INPUT, FAILED = 2, 1
 
 
 def main() -> int:

@@ -18,10 +18,11 @@ from pathlib import Path
 from shardstep.configs.cores import usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
-from shardstep.launch.cli import FAILED, STOPPED, run_script
+from shardstep.launch.cli import FAILED, run_script
 from shardstep.launch.comparison.planned_runs import Comparison, prepare
 from shardstep.launch.comparison.pool import End, Task, run_tasks, visible_gpus
 from shardstep.launch.comparison.results import read_result
+from shardstep.launch.entry import STOPPED
 from shardstep.trainer.checkpoints import lock
 from shardstep.trainer.stopping.stop_requests import STOP_FILE
 

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
+STOPPED = 85
+"""The exit code after a request to stop, where no agent would turn it into a failure."""
+_MEETING_S = (
+    5.0  # that ranks which are to stop still have to meet: a fraction of what batch systems wait before they kill
+)
 
 
 def main() -> int:
@@ -46,23 +51,31 @@ def raise_if_interrupted() -> None:
 
 
 @contextlib.contextmanager
-def ending_at_interrupt(stop_signal: "StopSignal") -> Iterator[None]:
-    """Let Ctrl-C end this process at once in a block that waits for other ranks in C++, where no handler runs."""
-    if signal.getsignal(signal.SIGINT) is not _raise:
-        yield
-        return
+def ending_at_signals(stop_signal: "StopSignal") -> Iterator[None]:
+    """Let signals end this process in a block that waits for other ranks in C++, where no handler runs.
+
+    Ctrl-C ends it at once. After another request to stop, the ranks may still meet for a while, to stop together.
+    """
     from shardstep.trainer.distributed import launch_env
 
     is_over = threading.Event()
+    ends_at_interrupt = signal.getsignal(signal.SIGINT) is _raise
 
     def watch() -> None:
+        patience_s = _MEETING_S
         while not is_over.wait(0.1):
-            if stop_signal.has_arrived() and stop_signal.reason == signal.SIGINT.name:
+            if not stop_signal.has_arrived():
+                continue
+            if stop_signal.reason == signal.SIGINT.name and ends_at_interrupt:
                 if launch_env.is_first_rank():
                     os.write(2, _MESSAGE)
                 os._exit(INTERRUPTED)
+            patience_s -= 0.1
+            if patience_s < 0:
+                os.write(2, f"stopped by {stop_signal.reason}, while waiting for the other ranks\n".encode())
+                os._exit(0 if launch_env.has_agent() else STOPPED)
 
-    watcher = threading.Thread(target=watch, name="interrupts", daemon=True)
+    watcher = threading.Thread(target=watch, name="signals", daemon=True)
     watcher.start()
     try:
         yield

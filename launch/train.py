@@ -16,8 +16,8 @@ import sys
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, is_override, load_recipe, recipe_names
-from shardstep.launch.cli import FAILED, STOPPED, run_script
-from shardstep.launch.entry import ending_at_interrupt, raise_if_interrupted
+from shardstep.launch.cli import FAILED, run_script
+from shardstep.launch.entry import STOPPED, ending_at_signals, raise_if_interrupted
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.launchers import adopt_launch
 from shardstep.trainer.stopping.stop_requests import STOP_FILE, StopSignal
@@ -89,7 +89,7 @@ def _train(loaded: LoadedRecipe, arguments: list[str]) -> int:
     recipe = resume.with_earlier_choices(recipe)
     data.check_given_folders(loaded)
     data.make_missing_data(recipe.data)
-    with ending_at_interrupt(request):
+    with ending_at_signals(request):
         world = start_world(recipe.train)
     run = setup.build(world, recipe, display, request)
     for text in describe(run):

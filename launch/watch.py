@@ -14,7 +14,8 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import duration
-from shardstep.launch.cli import FAILED, INTERRUPTED, STOPPED, run_script
+from shardstep.launch.cli import FAILED, run_script
+from shardstep.launch.entry import INTERRUPTED, STOPPED
 from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.monitoring.status import describe_line, length
 from shardstep.trainer.monitoring.wandb_tracker import sync_note

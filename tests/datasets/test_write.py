@@ -488,3 +488,10 @@ def test_a_limit_writes_so_many_of_the_same_images(tmp_path: Path) -> None:
     for limit, expected in ((0, "choose at least 1"), (201, "but there are 200: omit it")):
         with pytest.raises(InputError, match=expected):
             write_shards("synthetic:200", "train", tmp_path / "none", limit=limit)
+
+
+def test_a_file_in_the_place_of_the_folder_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(InputError, match=r"out is a file; nothing was written. Give a folder"):
+        write_shards("synthetic:20", "train", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"

@@ -63,7 +63,7 @@ def measure(
     """Measure passes of the formats in turn, on this rank alone; the model does not change.
 
     Each precision is tried in its first format; the other formats of one that is then twice as slow as the fastest are left
-    out. A format that is far behind drops out after a few rounds. Everything but the first passes takes about 2 s, more
+    out. A format that is far behind drops out before the next round. Everything but the first passes takes about 2 s, more
     only for a slow model whose fastest format is not the best guess.
 
     Args:
@@ -72,7 +72,8 @@ def measure(
         batch_size: of the run, on one rank.
 
     Returns:
-        The seconds of processor time of each format's passes, round by round, and the number of samples in a pass.
+        The seconds of processor time of each format's passes: the fastest of its warm-up, then round by round; and the
+        number of samples in a pass.
     """
     count = _sample_count(module, read_batch, batch_size)
     with _one_thread(), torch.random.fork_rng():  # dropout must not change the run's random numbers

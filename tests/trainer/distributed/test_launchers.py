@@ -271,6 +271,19 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_lines(folder / "run" / "metrics.jsonl")]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_that_waits_for_the_others_can_be_stopped(number: signal.Signals, shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards)
+    place = PLACED | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [str(BIN / "shardstep"), "train", str(recipe)]
+    with subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(6)  # in the middle of its imports, or waiting: rank 0 never comes
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 85
+    assert f"stopped by {number.name}, while waiting for the other ranks\n" in stderr
+
+
 @BOTH_MPIS
 def test_mpirun_trains_one_world(name: str, two_ranks: list[float], shards: Path, tmp_path: Path) -> None:
     command = [*mpi(name), "-n", "2", str(BIN / "shardstep"), "train", str(write_recipe(tmp_path, shards))]
