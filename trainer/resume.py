@@ -161,11 +161,11 @@ def _another_recipe(folder: Path, recipe: Recipe, problems: list[str], refused: 
     )
 
 
-def _check_micro_batches(path: Path, recipe: Recipe, plan: Plan, module: nn.Module) -> None:
+def _check_micro_batches(saved: Recipe, recipe: Recipe, plan: Plan, module: nn.Module) -> None:
     """Check that a model with batch norm keeps the size of its micro-batches, as far as the number of ranks allows."""
     if _MICRO_BATCH in recipe.run.allow_changes or not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
         return
-    was, now = load_recipe(str(path / RECIPE)).recipe.train.max_micro_batch, recipe.train.max_micro_batch
+    was, now = saved.train.max_micro_batch, recipe.train.max_micro_batch
     sizes = [micro_pieces(plan.global_batch_size, 0, plan.world_size, most) for most in (was, now)]
     if sizes[0] != sizes[1]:
         problem = f"{_MICRO_BATCH}: {was} -> {now}; batch norm computes its statistics over a micro-batch"
@@ -201,10 +201,11 @@ def restore(
     if found.path:
         new_test_set: Literal["allow", "refuse"] = "allow" if "data.test" in recipe.run.allow_changes else "refuse"
         with raise_on_all_ranks(world):
-            _check_micro_batches(found.path, recipe, plan, state.module)
+            saved = load_recipe(str(found.path / RECIPE)).recipe
+            _check_micro_batches(saved, recipe, plan, state.module)
             checkpoint.load(state, found.path, world.process_index, world.num_processes, new_test_set)
-        if _evaluates_otherwise(load_recipe(str(found.path / RECIPE)).recipe, recipe):
-            state.best = None  # its score cannot be compared with new ones
+            if _evaluates_otherwise(saved, recipe):
+                state.best = None  # its score cannot be compared with new ones
         if state.progress.position >= plan.samples_per_epoch:  # a new batch size has made the epoch shorter
             state.progress = replace(state.progress, epoch=state.progress.epoch + 1, position=0)
         display.note(f"resuming from {found.path}")

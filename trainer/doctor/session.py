@@ -265,9 +265,8 @@ def _data_facts(manifest: Manifest, folder: str) -> dict[str, Any]:
 
 def _check_cache(recipe: Recipe, manifests: list[Manifest]) -> list[Finding]:
     """Check that the images that are not decoded yet fit into the cache folder; the training set comes first."""
-    folder, num_bytes = cache_folder(), 0
+    folder, num_bytes, framing = cache_folder(), 0, framing_of(recipe.data)
     for manifest in manifests:
-        framing = framing_of(recipe.data)
         shape = manifest.shape_when_read(framing, manifests[0].image_mode)
         if shape and not decoded_path(manifest, shape, framing).is_file():
             num_bytes += manifest.samples * math.prod(shape)
