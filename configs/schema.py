@@ -56,7 +56,11 @@ class DataConfig:
     image_column: Optional[str] = None  # noqa: UP045
     """Column with the images' names or content, in the table or parquet files; null: the one whose name says so."""
     label_column: Optional[str] = None  # noqa: UP045
-    """Column with the labels, in the table or parquet files; null: the one whose name says so, or the only one left."""
+    """Column with the labels, in the table or parquet files; null: the one whose name says so, or the only one left. Several,
+    separated by commas, hold the share of a class each, such as 0 or 1."""
+    label_separator: Optional[str] = None  # noqa: UP045
+    """What stands between several labels in the column, such as "|"; rows of one image then add up. null: each image has one
+    label, unless the column holds lists."""
     mode: Literal["auto", DataMode] = "auto"
     """Where images are read from. resident: decoded once, kept in RAM or on the device; stream: the shards; auto: resident
     if the images fit."""
@@ -164,6 +168,8 @@ class EvalConfig:
     sure_above: Optional[float] = None  # noqa: UP045
     """Probability: if the plain view gives one class a higher one, the image gets no further views; null gives all images
     all views."""
+    threshold: float = 0.5
+    """Probability from which a label counts as found, where images have several: for F1 and for predictions."""
 
 
 @dataclass(frozen=True)

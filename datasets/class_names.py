@@ -15,7 +15,6 @@ from shardstep.configs.text import listed
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _WHOLE = re.compile(r"([+-]?\d+)(\.0*)?")  # pandas writes 3.0 into a column that has gaps
-ONE_LABEL = "one label an image is what is read"  # what to say where there are several
 _BOXES = re.compile(r"(n\d{8}) (-?\d+ ?){4}(\1 (-?\d+ ?){4})*")  # of one class, in ImageNet's LOC_val_solution.csv
 _NUMBERS = re.compile(r"\d+( +\d+)*")
 _BETWEEN_LABELS = re.compile(r"\s*[|;,]\s*")
@@ -77,21 +76,19 @@ def label_names(labels: Sequence[object], where: str) -> list[str]:
         parts = {text: _BETWEEN_LABELS.split(text) for text in different}
         several = sorted(text for text, some in parts.items() if len(some) > 1 and different >= {*some})
     if several:
-        raise InputError(f"{where}: {listed(several, most=2)} are several labels in one; {ONE_LABEL}")
+        raise InputError(
+            f"{where}: {listed(several, most=2)} are several labels in one. If images have several, say what separates them "
+            f"with --label-separator (data.label_separator in a recipe)"
+        )
     return [class_name(text) for text in texts]
 
 
-def numbered(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Return the classes that occur, see sorted_classes, and the label of each name: int64, shape (len(names),)."""
-    classes = sorted_classes(names)
-    label_of = {name: label for label, name in enumerate(classes)}
-    return classes, np.array([label_of[name] for name in names], dtype=np.int64)
-
-
 def label_text(label: object) -> str:
-    """Return a label as text, "" if there is none. Raises ValueError if it is a list of several."""
+    """Return a label as text, "" if there is none; that in a list of one. Raises ValueError if there are several."""
+    if isinstance(label, list | tuple | np.ndarray) and len(label) == 1:
+        return label_text(label[0])
     if isinstance(label, list | tuple | dict | set | np.ndarray):
-        raise ValueError(f"{label!r:.80} is a list; {ONE_LABEL}")
+        raise ValueError(f"{label!r:.80} is not one label")
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return ""
     text = str(label).strip()

@@ -2,6 +2,7 @@
 
 manifest.json   classes, counts, image shape, mean and std, how it was made; name, size and SHA-256 of every file
 index           20 bytes a sample: shard, offset / 512, size, label, crc32 (five little-endian uint32)
+index-labels    only where samples have several labels, see label_sets.py
 """
 
 import difflib
@@ -20,11 +21,13 @@ from shardstep.configs.text import count
 from shardstep.datasets.class_names import class_names_of_manifest
 from shardstep.datasets.framing import Framing
 from shardstep.datasets.input_files import FolderTree, LeftOut, is_hidden, split_name
+from shardstep.datasets.label_sets import LABEL_DTYPE, LABELS_NAME, LabelSets
 from shardstep.datasets.tar import BLOCK, TAR, read_members
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of data sets with one label a sample
+SEVERAL_LABELS_VERSION = 2  # 1 with a file `index-labels`
 _CHECKED_TOGETHER = 50_000  # entries of an index: a megabyte, which stays in a processor's cache
 CHANNELS = {"RGB": 3, "L": 1}  # of the modes that images are read in
 _MOST_LEVELS = 3  # of folders that do not exist, below one that does, to look for data sets beside
@@ -60,6 +63,7 @@ class Manifest:
     shards: list[Shard]  # in the order of the sample ids
     index_sha256: str
     format_version: int = FORMAT_VERSION
+    labels_sha256: str = ""  # of the file `index-labels`; empty where each sample has one label
     fingerprint: str = ""  # SHA-256 over all of the above; identifies the data set in caches, checkpoints, summaries
 
     @property
@@ -86,20 +90,32 @@ class Manifest:
         """The label of class 0 in the tars: 0, unless others wrote them and counted from another number."""
         return int(self.made.get("first_label", 0))
 
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether samples have several labels, or none, or shares of labels; else each has one."""
+        return self.labels_sha256 != ""
+
+    def content(self) -> dict[str, Any]:
+        """Return the content of manifest.json; data sets of format version 1 have no `labels_sha256`."""
+        content = asdict(self)
+        return content if self.has_several_labels else {key: content[key] for key in content if key != "labels_sha256"}
+
     def computed_fingerprint(self) -> str:
-        content = {key: value for key, value in asdict(self).items() if key != "fingerprint"}
+        content = {key: value for key, value in self.content().items() if key != "fingerprint"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, manifest: Manifest, index: bytes) -> None:
-    """Write index and manifest.json; the manifest last, because a folder without one is not a data set."""
+def write_manifest(folder: Path, manifest: Manifest, index: bytes, labels: bytes = b"") -> None:
+    """Write index, labels and manifest.json; the manifest last, because a folder without one is not a data set."""
     write_atomically(folder / INDEX_NAME, index)
+    if manifest.has_several_labels:
+        write_atomically(folder / LABELS_NAME, labels)
     write_atomically(folder / MANIFEST_NAME, manifest_bytes(manifest))
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Return the content of manifest.json."""
-    content = asdict(manifest) | {"fingerprint": manifest.computed_fingerprint()}
+    content = manifest.content() | {"fingerprint": manifest.computed_fingerprint()}
     return json.dumps(content, indent=1).encode() + b"\n"
 
 
@@ -112,8 +128,10 @@ def parse_manifest(text: str, where: str) -> Manifest:
     try:
         content = json.loads(text)
         version = content.get("format_version")
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise InputError(f"{where} has format version {version}; this version of shardstep reads {FORMAT_VERSION}")
+        if isinstance(version, int) and version > SEVERAL_LABELS_VERSION:
+            raise InputError(
+                f"{where} has format version {version}; this version of shardstep reads 1 to {SEVERAL_LABELS_VERSION}"
+            )
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
         manifest = Manifest(**content)
         fingerprint = manifest.computed_fingerprint()
@@ -135,30 +153,57 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
     Raises:
         InputError: it is missing, or not the index that was written with the manifest.
     """
-    path, digest, largest_label = folder / INDEX_NAME, hashlib.sha256(), 0
+    path = folder / INDEX_NAME
+    entries, largest_label = _read_entries(path, INDEX_DTYPE, manifest.index_sha256)
+    if len(entries) != manifest.samples:
+        raise InputError(
+            f"{path} has {count(len(entries), 'entry', 'entries')} for {count(manifest.samples, 'sample')}"
+        )
+    if len(entries) and largest_label >= len(manifest.classes) and not manifest.has_several_labels:
+        raise InputError(f"{path}: label {largest_label} is out of range: {len(manifest.classes)} classes")
+    return entries
+
+
+def read_label_sets(folder: Path, manifest: Manifest, index: np.ndarray) -> LabelSets | None:
+    """Check and read the labels of a folder whose samples have several; None if each has one.
+
+    Raises:
+        InputError: they are missing, or not those that were written with the manifest.
+    """
+    if not manifest.has_several_labels:
+        return None
+    path = folder / LABELS_NAME
+    entries, largest_label = _read_entries(path, LABEL_DTYPE, manifest.labels_sha256)
+    starts = np.append(index["label"], len(entries)).astype(np.int64)
+    if (len(entries) and largest_label >= len(manifest.classes)) or starts[0] != 0 or np.any(np.diff(starts) < 0):
+        raise InputError(f"{path} does not fit {folder / INDEX_NAME}: recreate both with {_index_command(folder)}")
+    return LabelSets(starts, entries)
+
+
+def _read_entries(path: Path, dtype: np.dtype, sha256: str) -> tuple[np.ndarray, int]:
+    """Return the entries of a file and the largest label in it, after a check of its SHA-256."""
+    digest, largest_label = hashlib.sha256(), 0
     if not path.is_file():
-        raise InputError(f"{path} is missing. Recreate it with {_index_command(folder)}")
+        raise InputError(f"{path} is missing. Recreate it with {_index_command(path.parent)}")
     size, copied = path.stat().st_size, list[bytes]()
     # Read even if it is mapped afterwards: pages of a map would count as memory of this process.
     with path.open("rb") as file:
-        while data := file.read(_CHECKED_TOGETHER * INDEX_DTYPE.itemsize):
+        while data := file.read(_CHECKED_TOGETHER * dtype.itemsize):
             digest.update(data)
             if size <= _MOST_COPIED:
                 copied.append(data)
-            entries = np.frombuffer(data, dtype=INDEX_DTYPE, count=len(data) // INDEX_DTYPE.itemsize)
+            entries = np.frombuffer(data, dtype=dtype, count=len(data) // dtype.itemsize)
             largest_label = max(largest_label, int(entries["label"].max(initial=0)))
-    if digest.hexdigest() != manifest.index_sha256:
+    if digest.hexdigest() != sha256:
         raise InputError(
             f"{path} is damaged: its SHA-256 is not the one in {MANIFEST_NAME}. Write the shards again, or, if you trust "
-            f"them, recreate both with {_index_command(folder)}"
+            f"them, recreate the manifest with {_index_command(path.parent)}"
         )
-    if size != manifest.samples * INDEX_DTYPE.itemsize:
-        raise InputError(f"{path} has {size} bytes, not {INDEX_DTYPE.itemsize} for each of {manifest.samples} samples")
-    if size and largest_label >= len(manifest.classes):
-        raise InputError(f"{path}: label {largest_label} is out of range: {len(manifest.classes)} classes")
+    if size % dtype.itemsize:
+        raise InputError(f"{path} has {size} bytes, not {dtype.itemsize} for each of its entries")
     if size <= _MOST_COPIED:
-        return np.frombuffer(b"".join(copied), dtype=INDEX_DTYPE)
-    return np.asarray(np.memmap(path, dtype=INDEX_DTYPE, mode="r"))
+        return np.frombuffer(b"".join(copied), dtype=dtype), largest_label
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r")), largest_label
 
 
 @dataclass(frozen=True)
@@ -168,11 +213,24 @@ class ShardFolder:
     path: Path
     manifest: Manifest
     index: np.ndarray
+    label_sets: LabelSets | None = None  # where samples have several labels
 
     @property
-    def labels(self) -> np.ndarray:
-        """int64, shape (samples,)."""
-        return self.index["label"].astype(np.int64)
+    def labels(self) -> np.ndarray | LabelSets:
+        """One label each, int64, shape (samples,), or the labels of each."""
+        return self.index["label"].astype(np.int64) if self.label_sets is None else self.label_sets
+
+    def labels_of(self, sample_id: int) -> list[tuple[int, float]]:
+        """Return the labels of a sample and their shares: 1 for a label that simply holds."""
+        if self.label_sets is None:
+            return [(int(self.index[sample_id]["label"]), 1.0)]
+        return self.label_sets.of(sample_id)
+
+    def targets(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Return the labels of samples as losses take them: int64, shape (batch,), or shares, float32, (batch, classes)."""
+        if self.label_sets is None:
+            return self.index["label"][sample_ids].astype(np.int64)
+        return self.label_sets.dense(sample_ids, len(self.manifest.classes))
 
     @property
     def samples_per_shard(self) -> list[int]:
@@ -220,7 +278,7 @@ def open_shards(path: str | Path) -> ShardFolder:
     index = read_index(folder, manifest)
     if manifest.samples == 0:
         raise InputError(f"{folder} holds no samples")
-    return ShardFolder(folder, manifest, index)
+    return ShardFolder(folder, manifest, index, read_label_sets(folder, manifest, index))
 
 
 def did_you_mean(path: str | Path) -> str:
@@ -249,7 +307,7 @@ def find_tars(folder: Path, endings: tuple[str, ...] = TAR) -> tuple[list[Path],
     for entry in sorted(FolderTree(folder).entries(""), key=lambda entry: entry.name):
         if entry.name.lower().endswith(endings) and entry.kind != "folder" and not is_hidden(entry.name):
             tars.append(folder / entry.name)
-        elif entry.name not in (MANIFEST_NAME, INDEX_NAME):
+        elif entry.name not in (MANIFEST_NAME, INDEX_NAME, LABELS_NAME):
             left_out.add_entry(entry.name, entry)
     return tars, left_out
 

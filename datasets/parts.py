@@ -11,6 +11,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.held_out import Fold
 from shardstep.configs.text import count
+from shardstep.datasets.label_sets import strata
 from shardstep.datasets.manifest import Manifest, ShardFolder
 from shardstep.datasets.rng import philox_words
 
@@ -43,6 +44,15 @@ class Part:
         starts = np.cumsum([0, *whole])
         return np.diff(np.searchsorted(self.ids, starts)).tolist()
 
+    def samples_per_class(self) -> np.ndarray:
+        """Count the samples of this part that have each class; int64, shape (classes,)."""
+        classes = len(self.manifest.classes)
+        if self.ids is None:
+            return np.array(self.manifest.samples_per_class)
+        if self.shards.label_sets is not None:
+            return self.shards.label_sets[self.ids].samples_per_class(classes)
+        return np.bincount(self.shards.index["label"][self.ids], minlength=classes)
+
     def ids_of(self, numbers: np.ndarray) -> np.ndarray:
         """Return the ids of samples that are numbered from 0 in this part, int64."""
         return numbers if self.ids is None else self.ids[numbers]
@@ -66,7 +76,7 @@ def hold_out(shards: ShardFolder, share: float | Fold, seed: int) -> tuple[Part,
     Raises:
         InputError: one of the parts would be empty.
     """
-    labels = shards.index["label"]
+    labels = strata(shards.labels)
     total = len(labels)
     by_class = np.lexsort((philox_words(total, (seed, 0), (0, 0, _STREAM)), labels))
     places = np.arange(total)

@@ -37,7 +37,8 @@ class Reader(Protocol):
     """Whether something is random in reading."""
 
     def read(self, sample_ids: np.ndarray, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
-        """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,).
+        """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,), or shares of labels, float32
+        (batch, classes), where samples have several.
 
         `draws` are for what is random in reading; without them, images are read as they are evaluated.
         """
@@ -98,7 +99,7 @@ class StreamReader:
         self.takes_draws = framing is not None and framing.random is not None
 
     def read(self, sample_ids: np.ndarray, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
-        """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,), in the order of the ids.
+        """Return pixels and labels, see Reader, in the order of the ids.
 
         `draws` choose a random part of each image, if the framing has that; without them, its centre is read.
 
@@ -113,7 +114,7 @@ class StreamReader:
             found = self._decode(sample_id, drawn[row] if drawn else None, place)
             if found is not place:
                 place[...] = found
-        return torch.from_numpy(pixels), torch.from_numpy(self._shards.index["label"][sample_ids].astype(np.int64))
+        return torch.from_numpy(pixels), torch.from_numpy(self._shards.targets(sample_ids))
 
     def read_bytes(self, sample_id: int) -> bytes:
         """Return the image file of a sample.

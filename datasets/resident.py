@@ -32,13 +32,14 @@ class ResidentReader:
     """A reader of images from an array in memory, on any device."""
 
     def __init__(self, pixels: Tensor, labels: Tensor):
-        """`pixels`: uint8 (samples, height, width, channels); `labels`: int64 (samples,), on the same device."""
+        """`pixels`: uint8 (samples, height, width, channels); `labels`: int64 (samples,), or shares of them,
+        float32 (samples, classes); on the same device."""
         self._pixels, self._labels = pixels, labels
         height, width, channels = pixels.shape[1:]
         self.image_shape, self.takes_draws = (height, width, channels), False
 
     def read(self, sample_ids: np.ndarray, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
-        """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,), in the order of the ids.
+        """Return pixels and labels, see Reader, in the order of the ids.
 
         `draws` have no effect: images were cut and scaled when they were decoded.
         """
@@ -89,7 +90,7 @@ def load_resident(
         ) from None
     # Copy on write: ranks share the pages, and torch gets writable memory, as it expects.
     pixels = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", shape=shape))
-    return ResidentReader(pixels.to(device), torch.from_numpy(shards.labels).to(device))
+    return ResidentReader(pixels.to(device), torch.from_numpy(shards.targets(np.arange(shape[0]))).to(device))
 
 
 def _decode_all(stream: StreamReader, shape: tuple[int, ...], path: Path, name: str) -> None:

@@ -1,9 +1,9 @@
 """Tars to a manifest and an index: every byte is read and hashed, every image decoded, once.
 
 The same code handles the shards that shardstep writes and tars written elsewhere: <key>.<image> beside <key>.cls, a label
-in decimal digits, or beside another field with a number or a name. A damaged shard, a sample without its label, a label out
-of range or an image that cannot be decoded is an error that names the sample. Members and files that belong to no sample are
-counted on stderr.
+in decimal digits, or beside another field with a number, a name or, in JSON, several of them. A damaged shard, a sample
+without its label, a label out of range or an image that cannot be decoded is an error that names the sample. Members and
+files that belong to no sample are counted on stderr.
 """
 
 import hashlib
@@ -24,7 +24,16 @@ from shardstep.configs.files import file_sha256
 from shardstep.configs.text import printable
 from shardstep.datasets.decode import EXTENSIONS, decode
 from shardstep.datasets.input_files import LeftOut, is_hidden, split_name
-from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, find_tars, write_manifest
+from shardstep.datasets.label_sets import LabelSets, NamedShares
+from shardstep.datasets.manifest import (
+    FORMAT_VERSION,
+    INDEX_DTYPE,
+    SEVERAL_LABELS_VERSION,
+    Manifest,
+    Shard,
+    find_tars,
+    write_manifest,
+)  # fmt: skip
 from shardstep.datasets.tar import BLOCK, PACKED_TAR, TAR, read_members
 from shardstep.datasets.tar_labels import NUMBERS_IN_CLS, LabelField, number_labels
 
@@ -42,7 +51,7 @@ class _ShardScan:
     shard: Shard
     entries: np.ndarray  # whose labels are places in `labels`
     keys: list[str]
-    labels: list[str] = field(default_factory=list)  # that occur, as they are in the tar
+    labels: list[str | NamedShares] = field(default_factory=list)  # that occur, as they are in the tar
     sizes: set[tuple[int, int]] = field(default_factory=set)
     encodings: set[str] = field(default_factory=set)
     colour: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))
@@ -87,9 +96,10 @@ def index_shards(
     problems = [problem for scan in scans for problem in scan.problems] + _repeated_keys(scans)
     if not problems and not any(len(scan.entries) for scan in scans):
         problems.append(f"no samples: looked for {looked_for}")
+    several = label_field.always_several or any(_is_several(label) for scan in scans for label in scan.labels)
     if not problems:
         try:
-            texts = dict.fromkeys(text for scan in scans for text in scan.labels)
+            texts = dict.fromkeys(text for scan in scans for label in scan.labels for text in _texts(label))
             samples = sum(len(scan.entries) for scan in scans)
             found = number_labels(texts, samples, label_field, first_label, classes, former_classes)
         except InputError as error:
@@ -102,22 +112,28 @@ def index_shards(
 
     if label_field.may_be_name:
         made = made | {"label_field": str(label_field)} | ({"labels": NAMES} if found.are_names else {})
+    if several:
+        made["several_labels"] = True
     classes = found.classes
-    for scan in scans:
-        labels = np.array([found.label_of[text] for text in scan.labels], dtype=np.uint32)
-        scan.entries["label"] = labels[scan.entries["label"]]
     entries = np.concatenate([scan.entries for scan in scans])
+    sets = _labels_of_samples(scans, found.label_of) if several else None
+    entries["label"] = (
+        sets.starts[:-1] if sets else np.concatenate([_single_labels(scan, found.label_of) for scan in scans])
+    )
     colour, grey = sum(scan.colour for scan in scans), sum(scan.grey for scan in scans)
     is_grey = not np.any(colour)
     histogram = np.asarray(grey if is_grey else colour + grey)  # grey images among coloured ones count in each channel
     mean, std = _mean_and_std(histogram)
     sizes = set().union(*(scan.sizes for scan in scans))
     channels = 1 if is_grey else 3
-    data = entries.tobytes()
+    per_class = (
+        np.bincount(entries["label"], minlength=len(classes)) if sets is None else sets.samples_per_class(len(classes))
+    )
+    data, label_data = entries.tobytes(), sets.entries.tobytes() if sets else b""
     manifest = Manifest(
         classes=classes,
         samples=len(entries),
-        samples_per_class=np.bincount(entries["label"], minlength=len(classes)).tolist(),
+        samples_per_class=per_class.tolist(),
         image_mode="L" if is_grey else "RGB",
         image_shape=[channels, *next(iter(sizes))] if len(sizes) == 1 else None,
         encodings=sorted(set().union(*(scan.encodings for scan in scans))),
@@ -126,9 +142,32 @@ def index_shards(
         made=made,
         shards=[scan.shard for scan in scans],
         index_sha256=hashlib.sha256(data).hexdigest(),
+        format_version=SEVERAL_LABELS_VERSION if several else FORMAT_VERSION,
+        labels_sha256=hashlib.sha256(label_data).hexdigest() if several else "",
     )
-    write_manifest(folder, manifest, data)
+    write_manifest(folder, manifest, data, label_data)
     return manifest
+
+
+def _is_several(label: str | NamedShares) -> bool:
+    return not isinstance(label, str) and [share for _, share in label] != [1.0]
+
+
+def _texts(label: str | NamedShares) -> list[str]:
+    return [label] if isinstance(label, str) else [name for name, _ in label]
+
+
+def _single_labels(scan: _ShardScan, label_of: dict[str, int]) -> np.ndarray:
+    labels = np.array([label_of[text] for label in scan.labels for text in _texts(label)], dtype=np.uint32)
+    return labels[scan.entries["label"]]
+
+
+def _labels_of_samples(scans: list[_ShardScan], label_of: dict[str, int]) -> LabelSets:
+    """Return the labels of all samples, in their order."""
+    different = [((label, 1.0),) if isinstance(label, str) else label for scan in scans for label in scan.labels]
+    firsts = np.cumsum([0] + [len(scan.labels) for scan in scans])
+    numbers = np.concatenate([scan.entries["label"] + first for scan, first in zip(scans, firsts, strict=False)])
+    return LabelSets.of_names(different, label_of)[numbers]
 
 
 def _scan(
@@ -142,11 +181,12 @@ def _scan(
         return scan
     entries = np.empty(len(images), dtype=INDEX_DTYPE)
     pending: list[np.ndarray] = []
-    places: dict[str, int] = {}  # of the labels that occur
+    places: dict[str | NamedShares, int] = {}  # of the labels that occur
     with path.open("rb") as file:
         for row, (key, (name, offset, size)) in enumerate(images.items()):
             data = os.pread(file.fileno(), size, offset)
             label_name, label_offset, label_size = labels[key]
+            label: str | NamedShares
             try:
                 label = label_field.read(os.pread(file.fileno(), label_size, label_offset), first_label)
             except ValueError as error:

@@ -5,10 +5,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, listed, printable
 from shardstep.datasets.class_names import are_whole_numbers, label_names, label_text, sorted_classes
 from shardstep.datasets.decode import EXTENSIONS
+from shardstep.datasets.label_sets import NamedShares, named_shares
 
 _LONGEST = 200  # characters of a label; a caption may well be longer
 _MOST_DIGITS = 9  # of a label where only numbers are labels
@@ -16,11 +19,15 @@ _MOST_DIGITS = 9  # of a label where only numbers are labels
 
 @dataclass(frozen=True)
 class LabelField:
-    """Where the label of a sample is: in <key>.<extension>, and there, if it is JSON, at a path of keys and places."""
+    """Where the label of a sample is: in <key>.<extension>, and there, if it is JSON, at a path of keys and places.
+
+    In JSON, a list of names or an object of names and shares is several labels.
+    """
 
     extension: str
     path: str = ""
     may_be_name: bool = True  # or else it is a number, in digits alone
+    always_several: bool = False  # also where each sample has one
 
     def __str__(self) -> str:
         return f"{self.extension}:{self.path}" if self.path else self.extension
@@ -30,11 +37,11 @@ class LabelField:
         end = f".{self.extension}"
         return name[: -len(end)] if name.lower().endswith(end) and len(name) > len(end) else None
 
-    def read(self, data: bytes, first_label: int = 0) -> str:
-        """Return the label in the bytes of a member, as text.
+    def read(self, data: bytes, first_label: int = 0) -> str | NamedShares:
+        """Return the label in the bytes of a member, as text, or several labels.
 
         Raises:
-            ValueError: there is none, or several; the message goes on after the member's name.
+            ValueError: there is none; the message goes on after the member's name.
         """
         if not self.may_be_name:
             return _digits(data.strip(), first_label)
@@ -46,24 +53,33 @@ class LabelField:
             raise ValueError("is not a label: it is not UTF-8") from None
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"is not JSON: {error}") from None
-        text = label_text(content)
-        if not text:
-            raise ValueError("has an empty label")
-        if len(text) > _LONGEST or "\n" in text:
-            raise ValueError(f"is not a label: {len(text):,} characters of text, {printable(text[:30])}...")
-        return text
+        if isinstance(content, list | dict):
+            labels = named_shares(content)
+            for name, _ in labels:
+                _check_name(name)
+            return labels
+        return _check_name(label_text(content))
 
-    def holds(self, data: bytes, label: str) -> bool:
-        """Check whether the bytes of a member hold this number or class name."""
+    def holds(self, data: bytes, labels: Collection[tuple[str, float]]) -> bool:
+        """Check whether the bytes of a member hold these numbers or class names, with these shares, and no others."""
         try:
-            text = self.read(data)
-            names = {text, *label_names([text], str(self))}
+            found = self.read(data)
+            shares = ((found, 1.0),) if isinstance(found, str) else found
+            return len(shares) == len(labels) and all(
+                any(share == np.float32(other) and self._are_same(name, label) for name, other in shares)
+                for label, share in labels
+            )
         except ValueError:
             return False
+
+    def _are_same(self, text: str, label: str) -> bool:
+        names = {text, *label_names([text], str(self))}
         return label in names or (are_whole_numbers([label, *names]) and int(label) in map(int, names))
 
 
 NUMBERS_IN_CLS = LabelField("cls", may_be_name=False)
+SEVERAL_IN_JSON = LabelField("json", "labels", always_several=True)
+"""Where the shards that are written here have the labels of samples with several."""
 
 
 def parse_label_field(option: str) -> LabelField:
@@ -112,7 +128,10 @@ def number_labels(
         InputError: the labels do not fit the classes, or begin with a gap.
     """
     names = label_names(texts := list(texts), f"label {field}")
-    if are_whole_numbers(names):
+    if not names and classes is None:
+        raise InputError(f"no sample has a label in {field}: give the class names")
+    are_given_names = field.may_be_name and classes is not None and set(names) <= set(classes)
+    if not are_given_names and are_whole_numbers(names):
         numbers = [int(name) - first_label for name in names]
         if classes is not None or not field.may_be_name or max(numbers) < samples:
             if classes is None and max(numbers) < len(former_classes or ()):
@@ -149,6 +168,14 @@ def _classes_of_numbers(
             f"samples of class {first_label} are only missing here, name all classes with --classes"
         )
     return [str(number) for number in range(first_label, high + 1)]
+
+
+def _check_name(text: str) -> str:
+    if not text:
+        raise ValueError("has an empty label")
+    if len(text) > _LONGEST or "\n" in text:
+        raise ValueError(f"is not a label: {len(text):,} characters of text, {printable(text[:30])}...")
+    return text
 
 
 def _digits(data: bytes, first_label: int) -> str:

@@ -102,19 +102,19 @@ def _damage_inside(shards: ShardFolder, shard: int) -> list[str]:
                 damage.append(f"the image of {sample} is damaged")
     manifest = shards.manifest
     label_field = parse_label_field(str(manifest.made.get("label_field", NUMBERS_IN_CLS)))
-    labels = {
-        shards.key(int(number)): int(shards.index[number]["label"])
-        for number in np.flatnonzero(shards.index["shard"] == shard)
-    }
+    samples = {shards.key(int(number)): int(number) for number in np.flatnonzero(shards.index["shard"] == shard)}
+    by_name = manifest.made.get("labels") == NAMES
     try:
         for member in read_members(path):
             key = label_field.key(member.name)
-            if key is not None and key in labels:
+            if key is not None and key in samples:
                 with path.open("rb") as file:
                     content = os.pread(file.fileno(), member.size, member.offset)
-                by_name = manifest.made.get("labels") == NAMES
-                label = manifest.classes[labels[key]] if by_name else str(manifest.first_label + labels[key])
-                if not label_field.holds(content, label):
+                labels = [
+                    (manifest.classes[label] if by_name else str(manifest.first_label + label), share)
+                    for label, share in shards.labels_of(samples[key])
+                ]
+                if not label_field.holds(content, labels):
                     damage.append(f"the label of sample {key} (byte {member.offset}) is damaged")
     except InputError as error:
         damage.append(f"its structure is damaged: {error}")

@@ -4,6 +4,7 @@ The same source and options give the same bytes. A crash leaves a hidden folder 
 """
 
 import errno
+import json
 import platform
 import shutil
 import sys
@@ -18,8 +19,9 @@ from shardstep.configs.cores import pool_threads
 from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
 from shardstep.configs.files import sync_to_disk
-from shardstep.configs.text import listed, printable
+from shardstep.configs.text import count, listed, printable
 from shardstep.datasets.decode import EXTENSIONS, decode, encode_png
+from shardstep.datasets.label_sets import LabelSets, strata
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.rng import permutation
@@ -27,6 +29,7 @@ from shardstep.datasets.scan import MOST_NAMED, index_shards
 from shardstep.datasets.sources import open_source
 from shardstep.datasets.sources.source import Source
 from shardstep.datasets.sources.tables import NO_OPTIONS, LabelOptions
+from shardstep.datasets.tar_labels import NUMBERS_IN_CLS, SEVERAL_IN_JSON
 
 BadImages = Literal["refuse", "skip"]
 SAMPLES_PER_SHARD = 1000
@@ -140,7 +143,7 @@ def _write_locked(
             f"Add some or remove the folders; `shardstep shards write --classes-of DIR` allows classes without images"
         )
     if limit is not None:
-        images = images.only(balanced_choice(images.labels, limit, seed))
+        images = images.only(balanced_choice(strata(images.labels), limit, seed))
     total = len(images.labels)
     # We hold this node's lock, so no other process uses a leftover of this name.
     partial = out.parent / f".{out.name}.{platform.node()}.partial"
@@ -158,8 +161,12 @@ def _write_locked(
         made = {"source": images.description, "split": split, "seed": seed, "samples_per_shard": samples_per_shard}
         made |= ({} if limit is None else {"limit": limit}) | ({"left_out": len(bad)} if bad else {})
         with progress_bar(f"checking {out}", total - len(bad), "images") as advance:
-            manifest = index_shards(partial, made, images.classes, advance)
-        emptied = [images.classes[label] for label in np.unique(images.labels) if not manifest.samples_per_class[label]]
+            field = SEVERAL_IN_JSON if isinstance(images.labels, LabelSets) else NUMBERS_IN_CLS
+            manifest = index_shards(partial, made, images.classes, advance, label_field=field)
+        labels = np.unique(images.labels.entries["label"] if isinstance(images.labels, LabelSets) else images.labels)
+        emptied = [images.classes[label] for label in labels if not manifest.samples_per_class[label]]
+        if isinstance(images.labels, LabelSets) and (unlabelled := int(np.sum(np.diff(images.labels.starts) == 0))):
+            print(f"{count(unlabelled, 'image')} of {total:,} without a label", file=sys.stderr)
         if emptied:
             print(f"left out: all images of {listed(emptied)}", file=sys.stderr)
         for file in partial.iterdir():
@@ -196,9 +203,19 @@ def _write_tars(
         # mtime 0 and no user names: the same input gives the same bytes
         with TarWriter(str(folder / f"{split}-{shard:06d}.tar"), encoder=False, mtime=0) as tar:
             for row, (number, data) in rows:
-                label = str(images.labels[number]).encode()
-                tar.write({"__key__": f"{row:0{width}d}", images.extension(number, data): data, "cls": label})
+                tar.write(
+                    {"__key__": f"{row:0{width}d}", images.extension(number, data): data} | _label(images, number)
+                )
     return [bad[number] for number in sorted(bad)]
+
+
+def _label(images: Source, number: int) -> dict[str, bytes]:
+    """Return the label of an image as a member of its sample: the number, or several names, with shares if one is below 1."""
+    if not isinstance(images.labels, LabelSets):
+        return {"cls": str(images.labels[number]).encode()}
+    shares = {images.classes[label]: float(str(np.float32(share))) for label, share in images.labels.of(number)}
+    labels = list(shares) if set(shares.values()) <= {1.0} else shares
+    return {"json": json.dumps({"labels": labels}, ensure_ascii=False).encode()}
 
 
 def _encoded(images: Source, order: np.ndarray) -> Iterator[bytes | ValueError]:

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 launch/evaluate.py RUN_DIR_OR_CHECKPOINT [--data DIR]
 
 For a run that has not finished it uses the newest intact checkpoint, and says so. The last line of stdout is one JSON object:
-loss, accuracy, top5, samples, world_size; a loss that is NaN or infinite is null.
+loss, accuracy, top5, samples, world_size; a loss that is NaN or infinite is null. Where images have several labels, accuracy
+and top5 are null, and there are map (mean average precision), f1 (the mean over the classes) and f1_micro.
 """
 
 if __name__ == "__main__":
@@ -59,8 +60,8 @@ def main(arguments: list[str]) -> int:
     result = evaluate(accelerator, model, batches, trained.objective, test.samples, num_classes, recipe.eval)
     assert result is not None  # no stop can be requested
     if accelerator.is_main_process:
-        found = {"loss": result.loss if math.isfinite(result.loss) else None, "accuracy": result.accuracy}
-        found |= {"top5": result.top5, "samples": result.samples, "world_size": accelerator.num_processes}
+        found = result.scores | {"loss": result.loss if math.isfinite(result.loss) else None}
+        found |= {"samples": result.samples, "world_size": accelerator.num_processes}
         print(json.dumps(found))
     leave_world(accelerator)
     return 0

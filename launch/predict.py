@@ -73,6 +73,7 @@ def main(arguments: list[str]) -> int:
             print(printable(others), file=sys.stderr, flush=True)
     width = min(_NAME_WIDTH, max((len(printable(str(path))) for path in files), default=0))
     predicted, drawn, captions = 0, list[np.ndarray](), list[str]()
+    several = trained.objective.finds_several
     for one in predict_files(trained, files, args.top, leave_out):
         predicted += 1
         top = [(trained.manifest.classes[label], share) for label, share in one.top]
@@ -80,14 +81,21 @@ def main(arguments: list[str]) -> int:
             raise InputError(f"{args.run}: its outputs are NaN or infinite, as those of a run that has diverged")
         if args.json:
             shown = [{"class": name, "probability": share} for name, share in top]
-            best = {"prediction": top[0][0], "confidence": top[0][1]}
+            best: dict[str, object] = {"prediction": top[0][0], "confidence": top[0][1]}
+            if several:
+                best = {"labels": [trained.manifest.classes[label] for label in one.found]}
             print(json.dumps({"file": str(one.path), **best, "top": shown}), flush=True)
         else:
-            columns = (f"{printable(name)} {100 * share:.1f} %" for name, share in top)
+            columns = [f"{printable(name)} {100 * share:.1f} %" for name, share in top]
+            if several:  # those found, between the others
+                columns = [f"{'+' if number < len(one.found) else '-'} {text}" for number, text in enumerate(columns)]
             print(f"{printable(str(one.path)):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}")
         if args.grid and len(drawn) < _MOST_IN_GRID:
             drawn.append(one.pixels)
-            captions.append(f"{drawable(one.path.name, keep='end')}\n{drawable(top[0][0])} {top[0][1]:.0%}")
+            said = f"{drawable(top[0][0])} {top[0][1]:.0%}"
+            if several:
+                said = ", ".join(drawable(trained.manifest.classes[label]) for label in one.found) or "none"
+            captions.append(f"{drawable(one.path.name, keep='end')}\n{said}")
     if not predicted:
         raise InputError(f"nothing could be predicted: {left_out} of {left_out} could not be read")
     if args.grid:

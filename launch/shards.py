@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-column", metavar="NAME", help=of_images)
     of_labels = "column with the labels (default: the one whose name says so, or the only one left)"
     add("--label-column", metavar="NAME", help=of_labels)
+    separator = "what stands between several labels in that column, such as '|'; rows of one image then add up"
+    add("--label-separator", metavar="TEXT", help=separator)
     verify = "compare every byte with the manifest, and decode every image"
     for name, what in (("verify", verify), ("info", "print counts, classes and sizes")):
         commands.add_parser(name, help=what).add_argument("dir", type=Path)
@@ -94,7 +96,7 @@ def _write(args: argparse.Namespace) -> int:
     from shardstep.datasets.write import write_shards
 
     sizes = (args.samples_per_shard, args.seed, args.limit)
-    labels = LabelOptions(args.labels, args.image_column, args.label_column)
+    labels = LabelOptions(args.labels, args.image_column, args.label_column, args.label_separator)
     manifest = write_shards(args.source, args.split, args.out, *sizes, args.bad_images, args.classes_of, labels)
     print(f"{args.out}: {_size(manifest)}, {manifest.bytes:,} bytes")
     return 0

@@ -141,9 +141,10 @@ class Watched:
         summary = self.run.summary
         end = "was stopped, and can be resumed" if _CODES[state] == STOPPED else state
         text = f"the run {end}: step {summary.get('step', step):,} after {duration(summary.get('wall_s', 0.0))}"
-        accuracy = (summary.get("eval") or {}).get("accuracy")
+        scores = summary.get("eval") or {}
+        name, accuracy = ("mAP", scores["map"]) if "map" in scores else ("accuracy", scores.get("accuracy"))
         reason = summary.get("reason", "").partition("\n")[0] if state == "failed" else ""
-        return text + (f", test accuracy {accuracy:.2%}" if accuracy is not None else f": {reason}" if reason else "")
+        return text + (f", test {name} {accuracy:.2%}" if accuracy is not None else f": {reason}" if reason else "")
 
     def quiet_s(self) -> float:
         """Return the seconds without a line that are unusual for this run."""

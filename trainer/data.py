@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -78,9 +79,14 @@ class Data(Parts):
         return channels, height, width
 
     def first_samples(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return up to `count` first training samples: normalized images (count, C, H, W) and labels (count,)."""
+        """Return up to `count` first training samples: normalized images (count, C, H, W) and their labels."""
         images, labels = self.train_reader.read(self.train.first(count))
         return self.normalize(images.to(device)), labels.to(device)
+
+    def first_labels(self, count: int, device: torch.device) -> Tensor:
+        """Return as many labels as that, those of the first training sample again and again."""
+        first = np.repeat(self.train.first(1), count)
+        return torch.from_numpy(self.train.shards.targets(first)).to(device)
 
 
 def missing_sets(config: DataConfig) -> dict[str, str]:
@@ -135,7 +141,7 @@ def make_missing_data(config: DataConfig) -> None:
 
 
 def _label_options(config: DataConfig) -> LabelOptions:
-    return LabelOptions(config.labels, config.image_column, config.label_column)
+    return LabelOptions(config.labels, config.image_column, config.label_column, config.label_separator)
 
 
 def unused_source_warning(config: DataConfig, data: Data) -> str | None:
@@ -185,6 +191,11 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
         raise InputError(
             f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}; "
             f"{_class_difference(one, other, one_name, other_name)}{remedy}"
+        )
+    if one.has_several_labels != other.has_several_labels:
+        single, several = (other_name, one_name) if one.has_several_labels else (one_name, other_name)
+        raise InputError(
+            f"the images of {several} have several labels, those of {single} one each: write both from labels of one kind"
         )
     sizes = [manifest.shape_when_read(framing, one.image_mode) for manifest in (one, other)]
     if sizes[0] != sizes[1]:

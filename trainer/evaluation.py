@@ -9,10 +9,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from shardstep.configs.schema import EvalConfig
+from shardstep.trainer.analysis.label_scores import LabelScores, score_labels
 from shardstep.trainer.distributed.buffers import flatten_buffers, set_buffers
-from shardstep.trainer.distributed.collectives import mean_over_ranks, reduce_sums
+from shardstep.trainer.distributed.collectives import gather_samples, mean_over_ranks, reduce_sums
 from shardstep.trainer.models.views import predict
-from shardstep.trainer.optim.losses import Objective
+from shardstep.trainer.optim.losses import Objective, one_label
 
 TestBatches = Callable[[], Iterable[tuple[Tensor, Tensor, np.ndarray]]]
 """Starts a new pass over this rank's part of the test set: images, labels, sample ids."""
@@ -24,9 +25,11 @@ class Evaluation:
 
     Attributes:
         loss: mean, not smoothed.
-        accuracy: share of samples whose highest output is their label; for reconstruction, this and all below are None.
+        accuracy: share of samples whose highest output is their label; None where images are reconstructed, or have several
+            labels, like the two below.
         top5: share of samples whose label is among the five highest outputs.
         confusion: int64 (classes, classes); row: label, column: prediction.
+        labels: how well the labels are found where samples have several.
     """
 
     loss: float
@@ -34,6 +37,23 @@ class Evaluation:
     accuracy: float | None = None
     top5: float | None = None
     confusion: Tensor | None = None
+    labels: LabelScores | None = None
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """The metrics that are one number, by their names in metrics.jsonl and summary.json."""
+        found = {"loss": self.loss, "accuracy": self.accuracy, "top5": self.top5}
+        if self.labels is None:
+            return found
+        labels = self.labels
+        return found | {"map": labels.mean_average_precision, "f1": labels.f1_macro, "f1_micro": labels.f1_micro}
+
+    @property
+    def best_by(self) -> float:
+        """What the best evaluation has most of: accuracy, mean average precision, or else the least loss."""
+        if self.labels is not None:
+            return self.labels.mean_average_precision
+        return -self.loss if self.accuracy is None else self.accuracy
 
     @property
     def per_class_accuracy(self) -> list[float | None] | None:
@@ -77,9 +97,12 @@ def evaluate(
         set_buffers(module, own_buffers)  # the next start evaluates again from there
         return None
 
-    sums, confusion = reduce_sums(accelerator, counted)
+    sums, confusion = reduce_sums(accelerator, [counted.sums, counted.confusion])
     total_loss, correct, top5, count = sums.tolist()
     assert count == num_samples, f"{count:.0f} of {num_samples} test samples were counted"
+    if objective.finds_several:
+        outputs, shares = (gather_samples(accelerator, values) for values in (counted.outputs, counted.shares))
+        return Evaluation(total_loss / count, int(count), labels=score_labels(outputs, shares, config.threshold))
     if objective.reconstructs:
         return Evaluation(total_loss / count, int(count))
     return Evaluation(
@@ -91,6 +114,17 @@ def evaluate(
     )
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """What one rank has found: sums (loss, correct, in the top five, samples), the confusion matrix, flat, and with several
+    labels all outputs and shares (samples, classes)."""
+
+    sums: Tensor
+    confusion: Tensor
+    outputs: Tensor
+    shares: Tensor
+
+
 def _count(
     module: nn.Module,
     batches: TestBatches,
@@ -99,11 +133,12 @@ def _count(
     config: EvalConfig,
     device: torch.device,
     stop_requested: Callable[[], bool],
-) -> tuple[Tensor, Tensor] | None:
-    """Return this rank's sums (loss, correct, in the top five, samples) and confusion matrix, flat; None if it is to stop."""
+) -> _Counted | None:
+    """Evaluate this rank's samples; return None if it is to stop."""
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64, device=device)
+    confusion = torch.zeros(num_classes**2 if objective.classifies else 0, dtype=torch.float64, device=device)
     one = torch.ones(1, dtype=torch.float64, device=device)
+    kept = [(torch.zeros(0, num_classes, device=device),) * 2]
     for images, labels, _ in batches():
         if stop_requested():
             return None
@@ -111,13 +146,16 @@ def _count(
             continue
         outputs = predict(module, images, config.views, config.sure_above)  # (B, K)
         sums[3] += len(labels)
-        if objective.reconstructs:
-            sums[0] += objective.evaluation_loss(outputs, images).sum()
+        sums[0] += objective.evaluation_loss(outputs, images if objective.reconstructs else labels).sum().double()
+        if objective.finds_several:
+            kept.append((outputs, labels))
+        if not objective.classifies:
             continue
         # Nothing below waits for the device, as bincount or a tensor made from a Python number would.
+        labels = one_label(labels)
         best = outputs.topk(min(5, num_classes), dim=1).indices
         hits = best == labels.unsqueeze(1)
-        loss = objective.evaluation_loss(outputs, labels).sum().double()
-        sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
+        sums[1:3] += torch.stack([hits[:, 0].sum(), hits.sum()])
         confusion.scatter_add_(0, labels * num_classes + best[:, 0], one.expand(len(labels)))
-    return sums, confusion
+    outputs, shares = (torch.cat(values) for values in zip(*kept, strict=True))
+    return _Counted(sums, confusion, outputs, shares)

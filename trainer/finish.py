@@ -13,6 +13,7 @@ from shardstep.configs.errors import InputError, NonFiniteError, TrainingFailed,
 from shardstep.configs.files import write_atomically
 from shardstep.configs.text import listed
 from shardstep.trainer import loop
+from shardstep.trainer.analysis.label_scores import HOLDS
 from shardstep.trainer.checkpoints.checkpoint import write_weights
 from shardstep.trainer.checkpoints.checkpoint_files import newest_intact
 from shardstep.trainer.distributed import launch_env
@@ -22,6 +23,7 @@ from shardstep.trainer.evaluation import Evaluation
 from shardstep.trainer.monitoring import pictures
 from shardstep.trainer.monitoring.timing import time_table
 from shardstep.trainer.optim.average import averaged
+from shardstep.trainer.optim.losses import one_label
 from shardstep.trainer.run import Run
 from shardstep.trainer.run_dir import Failure, Status
 from shardstep.trainer.starts import write_start
@@ -95,11 +97,14 @@ def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
     for text in time_table(summary["time_s"]):
         run.display.note(text)
     shares = "" if evaluation.accuracy is None else f"accuracy {evaluation.accuracy:.2%}, top-5 {evaluation.top5:.2%}, "
+    if labels := evaluation.labels:
+        shares = f"mAP {labels.mean_average_precision:.2%}, F1 {labels.f1_macro:.2%} (micro {labels.f1_micro:.2%}), "
     run.display.note(
         f"done: {run.data.final_name} {shares}loss {evaluation.loss:.4f} on {evaluation.samples:,} images after "
         f"{run.state.wall_s:.0f} s"
     )
-    per_class = zip(evaluation.per_class_accuracy or [], run.data.train.manifest.classes, strict=False)
+    scores = evaluation.labels.average_precision if evaluation.labels else evaluation.per_class_accuracy or []
+    per_class = zip(scores, run.data.train.manifest.classes, strict=False)
     known = [(accuracy, name) for accuracy, name in per_class if accuracy is not None]
     if known and min(known)[0] < max(known)[0]:
         (best, best_name), (worst, worst_name) = max(known), min(known)
@@ -199,7 +204,9 @@ def draw_pictures(run: Run, evaluation: Evaluation) -> list[str]:
     draw: dict[str, Callable[[Path], None]] = {
         "curves.png": lambda path: pictures.draw_curves(run.dir.metrics_path, path, extras)
     }
-    if confusion is None:
+    if evaluation.labels:
+        draw["predictions.png"] = lambda path: pictures.draw_found_labels(*first_found_labels(run), classes, path)
+    elif confusion is None:
         draw["reconstructions.png"] = lambda path: pictures.draw_reconstructions(*first_reconstructions(run), path)
     else:
         draw["confusion.png"] = lambda path: pictures.draw_confusion(confusion, classes, path)
@@ -221,7 +228,19 @@ def first_predictions(run: Run) -> tuple[Tensor, list[int], list[int], list[floa
     chosen = run.data.final.first(pictures.GRID_ROWS * pictures.GRID_COLUMNS)
     pixels, labels = run.data.final_reader.read(chosen)
     confidence, prediction = _outputs(run, pixels).softmax(dim=1).max(dim=1)
-    return pixels.cpu(), labels.tolist(), prediction.tolist(), confidence.tolist()
+    return pixels.cpu(), one_label(labels).tolist(), prediction.tolist(), confidence.tolist()
+
+
+def first_found_labels(run: Run) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+    """Return the first test images, the labels that hold, and those found at eval.threshold, computed on this rank alone."""
+    chosen = run.data.final.first(pictures.GRID_ROWS * pictures.GRID_COLUMNS)
+    pixels, shares = run.data.final_reader.read(chosen)
+    found = _outputs(run, pixels).sigmoid() >= run.recipe.eval.threshold
+    return pixels.cpu(), _places(shares > HOLDS), _places(found)
+
+
+def _places(rows: Tensor) -> list[list[int]]:
+    return [row.nonzero()[:, 0].tolist() for row in rows]
 
 
 def first_reconstructions(run: Run) -> tuple[Tensor, Tensor]:

@@ -45,8 +45,8 @@ class Metrics:
         evaluated_on: PartName = "test",
     ):
         """Rank 0 calls `listeners` with every line. `path` and `state` hold the lines and sums from before a resume;
-        `has_accuracy` is False for reconstruction, whose outputs are neither correct nor wrong; `evaluated_on` is the set
-        of the evaluations.
+        `has_accuracy` is False where outputs are neither correct nor wrong, being images or several labels; `evaluated_on` is
+        the set of the evaluations.
         """
         self._evaluated_on = evaluated_on
         self._accelerator = accelerator
@@ -158,13 +158,12 @@ class Metrics:
             "step": state.progress.step,
             "epoch": round(epoch, 6),
             "samples": state.progress.samples,
-            "loss": evaluation.loss,
-            "accuracy": evaluation.accuracy,
-            "top5": evaluation.top5,
+            **evaluation.scores,
             "lr": state.lr,
             "train_loss": train_loss,
             "train_accuracy": train_accuracy if self._has_accuracy else None,
             "per_class_accuracy": evaluation.per_class_accuracy,
+            **({"per_class_ap": evaluation.labels.average_precision} if evaluation.labels else {}),
             "wall_s": round(state.wall_s, 3),
             "train_s": round(state.train_s, 3),
             "total_steps": self._plan.total_steps,

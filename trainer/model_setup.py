@@ -20,7 +20,7 @@ from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, convert_
 from shardstep.trainer.kernels.max_pool import convert_max_pools
 from shardstep.trainer.models import build_model
 from shardstep.trainer.monitoring.display import Display
-from shardstep.trainer.optim.losses import Objective, check_outputs
+from shardstep.trainer.optim.losses import Objective, build_objective, check_labels, check_outputs, class_weights
 from shardstep.trainer.optim.optimizers import build_optimizer
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.precision import halve
@@ -77,6 +77,28 @@ def _check_shrunk(recipe: Recipe, module: nn.Module, images: Tensor) -> None:
             ) from None
 
 
+def training_objective(recipe: Recipe, loaded: Data, device: torch.device) -> Objective:
+    """Build the objective for these data, with the weights of their classes.
+
+    Raises:
+        InputError: the loss does not fit the labels, or loss.class_weights names no class.
+    """
+    several = loaded.train.manifest.has_several_labels
+    objective = build_objective(recipe.loss, recipe.model, several)
+    if objective.reconstructs:
+        return objective
+    for part in loaded.distinct:
+        if part.shards.label_sets is not None:
+            check_labels(recipe.loss["name"], part.shards.label_sets, str(part.shards.path))
+    if several and recipe.eval.sure_above is not None and objective.finds_several:
+        raise InputError("eval.sure_above is for one label an image, but these have several: set it to null")
+    classes, having = loaded.train.manifest.classes, loaded.train.samples_per_class()
+    weights = class_weights(
+        recipe.loss["class_weights"], classes, having, loaded.train.samples, objective.finds_several
+    )
+    return objective if weights is None else replace(objective, class_weights=weights.to(device))
+
+
 def build_state(recipe: ResolvedRecipe, module: nn.Module) -> tuple[Accelerator, TrainState]:
     """Build the Accelerator, and a state with a new optimizer, in the recipe's precision and memory format.
 
@@ -125,7 +147,7 @@ def wrap_model(
     ]
 
     def loss_of(outputs: Tensor, images: Tensor) -> Tensor:
-        return objective.loss(outputs, images, torch.zeros(len(images), dtype=torch.long, device=device))
+        return objective.loss(outputs, images, loaded.first_labels(len(images), device))
 
     config = recipe.train
     if graphs_problem(config, device.type, plan.world_size, plan.micro_steps):

@@ -26,10 +26,9 @@ def evaluate_now(run: Run, clock: Stopwatch) -> Evaluation | None:
         return None
     state.evaluation_due = False
     state.wall_s = clock.seconds()
-    score = -evaluation.loss if evaluation.accuracy is None else evaluation.accuracy
-    if state.best is None or score > state.best["score"]:
-        best = {"step": state.progress.step, "score": score}
-        state.best = best | {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
+    if state.best is None or evaluation.best_by > state.best["score"]:
+        scores = {name: score for name, score in evaluation.scores.items() if name != "top5"}
+        state.best = {"step": state.progress.step, "score": evaluation.best_by} | scores
     metrics.write_evaluation(state, plan.epochs(state.progress), evaluation)
     metrics.restart_clock()
     return evaluation

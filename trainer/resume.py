@@ -45,9 +45,13 @@ _MATHEMATICS = {
         *("global_batch_size", "precision", "weights", "memory_format", "convolutions", "compile", "compress"),
         *("clip_norm", "clip_value", "duration", "max_wall_s", "on_nan"),
     ],
-    "eval": ["views", "sure_above"],  # the evaluations of one run are compared with each other: see state.best
+    "eval": [
+        "views",
+        "sure_above",
+        "threshold",
+    ],  # the evaluations of one run are compared with each other: see state.best
 }
-_EVALUATED = {"eval": ["views", "sure_above"], "data": ["validation", "fold", "split_seed"]}
+_EVALUATED = {"eval": ["views", "sure_above", "threshold"], "data": ["validation", "fold", "split_seed"]}
 _MICRO_BATCH = "train.max_micro_batch"  # mathematics only with batch norm, whose statistics are those of a micro-batch
 # Seconds to wait for the last attempt's lock: a network file system keeps a crashed node's locks for a lease, often 90 s.
 _RESTART_PATIENCE_S = 120.0

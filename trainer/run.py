@@ -166,7 +166,7 @@ def assemble(
         clip=clip, average=average, freezer=freezer, every=every,
         metrics=Metrics(
             accelerator, run_dir.metrics_path, state, plan, every.evaluation, listeners, display.warn,
-            has_accuracy=not objective.reconstructs, clip=clip, evaluated_on=data.held_out_name,
+            has_accuracy=objective.classifies, clip=clip, evaluated_on=data.held_out_name,
         ),
         display=display, trackers=trackers, nan_guard=NonFiniteGuard(recipe.train),
         requests=StopRequests(

@@ -11,7 +11,6 @@ from shardstep.trainer import data, model_setup, resume
 from shardstep.trainer.distributed.collectives import broadcast_object, raise_on_all_ranks
 from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.optim.average import Average
-from shardstep.trainer.optim.losses import build_objective
 from shardstep.trainer.optim.plan import make_plan
 from shardstep.trainer.precision import resolve_precision
 from shardstep.trainer.run import Run, assemble
@@ -55,7 +54,8 @@ def build(
     with raise_on_all_ranks(world):
         module = model_setup.initial_model(recipe, loaded, world.device, display, is_resumed)
         initialized_s = model_setup.initialize(module, loaded, world.device)
-    objective = build_objective(recipe.loss, recipe.model)
+    with raise_on_all_ranks(world):
+        objective = model_setup.training_objective(recipe, loaded, world.device)
     compute, measured = resolve_precision(world, recipe, module, objective, loaded, plan, display, measure_anew)
     order_version = data.choose_order_version(recipe.data)
     choices = (compute.precision, compute.memory_format, compute.convolutions, order_version, crop_version)

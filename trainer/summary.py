@@ -9,6 +9,8 @@ from shardstep.trainer.evaluation import Evaluation
 from shardstep.trainer.run import Run
 from shardstep.trainer.run_dir import Failure, Status
 
+_SCORES = ("loss", "accuracy", "top5", "map", "f1", "f1_micro")
+
 
 def write_summary(
     run: Run, status: Status, evaluation: Evaluation | None = None, failure: Failure | None = None, reason: str = ""
@@ -21,7 +23,7 @@ def write_summary(
     exposed_s = None if failure == "hang" else exposed_communication_s(run.state.model)
     validation = None
     if run.data.held_out_name == "validation" and last_evaluation:
-        validation = {key: last_evaluation.get(key) for key in ("loss", "accuracy", "top5")}
+        validation = {key: last_evaluation[key] for key in _SCORES if key in last_evaluation}
     summary = {
         "status": status,
         **({"failure": failure, "reason": reason} if failure else {}),
@@ -36,9 +38,7 @@ def write_summary(
             "epoch_loss": last_evaluation.get("train_loss"),
             "epoch_accuracy": last_evaluation.get("train_accuracy"),
         },
-        "eval": {"loss": evaluation.loss, "accuracy": evaluation.accuracy, "top5": evaluation.top5}
-        if evaluation
-        else None,
+        "eval": evaluation.scores if evaluation else None,
         **({"weights_sha256": file_sha256(run.dir.weights_path)} if status == "finished" else {}),
         "wall_s": round(state.wall_s, 3),
         "train_s": round(state.train_s, 3),

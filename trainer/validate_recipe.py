@@ -39,6 +39,7 @@ _AT_LEAST = {
 _ABOVE_0 = ("train.clip_norm", "train.clip_value", "train.max_wall_s", "run.hang_timeout")
 _CHECKS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "optimizer": optimizers.check_optimizer,
+    "loss": losses.check_loss,
     "schedule": schedules.check_schedule,
     "average": average.check_average,
 }
@@ -140,6 +141,8 @@ def _check_values(recipe: Recipe) -> list[str]:
     sure = recipe.eval.sure_above
     if sure is not None and not 0 < sure <= 1:
         problems.append(f"eval.sure_above={sure} must be a probability, above 0 and at most 1; null turns it off")
+    if not 0 < recipe.eval.threshold < 1:
+        problems.append(f"eval.threshold={recipe.eval.threshold} must be a probability between 0 and 1")
     if recipe.run.seed >= 2**63:
         problems.append(f"run.seed={recipe.run.seed} must be below 2**63")
     if not 0 < recipe.train.timeout_s < 10**7:
@@ -188,7 +191,7 @@ def _check_combinations(recipe: Recipe) -> list[str]:
     if recipe.data.source is None:
         problems += [
             f"data.{key}={value} has no effect without data.source, whose labels it says"
-            for key in ("labels", "image_column", "label_column")
+            for key in ("labels", "image_column", "label_column", "label_separator")
             if (value := getattr(recipe.data, key)) is not None
         ]
     return problems

@@ -20,7 +20,10 @@ from shardstep.datasets.rng import Draws
 
 @dataclass(frozen=True)
 class MixedLabels:
-    """Labels of mixed images: `own` with weight `weights`, `partners` with 1 - `weights`; int64, int64, float32 (batch,)."""
+    """Labels of mixed images: `own` with weight `weights`, `partners` with 1 - `weights`; int64, int64, float32 (batch,).
+
+    Where images have several labels, both are shares of all classes, float32 (batch, classes).
+    """
 
     own: Tensor
     partners: Tensor
@@ -34,12 +37,13 @@ class MixedLabels:
 
     @property
     def heavier(self) -> Tensor:
-        """The labels with the larger weight; of equal ones, the images' own. int64 (batch,)."""
-        return torch.where(self.weights >= 0.5, self.own, self.partners)
+        """The labels with the larger weight; of equal ones, the images' own. As `own`."""
+        is_own = (self.weights >= 0.5).view(-1, *[1] * (self.own.ndim - 1))
+        return torch.where(is_own, self.own, self.partners)
 
 
 Labels = Tensor | MixedLabels
-"""Labels of a batch: int64 (batch,), or two of them for each mixed image."""
+"""Labels of a batch: int64 (batch,), or shares of all classes, float32 (batch, classes); or two for each mixed image."""
 
 
 def mixup(pairs: Tensor, numbers: Tensor, *, alpha: float = 0.2, probability: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,8 @@ def _refuse(labels: LabelOptions, source: str | Path) -> None:
     """Refuse options of labels for a source that has labels of its own."""
     if labels:
         raise InputError(
-            f"{source} has labels of its own: --labels, --image-column and --label-column are for other files"
+            f"{source} has labels of its own: --labels, --image-column, --label-column and --label-separator are for other "
+            f"files"
         )
 
 

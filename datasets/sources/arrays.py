@@ -8,8 +8,9 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import listed
-from shardstep.datasets.class_names import ONE_LABEL, label_names, numbered
-from shardstep.datasets.sources.source import Source
+from shardstep.datasets.class_names import label_names, sorted_classes
+from shardstep.datasets.sources.row_labels import RowLabels, labels_of_shares, names_in
+from shardstep.datasets.sources.source import Source, numbered_labels
 
 ARRAYS = "arrays of images"  # the description of such a Source
 _NAMES = {  # of images and labels, by split
@@ -20,7 +21,9 @@ _NAMES = {  # of images and labels, by split
 
 
 def read_arrays(path: Path, split: str) -> Source:
-    """Make a Source of images (N, H, W) or (N, H, W, 1 or 3), or (N, 3, H, W), in uint8, with labels (N,) or (N, 1).
+    """Make a Source of images (N, H, W) or (N, H, W, 1 or 3), or (N, 3, H, W), in uint8.
+
+    Labels are (N,) or (N, 1), or a share of each class, (N, K).
 
     Raises:
         InputError: the file is damaged, or has no such arrays of the split.
@@ -37,29 +40,31 @@ def read_arrays(path: Path, split: str) -> Source:
         raise
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read as arrays of numpy: {error}") from None
-    pixels, mine = _pixels(images, f"{path}: {pairs[split][0]}"), labels[split]
+    pixels, mine = _pixels(images, f"{path}: {pairs[split][0]}"), labels[split].of_rows
     if len(pixels) != len(mine) or not len(pixels):
         raise InputError(f"{path}: {len(pixels)} images and {len(mine)} labels for {split}")
-    classes, _ = numbered([name for names in labels.values() for name in names])
-    label_of = {name: label for label, name in enumerate(classes)}
+    all_labels = [label for some in labels.values() for label in some.of_rows]
+    classes = labels[split].classes or sorted_classes(name for label in all_labels for name in names_in(label))
     return Source(
         ARRAYS,
         classes,
-        np.array([label_of[name] for name in mine], dtype=np.int64),
+        numbered_labels(mine, classes),
         lambda number: pixels[number],
         lambda number: f"image {number}",
     )
 
 
-def _labels(labels: np.ndarray, where: str) -> list[str]:
+def _labels(labels: np.ndarray, where: str) -> RowLabels:
+    """Return labels, (N,) or (N, 1), or shares of K classes, (N, K)."""
     if labels.ndim == 2 and labels.shape[1] > 1:
-        raise InputError(f"{where} has {labels.shape[1]} labels for each image; {ONE_LABEL}")
+        classes = [str(number) for number in range(labels.shape[1])]
+        return RowLabels(where, labels_of_shares(where, classes, labels.tolist()), classes)
     if labels.size != len(labels):
         raise InputError(f"{where} has the shape {labels.shape}: one label for each image is (N,) or (N, 1)")
     names = label_names(labels.reshape(-1).tolist(), where)
     if "" in names:
         raise InputError(f"{where}: image {names.index('')} has no label")
-    return names
+    return RowLabels(where, names)
 
 
 def _pixels(images: np.ndarray, where: str) -> np.ndarray:

@@ -2,21 +2,20 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import listed
-from shardstep.datasets.class_names import ONE_LABEL, label_names, sorted_classes
+from shardstep.datasets.class_names import sorted_classes
 from shardstep.datasets.input_files import FileTree, FoundImages, find_images, joined, read_file
+from shardstep.datasets.label_sets import NamedShares
 from shardstep.datasets.sources.class_folders import find_split_folder, split_of
 from shardstep.datasets.sources.file_names import files_of_names
-from shardstep.datasets.sources.source import Source
-from shardstep.datasets.sources.tables import LabelOptions, LabelTable, choose_label_column, columns_named, read_table
+from shardstep.datasets.sources.row_labels import labels_of_rows, names_in
+from shardstep.datasets.sources.source import Source, numbered_labels
+from shardstep.datasets.sources.tables import LabelOptions, LabelTable, cell_text, columns_named, read_table
 
 LABELLED_BY = "images labelled by"  # begins the description of such a Source
 _METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as Hugging Face's imagefolder has them
@@ -30,8 +29,8 @@ def open_labelled_tree(tree: FileTree, split: str, options: LabelOptions) -> Sou
     are such folders; else all of them. {split} in the table's path stands for a table for each split.
 
     Raises:
-        InputError: the table cannot be read, has no plain columns of images and labels, gives an image several labels, or
-            names no image.
+        InputError: the table cannot be read, has no plain columns of images and labels, has rows for an image that do not
+            agree, or names no image.
     """
     assert options.table is not None
     path = _table_path(options.table, split)
@@ -83,10 +82,10 @@ def label_files(
     found = find_images(tree, used=(table_path,))
     files = found.images
     image_column, meant = _images_of_rows(tree, table, options, files, folder)
-    label_column = _label_column(table, options, image_column)
-    labels = label_names(table.columns[label_column], f"{table.path}, column {label_column}")
+    row_labels = labels_of_rows(table.path, table.columns, options, (image_column, _split_column(table)))
+    labels = row_labels.of_rows
     splits = _splits_of_rows(table)
-    names = [_text(value) for value in table.columns[image_column]]
+    names = [cell_text(value) for value in table.columns[image_column]]
     inside = f"{folder}/" if folder else ""
 
     others, rows = Counter[str](), list[int]()
@@ -97,7 +96,7 @@ def label_files(
             others[f"files outside {inside}"] += 1
         else:
             rows.append(row)
-    label_of = _labels_of_files(table.path, rows, names, labels, meant, found)
+    label_of = _labels_of_files(table.path, rows, names, labels, meant, found, options.separator is not None)
     named = {number for numbers in meant for number in numbers}
     for number, file in enumerate(files):
         if number not in named and file.startswith(inside):
@@ -110,13 +109,14 @@ def label_files(
     if not label_of:
         raise InputError("; ".join([f"{table.path} labels no image in {tree.where} for {split}", *notes]))
     # Classes of all splits, so that each of them has the same.
-    classes = sorted_classes(label for label, numbers in zip(labels, meant, strict=True) if label and numbers)
-    label_number = {name: label for label, name in enumerate(classes)}
+    classes = row_labels.classes or sorted_classes(
+        name for label, numbers in zip(labels, meant, strict=True) if numbers for name in names_in(label)
+    )
     chosen = sorted(label_of)
     return Source(
-        f"{LABELLED_BY} the column {label_column} of {table.path.name}",
+        f"{LABELLED_BY} the column {row_labels.column} of {table.path.name}",
         classes,
-        np.array([label_number[label_of[number]] for number in chosen], dtype=np.int64),
+        numbered_labels([label_of[number] for number in chosen], classes),
         lambda number: tree.read(files[chosen[number]]),
         lambda number: files[chosen[number]],
         has_splits or splits is not None or folder != "",
@@ -125,14 +125,20 @@ def label_files(
 
 
 def _labels_of_files(
-    where: Path, rows: list[int], names: list[str], labels: list[str], meant: list[list[int]], found: FoundImages
-) -> dict[int, str]:
+    where: Path,
+    rows: list[int],
+    names: list[str],
+    labels: Sequence[str | NamedShares],
+    meant: list[list[int]],
+    found: FoundImages,
+    rows_add_up: bool,
+) -> dict[int, str | NamedShares]:
     """Return the label of each file, by its number, from some rows of a table; the rows without one are left out.
 
     Raises:
-        InputError: a row may mean several files, or a file has several labels.
+        InputError: a row may mean several files, or a file has several rows that do not add up.
     """
-    label_of: dict[int, str] = {}
+    label_of: dict[int, str | NamedShares] = {}
     problems = []
     for row in rows:
         name, label, numbers = names[row], labels[row], meant[row]
@@ -141,14 +147,20 @@ def _labels_of_files(
             problems.append(f"{name} may be {listed(files, 3)}: write more of the path in the table")
         elif not numbers:
             found.left_out.add("missing file" if name else "empty name", name or f"row {row + 1}")
-        elif not label:
+        elif label == "":
             found.left_out.add("empty label", name)
         elif label_of.get(numbers[0]) == label:
             found.left_out.add("repeated row", name)
         elif (former := label_of.setdefault(numbers[0], label)) != label:
-            problems.append(f"{files[0]} has the labels {listed(sorted([former, label]))}")
+            if rows_add_up and not isinstance(former, str) and not isinstance(label, str):
+                label_of[numbers[0]] = tuple((dict(former) | dict(label)).items())
+            else:
+                both = listed(sorted({*names_in(former), *names_in(label)}))
+                problems.append(f"{files[0]} has the labels {both}")
     if problems:
-        raise InputError.from_problems(f"{where} does not give each image one label", problems, _MOST_NAMED)
+        remedy = "if images have several, --label-separator (data.label_separator) lets their rows add up"
+        headline = f"{where} does not give each image one row ({remedy})"
+        raise InputError.from_problems(headline, problems, _MOST_NAMED)
     return label_of
 
 
@@ -181,13 +193,13 @@ def _images_of_rows(
     candidates = columns_named(table.columns, options.image_column, "image", table.path) or list(table.columns)
     root = str(tree.where.absolute())
     meant = {
-        column: files_of_names([_text(value) for value in table.columns[column]], root, files, folder)
+        column: files_of_names([cell_text(value) for value in table.columns[column]], root, files, folder)
         for column in candidates
     }
     column = max(candidates, key=lambda column: sum(map(bool, meant[column])))
     if not any(meant[column]):
         values = "; ".join(
-            f"{name} has {listed([_text(value) for value in table.columns[name][:3]])}" for name in candidates
+            f"{name} has {listed([cell_text(value) for value in table.columns[name][:3]])}" for name in candidates
         )
         images = f"the images are {listed(files, 3)}" if files else "there are no images"
         raise InputError(
@@ -197,34 +209,12 @@ def _images_of_rows(
     return column, meant[column]
 
 
-def _label_column(table: LabelTable, options: LabelOptions, image_column: str) -> str:
-    """Return the column of labels, see choose_label_column. A column for each class is refused as such."""
-    apart = (image_column, _split_column(table))
-    one_hot = [
-        name
-        for name in table.columns
-        if name not in apart and all(_text(value) in ("0", "1", "0.0", "1.0") for value in table.columns[name])
-    ]
-    if len(one_hot) > 1 and not columns_named(table.columns, options.label_column, "label", table.path):
-        raise InputError(
-            f"{table.path} has a column for each class ({listed(one_hot)}), with 0 or 1; {ONE_LABEL}: write a column with "
-            f"the name of the class, or choose a column with --label-column (data.label_column in a recipe)"
-        )
-    return choose_label_column(list(table.columns), options.label_column, apart, table.path)
-
-
 def _split_column(table: LabelTable) -> str | None:
     """Return the column whose name and values are those of splits, if there is one."""
     columns = columns_named(table.columns, None, "split", table.path)
-    return next((name for name in columns if any(split_of(_text(value)) for value in table.columns[name])), None)
+    return next((name for name in columns if any(split_of(cell_text(value)) for value in table.columns[name])), None)
 
 
 def _splits_of_rows(table: LabelTable) -> list[str | None] | None:
     column = _split_column(table)
-    return None if column is None else [split_of(_text(value)) for value in table.columns[column]]
-
-
-def _text(value: Any) -> str:
-    if value is None or value != value:  # NaN
-        return ""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    return None if column is None else [split_of(cell_text(value)) for value in table.columns[column]]

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shardstep.configs.errors import InputError
-from shardstep.configs.text import listed
+from shardstep.configs.text import count, listed
 from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.class_names import class_name, label_names, sorted_classes
 from shardstep.datasets.input_files import FolderTree, LeftOut, is_hidden, is_image, joined, split_name
+from shardstep.datasets.label_sets import NamedShares, hold_several, several_names
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.sources.class_folders import split_of
 from shardstep.datasets.sources.parquet import open_parquet
-from shardstep.datasets.sources.source import Source
+from shardstep.datasets.sources.row_labels import RowLabel, names_in
+from shardstep.datasets.sources.source import Source, numbered_labels
 from shardstep.datasets.sources.tables import LabelOptions, choose_label_column, columns_named
 
 PARQUET_IMAGES = "images in parquet files"  # the description of such a Source
@@ -78,14 +78,23 @@ def open_parquet_images(where: Path, names: Sequence[str], split: str | None, op
     columns = _columns(where / chosen[0], options)
     values = {name: _column(where / name, columns.label) for name in names}
     # Classes of all splits, so that each of them has the same.
-    labels = {name: _label_names(some, columns, where / name) for name, some in values.items()}
-    classes = columns.classes or sorted_classes(label for some in labels.values() for label in some if label)
-    number_of = {label: number for number, label in enumerate(classes)}
+    are_several = options.separator is not None or any(hold_several(some) for some in values.values())
+    labels: dict[str, Sequence[RowLabel]] = {}
+    for name, some in values.items():
+        place = f"{where / name}, column {columns.label}"
+        labels[name] = (
+            _several_names(some, columns.classes, place, options.separator)
+            if are_several
+            else _label_names(some, columns.classes, place)
+        )
+    classes = columns.classes or sorted_classes(
+        name for some in labels.values() for label in some for name in names_in(label)
+    )
 
-    left_out, rows, kept = LeftOut(), list[str](), list[int]()
+    left_out, rows, kept = LeftOut(), list[RowLabel](), list[int]()
     for name in chosen:
         for row, label in enumerate(labels[name], 1):
-            if label:
+            if label != "":
                 kept.append(len(rows))
             else:
                 left_out.add("empty label", f"{name}: row {row}")
@@ -96,7 +105,7 @@ def open_parquet_images(where: Path, names: Sequence[str], split: str | None, op
     return Source(
         PARQUET_IMAGES,
         classes,
-        np.array([number_of[rows[row]] for row in kept], dtype=np.int64),
+        numbered_labels([rows[row] for row in kept], classes),
         lambda number: files.read(kept[number]),
         lambda number: files.names[kept[number]],
         has_splits,
@@ -154,7 +163,8 @@ def _columns(path: Path, options: LabelOptions) -> _Columns:
     types = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        class_names = {name: one["names"] for name, one in features.items() if one.get("_type") == "ClassLabel"}
+        kinds = {name: _in_list(one) for name, one in features.items()}
+        class_names = {name: one["names"] for name, one in kinds.items() if one.get("_type") == "ClassLabel"}
     except (KeyError, ValueError, TypeError, AttributeError):
         class_names = {}
     structs = [name for name, kind in types.items() if kind.startswith("struct<") and "bytes: " in kind]
@@ -172,23 +182,41 @@ def _columns(path: Path, options: LabelOptions) -> _Columns:
     return _Columns(images[0], label, None if names is None else [class_name(str(name)) for name in names])
 
 
+def _in_list(feature: Any) -> dict[str, Any]:
+    """Return a feature, or what it is a list of: earlier versions write [feature], later ones {"_type": "List", ...}."""
+    while isinstance(feature, list) or "feature" in feature:
+        feature = feature[0] if isinstance(feature, list) else feature["feature"]
+    return feature
+
+
 def _column(path: Path, column: str) -> list[Any]:
     with path.open("rb") as opened, open_parquet(path, opened) as file:
         columns_named(file.schema_arrow.names, column, "label", path)
         return list(file.read(columns=[column]).column(0).to_pylist())
 
 
-def _label_names(values: list[Any], columns: _Columns, path: Path) -> list[str]:
-    where = f"{path}, column {columns.label}"
-    if columns.classes is None:
+def _label_names(values: list[Any], classes: list[str] | None, where: str) -> list[str]:
+    """Return one name for each row; `classes` are those that the file names, whose numbers the values are then."""
+    if classes is None:
         return label_names(values, where)
     names = label_names(["" if value == _UNLABELLED else value for value in values], where)
-    out_of_range = sorted({name for name in names if name and not 0 <= int(name) < len(columns.classes)})
-    if out_of_range:
-        raise InputError(
-            f"{where}: labels {listed(out_of_range)} are out of range: it names {len(columns.classes)} classes"
-        )
-    return [name and columns.classes[int(name)] for name in names]
+    return [name and _class_of_number(name, classes, where) for name in names]
+
+
+def _several_names(
+    values: list[Any], classes: list[str] | None, where: str, separator: str | None
+) -> list[NamedShares]:
+    """Return several names for each row; `classes` as in _label_names."""
+    labels = several_names(values, where, separator)
+    if classes is None:
+        return labels
+    return [tuple((_class_of_number(name, classes, where), share) for name, share in label) for label in labels]
+
+
+def _class_of_number(number: str, classes: list[str], where: str) -> str:
+    if 0 <= int(number) < len(classes):
+        return classes[int(number)]
+    raise InputError(f"{where}: label {number} is out of range: it names {count(len(classes), 'class', 'classes')}")
 
 
 def _split_of_file(name: str) -> str | None:

@@ -1,6 +1,6 @@
 """Source: the labelled images that every kind of source provides, read one at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
@@ -9,6 +9,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import listed
 from shardstep.datasets.decode import EXTENSIONS, extension_of
+from shardstep.datasets.label_sets import LabelSets, NamedShares
 
 SPLITS = ("train", "test")
 WRITTEN_ELSEWHERE = "tars written elsewhere"  # in a manifest, instead of a Source's description
@@ -20,7 +21,7 @@ class Source:
 
     description: str  # what this is, for the manifest, without paths of this machine
     classes: list[str]  # the index is the label
-    labels: np.ndarray  # one per image
+    labels: np.ndarray | LabelSets  # one per image, or several
     read: Callable[[int], bytes | np.ndarray]  # bytes of a file, or pixels: uint8 (height, width, channels)
     name: Callable[[int], str]  # how messages refer to an image, by its number
     has_splits: bool = True  # whether train and test are separate; if not, every split holds all images
@@ -55,7 +56,8 @@ class Source:
                 f"from this source, or write {owner} again with some of them"
             )
         new_labels = np.array([label_of[name] for name in self.classes], dtype=np.int64)
-        return replace(self, classes=list(classes), labels=new_labels[self.labels], empty_folders=[])
+        labels = self.labels.renumbered(new_labels) if isinstance(self.labels, LabelSets) else new_labels[self.labels]
+        return replace(self, classes=list(classes), labels=labels, empty_folders=[])
 
 
 def is_fifth_of_class(labels: np.ndarray) -> np.ndarray:
@@ -65,3 +67,12 @@ def is_fifth_of_class(labels: np.ndarray) -> np.ndarray:
     place = np.empty(len(labels), dtype=np.int64)
     place[order] = np.arange(len(labels)) - np.searchsorted(of_class, of_class)
     return place % 5 == 4
+
+
+def numbered_labels(labels: Sequence[str | NamedShares], classes: Sequence[str]) -> np.ndarray | LabelSets:
+    """Return the labels of a Source from the names of one label for each image, or of several."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    names = [label for label in labels if isinstance(label, str)]
+    if len(names) == len(labels):
+        return np.array([label_of[name] for name in names], dtype=np.int64)
+    return LabelSets.of_names([label for label in labels if not isinstance(label, str)], label_of)

@@ -34,15 +34,17 @@ _COLUMN_NAMES = {  # in lower case, without what is neither letter nor digit
 class LabelOptions:
     """What a person says about labels: the path of their table, and its columns where their names do not tell.
 
-    In the path, {split} stands for train or test.
+    In the path, {split} stands for train or test. Several columns of labels, separated by commas, hold the share of a class
+    each, such as 0 or 1. With a separator, texts hold several labels, and the rows of one image add up.
     """
 
     table: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    separator: str | None = None
 
     def __bool__(self) -> bool:
-        return any((self.table, self.image_column, self.label_column))
+        return any((self.table, self.image_column, self.label_column, self.separator))
 
 
 NO_OPTIONS = LabelOptions()
@@ -70,6 +72,21 @@ def columns_named(
     if given is not None:
         return [given]
     return [name for name in columns if re.fullmatch(_COLUMN_NAMES[kind], re.sub(r"[\W_]", "", name.lower()))]
+
+
+def shares_columns(columns: Collection[str], given: str | None, where: Path) -> list[str]:
+    """Return the given columns of shares, if there are several; else an empty list.
+
+    Raises:
+        InputError: there is no column of one of the names.
+    """
+    if given is None or given in columns:
+        return []
+    names = [name.strip() for name in next(csv.reader([given], skipinitialspace=True))]
+    if len(names) > 1:
+        for name in names:
+            columns_named(columns, name, "label", where)
+    return names if len(names) > 1 else []
 
 
 def choose_label_column(columns: Sequence[str], given: str | None, apart: Collection[str | None], where: Path) -> str:
@@ -168,3 +185,10 @@ def _parquet(path: Path, data: bytes) -> LabelTable:
     with open_parquet(path, io.BytesIO(data)) as file:
         content = file.read()
         return LabelTable(path, {name: content.column(name).to_pylist() for name in content.column_names})
+
+
+def cell_text(value: Any) -> str:
+    """Return what is in a cell as text; "" for nothing, "3" for 3.0."""
+    if value is None or value != value:  # NaN
+        return ""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()

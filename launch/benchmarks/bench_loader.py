@@ -93,7 +93,7 @@ def _small_images(shards: "ShardFolder", count: int, folder: Path, args: argpars
     ids = np.random.default_rng(0).permutation(shards.manifest.samples)[:count].tolist()
     files = [stream.read_bytes(sample) for sample in ids]
     everything = stream.read(np.arange(shards.manifest.samples))[0]
-    resident = ResidentReader(everything, torch.from_numpy(shards.labels))
+    resident = ResidentReader(everything, torch.from_numpy(shards.targets(np.arange(shards.manifest.samples))))
     batch = torch.ones(min(_BATCH, count), everything[0].numel())
 
     def copy() -> int:
@@ -188,10 +188,12 @@ def _image_folder(shards: "ShardFolder", files: list[bytes], folder: Path, count
 
 def _images_in_memory(shards: "ShardFolder", pixels: Any, count: int) -> Callable[[], int]:
     """Return a work that does what torchvision.datasets.CIFAR10 does: a row of an array through PIL and the transforms."""
+    import numpy as np
     from PIL import Image
     from torch.utils.data import Dataset
 
-    transform, labels, array = _torchvision_transforms(shards), shards.labels, pixels.squeeze(3).numpy()
+    labels = shards.targets(np.arange(shards.manifest.samples))
+    transform, array = _torchvision_transforms(shards), pixels.squeeze(3).numpy()
 
     class InMemory(Dataset):
         def __len__(self) -> int:

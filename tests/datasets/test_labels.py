@@ -186,11 +186,11 @@ def test_labels_are_names(labels: list[object], expected: list[str]) -> None:
         (["0.37", "1"], "x: labels such as 0.37 are measurements, not classes"),
         ([0.5, 2.0], "labels such as 0.5 are measurements"),
         (["1e-3", "2"], "labels such as 1e-3 are measurements"),
-        (["a|b", "a", "b"], r"a\|b are several labels in one; one label an image is what is read"),
+        (["a|b", "a", "b"], r"a\|b are several labels in one; If images have several, say what separates"),
         (["a, b", "a", "b", "c"], '"a, b" are several labels in one'),
         (["16 0", "5", "7 1 2", ""], "16 0, 7 1 2 are several labels in one"),
-        ([["a", "b"]], r"\['a', 'b'\] is a list; one label an image is what is read"),
-        ([{"a": 1}], "is a list; one label an image"),
+        ([["a", "b"]], r"\['a', 'b'\] is a list; If images have several, say what separates"),
+        ([{"a": 1}], "is not one label"),
     ],
 )
 def test_labels_that_are_no_classes(labels: list[object], message: str) -> None:

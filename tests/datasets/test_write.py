@@ -230,9 +230,12 @@ def test_a_killed_writer_leaves_no_data_set(tmp_path: Path) -> None:
     if pid == 0:
         from shardstep.datasets import write
 
-        write.index_shards = lambda *_: os.kill(os.getpid(), 9)  # type: ignore[assignment]
-        write.write_shards("synthetic:5", "train", tmp_path / "out")
-    os.waitpid(pid, 0)
+        try:
+            write.index_shards = lambda *_, **__: os.kill(os.getpid(), 9)  # type: ignore[assignment]
+            write.write_shards("synthetic:5", "train", tmp_path / "out")
+        finally:
+            os._exit(1)  # not reached, unless it failed otherwise
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
     with pytest.raises(InputError, match="no shards"):
         open_shards(tmp_path / "out")
     write_shards("synthetic:5", "train", tmp_path / "out")  # what was left does not stand in the way

@@ -100,6 +100,8 @@ def describe(trained: TrainedModel, pixels: Pixels, checked_with: str) -> dict[s
     height, width, channels = trained.image_shape
     mean, std = mean_and_std(trained.recipe.data, trained.manifest)
     outputs = "logits of the classes: their softmax are probabilities"
+    if trained.objective.finds_several:
+        outputs = "logits of the classes: the sigmoid of each is its probability"
     if trained.recipe.loss["name"] == "nll":
         outputs = "log-probabilities of the classes"
     return {

@@ -22,6 +22,7 @@ class FilePrediction:
     path: Path
     pixels: np.ndarray  # uint8 (height, width, channels), as the model gets them
     top: list[tuple[int, float]]  # classes and probabilities, the most probable first
+    found: list[int]  # the classes from recipe's threshold on, where images have several; else the most probable
 
 
 def predict_files(
@@ -30,8 +31,8 @@ def predict_files(
     """Predict image files, in their order; the next ones are read while the model runs.
 
     Args:
-        trained: a model that classifies.
-        top: how many classes to return for each, at most all.
+        trained: a model that finds one label, or several.
+        top: how many classes to return for each, at most all; more where more are found.
         leave_out: called with each file that cannot be read, and why.
     """
     groups = (files[start : start + _BATCH] for start in range(0, len(files), _BATCH))
@@ -47,9 +48,15 @@ def predict_files(
         pixels = torch.from_numpy(np.stack([image for _, image in images]))
         with torch.inference_mode():
             outputs = trained.module(trained.normalize(pixels.to(trained.device))).float()  # (B, K)
-            shares, classes = outputs.softmax(dim=1).topk(min(top, outputs.shape[1]), dim=1)
-        for (path, image), row, probabilities in zip(images, classes.tolist(), shares.tolist(), strict=True):
-            yield FilePrediction(path, image, list(zip(row, probabilities, strict=True)))
+            several = trained.objective.finds_several
+            likely = outputs.sigmoid() if several else outputs.softmax(dim=1)
+            shares, classes = likely.sort(dim=1, descending=True, stable=True)
+            counts = (shares >= trained.recipe.eval.threshold).sum(dim=1).tolist() if several else [1] * len(images)
+        rows = zip(images, classes.tolist(), shares.tolist(), counts, strict=True)
+        for (path, image), row, probabilities, count in rows:
+            yield FilePrediction(
+                path, image, list(zip(row, probabilities, strict=True))[: max(top, count)], row[:count]
+            )
 
 
 def _read(trained: TrainedModel, path: Path) -> np.ndarray | str:

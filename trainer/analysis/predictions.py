@@ -16,6 +16,7 @@ from shardstep.datasets.batches import test_batches
 from shardstep.datasets.progress import progress_bar
 from shardstep.trainer.analysis.trained_model import TrainedModel
 from shardstep.trainer.models.views import predict
+from shardstep.trainer.optim.losses import one_label
 
 _VERSION = "2"
 _ARRAYS = ("labels", "predicted", "confidence", "errors")
@@ -91,6 +92,7 @@ def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], N
             ids=test.ids,
         ):
             outputs = predict(trained.module, images, views, sure_above)  # (B, K), or images
+            labels = one_label(labels)
             if trained.objective.reconstructs:
                 empty = labels[:0]
                 row = (labels, empty, empty, trained.objective.evaluation_loss(outputs, images))

@@ -60,18 +60,22 @@ class RunAnalysis:
     @property
     def confusion(self) -> np.ndarray | None:
         """int64 (classes, classes): labels by predictions."""
-        if self.predictions is None or self.record.reconstructs:
+        if self.predictions is None or self.record.reconstructs or self.record.finds_several:
             return None
         return self.predictions.confusion(len(self.classes))
 
     @property
     def per_class_accuracy(self) -> list[float | None]:
-        """The accuracy on each class by the predictions, else by the last evaluation; empty where there was none."""
+        """The accuracy on each class by the predictions, else by the last evaluation; empty where there was none.
+
+        Where images have several labels, the average precision of each.
+        """
         confusion = self.confusion
         if confusion is not None:
             rows = zip(np.diag(confusion).tolist(), confusion.sum(axis=1).tolist(), strict=True)
             return [right / samples if samples else None for right, samples in rows]
-        written = self.record.last_evaluation.get("per_class_accuracy")
+        last = self.record.last_evaluation
+        written = last.get("per_class_ap" if self.record.finds_several else "per_class_accuracy")
         return written if isinstance(written, list) and len(written) == len(self.classes) else []
 
 
@@ -91,7 +95,8 @@ def analyse_run(record: RunRecord, device: Literal["auto", "cpu", "cuda"]) -> Ru
         found.left_out.append(f"filters: {filters}")
     else:
         found.filters = filters
-    _analyse_test_set(found, trained)
+    if not record.finds_several:
+        _analyse_test_set(found, trained)
     return found
 
 

@@ -120,7 +120,7 @@ def open_trained_model(
         image_shape=image_shape,
         module=module.to(place).eval(),
         normalize=data.make_normalize(recipe.data, manifest, image_shape, place),
-        objective=build_objective(recipe.loss, recipe.model),
+        objective=build_objective(recipe.loss, recipe.model, manifest.has_several_labels),
         device=place,
     )
 

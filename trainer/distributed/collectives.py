@@ -109,6 +109,17 @@ def gather_rows(accelerator: Accelerator, values: Tensor) -> list[list[float]]:
     return accelerator.gather(values.unsqueeze(0)).tolist()
 
 
+def gather_samples(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Return the rows of all ranks, of which each may have another number, in the order of the ranks. All ranks."""
+    if accelerator.num_processes == 1:
+        return values
+    counts = accelerator.gather(torch.tensor([len(values)], device=values.device)).tolist()
+    padded = values.new_zeros(max(counts), *values.shape[1:])
+    padded[: len(values)] = values
+    parts = accelerator.gather(padded).split(max(counts))
+    return torch.cat([part[:rows] for part, rows in zip(parts, counts, strict=True)])
+
+
 def gather_buffers(accelerator: Accelerator, flat: Tensor) -> Tensor | None:
     """Return the vectors of all ranks as rows on the host; None with one rank, or if they are empty. All ranks."""
     if accelerator.num_processes == 1 or not flat.numel():

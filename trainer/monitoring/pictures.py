@@ -24,22 +24,23 @@ _LONGEST_NAME = 24  # characters
 
 
 def draw_curves(metrics_path: Path, picture: Path, extras: str) -> None:
-    """Draw loss and accuracy against epochs from a metrics.jsonl; only the training loss has the `extras`."""
+    """Draw loss and accuracy, or mAP, against epochs from a metrics.jsonl; only the training loss has the `extras`."""
     plt = pyplot()
     lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     evaluated = next((evaluated_on(line) for line in lines if line["kind"] == "eval"), "test")
-    has_accuracy = any(line["accuracy"] is not None for line in lines)
-    figure, axes = plt.subplots(1, 1 + has_accuracy, figsize=(5.5 * (1 + has_accuracy), 4), layout="constrained")
-    for axis, name in zip(np.atleast_1d(axes), ("loss", "accuracy"), strict=False):
+    drawn = ["loss", *(name for name in ("accuracy", "map") if any(line.get(name) is not None for line in lines))]
+    figure, axes = plt.subplots(1, len(drawn), figsize=(5.5 * len(drawn), 4), layout="constrained")
+    for axis, name in zip(np.atleast_1d(axes), drawn, strict=True):
         of_train, of_test = (f", with {extras}", ", without") if extras and name == "loss" else ("", "")
         for kind, label, style in (
             ("train", f"training batch{of_train}", {"alpha": 0.6}),
             ("eval", f"{evaluated} set{of_test}", {"marker": "o"}),
         ):
-            chosen = [line for line in lines if line["kind"] == kind and line[name] is not None]
+            chosen = [line for line in lines if line["kind"] == kind and line.get(name) is not None]
             epochs, values = ([line[key] for line in chosen] for key in ("epoch", name))
-            axis.plot(epochs, values, label=label, markersize=4, **style)
-        axis.set(xlabel="epoch", ylabel=name)
+            if chosen or name == "loss":
+                axis.plot(epochs, values, label=label, markersize=4, **style)
+        axis.set(xlabel="epoch", ylabel="mean average precision" if name == "map" else name)
         axis.grid(alpha=0.3)
         axis.legend()
     _save(figure, picture)
@@ -81,6 +82,18 @@ def draw_predictions(
         mistake = "" if predicted == true else f"\nnot {drawable(classes[true])}"
         captions.append(f"{drawable(classes[predicted])} {confidence:.0%}{mistake}")
         colors.append("crimson" if mistake else "black")
+    draw_grid(pixels.numpy(), captions, picture, colors)
+
+
+def draw_found_labels(
+    pixels: Tensor, labels: list[list[int]], found: list[list[int]], classes: list[str], picture: Path
+) -> None:
+    """Draw test images (N, H, W, C) uint8 with the labels found; where these are not those that hold, red and with both."""
+    captions, colors = [], []
+    for true, ours in zip(labels, found, strict=True):
+        names, others = (", ".join(drawable(classes[label]) for label in some) or "none" for some in (ours, true))
+        captions.append(names if ours == true else f"{names}\nnot {others}")
+        colors.append("black" if ours == true else "crimson")
     draw_grid(pixels.numpy(), captions, picture, colors)
 
 

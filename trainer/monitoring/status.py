@@ -80,8 +80,7 @@ class Status:
             quality = [_loss(train), _accuracy(train), f"lr {train['lr']:.3g}"]
             speed = [*_speed(train), f"{train['memory_mb']:,} MB"]
         if evaluation:
-            score = evaluation["accuracy"]
-            shown = _loss(evaluation) if score is None else f"{score:.2%}"
+            shown = _score(evaluation) or _loss(evaluation)
             quality.append(f"{evaluated_on(evaluation)} {shown} (step {evaluation['step']:,})")
         if self.saved_step is not None:
             speed.append(f"saved step {self.saved_step:,}, {duration(max(0.0, now_s - self.saved_at_s))} ago")
@@ -93,7 +92,7 @@ def describe_line(line: Line) -> str:
     if line["kind"] == "eval":
         score, before = line["accuracy"], line["train_accuracy"]
         trained = "-" if before is None else f"{before:.1%}"
-        shown = "" if score is None else f"accuracy {score:.2%} (train {trained})"
+        shown = _score(line) if score is None else f"accuracy {score:.2%} (train {trained})"
         parts = [f"epoch {line['epoch']:<5.4g} step {_of(line)}", f"{evaluated_on(line)} {_loss(line)}", shown]
         return "  ".join(filter(None, [*parts, f"{line['wall_s']:.0f} s"]))
     parts = [f"epoch {line['epoch']:<5.4g} {_loss(line)}", _accuracy(line), *_speed(line), f"lr {line['lr']:.3g}"]
@@ -129,6 +128,13 @@ def _loss(line: Line) -> str:
     if line["loss"] is not None:
         return f"loss {line['loss']:.4f}"
     return "step skipped" if line.get("skipped_steps") else "loss is NaN or infinite"
+
+
+def _score(line: Line) -> str:
+    """Return the score of an evaluation: accuracy, or mean average precision; empty if it has neither."""
+    if line["accuracy"] is not None:
+        return f"{line['accuracy']:.2%}"
+    return "" if line.get("map") is None else f"mAP {line['map']:.2%}"
 
 
 def _accuracy(line: Line) -> str:

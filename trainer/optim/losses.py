@@ -1,32 +1,92 @@
 """Losses by name: (outputs, targets) -> one loss per sample, (B,). Keyword arguments are the recipe's options.
 
+Where samples have several labels, targets are the shares of all classes, float32 (B, K): 1 for a label that holds. The binary
+losses decide on each class by itself. cross_entropy takes shares that sum to 1, as of several annotators.
+
 Objective adds them up; the loop divides the sum by the number of samples in the global batch, so that shares of any size,
 even empty ones, add up to the exact global mean. With `reduction: sum` it does not divide.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shardstep.configs.components import neighbours
 from shardstep.configs.errors import InputError
 from shardstep.datasets.augment import Labels
+from shardstep.datasets.label_sets import LabelSets
 
+_ROUNDING = 1e-3  # of shares written with three decimals
 Outputs = Tensor | tuple[Tensor, ...]
 """What a model returns: its outputs; in training perhaps a tuple with the outputs of auxiliary heads."""
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of logits (B, K) with labels (B,), per sample.
+    """Cross-entropy of logits (B, K) with labels (B,), or with shares (B, K) that sum to 1, per sample.
 
     With smoothing s, the target is 1 - s on the label plus s / K on every class (Szegedy et al. 2015, arXiv 1512.00567,
     section 7).
     """
     return functional.cross_entropy(outputs.float(), labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def binary_cross_entropy(
+    outputs: Tensor, labels: Tensor, positive_weights: Tensor | None = None, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Binary cross-entropy of logits (B, K) with shares of classes (B, K), or with labels (B,): the mean over the classes.
+
+    With smoothing s, a share t becomes t (1 - s) + s / K.
+    """
+    shares = _shares(labels, outputs.shape[1])
+    if label_smoothing:
+        shares = shares * (1 - label_smoothing) + label_smoothing / outputs.shape[1]
+    return functional.binary_cross_entropy_with_logits(
+        outputs.float(), shares, reduction="none", pos_weight=positive_weights
+    ).mean(dim=1)
+
+
+def asymmetric(
+    outputs: Tensor, labels: Tensor, positive_weights: Tensor | None = None,
+    *, gamma_positive: float = 0.0, gamma_negative: float = 4.0, margin: float = 0.05,
+) -> Tensor:  # fmt: skip
+    """Asymmetric loss of logits (B, K) with the shares of classes (B, K), or with labels (B,): the sum over the classes.
+
+    Each class is weighted by (1 - p) to the power gamma_positive where it holds, and by p, less the margin, to the power
+    gamma_negative where it does not. Ridnik et al. 2020, arXiv 2009.14119, equations 4 to 7.
+    """
+    outputs, shares = outputs.float(), _shares(labels, outputs.shape[1])
+    probability = outputs.sigmoid()
+    shifted = (probability - margin).clamp(min=0)
+    positive = (1 - probability) ** gamma_positive * functional.logsigmoid(outputs)
+    negative = shifted**gamma_negative * torch.log1p(-shifted.clamp(max=1 - 1e-7))
+    if positive_weights is not None:
+        positive = positive * positive_weights
+    return -(shares * positive + (1 - shares) * negative).sum(dim=1)
+
+
+def focal(outputs: Tensor, labels: Tensor, positive_weights: Tensor | None = None, *, gamma: float = 2.0) -> Tensor:
+    """Cross-entropy of logits (B, K), weighted by (1 - p) to the power gamma, where p is the probability of the label.
+
+    With labels (B,), p is the softmax. With shares of classes (B, K), each class is decided by its sigmoid, and the loss is
+    the mean over the classes. Lin et al. 2017, arXiv 1708.02002, equation 4; its alpha is loss.class_weights.
+    """
+    outputs = outputs.float()
+    if not labels.is_floating_point():
+        logarithm = outputs.log_softmax(dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
+        return -((1 - logarithm.exp()) ** gamma) * logarithm
+    probability = outputs.sigmoid()
+    missed = labels * (1 - probability) + (1 - labels) * probability
+    entropy = functional.binary_cross_entropy_with_logits(
+        outputs, labels, reduction="none", pos_weight=positive_weights
+    )
+    return (missed**gamma * entropy).mean(dim=1)
 
 
 def nll(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -58,12 +118,28 @@ def l1(outputs: Tensor, images: Tensor) -> Tensor:
     return (outputs.float() - images).abs().mean(dim=(1, 2, 3))
 
 
-CLASSIFICATION: dict[str, Callable[..., Tensor]] = {loss.__name__: loss for loss in (cross_entropy, nll, perceptron)}
+def _shares(labels: Tensor, num_classes: int) -> Tensor:
+    return labels if labels.is_floating_point() else functional.one_hot(labels, num_classes).float()
+
+
+BINARY: dict[str, Callable[..., Tensor]] = {
+    "binary_cross_entropy": binary_cross_entropy, "asymmetric": asymmetric, "focal": focal,
+}  # fmt: skip
+"""Losses for samples with several labels. They take weights of the classes, (K,), for the samples that have them."""
+CLASSIFICATION: dict[str, Callable[..., Tensor]] = {
+    loss.__name__: loss for loss in (cross_entropy, nll, perceptron, *BINARY.values())
+}
 RECONSTRUCTION: dict[str, Callable[..., Tensor]] = {"mse": mse, "l1": l1}
 LOSSES = CLASSIFICATION | RECONSTRUCTION
 
-COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"reduction": (Literal["mean", "sum"], "mean")}
-"""Options of every loss: type and default. reduction: over the global batch, for the gradient; metrics are always means."""
+COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "reduction": (Literal["mean", "sum"], "mean"),
+    "class_weights": (Any, "none"),
+}
+"""Options of every loss: type and default. reduction: over the global batch, for the gradient; metrics are always means.
+class_weights: none, balanced, or a mapping of class names to weights; others have 1. They weight a sample's training loss by
+its label, and with several labels the part of a class in the loss of the samples that have it. balanced: the mean number of
+samples of a class divided by its own; with several labels, the samples without it divided by those with it."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +150,22 @@ class Objective:
         training_loss: outputs and targets in, one loss per sample out.
         evaluation_loss: the same without options that only serve training, such as label smoothing.
         reconstructs: whether the images are the targets, so that no output is correct or wrong.
+        finds_several: whether each class is decided on by itself, because samples have several labels.
+        class_weights: float32 (classes,), of samples in training.
     """
 
-    training_loss: Callable[[Tensor, Tensor], Tensor]
-    evaluation_loss: Callable[[Tensor, Tensor], Tensor]
+    training_loss: Callable[..., Tensor]
+    evaluation_loss: Callable[..., Tensor]
     reconstructs: bool
     auxiliary_weight: float = 0.0
     reduction: Literal["mean", "sum"] = "mean"
+    finds_several: bool = False
+    class_weights: Tensor | None = None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether each sample gets one class, which is correct or wrong."""
+        return not (self.reconstructs or self.finds_several)
 
     def divisor(self, batch_size: int) -> int:
         """Return what to divide the sum over a global batch by."""
@@ -97,20 +182,38 @@ class Objective:
 
     def correct(self, outputs: Outputs, labels: Labels) -> Tensor | int:
         """Count the samples of a batch whose highest output is their label, or the one with the larger weight of two."""
-        if self.reconstructs:
+        if not self.classifies:
             return 0
         main = outputs[0] if isinstance(outputs, tuple) else outputs
-        return (main.argmax(dim=1) == (labels if isinstance(labels, Tensor) else labels.heavier)).sum()
+        return (main.argmax(dim=1) == one_label(labels if isinstance(labels, Tensor) else labels.heavier)).sum()
 
     def _sum(self, outputs: Tensor, targets: Labels) -> Tensor:
         if isinstance(targets, Tensor):
-            return self.training_loss(outputs, targets).sum()
-        own, partners = (self.training_loss(outputs, each) for each in (targets.own, targets.partners))
+            return self._losses(outputs, targets).sum()
+        own, partners = (self._losses(outputs, each) for each in (targets.own, targets.partners))
         return torch.lerp(partners, own, targets.weights).sum()
 
+    def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        weights = self.class_weights
+        if weights is None:
+            return self.training_loss(outputs, targets)
+        if self.finds_several:
+            return self.training_loss(outputs, targets, weights)
+        return self.training_loss(outputs, targets) * (
+            targets @ weights if targets.is_floating_point() else weights[targets]
+        )
 
-def build_objective(loss: dict[str, Any], model: dict[str, Any]) -> Objective:
-    """Build the objective of checked recipe sections; a model may have the option `auxiliary_weight`."""
+
+def one_label(labels: Tensor) -> Tensor:
+    """Return one label for each sample, int64 (B,): of shares (B, K), the class with the largest."""
+    return labels.argmax(dim=1) if labels.is_floating_point() else labels
+
+
+def build_objective(loss: dict[str, Any], model: dict[str, Any], several_labels: bool = False) -> Objective:
+    """Build the objective of checked recipe sections; a model may have the option `auxiliary_weight`.
+
+    `several_labels`: whether the targets are shares of all classes.
+    """
     function = LOSSES[loss["name"]]
     return Objective(
         training_loss=partial(function, **{key: loss[key] for key in loss if key not in ("name", *COMMON_OPTIONS)}),
@@ -118,7 +221,72 @@ def build_objective(loss: dict[str, Any], model: dict[str, Any]) -> Objective:
         reconstructs=loss["name"] in RECONSTRUCTION,
         auxiliary_weight=model.get("auxiliary_weight", 0.0),
         reduction=loss["reduction"],
+        finds_several=several_labels and loss["name"] in BINARY,
     )
+
+
+def class_weights(
+    option: Any, classes: Sequence[str], having: np.ndarray, samples: int, several: bool
+) -> Tensor | None:
+    """Return the weights of loss.class_weights, float32 (classes,); None for none.
+
+    Args:
+        option: none, balanced, or a mapping of names to weights.
+        having: number of training samples that have each class, of `samples`.
+        several: whether samples have several labels.
+
+    Raises:
+        InputError: there is no class of a name.
+    """
+    if option == "none":
+        return None
+    if option == "balanced":
+        others = samples - having if several else np.full(len(classes), having.sum() / len(classes))
+        return torch.from_numpy(np.where(having, others / np.maximum(having, 1), 1.0)).float()
+    unknown = [name for name in option if str(name) not in classes]
+    if unknown:
+        raise InputError(f"loss.class_weights has no class {unknown[0]}; {neighbours(str(unknown[0]), classes)}")
+    given = {str(name): float(weight) for name, weight in option.items()}
+    return torch.tensor([given.get(name, 1.0) for name in classes])
+
+
+def check_loss(section: dict[str, Any]) -> list[str]:
+    """Check the options of a loss that its signature does not; return the problems."""
+    option, name = section["class_weights"], section["name"]
+    if option in ("none", None):
+        return []
+    if name in RECONSTRUCTION:
+        return [f"loss.class_weights has no effect with loss.name={name}"]
+    is_mapping = isinstance(option, dict) and all(
+        isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
+        for weight in option.values()
+    )
+    if option == "balanced" or (is_mapping and option):
+        return []
+    return [f"loss.class_weights={option} must be none, balanced, or a mapping of class names to weights from 0"]
+
+
+def check_labels(name: str, labels: LabelSets, where: str) -> None:
+    """Check that a loss takes several labels.
+
+    Raises:
+        InputError: it does not, or needs shares that sum to 1.
+    """
+    if name in BINARY:
+        return
+    remedy = f"for labels that hold beside each other, use loss.name={' or '.join(BINARY)}"
+    if name != "cross_entropy":
+        raise InputError(
+            f"loss.name={name} takes one label for each image, but those of {where} have several: {remedy}"
+        )
+    totals = np.zeros(len(labels))
+    np.add.at(totals, np.repeat(np.arange(len(labels)), np.diff(labels.starts)), labels.entries["share"])
+    if np.abs(totals - 1).max(initial=0) > _ROUNDING:
+        sample = int(np.argmax(np.abs(totals - 1)))
+        raise InputError(
+            f"loss.name=cross_entropy takes shares of labels that sum to 1 for each image, but those of sample {sample} of "
+            f"{where} sum to {totals[sample]:g}: {remedy}"
+        )
 
 
 def check_outputs(loss: dict[str, Any], outputs: Tensor, images: Tensor) -> None:

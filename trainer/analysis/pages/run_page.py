@@ -193,9 +193,13 @@ def _on_test(key: str) -> Callable[[RunAnalysis], float | None]:
 
 _FIGURES = [
     _Figure("validation accuracy", _on_validation("accuracy"), _percent, max),
+    _Figure("validation mAP", _on_validation("map"), _percent, max),
     _Figure("validation loss", _on_validation("loss"), "{:.4f}".format, min),
     _Figure("test accuracy", _on_test("accuracy"), _percent, max),
     _Figure("top-5 accuracy", lambda one: number(one.record.final, "top5"), _percent, max),
+    _Figure("test mAP", _on_test("map"), _percent, max),
+    _Figure("test F1, mean of classes", _on_test("f1"), _percent, max),
+    _Figure("test F1 of all decisions", _on_test("f1_micro"), _percent, max),
     _Figure("test loss", _on_test("loss"), "{:.4f}".format, min),
     _Figure("calibration error", _calibration_error, _percent, min),
     _Figure("training and evaluation", _seconds, _time),
@@ -221,6 +225,7 @@ def _curves(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
     charts = [
         line_chart(_pairs(analyses, labels, "loss"), "epoch", "loss"),
         line_chart(_pairs(analyses, labels, "accuracy"), "epoch", "accuracy", percent=True),
+        line_chart(_of_evaluations(analyses, labels, "map"), "epoch", "mean average precision", percent=True),
         line_chart(_of(analyses, labels, "lr"), "epoch", "learning rate", from_zero=True),
         line_chart(_of(analyses, labels, "samples_per_s"), "epoch", "training images/s", from_zero=True),
         None if alone else line_chart(_by_time(analyses, labels, "accuracy"), "seconds", "accuracy", percent=True),
@@ -244,10 +249,11 @@ def _curves(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
 def _best_evaluation(record: RunRecord, of_which: str) -> str:
     """Say which evaluation was the best, and that its score is too good if it was chosen on the test set."""
     best = record.best
-    step, accuracy = number(best, "step"), number(best, "accuracy")
-    if step is None or accuracy is None:
+    step, score = number(best, "step"), number(best, "map" if record.finds_several else "accuracy")
+    if step is None or score is None:
         return ""
-    said = f" The best evaluation{of_which}: {_percent(accuracy)} at step {step:,.0f}"
+    measure = "mAP " if record.finds_several else ""
+    said = f" The best evaluation{of_which}: {measure}{_percent(score)} at step {step:,.0f}"
     if record.evaluated_on == "validation":
         return f"{said}, on the validation set."
     return f"{said}. It was chosen on the test set, so expect less on new images; data.validation holds images out for that."
@@ -273,6 +279,13 @@ def _pairs(analyses: list[RunAnalysis], labels: list[str], key: str) -> list[Ser
 def _of(analyses: list[RunAnalysis], labels: list[str], key: str) -> list[Series]:
     return [
         Series(label, _points(one.record.train, key), color, "plain")
+        for color, (one, label) in enumerate(zip(analyses, labels, strict=True))
+    ]
+
+
+def _of_evaluations(analyses: list[RunAnalysis], labels: list[str], key: str) -> list[Series]:
+    return [
+        Series(label, _points(one.record.evaluations, key), color)
         for color, (one, label) in enumerate(zip(analyses, labels, strict=True))
     ]
 
@@ -320,7 +333,8 @@ def _bars(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
             tag("div", *values, class_="value"),
         ]
     which = f"the {len(chosen)} worst of {len(classes):,} classes" if len(chosen) < len(classes) else "each class"
-    return tag("div", tag("h3", f"Accuracy of {which}, per cent"), tag("div", *cells, class_="bars"), class_="card")
+    what = "Average precision" if analyses[known[0][0]].record.finds_several else "Accuracy"
+    return tag("div", tag("h3", f"{what} of {which}, per cent"), tag("div", *cells, class_="bars"), class_="card")
 
 
 def _confusion(one: RunAnalysis) -> Html | None:
