@@ -39,7 +39,8 @@ def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None)
 
     problems, shards = [], None
     try:
-        shards = ShardFolder(folder, manifest, manifests.read_index(folder, manifest))
+        index = manifests.read_index(folder, manifest)
+        shards = ShardFolder(folder, manifest, index, manifests.read_label_sets(folder, manifest, index))
     except InputError as error:
         problems.append(str(error))
 

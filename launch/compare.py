@@ -129,7 +129,7 @@ class _Progress:
         text = result.reason or f"exit code {code}, see {task.log}"
         if result.last and result.last.accuracy is not None:
             loss = "" if result.train_loss is None else f", training loss {result.train_loss:.4f}"
-            text = f"accuracy {result.last.accuracy:.2%}{loss}"
+            text = f"{result.measure} {result.last.accuracy:.2%}{loss}"
         print(f"[{self._done}/{self._total}] {task.name}: {text}, {seconds:.0f} s", flush=True)
 
 

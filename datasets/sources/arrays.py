@@ -35,20 +35,22 @@ def read_arrays(path: Path, split: str) -> Source:
                 looked_for = " or ".join(" and ".join(pair) for pair in _NAMES[split])
                 raise InputError(f"{path} has no arrays {looked_for}, only {listed(file.files, most=10)}")
             images = file[pairs[split][0]]
-            labels = {part: _labels(file[pair[1]], f"{path}: {pair[1]}") for part, pair in pairs.items()}
+            of_parts = {part: file[pair[1]] for part, pair in pairs.items()}
+            # Together, so that the classes and the kind of labels are the same in each.
+            found = _labels(np.concatenate(list(of_parts.values())), f"{path}: {pairs[split][1]}")
     except InputError:
         raise
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read as arrays of numpy: {error}") from None
-    pixels, mine = _pixels(images, f"{path}: {pairs[split][0]}"), labels[split].of_rows
-    if len(pixels) != len(mine) or not len(pixels):
-        raise InputError(f"{path}: {len(pixels)} images and {len(mine)} labels for {split}")
-    all_labels = [label for some in labels.values() for label in some.of_rows]
-    classes = labels[split].classes or sorted_classes(name for label in all_labels for name in names_in(label))
+    pixels, count = _pixels(images, f"{path}: {pairs[split][0]}"), len(of_parts[split])
+    if len(pixels) != count or not count:
+        raise InputError(f"{path}: {len(pixels)} images and {count} labels for {split}")
+    classes = found.classes or sorted_classes(name for label in found.of_rows for name in names_in(label))
+    before = sum(len(labels) for labels in list(of_parts.values())[: list(of_parts).index(split)])
     return Source(
         ARRAYS,
         classes,
-        numbered_labels(mine, classes),
+        numbered_labels(found.of_rows[before : before + count], classes),
         lambda number: pixels[number],
         lambda number: f"image {number}",
     )

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from shardstep.configs.files import write_atomically
-from shardstep.launch.comparison.results import EXPLODED, Variant
+from shardstep.launch.comparison.results import EXPLODED, Variant, measure_of
 from shardstep.launch.comparison.significance import mean_interval
 
 _GREY = "#808080"  # axes and text: readable on white and on black
@@ -71,7 +71,7 @@ def _draw_curves(plt: Any, variants: Sequence[Variant], target: float | None, tu
             axis.axhline(100 * target, color=_GREY, linewidth=0.8, linestyle=(0, (4, 4)))
         axis.set(xlabel=label)
         axis.grid(alpha=0.2)
-    axes[0].set(ylabel="accuracy, %")
+    axes[0].set(ylabel=f"{measure_of(variants)}, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
 
@@ -87,7 +87,7 @@ def _draw_final(plt: Any, variants: Sequence[Variant], target: float | None, tun
         axis.plot(interval.mean, row, "o", **marks)
         axis.plot([100 * value for value in variant.accuracies], [row] * len(variant.accuracies), "|", ms=11, **marks)
     axis.set_yticks(range(len(finished)), [variant.name for variant in finished])
-    axis.set(xlabel="final accuracy, %: each run, mean and 95 % confidence interval")
+    axis.set(xlabel=f"final {measure_of(variants)}, %: each run, mean and 95 % confidence interval")
     low, high = axis.get_xlim()
     axis.set_xlim(max(low, 0), min(high, 100))  # an interval of few seeds can exceed the scale
     axis.margins(y=0.5 / max(len(finished), 1))
@@ -122,7 +122,7 @@ PLOTS = {
         _draw_curves,
     ),
     "final": Plot(
-        "Final accuracy of each run, with the mean and its confidence interval.",
+        "Final score of each run, with the mean and its confidence interval.",
         lambda variants: any(variant.accuracies for variant in variants),
         _draw_final,
     ),

@@ -14,7 +14,7 @@ from shardstep.configs.text import count, table
 from shardstep.launch.comparison.comparison_page import ComparisonReport, document, page
 from shardstep.launch.comparison.comparison_plots import PLOTS
 from shardstep.launch.comparison.planned_runs import Comparison
-from shardstep.launch.comparison.results import EXPLODED, RunResult, Variant, final_accuracy
+from shardstep.launch.comparison.results import EXPLODED, RunResult, Variant, final_accuracy, measure_of
 from shardstep.launch.comparison.significance import CONFIDENCE, compare_groups, mean_interval, sentences
 
 _WIDTH = 80  # of a terminal
@@ -55,7 +55,7 @@ def make_report(comparison: Comparison, variants: list[Variant], target: float |
     ranked = sorted(variants, key=lambda v: -fmean(v.accuracies) if v.accuracies else math.inf)  # failures last
     rows = [_row(variant, target) for variant in ranked]
     used = [place for place in range(len(rows[0])) if any(row[place] for row in rows)]
-    columns = _columns(target, comparison.tune)
+    columns = _columns(target, comparison.tune, measure_of(variants))
     return ComparisonReport(
         title=f"{comparison.arguments[0]}: {', '.join(variant.name for variant in variants)}",
         command=comparison.command,
@@ -66,7 +66,7 @@ def make_report(comparison: Comparison, variants: list[Variant], target: float |
         search=_search_rows(variants) if comparison.tune else [],
         variants=[[variant.name, ", ".join(variant.overrides)] for variant in variants],
         words=sentences(groups, {variant.name: len(variant.seeds) for variant in variants}),
-        notes=[*_notes(comparison, target), *_complaints(variants)],
+        notes=[*_notes(comparison, target, measure_of(variants)), *_complaints(variants)],
         plots={name: plot.caption for name, plot in PLOTS.items() if plot.has_content(variants)},
     )
 
@@ -98,9 +98,9 @@ def default_target(variants: list[Variant]) -> float | None:
     return math.floor(100 * _TARGET_SHARE * max(means)) / 100 if means else None
 
 
-def _columns(target: float | None, tune: str) -> list[str]:
+def _columns(target: float | None, tune: str, measure: str) -> list[str]:
     reaching, key = "target" if target is None else f"{100 * target:.4g} %", tune.rpartition(".")[2]
-    return ["variant", "n", "accuracy %", "s/epoch", "epochs", f"s to {reaching}", "steps", "B/param", key]
+    return ["variant", "n", f"{measure} %", "s/epoch", "epochs", f"s to {reaching}", "steps", "B/param", key]
 
 
 def _row(variant: Variant, target: float | None) -> list[str]:
@@ -166,7 +166,7 @@ def _sensitivity(variant: Variant) -> str:
     return worse if len(around) == 2 else f"{worse}; the best is at the edge"
 
 
-def _notes(comparison: Comparison, target: float | None) -> list[str]:
+def _notes(comparison: Comparison, target: float | None, measure: str) -> list[str]:
     interval = f"± its {CONFIDENCE:.0%} confidence interval (Student's t), which needs two"
     accuracy = f"on the test set at the end of each run; mean over seeds, {interval} seeds."
     if comparison.folds:
@@ -176,7 +176,7 @@ def _notes(comparison: Comparison, target: float | None) -> list[str]:
             f"is narrower than that of separate training sets."
         )
     notes = [
-        f"accuracy: {accuracy}",
+        f"{measure}: {accuracy}",
         "s/epoch, epochs, s to: training only, without evaluations. B/param: bytes of the optimizer's state in a "
         "checkpoint, per parameter of the model.",
     ]
@@ -190,7 +190,7 @@ def _notes(comparison: Comparison, target: float | None) -> list[str]:
     if comparison.tune:
         notes.append(
             f"{comparison.tune}: the value with the lowest {_search_loss(comparison.has_validation)}, under the same "
-            "budget, with a seed that no other run has. Not the best test accuracy: the test set must not select what it "
+            f"budget, with a seed that no other run has. Not the best test {measure}: the test set must not select what it "
             "measures."
         )
     return notes

@@ -18,7 +18,10 @@ EXPLODED = 10.0
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation: the run's position, its seconds of training, and the figures for what was held out."""
+    """An evaluation: the run's position, its seconds of training, and the figures for what was held out.
+
+    Where images have several labels, `accuracy` is the mean average precision, here and in a RunResult.
+    """
 
     step: int
     epoch: float
@@ -41,6 +44,7 @@ class RunResult:
         train_loss: mean over the last fifth of the samples that it trained on; None if it is not finished.
         accuracy: at the end, on the test set, or on the fold that the run held out; None if it is not finished.
         validation_loss: at the end, if the run has a validation set or holds out a fold.
+        measure: what `accuracy` is.
         world: ranks, device and precision, from its summary.
         data: numbers of samples and fingerprint, from its summary.
         start: hardware and versions, from its last start.
@@ -54,6 +58,7 @@ class RunResult:
     train_loss: float | None = None
     accuracy: float | None = None
     validation_loss: float | None = None
+    measure: Literal["accuracy", "mAP"] = "accuracy"
     wall_s: float | None = None
     world: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -143,6 +148,7 @@ def read_result(folder: Path, log: Path | None = None) -> RunResult:
     state = run.state(lines[-1]["step"] if lines else 0)
     unknown: dict[str, Any] = {"loss": None, "accuracy": None, "train_loss": None}
     evaluations = [unknown | {"train_s": line["wall_s"]} | line for line in lines if line["kind"] == "eval"]
+    evaluations = [line | {"accuracy": _score(line)} for line in evaluations]
     curve = [Point(**{key.name: line[key.name] for key in fields(Point)}) for line in evaluations]
     if state != "finished":
         # Summaries of earlier versions have no `failure`; their reason, or the last line, tells if the loss was not finite.
@@ -159,13 +165,23 @@ def read_result(folder: Path, log: Path | None = None) -> RunResult:
         state="finished",
         curve=curve,
         train_loss=tail_loss(curve),
-        accuracy=final.get("accuracy", curve[-1].accuracy if curve else None),
+        accuracy=_score(final) if final else curve[-1].accuracy if curve else None,
+        measure="mAP" if "map" in final else "accuracy",
         validation_loss=validation.get("loss"),
         wall_s=summary["wall_s"],
         world={key: summary[key] for key in ("world_size", "device", "precision")},
         data=summary.get("data", {}),
         start={key: start[key] for key in ("hardware", "versions") if key in start},
     )
+
+
+def _score(scores: dict[str, Any]) -> float | None:
+    return scores.get("map", scores.get("accuracy"))
+
+
+def measure_of(variants: Sequence[Variant]) -> str:
+    """Return what the finished runs are ranked by: accuracy, or mAP."""
+    return next((run.measure for variant in variants for run in variant.finished), "accuracy")
 
 
 def tail_loss(curve: Sequence[Point], share: float = _TAIL_SHARE) -> float | None:

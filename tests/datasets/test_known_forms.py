@@ -253,8 +253,8 @@ def test_arrays_of_keras(tmp_path: Path) -> None:
             "train_images holds float32 values: write whole numbers 0 to 255",
         ),
         (
-            {"train_labels": np.zeros((4, 14), np.uint8)},
-            "has 14 labels for each image; one label an image is what is read",
+            {f"{part}_labels": np.full((n, 14), 2) for part, n in (("train", 4), ("val", 2), ("test", 2))},
+            "train_labels: 0 has 2: the share of a label is a number from 0 to 1",
         ),
         ({"train_labels": np.zeros((3, 1), np.uint8)}, "4 images and 3 labels for train"),
         ({"train_labels": np.full((4, 1), 0.5)}, "labels such as 0.5 are measurements"),

@@ -110,9 +110,8 @@ def test_a_column_can_be_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "features", "options", "message"),
     [
-        ({"label": [0, 3]}, {"label": CLASS_LABEL}, {}, "column label: labels 3 are out of range: it names 3 classes"),
+        ({"label": [0, 3]}, {"label": CLASS_LABEL}, {}, "column label: label 3 is out of range: it names 3 classes"),
         ({"label": [-1, -1]}, {"label": CLASS_LABEL}, {}, "no row of train.parquet has a label in the column label"),
-        ({"labels": [[0, 1], [1]]}, None, {}, r"column labels: \[0, 1\] is a list; one label an image is what is read"),
         ({"width": [3, 4], "text": ["a", "b"]}, None, {}, "which column has the labels.* among image, width, text"),
         ({"label": [0, 1]}, None, {"label_column": "x"}, "has no column x, only image, label"),
         ({"label": [0, 1]}, None, {"image_column": "x"}, "has no column x, only image, label"),

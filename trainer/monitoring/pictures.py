@@ -92,7 +92,7 @@ def draw_found_labels(
     captions, colors = [], []
     for true, ours in zip(labels, found, strict=True):
         names, others = (", ".join(drawable(classes[label]) for label in some) or "none" for some in (ours, true))
-        captions.append(names if ours == true else f"{names}\nnot {others}")
+        captions.append(names if ours == true else f"{names}\nis {others}")
         colors.append("black" if ours == true else "crimson")
     draw_grid(pixels.numpy(), captions, picture, colors)
 

@@ -104,6 +104,9 @@ LOSSES: list[dict[str, Any]] = [
     {"name": "cross_entropy", "label_smoothing": 0.2},
     {"name": "nll"},
     {"name": "perceptron"},
+    {"name": "binary_cross_entropy", "label_smoothing": 0.1},
+    {"name": "asymmetric", "gamma_positive": 1.0, "gamma_negative": 4.0, "margin": 0.05},
+    {"name": "focal", "gamma": 2.0},
 ]
 
 
@@ -115,7 +118,7 @@ def test_the_loss_is_that_of_both_labels_by_weight(loss: dict[str, Any]) -> None
     labels = MixedLabels(
         torch.tensor([0, 1, 2, 3, 0]), torch.tensor([1, 0, 3, 2, 0]), torch.tensor([0.3, 0.3, 0.5, 0.5, 1.0])
     )
-    objective = build_objective(loss | {"reduction": "mean"}, {"auxiliary_weight": 0.25})
+    objective = build_objective(loss | {"reduction": "mean", "class_weights": "none"}, {"auxiliary_weight": 0.25})
     expected = 0.0
     for outputs, share in ((main, 1.0), (head, 0.25)):
         for row in range(5):
