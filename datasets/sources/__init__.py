@@ -21,7 +21,7 @@ import os
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.class_names import class_name
+from shardstep.datasets.class_names import folder_class
 from shardstep.datasets.input_files import FolderTree
 from shardstep.datasets.manifest import Manifest
 from shardstep.datasets.sources import cifar10
@@ -92,7 +92,7 @@ def _shares_a_class(source: Path, split: str, classes: list[str], made_from: str
     tree = FolderTree(source)
     try:
         folder, has_splits = find_class_folders(tree, split)
-        found = {class_name(name) for name in visible_folders(tree, folder)}
+        found = {folder_class(name) for name in visible_folders(tree, folder)}
         return not has_splits or not found.isdisjoint(classes)
     except InputError:  # an archive, the source no longer exists, or a name is not UTF-8
         return True

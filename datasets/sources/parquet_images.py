@@ -5,7 +5,6 @@ A column of images is a struct of bytes and path, or plain bytes. The names of c
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.text import listed
+from shardstep.configs.text import count, listed
 from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.class_names import class_name, label_names, sorted_classes
 from shardstep.datasets.input_files import FolderTree, LeftOut, is_hidden, is_image, joined, split_name
 from shardstep.datasets.progress import progress_bar
-from shardstep.datasets.sources.class_folders import split_of
+from shardstep.datasets.sources.class_folders import split_in_name
 from shardstep.datasets.sources.parquet import open_parquet
 from shardstep.datasets.sources.source import Source
 from shardstep.datasets.sources.tables import LabelOptions, choose_label_column, columns_named
@@ -66,7 +65,7 @@ def open_parquet_images(where: Path, names: Sequence[str], split: str | None, op
         InputError: pyarrow is missing, a file cannot be read, none is of the split, or there are no plain columns of images
             and labels.
     """
-    split_of_file = {name: _split_of_file(name) for name in names}
+    split_of_file = {name: split_in_name(name) for name in names}
     has_splits = split is not None and any(split_of_file.values())
     chosen = [name for name, its_split in split_of_file.items() if not has_splits or its_split == split]
     if not chosen:
@@ -169,7 +168,9 @@ def _columns(path: Path, options: LabelOptions) -> _Columns:
     given = options.label_column or (next(iter(class_names)) if len(class_names) == 1 else None)
     label = choose_label_column(list(types), given, images, path)
     names = class_names.get(label)
-    return _Columns(images[0], label, None if names is None else [class_name(str(name)) for name in names])
+    if names is not None:
+        names = [class_name(str(name), f"write {path} again with names in UTF-8") for name in names]
+    return _Columns(images[0], label, names)
 
 
 def _column(path: Path, column: str) -> list[Any]:
@@ -185,16 +186,6 @@ def _label_names(values: list[Any], columns: _Columns, path: Path) -> list[str]:
     names = label_names(["" if value == _UNLABELLED else value for value in values], where)
     out_of_range = sorted({name for name in names if name and not 0 <= int(name) < len(columns.classes)})
     if out_of_range:
-        raise InputError(
-            f"{where}: labels {listed(out_of_range)} are out of range: it names {len(columns.classes)} classes"
-        )
+        named = count(len(columns.classes), "class", "classes")
+        raise InputError(f"{where}: labels {listed(out_of_range)} are out of range: it names {named}")
     return [name and columns.classes[int(name)] for name in names]
-
-
-def _split_of_file(name: str) -> str | None:
-    """Return the split that the name of a file says, or else that of its folder."""
-    for part in reversed(name.removesuffix(".parquet").split("/")):
-        splits = {split for word in re.findall("[a-z]+", part.lower()) if (split := split_of(word))}
-        if len(splits) == 1:
-            return splits.pop()
-    return None

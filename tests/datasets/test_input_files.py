@@ -252,6 +252,61 @@ def test_folders_that_are_no_classes_are_refused(tmp_path: Path, files: list[str
 
 
 @BOTH
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["tr/cat/1.png", "tr/dog/2.png", "te/cat/3.png", "te/dog/4.png"], "te, tr"),
+        (["fold1/0/1.png", "fold1/1/2.png", "fold2/0/3.png", "fold2/1/4.png"], "fold1, fold2"),
+        (["s1/a/1.png", "s1/b/2.png", "s2/a/3.png", "s2/b/4.png", "more/1.png"], "s1, s2"),
+        (["w/s1/a/1.png", "w/s1/b/2.png", "w/s2/a/3.png", "w/s2/b/4.png"], "s1, s2"),
+        (["f1/images/a/1.png", "f1/images/b/2.png", "f2/images/a/3.png", "f2/images/b/4.png"], "f1, f2"),
+        (["train/f1/a/1.png", "train/f1/b/2.png", "train/f2/a/3.png", "train/f2/b/4.png"], "f1, f2"),
+        (["art/a/1.png", "art/b/2.png", "clip/a/3.png", "clip/b/4.png", "clip/c/5.png"], "art, clip"),
+        (["cat/images/1.png", "dog/images/2.png"], None),
+        (["cat/1.png", "dog/2.png"], None),
+        (["cat/front/1.png", "dog/front/2.png"], None),
+        (["cat/persian/1.png", "cat/manx/2.png", "dog/poodle/3.png", "dog/boxer/4.png"], None),
+        (["a/x/1.png", "a/y/2.png", "b/x/3.png", "b/y/4.png", "c/5.png", "d/6.png", "e/7.png"], None),  # two of five
+    ],
+)
+def test_classes_that_may_be_splits_are_told(tmp_path: Path, files: list[str], told: str | None, packed: bool) -> None:
+    notes = open_source(str(make_input(tmp_path, files, packed)), "train").notes
+    found = [note for note in notes if "hold folders of the same names" in note]
+    assert len(found) == (told is not None)
+    assert told is None or f"the classes {told} hold folders of the same names. If they are splits or folds" in found[0]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("name", "split", "files", "is_told"),
+    [
+        ("images", "train", ["a/1.png", "b/2.png"], True),
+        ("images", "test", ["a/1.png", "b/2.png"], True),
+        ("train", "test", ["a/1.png", "b/2.png"], True),
+        ("my_training_images", "train", ["a/1.png", "b/2.png"], False),
+        ("test", "test", ["a/1.png", "b/2.png"], False),
+        ("images", "train", ["train/a/1.png", "train/b/2.png"], False),
+    ],
+)
+def test_a_source_that_is_used_whole_is_told(
+    tmp_path: Path,
+    name: str,
+    split: str,
+    files: list[str],
+    is_told: bool,
+    packed: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = make_input(tmp_path, files, packed)
+    path = path.rename(path.with_name(name + path.suffix))
+    write_shards(str(path), split, tmp_path / "out")
+    line = (
+        f"{path} does not say which images are for {split}: all of them are taken. Give each split a source of its own"
+    )
+    assert (line in capsys.readouterr().err) == is_told
+
+
+@BOTH
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_class_may_be_called_train(tmp_path: Path, split: str, packed: bool) -> None:
     path = make_input(tmp_path, ["bus/1.png", "car/1.png", "train/1.png"], packed)
