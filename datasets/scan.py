@@ -51,6 +51,9 @@ class _ShardScan:
     has_labels: bool = False
     left_out: LeftOut = field(default_factory=LeftOut)
 
+    def add_problem(self, member: str, what: str) -> None:
+        self.problems.append(printable(f"{self.shard.name}: {member} {what}"))
+
 
 def index_shards(
     folder: Path,
@@ -75,7 +78,8 @@ def index_shards(
     """
     paths, left_out = find_tars(folder, TAR + PACKED_TAR)
     if not paths:
-        raise InputError(f"no .tar files in {folder}")
+        others = f"; {line}" if (line := left_out.line(folder, "*.tar")) else ""
+        raise InputError(f"no .tar files in {folder}{others}")
     first_label = int(made.get("first_label", 0))
     with ThreadPoolExecutor(pool_threads()) as pool:
         scans = list(pool.map(lambda n: _scan(n, paths[n], label_field, first_label, advance), range(len(paths))))
@@ -150,13 +154,13 @@ def _scan(
             try:
                 label = label_field.read(os.pread(file.fileno(), label_size, label_offset), first_label)
             except ValueError as error:
-                scan.problems.append(f"{path.name}: {label_name} {error}")
+                scan.add_problem(label_name, str(error))
                 label = ""
             entries[row] = number, offset // BLOCK, size, places.setdefault(label, len(places)), zlib.crc32(data)
             try:
                 pending.append(decode(data, "UNCHANGED"))
             except ValueError as error:
-                scan.problems.append(f"{path.name}: {name}: {error}")
+                scan.add_problem(f"{name}:", str(error))
             if len(pending) == _COUNT_TOGETHER or row == len(images) - 1:
                 _count(pending, scan)
                 advance(len(pending))
@@ -183,11 +187,11 @@ def _pair(path: Path, label_field: LabelField, scan: _ShardScan) -> tuple[dict[s
             scan.left_out.add_file(f"{path.name}: {name}")
         elif kind != "file":
             remedy = "pack the files themselves (tar --dereference --hard-dereference)"
-            scan.problems.append(f"{path.name}: {name} is a {kind}: {remedy}")
+            scan.add_problem(name, f"is a {kind}: {remedy}")
         elif key in places:
             former = places[key][0]
             twice = "occurs twice" if former == name else f"has the key of {former}: a sample has one image"
-            scan.problems.append(f"{path.name}: {name} {twice}")
+            scan.add_problem(name, twice)
         else:
             places[key] = name, offset, size
     scan.has_labels = bool(labels)
@@ -199,7 +203,7 @@ def _pair(path: Path, label_field: LabelField, scan: _ShardScan) -> tuple[dict[s
                     "extra image" if places is images else f".{label_field.extension} file", f"{path.name}: {name}"
                 )
             elif key not in samples:
-                scan.problems.append(f"{path.name}: {name} has {other.format(key)}")
+                scan.add_problem(name, f"has {other.replace('{}', key)}")
     scan.encodings |= {
         "jpg" if extension == "jpeg" else extension for extension in {split_name(images[key][0])[1] for key in samples}
     }
@@ -239,6 +243,6 @@ def _repeated_keys(scans: list[_ShardScan]) -> list[str]:
     for scan in scans:
         for key in scan.keys:
             if key in seen:
-                problems.append(f"the key {key} is in {seen[key]} and in {scan.shard.name}")
+                problems.append(printable(f"the key {key} is in {seen[key]} and in {scan.shard.name}"))
             seen[key] = scan.shard.name
     return problems

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     trained = open_trained_model(args.run, args.device)
     for note in (unfinished_note(args.run, trained.weights), trained.crop_note):
         if note:
-            print(note, file=sys.stderr, flush=True)
+            print(printable(note), file=sys.stderr, flush=True)
     if trained.objective.reconstructs:
         raise InputError(
             f"{args.run} reconstructs images: it has no classes to predict. `shardstep report` shows its reconstructions"
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     def leave_out(path: Path, reason: str) -> None:
         nonlocal left_out
         left_out += 1
-        print(f"left out: {printable(str(path))}: {reason}", file=sys.stderr, flush=True)
+        print(printable(f"left out: {path}: {reason}"), file=sys.stderr, flush=True)
 
     files: list[Path] = []
     for path in args.files:
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
     if args.grid:
         draw_grid(drawn, captions, args.grid)
         first = "" if len(drawn) == predicted else f"the first {len(drawn)} of "
-        print(f"{args.grid}: {first}{count(predicted, 'image')}", file=sys.stderr)
+        print(printable(f"{args.grid}: {first}{count(predicted, 'image')}"), file=sys.stderr)
     return 0
 
 
