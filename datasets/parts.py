@@ -55,6 +55,18 @@ class Part:
         """Return the ids of all samples."""
         return self.first(self.samples)
 
+    def images_also_in(self, other: "Part") -> int:
+        """Count the images of this part whose bytes, by size and crc32, are those of an image in another part."""
+        mine, others = (
+            part.shards.index if part.ids is None else part.shards.index[part.ids] for part in (self, other)
+        )
+        return int(np.isin(_content(mine), _content(others)).sum())
+
+
+def _content(entries: np.ndarray) -> np.ndarray:
+    """Return a number for the bytes of each image; uint64 (samples,)."""
+    return entries["size"].astype(np.uint64) << np.uint64(32) | entries["crc32"]
+
 
 def hold_out(shards: ShardFolder, share: float | Fold, seed: int) -> tuple[Part, Part]:
     """Split a data set by class into the part to train on and the part to validate on.

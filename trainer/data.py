@@ -1,6 +1,7 @@
 """Open the training and test sets of a recipe, check that they match, and read them resident or streamed."""
 
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from shardstep.trainer.evaluation import TestBatches
 from shardstep.trainer.formats.candidates import MEMORY_FORMATS
 from shardstep.trainer.optim.plan import Plan
 
+_MOST_SHARED = 0.01  # of the images of a set: a few may well be in another one by chance
 RESIDENT_SHARE = 0.25  # of the memory of the host, or of the GPU, that decoded images may take
 
 
@@ -151,6 +153,22 @@ def unused_source_warning(config: DataConfig, data: Data) -> str | None:
                 f"({manifest.made.get('source', 'of unknown origin')}; classes {_short(manifest)}). To use the source, give "
                 f"another folder as data.{split}; to use these shards, data.source=null"
             )
+    return None
+
+
+SHARED_IMAGES_REMEDY = (
+    "a model knows the images that it was trained or chosen on: give each set images of its own, or hold some out of the "
+    "training set with data.validation=0.1 data.test=none"
+)
+
+
+def shared_images(parts: Parts) -> str | None:
+    """Say which two sets have images in common, such as the same folder given for both; None if that is less than 1 %."""
+    for (one_name, one), (other_name, other) in combinations([("train", parts.train), *parts.evaluated.items()], 2):
+        shared = other.images_also_in(one)
+        if shared >= _MOST_SHARED * other.samples:
+            whole = "training" if one_name == "train" else one_name
+            return f"{shared:,} of {other.samples:,} {other_name} images are also in the {whole} set"
     return None
 
 

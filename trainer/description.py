@@ -10,9 +10,11 @@ from shardstep.configs.text import count, duration
 from shardstep.datasets.batches import micro_pieces
 from shardstep.datasets.order import window_of
 from shardstep.trainer.data import (
+    SHARED_IMAGES_REMEDY,
     folders_of,
     held_out_text,
     other_mode_note,
+    shared_images,
     unused_source_warning,
     whole_jpegs_note,
 )
@@ -57,8 +59,8 @@ def describe(run: Run) -> list[str]:
         (
             "data",
             f"{' + '.join(f'{part.samples:,}' for part in parts)} images {width}x{height}x{channels}, "
-            f"{run.data.num_classes} classes, {recipe.data.mode}; order: lanes {recipe.data.lanes}, window {window}, "
-            f"version {recipe.data.order_version}",
+            f"{count(run.data.num_classes, 'class', 'classes')}, {recipe.data.mode}; order: lanes {recipe.data.lanes}, "
+            f"window {window}, version {recipe.data.order_version}",
         ),
         ("shards", ", ".join(folders_of(recipe.data).values())),
         *([("held out", held_out_text(recipe.data, run.data))] if "validation" in run.data.evaluated else []),
@@ -93,6 +95,8 @@ def warnings_about(run: Run) -> list[str]:
         )
     if run.accelerator.is_main_process and (unused_source := unused_source_warning(run.recipe.data, run.data)):
         found.append(unused_source)
+    if run.accelerator.is_main_process and (shared := shared_images(run.data)):
+        found.append(f"{shared}; {SHARED_IMAGES_REMEDY}")
     if asked is not None and asked > threads:
         found.append(
             f"train.threads={asked}, but each rank uses {count(threads, 'thread')}: its share of the cores here "
