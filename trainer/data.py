@@ -204,6 +204,15 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
             f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}; "
             f"{_class_difference(one, other, one_name, other_name)}{remedy}"
         )
+    check_same_size(one, other, one_name, other_name, framing)
+
+
+def check_same_size(one: Manifest, other: Manifest, one_name: str, other_name: str, framing: Framing | None) -> None:
+    """Check that the images of two sets have one size as they are read.
+
+    Raises:
+        InputError: they have not.
+    """
     sizes = [manifest.shape_when_read(framing, one.image_mode) for manifest in (one, other)]
     if sizes[0] != sizes[1]:
         raise InputError(

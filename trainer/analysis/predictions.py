@@ -58,7 +58,7 @@ def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], N
 
     Args:
         cache: file that the predictions are kept in; a folder that cannot be written is no error.
-        tell: called with a message when they cannot be kept.
+        tell: called with a message when they cannot be kept, or the classes of the test set are not those of the run.
 
     Raises:
         InputError: the test set cannot be read, and nothing is kept.
@@ -66,7 +66,7 @@ def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], N
     views, sure_above = trained.recipe.eval.views, trained.recipe.eval.sure_above
     made_with = [_VERSION, file_sha256(trained.weights), views, str(sure_above)]
     try:
-        test, reader = trained.open_test_set()
+        test, reader = trained.open_test_set(tell=tell)
     except ValueError:
         kept = _read(cache, made_with)
         if kept is None:
