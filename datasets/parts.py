@@ -43,6 +43,11 @@ class Part:
         starts = np.cumsum([0, *whole])
         return np.diff(np.searchsorted(self.ids, starts)).tolist()
 
+    @property
+    def labels(self) -> np.ndarray:
+        """int64, shape (samples,)."""
+        return self.shards.labels if self.ids is None else self.shards.labels[self.ids]
+
     def ids_of(self, numbers: np.ndarray) -> np.ndarray:
         """Return the ids of samples that are numbered from 0 in this part, int64."""
         return numbers if self.ids is None else self.ids[numbers]
@@ -54,18 +59,6 @@ class Part:
     def all_ids(self) -> np.ndarray:
         """Return the ids of all samples."""
         return self.first(self.samples)
-
-    def images_also_in(self, other: "Part") -> int:
-        """Count the images of this part whose bytes, by size and crc32, are those of an image in another part."""
-        mine, others = (
-            part.shards.index if part.ids is None else part.shards.index[part.ids] for part in (self, other)
-        )
-        return int(np.isin(_content(mine), _content(others)).sum())
-
-
-def _content(entries: np.ndarray) -> np.ndarray:
-    """Return a number for the bytes of each image; uint64 (samples,)."""
-    return entries["size"].astype(np.uint64) << np.uint64(32) | entries["crc32"]
 
 
 def hold_out(shards: ShardFolder, share: float | Fold, seed: int) -> tuple[Part, Part]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -20,6 +21,7 @@ from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
 from shardstep.datasets.framing import RANDOM_CROP, Framing, framing_of, random_crop
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, did_you_mean, open_shards
 from shardstep.datasets.order import ORDER_VERSION, window_of
+from shardstep.datasets.overlap import count_shared
 from shardstep.datasets.parts import Part, PartName, hold_out
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
@@ -140,6 +142,28 @@ def _label_options(config: DataConfig) -> LabelOptions:
     return LabelOptions(config.labels, config.image_column, config.label_column)
 
 
+def data_warnings(config: DataConfig, data: Data, reconstructs: bool) -> list[str]:
+    """Return what may be wrong with a run's data sets: shards of another source, shared images, classes without images."""
+    shared = shared_images(data)
+    found = [unused_source_warning(config, data), f"{shared}; {SHARED_IMAGES_REMEDY}" if shared else None]
+    if not reconstructs:
+        found.append(unlearnable_classes(data.train))
+    return [text for text in found if text]
+
+
+def unlearnable_classes(train: Part) -> str | None:
+    """Say that there is only one class, or which classes have no training images; None where neither is so."""
+    classes = train.manifest.classes
+    if len(classes) == 1:
+        return f"the only class is {listed(classes)}: every prediction is correct, and nothing is learnt"
+    samples = np.bincount(train.labels, minlength=len(classes))
+    empty = [classes[label] for label in np.flatnonzero(samples == 0)]
+    if not empty:
+        return None
+    which = f"{len(empty):,} of {len(classes):,} classes have no training images"
+    return f"{which}, so nothing is learnt about them: {listed(empty)}"
+
+
 def unused_source_warning(config: DataConfig, data: Data) -> str | None:
     """Return a warning if existing shards hold other images than data.source; else None."""
     if config.source is None:
@@ -163,12 +187,13 @@ SHARED_IMAGES_REMEDY = (
 
 
 def shared_images(parts: Parts) -> str | None:
-    """Say which two sets have images in common, such as the same folder given for both; None if that is less than 1 %."""
+    """Say which two sets have images in common, as if one folder was given for both; None if it is less than 1 %."""
     for (one_name, one), (other_name, other) in combinations([("train", parts.train), *parts.evaluated.items()], 2):
-        shared = other.images_also_in(one)
-        if shared >= _MOST_SHARED * other.samples:
+        shared, looked_for = count_shared(other, one)
+        if shared > _MOST_SHARED * looked_for:
             whole = "training" if one_name == "train" else one_name
-            return f"{shared:,} of {other.samples:,} {other_name} images are also in the {whole} set"
+            some = "" if looked_for == other.samples else " that were looked for"
+            return f"{shared:,} of {looked_for:,} {other_name} images{some} are also in the {whole} set"
     return None
 
 

@@ -10,12 +10,10 @@ from shardstep.configs.text import count, duration
 from shardstep.datasets.batches import micro_pieces
 from shardstep.datasets.order import window_of
 from shardstep.trainer.data import (
-    SHARED_IMAGES_REMEDY,
+    data_warnings,
     folders_of,
     held_out_text,
     other_mode_note,
-    shared_images,
-    unused_source_warning,
     whole_jpegs_note,
 )
 from shardstep.trainer.distributed import launch_env
@@ -93,10 +91,8 @@ def warnings_about(run: Run) -> list[str]:
             f"accelerate launch was given the precision {ignored}, which has no effect: train.precision decides, and is "
             f"{run.recipe.train.precision}"
         )
-    if run.accelerator.is_main_process and (unused_source := unused_source_warning(run.recipe.data, run.data)):
-        found.append(unused_source)
-    if run.accelerator.is_main_process and (shared := shared_images(run.data)):
-        found.append(f"{shared}; {SHARED_IMAGES_REMEDY}")
+    if run.accelerator.is_main_process:
+        found += data_warnings(run.recipe.data, run.data, run.objective.reconstructs)
     if asked is not None and asked > threads:
         found.append(
             f"train.threads={asked}, but each rank uses {count(threads, 'thread')}: its share of the cores here "

@@ -17,7 +17,7 @@ from shardstep.datasets.reader import StreamReader
 from shardstep.datasets.write import write_shards
 from shardstep.launch import predict
 from shardstep.trainer.analysis.trained_model import open_trained_model
-from shardstep.trainer.data import check_same_task, open_parts, shared_images
+from shardstep.trainer.data import check_same_task, open_parts, shared_images, unlearnable_classes
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_ranks, write_recipe
 
@@ -102,6 +102,25 @@ def test_images_that_two_sets_share_are_told(
     chosen = {key: folders.get(value, value) for key, value in config.items()}
     found = shared_images(open_parts(DataConfig(**(folders | chosen))))
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("classes", "config", "expected"),
+    [
+        (2, {}, None),
+        (1, {}, "the only class is 0: every prediction is correct, and nothing is learnt"),
+        (12, {}, None),
+        # half of the twelve classes of one image each
+        (12, {"validation": 0.5, "test": "none"}, "6 of 12 classes have no training images, so nothing is learnt"),
+    ],
+)
+def test_classes_that_cannot_be_learnt_are_told(
+    classes: int, config: dict[str, Any], expected: str | None, tmp_path: Path
+) -> None:
+    folders = {split: str(write_images(tmp_path, split, "RGB", classes=classes)) for split in ("train", "test")}
+    found = unlearnable_classes(open_parts(DataConfig(**(folders | config))).train)
+    assert (found is None) == (expected is None)
+    assert expected is None or (found is not None and found.startswith(expected))
 
 
 def test_a_run_on_one_set_for_both_warns(tmp_path: Path) -> None:
