@@ -14,6 +14,8 @@ from shardstep.trainer.distributed.collectives import mean_over_ranks, reduce_su
 from shardstep.trainer.models.views import predict
 from shardstep.trainer.optim.losses import Objective
 
+MOST_CLASSES_IN_CONFUSION = 1000
+"""More classes have no confusion matrix: its size is the square of their number."""
 TestBatches = Callable[[], Iterable[tuple[Tensor, Tensor, np.ndarray]]]
 """Starts a new pass over this rank's part of the test set: images, labels, sample ids."""
 
@@ -26,24 +28,26 @@ class Evaluation:
         loss: mean, not smoothed.
         accuracy: share of samples whose highest output is their label; for reconstruction, this and all below are None.
         top5: share of samples whose label is among the five highest outputs.
-        confusion: int64 (classes, classes); row: label, column: prediction.
+        class_samples: int64 (classes,), samples of each label.
+        class_correct: int64 (classes,), those whose highest output is their label.
+        confusion: int64 (classes, classes); row: label, column: prediction; None for very many classes.
     """
 
     loss: float
     samples: int
     accuracy: float | None = None
     top5: float | None = None
+    class_samples: Tensor | None = None
+    class_correct: Tensor | None = None
     confusion: Tensor | None = None
 
     @property
     def per_class_accuracy(self) -> list[float | None] | None:
         """The accuracy of each class; None for a class without samples."""
-        if self.confusion is None:
+        if self.class_samples is None or self.class_correct is None:
             return None
-        return [
-            int(self.confusion[label, label]) / total if total else None
-            for label, total in enumerate(self.confusion.sum(dim=1).tolist())
-        ]
+        pairs = zip(self.class_correct.tolist(), self.class_samples.tolist(), strict=True)
+        return [correct / samples if samples else None for correct, samples in pairs]
 
 
 @torch.no_grad()
@@ -77,17 +81,21 @@ def evaluate(
         set_buffers(module, own_buffers)  # the next start evaluates again from there
         return None
 
-    sums, confusion = reduce_sums(accelerator, counted)
+    sums, class_counts = reduce_sums(accelerator, counted)
     total_loss, correct, top5, count = sums.tolist()
     assert count == num_samples, f"{count:.0f} of {num_samples} test samples were counted"
     if objective.reconstructs:
         return Evaluation(total_loss / count, int(count))
+    class_counts = class_counts.view(num_classes, -1).long().cpu()
+    has_confusion = num_classes <= MOST_CLASSES_IN_CONFUSION
     return Evaluation(
         loss=total_loss / count,
         samples=int(count),
         accuracy=correct / count,
         top5=top5 / count,
-        confusion=confusion.view(num_classes, num_classes).long().cpu(),
+        class_samples=class_counts.sum(dim=1),
+        class_correct=class_counts.diagonal() if has_confusion else class_counts[:, 1],
+        confusion=class_counts if has_confusion else None,
     )
 
 
@@ -100,9 +108,13 @@ def _count(
     device: torch.device,
     stop_requested: Callable[[], bool],
 ) -> tuple[Tensor, Tensor] | None:
-    """Return this rank's sums (loss, correct, in the top five, samples) and confusion matrix, flat; None if it is to stop."""
+    """Return this rank's sums (loss, correct, in the top five, samples) and counts of each class; None if it is to stop.
+
+    The counts are the confusion matrix, flat; for very many classes, of (classes, 2): wrong and correct.
+    """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64, device=device)
+    columns = num_classes if num_classes <= MOST_CLASSES_IN_CONFUSION else 2
+    class_counts = torch.zeros(num_classes * columns, dtype=torch.float64, device=device)
     one = torch.ones(1, dtype=torch.float64, device=device)
     for images, labels, _ in batches():
         if stop_requested():
@@ -119,5 +131,6 @@ def _count(
         hits = best == labels.unsqueeze(1)
         loss = objective.evaluation_loss(outputs, labels).sum().double()
         sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
-        confusion.scatter_add_(0, labels * num_classes + best[:, 0], one.expand(len(labels)))
-    return sums, confusion
+        column = best[:, 0] if columns == num_classes else hits[:, 0].long()
+        class_counts.scatter_add_(0, labels * columns + column, one.expand(len(labels)))
+    return sums, class_counts

@@ -11,14 +11,14 @@ from torch import Tensor
 from shardstep.configs.components import first_line
 from shardstep.configs.errors import InputError, NonFiniteError, TrainingFailed, is_out_of_memory
 from shardstep.configs.files import write_atomically
-from shardstep.configs.text import listed
+from shardstep.configs.text import count, listed
 from shardstep.trainer import loop
 from shardstep.trainer.checkpoints.checkpoint import write_weights
 from shardstep.trainer.checkpoints.checkpoint_files import newest_intact
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.collectives import broadcast_object, is_lost_rank
 from shardstep.trainer.distributed.world import leave_world
-from shardstep.trainer.evaluation import Evaluation
+from shardstep.trainer.evaluation import MOST_CLASSES_IN_CONFUSION, Evaluation
 from shardstep.trainer.monitoring import pictures
 from shardstep.trainer.monitoring.timing import time_table
 from shardstep.trainer.optim.average import averaged
@@ -96,7 +96,7 @@ def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
         run.display.note(text)
     shares = "" if evaluation.accuracy is None else f"accuracy {evaluation.accuracy:.2%}, top-5 {evaluation.top5:.2%}, "
     run.display.note(
-        f"done: {run.data.final_name} {shares}loss {evaluation.loss:.4f} on {evaluation.samples:,} images after "
+        f"done: {run.data.final_name} {shares}loss {evaluation.loss:.4f} on {count(evaluation.samples, 'image')} after "
         f"{run.state.wall_s:.0f} s"
     )
     per_class = zip(evaluation.per_class_accuracy or [], run.data.train.manifest.classes, strict=False)
@@ -104,6 +104,8 @@ def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
     if known and min(known)[0] < max(known)[0]:
         (best, best_name), (worst, worst_name) = max(known), min(known)
         run.display.note(f"best class: {listed([best_name])} {best:.1%}, worst: {listed([worst_name])} {worst:.1%}")
+    if evaluation.accuracy is not None and evaluation.confusion is None:
+        run.display.note(f"confusion.png is not drawn for more than {MOST_CLASSES_IN_CONFUSION:,} classes")
     run.display.note(f"{', '.join([*drawn, run.dir.weights_path.name])} are in {folder}")
     if not is_safe:
         run.display.warn(
@@ -199,10 +201,11 @@ def draw_pictures(run: Run, evaluation: Evaluation) -> list[str]:
     draw: dict[str, Callable[[Path], None]] = {
         "curves.png": lambda path: pictures.draw_curves(run.dir.metrics_path, path, extras)
     }
-    if confusion is None:
+    if evaluation.accuracy is None:
         draw["reconstructions.png"] = lambda path: pictures.draw_reconstructions(*first_reconstructions(run), path)
     else:
-        draw["confusion.png"] = lambda path: pictures.draw_confusion(confusion, classes, path)
+        if confusion is not None:
+            draw["confusion.png"] = lambda path: pictures.draw_confusion(confusion, classes, path)
         draw["predictions.png"] = lambda path: pictures.draw_predictions(*first_predictions(run), classes, path)
     drawn, problems = [], []
     for name, draw_into in draw.items():

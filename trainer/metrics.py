@@ -164,7 +164,8 @@ class Metrics:
             "lr": state.lr,
             "train_loss": train_loss,
             "train_accuracy": train_accuracy if self._has_accuracy else None,
-            "per_class_accuracy": evaluation.per_class_accuracy,
+            # A line for very many classes would be long.
+            "per_class_accuracy": None if evaluation.confusion is None else evaluation.per_class_accuracy,
             "wall_s": round(state.wall_s, 3),
             "train_s": round(state.train_s, 3),
             "total_steps": self._plan.total_steps,

@@ -58,19 +58,10 @@ class RunAnalysis:
         return self.record.manifest.classes if self.record.manifest else []
 
     @property
-    def confusion(self) -> np.ndarray | None:
-        """int64 (classes, classes): labels by predictions."""
-        if self.predictions is None or self.record.reconstructs:
-            return None
-        return self.predictions.confusion(len(self.classes))
-
-    @property
     def per_class_accuracy(self) -> list[float | None]:
         """The accuracy on each class by the predictions, else by the last evaluation; empty where there was none."""
-        confusion = self.confusion
-        if confusion is not None:
-            rows = zip(np.diag(confusion).tolist(), confusion.sum(axis=1).tolist(), strict=True)
-            return [right / samples if samples else None for right, samples in rows]
+        if self.predictions is not None and not self.record.reconstructs:
+            return self.predictions.per_class_accuracy(len(self.classes))
         written = self.record.last_evaluation.get("per_class_accuracy")
         return written if isinstance(written, list) and len(written) == len(self.classes) else []
 
