@@ -22,7 +22,7 @@ _BETWEEN_LABELS = re.compile(r"\s*[|;,]\s*")
 _CSV_NAME = re.compile(r'[ \t]*(?:"(?P<quoted>(?:[^"]|"")*)"[ \t]*|(?P<plain>(?!")[^,\n]*?)[ \t\r]*)(?P<end>,|\n|\Z)')
 
 
-def class_name(text: str, remedy: str) -> str:
+def class_name(text: str, remedy: str = "rename its folder") -> str:
     """Return a class name in Unicode's form NFC: macOS writes "é" as two characters, others as one.
 
     Raises:
@@ -34,11 +34,6 @@ def class_name(text: str, remedy: str) -> str:
         shown = text.encode(errors="backslashreplace").decode()
         raise InputError(f"the class name {shown} is not UTF-8: {remedy}") from None
     return unicodedata.normalize("NFC", text)
-
-
-def folder_class(name: str) -> str:
-    """Return the class of a folder; see class_name."""
-    return class_name(name, "rename its folder")
 
 
 def sorted_classes(names: Iterable[str]) -> list[str]:

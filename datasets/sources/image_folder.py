@@ -7,7 +7,7 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, listed
-from shardstep.datasets.class_names import folder_class, sorted_classes
+from shardstep.datasets.class_names import class_name, sorted_classes
 from shardstep.datasets.decode import EXTENSIONS
 from shardstep.datasets.input_files import (
     FileTree,
@@ -76,7 +76,7 @@ def _open_class_folders(description: str, tree: FileTree, split: str) -> Source:
         which = f"{count(len(loose), 'image')} outside class folders, such as {loose[0]}"
         raise InputError(f"{where} holds {which}: sort them into <class>/<file>, or give another source")
     refuse_what_are_no_classes(parts, has_splits, str(where))
-    name_of = {folder: folder_class(folder) for folder in sorted({image[0] for image in parts})}
+    name_of = {folder: class_name(folder) for folder in sorted({image[0] for image in parts})}
     classes = sorted_classes(name_of.values())
     label_of = {name: label for label, name in enumerate(classes)}
     return Source(
