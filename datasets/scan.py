@@ -23,7 +23,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.configs.text import printable
 from shardstep.datasets.decode import EXTENSIONS, decode
-from shardstep.datasets.input_files import LeftOut, is_hidden, split_name
+from shardstep.datasets.input_files import LeftOut, files_that_end_in, is_hidden, split_name
 from shardstep.datasets.manifest import INDEX_DTYPE, Manifest, Shard, find_tars, write_manifest
 from shardstep.datasets.tar import BLOCK, PACKED_TAR, TAR, read_members
 from shardstep.datasets.tar_labels import NUMBERS_IN_CLS, LabelField, number_labels
@@ -78,7 +78,7 @@ def index_shards(
     """
     paths, left_out = find_tars(folder, TAR + PACKED_TAR)
     if not paths:
-        others = f"; {line}" if (line := left_out.line(folder, "*.tar")) else ""
+        others = f"; {line}" if (line := left_out.line(folder, files_that_end_in(TAR))) else ""
         raise InputError(f"no .tar files in {folder}{others}")
     first_label = int(made.get("first_label", 0))
     with ThreadPoolExecutor(pool_threads()) as pool:
@@ -86,7 +86,7 @@ def index_shards(
     for scan in scans:
         left_out.update(scan.left_out)
     looked_for = f"<key>.{label_field.extension} beside <key>.{'|'.join(EXTENSIONS)}"
-    if line := left_out.line(folder, f"{looked_for} in .tar"):
+    if line := left_out.line(folder, f"samples of {looked_for} in .tar files"):
         print(printable(line), file=sys.stderr)
     problems = [problem for scan in scans for problem in scan.problems] + _repeated_keys(scans)
     if not problems and not any(len(scan.entries) for scan in scans):

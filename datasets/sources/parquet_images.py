@@ -112,7 +112,7 @@ def open_column_images(where: Path, names: Sequence[str], split: str | None, opt
         lambda number: files.read(kept[number]),
         lambda number: files.names[kept[number]],
         has_splits,
-        notes=[line] if (line := left_out.line(where, f"{columns.image} with {columns.label}")) else [],
+        notes=[line] if (line := left_out.line(where, f"rows with {columns.image} and {columns.label}")) else [],
     )
 
 

@@ -78,7 +78,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, others: list[str], expected
     assert (source.classes, names_of(source)) == (["a", "b"], ["a/1.png", "b/1.png"])
     (line,) = source.notes
     assert line.startswith(f"left out of {path}: {expected}")
-    assert "; used: png, jpg" in line
+    assert "; used are files that end in png, jpg" in line
 
 
 @BOTH
@@ -165,7 +165,7 @@ def test_commands_print_what_is_left_out(tmp_path: Path, command: str, capsys: p
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
     assert lines == [
         f"left out of {source}: 1 hidden folder (train/a/.ipynb_checkpoints), 1 .txt file (train/a/x.txt); "
-        f"used: {', '.join(EXTENSIONS)}"
+        f"used are files that end in {', '.join(EXTENSIONS)}"
     ]
 
 
@@ -417,4 +417,4 @@ def test_a_line_names_the_most_frequent_kinds() -> None:
     line = left_out.line(Path("x"), "png")
     assert line is not None
     assert line.startswith("left out of x: 2 .0 files (0.0, ...), 2 .1 files (1.1, ...)")
-    assert line.endswith(", 14 more; used: png")  # 8 kinds of 2 are named
+    assert line.endswith(", 14 more; used are png")  # 8 kinds of 2 are named

@@ -152,7 +152,7 @@ def test_rows_without_a_label_are_counted(tmp_path: Path) -> None:
     source = open_source(str(tmp_path), "train")
     assert labelled(source) == {"train.parquet: 0.png": "dog", "train.parquet: 3.png": "cat"}
     assert source.notes == [
-        f"left out of {tmp_path}: 2 empty labels (train.parquet: row 2, ...); used: image with label"
+        f"left out of {tmp_path}: 2 empty labels (train.parquet: row 2, ...); used are rows with image and label"
     ]
 
 

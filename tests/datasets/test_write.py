@@ -322,8 +322,8 @@ def test_what_foreign_tars_hold_beside_samples_is_counted(tmp_path: Path, capsys
     assert index_shards(folder, {}).samples == 2
     assert capsys.readouterr().err == (
         f"left out of {folder}: 2 hidden files (._a.tar, ...), 2 .json files (a.tar: 1.json, ...), 1 .gz file (c.gz), "
-        "1 folder (more), 1 extra image (a.tar: 1.depth.png); used: <key>.cls beside "
-        f"<key>.{'|'.join(EXTENSIONS)} in .tar\n"
+        "1 folder (more), 1 extra image (a.tar: 1.depth.png); used are samples of <key>.cls beside "
+        f"<key>.{'|'.join(EXTENSIONS)} in .tar files\n"
     )
     index_shards(folder, {})  # the manifest and index of before are no files to tell about
     assert "2 hidden files" in capsys.readouterr().err
