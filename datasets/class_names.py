@@ -1,10 +1,9 @@
 """Class names: text from folders, tables, tars, options and manifests, in one Unicode form and one order."""
 
-import csv
-import io
 import math
 import re
 import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,19 +17,21 @@ _WHOLE = re.compile(r"([+-]?\d+)(\.0*)?")  # pandas writes 3.0 into a column tha
 _BOXES = re.compile(r"(n\d{8}) (-?\d+ ?){4}(\1 (-?\d+ ?){4})*")  # of one class, in ImageNet's LOC_val_solution.csv
 _NUMBERS = re.compile(r"\d+( +\d+)*")
 _BETWEEN_LABELS = re.compile(r"\s*[|;,]\s*")
+# A name of `--classes`, in quotes or without the blanks around it, and what ends it.
+_CSV_NAME = re.compile(r'[ \t]*(?:"(?P<quoted>(?:[^"]|"")*)"[ \t]*|(?P<plain>(?!")[^,\n]*?)[ \t\r]*)(?P<end>,|\n|\Z)')
 
 
-def class_name(text: str) -> str:
+def class_name(text: str, remedy: str = "rename its folder") -> str:
     """Return a class name in Unicode's form NFC: macOS writes "é" as two characters, others as one.
 
     Raises:
-        InputError: it is the name of a folder whose bytes are not UTF-8.
+        InputError: its bytes are not UTF-8; the message ends with the `remedy`.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
         shown = text.encode(errors="backslashreplace").decode()
-        raise InputError(f"the class name {shown} is not UTF-8: rename its folder") from None
+        raise InputError(f"the class name {shown} is not UTF-8: {remedy}") from None
     return unicodedata.normalize("NFC", text)
 
 
@@ -80,7 +81,7 @@ def label_names(labels: Sequence[object], where: str) -> list[str]:
             f"{where}: {listed(several, most=2)} are several labels in one. If images have several, say what separates them "
             f"with --label-separator (data.label_separator in a recipe)"
         )
-    return [class_name(text) for text in texts]
+    return [class_name(text, f"save {where} as UTF-8") for text in texts]
 
 
 def label_text(label: object) -> str:
@@ -104,34 +105,72 @@ def class_names_of_manifest(names: list[str]) -> list[str]:
 def parse_class_names(option: str) -> list[str]:
     """Parse `--classes`: names separated by commas, as in a CSV file, or @FILE with one name a line.
 
+    Blanks around a name are its own in quotes and in a file, and else left out.
+
     Raises:
-        InputError: the file cannot be read, the quotes do not match, or a name is empty or occurs twice.
+        InputError: the file cannot be read, the quotes do not match, or a name is empty, not UTF-8 or occurs twice.
     """
-    names = _lines(Path(option[1:]).expanduser()) if option.startswith("@") else _fields(option)
-    names = [class_name(name) for name in names]
+    names = _lines(option) if option.startswith("@") else _fields(option)
+    names = [
+        class_name(name, "give --classes in UTF-8, or --classes @FILE with a name a line in UTF-8") for name in names
+    ]
     if not names or "" in names:
         raise InputError("--classes: a name is empty")
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
-        raise InputError(f"--classes: each name needs one label, but some occur twice: {', '.join(twice)}")
+        raise InputError(f"--classes: each name needs one label, but some occur twice: {listed(twice)}")
     return names
 
 
+def doubtful_names_note(classes: Sequence[str]) -> str | None:
+    """Return a line on names that people mistake for each other, or that have blanks around them; None without any.
+
+    Names look alike if they differ only by blanks, by characters that nobody sees, such as a zero-width space, or by case.
+    The letters a and A may well be two classes.
+    """
+    alike = defaultdict(list)
+    for name in classes:
+        seen = "".join(letter for letter in unicodedata.normalize("NFKC", name) if _is_seen(letter))
+        alike[seen.casefold() if len(seen) > 1 else seen].append(name)
+    groups = [" and ".join(map(_spelled, group)) for group in alike.values() if len(group) > 1]
+    blank = [_spelled(name) for name in classes if name != name.strip()]
+    parts = [f"classes whose names look alike: {listed(groups)}"] if groups else []
+    parts += [f"class names with blanks around them: {listed(blank)}"] if blank else []
+    return f"{'; '.join(parts)}. If that is a mistake, correct the names and write the shards again" if parts else None
+
+
+def _is_seen(letter: str) -> bool:
+    return unicodedata.category(letter)[0] in "LMNPS"
+
+
+def _spelled(name: str) -> str:
+    """Return a name in quotes, with escapes for what cannot be seen, except blanks."""
+    shown = (letter if letter == " " or _is_seen(letter) else ascii(letter)[1:-1] for letter in name)
+    return f"'{''.join(shown)}'"
+
+
 def _fields(text: str) -> list[str]:
-    try:
-        rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-        return [name for row in rows for name in row]
-    except csv.Error:
-        raise InputError(
-            f'--classes {text}: the quotes do not match. Write a name with a comma in quotes ("cat, big",dog), a quote '
-            f"in quotes twice, or give --classes @FILE with one name a line"
-        ) from None
+    names, start, text = [], 0, text.removesuffix("\n")
+    while field := _CSV_NAME.match(text, start):
+        quoted = field["quoted"]
+        names.append(field["plain"] if quoted is None else quoted.replace('""', '"'))
+        if not field["end"]:
+            return names
+        start = field.end()
+    raise InputError(
+        f'--classes {text}: the quotes do not match. Write a name with a comma in quotes ("cat, big",dog), a quote '
+        f"in quotes twice, or give --classes @FILE with one name a line"
+    )
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(option: str) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InputError(f"--classes @{path} cannot be read: {reason}") from None
+        text = Path(option[1:]).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        if isinstance(error, UnicodeDecodeError):
+            raise InputError(f"--classes {option} cannot be read: it is not UTF-8") from None
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        first = option.partition(",")[0]
+        hint = f""". If {first} is the name of a class, put it in quotes: --classes '"{first}",...'"""
+        raise InputError(f"--classes {option} cannot be read: {reason}{hint}") from None
     return text.removesuffix("\n").split("\n")

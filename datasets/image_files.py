@@ -4,17 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from shardstep.datasets.decode import EXTENSIONS
 from shardstep.datasets.decode_crop import decode_crop
 from shardstep.datasets.framing import Framing
-from shardstep.datasets.input_files import FolderTree, find_images, read_file
-
-FOUND = (*EXTENSIONS, "bmp", "gif", "tif", "tiff", "ppm", "pgm")
-"""File name extensions of images in a folder; a file that is given by name may have any."""
+from shardstep.datasets.input_files import PREDICTED, FolderTree, files_that_end_in, find_images, read_file
 
 
 def find_image_files(path: Path) -> tuple[list[Path], str | None]:
-    """Return the given file, or the image files in and below a folder, sorted; and a line on what was left out there.
+    """Return the given file, whatever its name, or the images in and below a folder, sorted; and a line on what is left out.
 
     Raises:
         ValueError: the file or folder does not exist, a folder cannot be listed, or it holds no image.
@@ -23,10 +19,10 @@ def find_image_files(path: Path) -> tuple[list[Path], str | None]:
         if not path.exists():
             raise ValueError("does not exist")
         return [path], None
-    found = find_images(FolderTree(path), extensions=FOUND)
-    line = found.left_out.line(path, ", ".join(FOUND))
+    found = find_images(FolderTree(path), extensions=PREDICTED)
+    line = found.left_out.line(path, files_that_end_in(PREDICTED))
     if not found.images:
-        raise ValueError(f"holds no image: no file that ends in {', '.join(FOUND)}{f'; {line}' if line else ''}")
+        raise ValueError(f"holds no image: {line}" if line else f"holds no image: no {files_that_end_in(PREDICTED)}")
     return [path / image for image in found.images], line
 
 

@@ -1,7 +1,8 @@
-"""What counts as input: the one rule by which folders, tars, shards and predictions choose their files.
+"""Which files are images: one rule for the folders, tars, shards and predictions that shardstep reads.
 
-An image is known by the end of its name. Hidden files, and what operating systems leave beside images, are never images.
-What is not used is counted, and LeftOut makes one line of it.
+A file is an image if its name ends as an image's does (.png, .jpg, ...), and neither it nor a folder above it is hidden or
+one of those that operating systems leave beside images. Everything else is left out and counted, and LeftOut makes one line
+of the counts. What a file holds is not looked at here: an image that cannot be read is reported by whoever reads it.
 """
 
 import os
@@ -17,12 +18,16 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
 from shardstep.datasets.decode import EXTENSIONS
 
+PREDICTED = (*EXTENSIONS, "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "avif", "jp2")
+"""Extensions of the images that `predict` finds in folders: all that decode reads. Data sets hold those in EXTENSIONS."""
+
 # Of macOS, Windows, Synology, QNAP, NetApp, ext4 and Python; other hidden names begin with a dot.
 _SYSTEM_NAMES = (
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir",
     "lost+found", "__pycache__", "recycler", "#recycle", "@recycle", "#snapshot", "~snapshot", "@recently-snapshot",
 )  # fmt: skip
-_HIDDEN_PART = re.compile(  # a dot and more than . and .. have, or a whole system name
+# A part of a path (between slashes) that begins with a dot, but is not "." or ".."; or that is one of the names above.
+_HIDDEN_PART = re.compile(
     rf"(?:^|/)(?:\.(?!\.?(?:/|$))|(?:{'|'.join(map(re.escape, _SYSTEM_NAMES))})(?:/|$))", re.IGNORECASE
 )
 _MOST_KINDS = 8  # in a line of LeftOut
@@ -62,6 +67,14 @@ class Entry:
     identity: Hashable  # the same for all links to one file or folder; None for broken links
 
 
+def files_that_end_in(extensions: Collection[str]) -> str:
+    """Say which files are images, for messages."""
+    return f"files that end in {', '.join(extensions)}"
+
+
+_DATA_SET_IMAGES = files_that_end_in(EXTENSIONS)
+
+
 class LeftOut:
     """Counts the files of an input that are not used, by kind, and remembers the first of each kind."""
 
@@ -93,14 +106,17 @@ class LeftOut:
         self.counts += other.counts
         self._first = other._first | self._first
 
-    def line(self, where: Path, used: str = ", ".join(EXTENSIONS)) -> str | None:
-        """Format all kinds as one line, the most frequent first, and what is used instead; None if none was left out."""
+    def line(self, where: Path, used: str = _DATA_SET_IMAGES) -> str | None:
+        """Format all kinds as one line, the most frequent first; None if none was left out.
+
+        `used` says what is taken instead, in the plural.
+        """
         if not self.counts:
             return None
         shown = self.counts.most_common(_MOST_KINDS)
         kinds = [f"{count(n, kind)} ({self._first[kind]}{', ...' if n > 1 else ''})" for kind, n in shown]
         rest = self.counts.total() - sum(n for _, n in shown)
-        return f"left out of {where}: {', '.join(kinds)}{f', {rest:,} more' if rest else ''}; used: {used}"
+        return f"left out of {where}: {', '.join(kinds)}{f', {rest:,} more' if rest else ''}; used are {used}"
 
 
 class FileTree(Protocol):
@@ -174,7 +190,9 @@ def read_file(path: Path) -> bytes:
 class FoundImages:
     """The images in a FileTree, and what is beside them."""
 
-    images: list[str] = field(default_factory=list)  # paths, sorted by their parts; some may turn out to be unreadable
+    # Paths, sorted by their parts. A broken link or a FIFO with the name of an image is one of them, so that reading it
+    # reports it: an image that is lost, as on a disk that is not mounted, is not just left out.
+    images: list[str] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
     repeated: list[str] = field(default_factory=list)  # images that are another of them under a second name, by links
 
@@ -193,6 +211,7 @@ def find_images(
     """Find the images in and below a folder of a tree. Links are followed, except back to a folder above them.
 
     Args:
+        extensions: of images, in lower case.
         used: paths of other files that are not left out.
 
     Raises:
@@ -208,7 +227,7 @@ def find_images(
             found.left_out.add("circular link", path)
         elif entry.kind == "folder":
             waiting += _children(tree, path, above | {entry.identity})
-        elif split_name(path)[1] in extensions:
+        elif is_image(entry.name, extensions):
             found.images.append(path)
             if entry.identity in seen:
                 found.repeated.append(path)

@@ -20,9 +20,9 @@ from shardstep.configs.files import write_atomically
 from shardstep.configs.text import count
 from shardstep.datasets.class_names import class_names_of_manifest
 from shardstep.datasets.framing import Framing
-from shardstep.datasets.input_files import FolderTree, LeftOut, is_hidden, split_name
+from shardstep.datasets.input_files import FolderTree, LeftOut, files_that_end_in, is_hidden, split_name
 from shardstep.datasets.label_sets import LABEL_DTYPE, LABELS_NAME, LabelSets
-from shardstep.datasets.tar import BLOCK, TAR, read_members
+from shardstep.datasets.tar import BLOCK, PACKED_TAR, TAR, read_members
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index"
@@ -266,11 +266,14 @@ def open_shards(path: str | Path) -> ShardFolder:
             f"`shardstep shards write`, or let a recipe write them with data.source"
         )
     if not (folder / MANIFEST_NAME).is_file():
-        tars = len(find_tars(folder)[0])
+        paths, left_out = find_tars(folder, TAR + PACKED_TAR)
         command = shlex.join(["shardstep", "shards", "index", str(folder)])
-        remedy = f"index them with `{command}`" if tars else "write some with `shardstep shards write`"
-        near = "" if tars else did_you_mean(folder)
-        raise InputError(f"no data set in {folder}: {count(tars, 'tar file')} and no {MANIFEST_NAME}{near}; {remedy}")
+        remedy = f"index them with `{command}`" if paths else "write some with `shardstep shards write`"
+        near = "" if paths else did_you_mean(folder)
+        if not paths and (line := left_out.line(folder, files_that_end_in(TAR))):
+            near += f" ({line})"
+        tars = count(len(paths), "tar file")
+        raise InputError(f"no data set in {folder}: {tars} and no {MANIFEST_NAME}{near}; {remedy}")
     manifest = parse_manifest((folder / MANIFEST_NAME).read_text(errors="replace"), str(folder / MANIFEST_NAME))
     problems = [problem for shard in manifest.shards if (problem := size_problem(folder / shard.name, shard.bytes))]
     if problems:

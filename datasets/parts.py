@@ -11,7 +11,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.held_out import Fold
 from shardstep.configs.text import count
-from shardstep.datasets.label_sets import strata
+from shardstep.datasets.label_sets import LabelSets, strata
 from shardstep.datasets.manifest import Manifest, ShardFolder
 from shardstep.datasets.rng import philox_words
 
@@ -44,14 +44,17 @@ class Part:
         starts = np.cumsum([0, *whole])
         return np.diff(np.searchsorted(self.ids, starts)).tolist()
 
+    @property
+    def labels(self) -> np.ndarray | LabelSets:
+        """One label each, int64, shape (samples,), or the labels of each."""
+        return self.shards.labels if self.ids is None else self.shards.labels[self.ids]
+
     def samples_per_class(self) -> np.ndarray:
         """Count the samples of this part that have each class; int64, shape (classes,)."""
-        classes = len(self.manifest.classes)
-        if self.ids is None:
-            return np.array(self.manifest.samples_per_class)
-        if self.shards.label_sets is not None:
-            return self.shards.label_sets[self.ids].samples_per_class(classes)
-        return np.bincount(self.shards.index["label"][self.ids], minlength=classes)
+        classes, labels = len(self.manifest.classes), self.labels
+        if isinstance(labels, LabelSets):
+            return labels.samples_per_class(classes)
+        return np.bincount(labels, minlength=classes)
 
     def ids_of(self, numbers: np.ndarray) -> np.ndarray:
         """Return the ids of samples that are numbered from 0 in this part, int64."""

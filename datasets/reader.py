@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.text import printable
 from shardstep.datasets.decode import decode
 from shardstep.datasets.decode_crop import PARTIAL, decode_crop, missing_for_partial
 from shardstep.datasets.framing import DRAWS, Framing
@@ -155,4 +156,4 @@ class StreamReader:
 
     def _name(self, sample_id: int) -> str:
         shard = self._shards.manifest.shards[int(self._shards.index[sample_id]["shard"])]
-        return f"{self._shards.path / shard.name}: sample {self._shards.key(sample_id)}"
+        return f"{self._shards.path / shard.name}: sample {printable(self._shards.key(sample_id))}"

@@ -23,7 +23,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.configs.text import printable
 from shardstep.datasets.decode import EXTENSIONS, decode
-from shardstep.datasets.input_files import LeftOut, is_hidden, split_name
+from shardstep.datasets.input_files import LeftOut, files_that_end_in, is_hidden, split_name
 from shardstep.datasets.label_sets import LabelSets, NamedShares
 from shardstep.datasets.manifest import (
     FORMAT_VERSION,
@@ -35,7 +35,7 @@ from shardstep.datasets.manifest import (
     write_manifest,
 )  # fmt: skip
 from shardstep.datasets.tar import BLOCK, PACKED_TAR, TAR, read_members
-from shardstep.datasets.tar_labels import NUMBERS_IN_CLS, LabelField, number_labels
+from shardstep.datasets.tar_labels import NUMBERS_IN_CLS, LabelField, Numbering, number_labels
 
 NAMES = "names"  # in a manifest: labels in the tars are the names of classes, not their numbers
 MOST_NAMED = 20  # problems listed in one message
@@ -59,6 +59,9 @@ class _ShardScan:
     problems: list[str] = field(default_factory=list)
     has_labels: bool = False
     left_out: LeftOut = field(default_factory=LeftOut)
+
+    def add_problem(self, member: str, what: str) -> None:
+        self.problems.append(printable(f"{self.shard.name}: {member} {what}"))
 
 
 def index_shards(
@@ -84,51 +87,36 @@ def index_shards(
     """
     paths, left_out = find_tars(folder, TAR + PACKED_TAR)
     if not paths:
-        raise InputError(f"no .tar files in {folder}")
+        others = f"; {line}" if (line := left_out.line(folder, files_that_end_in(TAR))) else ""
+        raise InputError(f"no .tar files in {folder}{others}")
     first_label = int(made.get("first_label", 0))
     with ThreadPoolExecutor(pool_threads()) as pool:
         scans = list(pool.map(lambda n: _scan(n, paths[n], label_field, first_label, advance), range(len(paths))))
     for scan in scans:
         left_out.update(scan.left_out)
     looked_for = f"<key>.{label_field.extension} beside <key>.{'|'.join(EXTENSIONS)}"
-    if line := left_out.line(folder, f"{looked_for} in .tar"):
+    if line := left_out.line(folder, f"samples of {looked_for} in .tar files"):
         print(printable(line), file=sys.stderr)
-    problems = [problem for scan in scans for problem in scan.problems] + _repeated_keys(scans)
-    if not problems and not any(len(scan.entries) for scan in scans):
-        problems.append(f"no samples: looked for {looked_for}")
-    several = label_field.always_several or any(_is_several(label) for scan in scans for label in scan.labels)
-    if not problems:
-        try:
-            texts = dict.fromkeys(text for scan in scans for label in scan.labels for text in _texts(label))
-            samples = sum(len(scan.entries) for scan in scans)
-            found = number_labels(texts, samples, label_field, first_label, classes, former_classes)
-        except InputError as error:
-            problems.append(str(error))
-    if problems:
-        choice = (
-            "" if any(scan.has_labels for scan in scans) else " (--label chooses other files, as txt or json:label)"
-        )
-        raise InputError.from_problems(f"{folder} cannot be indexed{choice}", problems, MOST_NAMED)
+    found = _numbering(scans, folder, looked_for, label_field, first_label, classes, former_classes)
 
     if label_field.may_be_name:
         made = made | {"label_field": str(label_field)} | ({"labels": NAMES} if found.are_names else {})
-    if several:
-        made["several_labels"] = True
+    several = label_field.always_several or any(_is_several(label) for scan in scans for label in scan.labels)
     classes = found.classes
     entries = np.concatenate([scan.entries for scan in scans])
     sets = _labels_of_samples(scans, found.label_of) if several else None
-    entries["label"] = (
-        sets.starts[:-1] if sets else np.concatenate([_single_labels(scan, found.label_of) for scan in scans])
-    )
+    if sets:
+        made["several_labels"], entries["label"] = True, sets.starts[:-1]
+        per_class = sets.samples_per_class(len(classes))
+    else:
+        entries["label"] = np.concatenate([_single_labels(scan, found.label_of) for scan in scans])
+        per_class = np.bincount(entries["label"], minlength=len(classes))
     colour, grey = sum(scan.colour for scan in scans), sum(scan.grey for scan in scans)
     is_grey = not np.any(colour)
     histogram = np.asarray(grey if is_grey else colour + grey)  # grey images among coloured ones count in each channel
     mean, std = _mean_and_std(histogram)
     sizes = set().union(*(scan.sizes for scan in scans))
     channels = 1 if is_grey else 3
-    per_class = (
-        np.bincount(entries["label"], minlength=len(classes)) if sets is None else sets.samples_per_class(len(classes))
-    )
     data, label_data = entries.tobytes(), sets.entries.tobytes() if sets else b""
     manifest = Manifest(
         classes=classes,
@@ -147,6 +135,34 @@ def index_shards(
     )
     write_manifest(folder, manifest, data, label_data)
     return manifest
+
+
+def _numbering(
+    scans: list[_ShardScan],
+    folder: Path,
+    looked_for: str,
+    label_field: LabelField,
+    first_label: int,
+    classes: list[str] | None,
+    former_classes: list[str] | None,
+) -> Numbering:
+    """Number the labels that were found; see index_shards for the arguments.
+
+    Raises:
+        InputError: something in the shards is damaged or incomplete, or the labels do not fit the classes.
+    """
+    problems = [problem for scan in scans for problem in scan.problems] + _repeated_keys(scans)
+    if not problems and not any(len(scan.entries) for scan in scans):
+        problems.append(f"no samples: looked for {looked_for}")
+    if not problems:
+        try:
+            texts = dict.fromkeys(text for scan in scans for label in scan.labels for text in _texts(label))
+            samples = sum(len(scan.entries) for scan in scans)
+            return number_labels(texts, samples, label_field, first_label, classes, former_classes)
+        except InputError as error:
+            problems.append(str(error))
+    choice = "" if any(scan.has_labels for scan in scans) else " (--label chooses other files, as txt or json:label)"
+    raise InputError.from_problems(f"{folder} cannot be indexed{choice}", problems, MOST_NAMED)
 
 
 def _is_several(label: str | NamedShares) -> bool:
@@ -190,13 +206,13 @@ def _scan(
             try:
                 label = label_field.read(os.pread(file.fileno(), label_size, label_offset), first_label)
             except ValueError as error:
-                scan.problems.append(f"{path.name}: {label_name} {error}")
+                scan.add_problem(label_name, str(error))
                 label = ""
             entries[row] = number, offset // BLOCK, size, places.setdefault(label, len(places)), zlib.crc32(data)
             try:
                 pending.append(decode(data, "UNCHANGED"))
             except ValueError as error:
-                scan.problems.append(f"{path.name}: {name}: {error}")
+                scan.add_problem(f"{name}:", str(error))
             if len(pending) == _COUNT_TOGETHER or row == len(images) - 1:
                 _count(pending, scan)
                 advance(len(pending))
@@ -223,11 +239,11 @@ def _pair(path: Path, label_field: LabelField, scan: _ShardScan) -> tuple[dict[s
             scan.left_out.add_file(f"{path.name}: {name}")
         elif kind != "file":
             remedy = "pack the files themselves (tar --dereference --hard-dereference)"
-            scan.problems.append(f"{path.name}: {name} is a {kind}: {remedy}")
+            scan.add_problem(name, f"is a {kind}: {remedy}")
         elif key in places:
             former = places[key][0]
             twice = "occurs twice" if former == name else f"has the key of {former}: a sample has one image"
-            scan.problems.append(f"{path.name}: {name} {twice}")
+            scan.add_problem(name, twice)
         else:
             places[key] = name, offset, size
     scan.has_labels = bool(labels)
@@ -239,7 +255,7 @@ def _pair(path: Path, label_field: LabelField, scan: _ShardScan) -> tuple[dict[s
                     "extra image" if places is images else f".{label_field.extension} file", f"{path.name}: {name}"
                 )
             elif key not in samples:
-                scan.problems.append(f"{path.name}: {name} has {other.format(key)}")
+                scan.add_problem(name, f"has {other.replace('{}', key)}")
     scan.encodings |= {
         "jpg" if extension == "jpeg" else extension for extension in {split_name(images[key][0])[1] for key in samples}
     }
@@ -279,6 +295,6 @@ def _repeated_keys(scans: list[_ShardScan]) -> list[str]:
     for scan in scans:
         for key in scan.keys:
             if key in seen:
-                problems.append(f"the key {key} is in {seen[key]} and in {scan.shard.name}")
+                problems.append(printable(f"the key {key} is in {seen[key]} and in {scan.shard.name}"))
             seen[key] = scan.shard.name
     return problems

@@ -14,7 +14,7 @@ from shardstep.datasets.decode import EXTENSIONS
 from shardstep.datasets.label_sets import NamedShares, named_shares
 
 _LONGEST = 200  # characters of a label; a caption may well be longer
-_MOST_DIGITS = 9  # of a label where only numbers are labels
+_SHOWN = 30  # characters of what is no label, in a message
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class LabelField:
         Raises:
             ValueError: there is none; the message goes on after the member's name.
         """
-        if not self.may_be_name:
-            return _digits(data.strip(), first_label)
         try:
-            content: Any = data.decode()
+            content: Any = data.decode("utf-8-sig")  # Windows may begin a text with a byte order mark
+            if not self.may_be_name:
+                return _digits(content.strip(), first_label)
             if self.path:
                 content = _at(json.loads(content), self.path)
         except UnicodeDecodeError:
@@ -158,10 +158,15 @@ def _classes_of_numbers(
             raise InputError("class names must be unique and not empty")
         if largest >= len(classes):
             remedy = f"; if labels count from {low}, add --first-label {low}" if smallest == 1 else ""
-            raise InputError(f"label {high} is out of range: there are {len(classes)} classes{remedy}")
+            there_are = f"there {'is' if len(classes) == 1 else 'are'} {count(len(classes), 'class', 'classes')}"
+            raise InputError(f"label {high} is out of range: {there_are}{remedy}")
         return classes
     if largest >= samples:
-        raise InputError(f"the largest label is {high}, with {count(samples, 'sample')}: give the class names")
+        raise InputError(
+            f"the largest label is {high}, which would mean {count(largest + 1, 'class', 'classes')} for "
+            f"{count(samples, 'sample')}: add `--label cls` to make a class of each label that occurs, or name all classes "
+            f"with --classes"
+        )
     if smallest > 0:
         raise InputError(
             f"the labels are {low} to {high}, none is {first_label}. If they count from {low}, add --first-label {low}; if "
@@ -174,16 +179,24 @@ def _check_name(text: str) -> str:
     if not text:
         raise ValueError("has an empty label")
     if len(text) > _LONGEST or "\n" in text:
-        raise ValueError(f"is not a label: {len(text):,} characters of text, {printable(text[:30])}...")
+        raise ValueError(f"is not a label: {len(text):,} characters of text, {_shown(text)}")
     return text
 
 
-def _digits(data: bytes, first_label: int) -> str:
-    is_number = data.isdigit() and len(data) <= _MOST_DIGITS
-    if not is_number or int(data) < first_label:
-        remedy = "" if is_number else "; to read names, add --label cls"
-        raise ValueError(f"is not a label: it must be an integer from {first_label}{remedy}")
-    return data.decode()
+def _digits(text: str, first_label: int) -> str:
+    if not text:
+        raise ValueError("has an empty label")
+    if not (text.isascii() and text.isdigit() and are_whole_numbers([text])):
+        remedy = "to read names, add --label cls"
+    elif int(text) < first_label:
+        remedy = "give another --first-label"
+    else:
+        return text
+    raise ValueError(f"is not a label ({_shown(text)}): it must be an integer from {first_label}; {remedy}")
+
+
+def _shown(text: str) -> str:
+    return printable(text[:_SHOWN]) + ("..." if len(text) > _SHOWN else "")
 
 
 def _at(content: Any, path: str) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from shardstep.configs.cores import pool_threads
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
+from shardstep.configs.text import printable
 from shardstep.datasets import manifest as manifests
 from shardstep.datasets.decode import decode
 from shardstep.datasets.input_files import split_name
@@ -46,7 +47,7 @@ def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None)
 
     known = {shard.name for shard in manifest.shards}
     unknown = sorted({path.name for path in manifests.find_tars(folder)[0]} - known)
-    problems += [f"{name} is not in the manifest" for name in unknown]
+    problems += [f"{printable(name)} is not in the manifest" for name in unknown]
     by_hash = {shard.sha256: shard.name for shard in manifest.shards}
     for number, shard in enumerate(manifest.shards):
         path = folder / shard.name
@@ -78,7 +79,7 @@ def undecodable_images(shards: ShardFolder) -> list[str]:
                 problems = pool.map(read, entries["block"].tolist(), entries["size"].tolist())
                 for sample, problem in zip(samples.tolist(), problems, strict=True):
                     if problem:
-                        found.append(f"{shard.name}: sample {shards.key(sample)}: {problem}")
+                        found.append(printable(f"{shard.name}: sample {shards.key(sample)}: {problem}"))
     return found
 
 
@@ -100,7 +101,7 @@ def _damage_inside(shards: ShardFolder, shard: int) -> list[str]:
             if zlib.crc32(data) != entry["crc32"] or len(data) != entry["size"]:
                 name = os.pread(file.fileno(), 100, place - BLOCK).partition(b"\0")[0].decode(errors="replace")
                 sample = f"sample {split_name(name)[0] or '?'} (number {number} of the shard, byte {place})"
-                damage.append(f"the image of {sample} is damaged")
+                damage.append(printable(f"the image of {sample} is damaged"))
     manifest = shards.manifest
     label_field = parse_label_field(str(manifest.made.get("label_field", NUMBERS_IN_CLS)))
     samples = {shards.key(int(number)): int(number) for number in np.flatnonzero(shards.index["shard"] == shard)}
@@ -116,7 +117,7 @@ def _damage_inside(shards: ShardFolder, shard: int) -> list[str]:
                     for label, share in shards.labels_of(samples[key])
                 ]
                 if not label_field.holds(content, labels):
-                    damage.append(f"the label of sample {key} (byte {member.offset}) is damaged")
+                    damage.append(f"the label of sample {printable(key)} (byte {member.offset}) is damaged")
     except InputError as error:
         damage.append(f"its structure is damaged: {error}")
     return damage or ["no image or label is affected: the damage is in a header or the padding"]

@@ -20,6 +20,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
 from shardstep.configs.files import sync_to_disk
 from shardstep.configs.text import count, listed, printable
+from shardstep.datasets.class_names import doubtful_names_note
 from shardstep.datasets.decode import EXTENSIONS, decode, encode_png
 from shardstep.datasets.label_sets import LabelSets, strata
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
@@ -27,6 +28,7 @@ from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.rng import permutation
 from shardstep.datasets.scan import MOST_NAMED, index_shards
 from shardstep.datasets.sources import open_source
+from shardstep.datasets.sources.class_folders import split_in_name
 from shardstep.datasets.sources.source import Source
 from shardstep.datasets.sources.tables import NO_OPTIONS, LabelOptions
 from shardstep.datasets.tar_labels import NUMBERS_IN_CLS, SEVERAL_IN_JSON
@@ -72,6 +74,11 @@ def write_shards(
         images = open_source(source, split, labels)
         if classes_of is not None:
             images = images.in_classes(open_shards(classes_of).manifest.classes, str(classes_of))
+        if not images.has_splits and split_in_name(Path(source).name) != split:
+            images.notes.append(
+                f"{source} does not say which images are for {split}: all of them are taken. Give each split a source of its "
+                f"own, or sort it into train/ and test/"
+            )
         return _write_locked(images, source, split, out, samples_per_shard, seed, limit, bad_images)
 
 
@@ -135,8 +142,9 @@ def _write_locked(
         raise InputError(f"{out} is a file; nothing was written. Give a folder")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; nothing was written. Remove it or choose another folder")
-    for note in images.notes:
-        print(printable(note), file=sys.stderr)
+    for note in [*images.notes, doubtful_names_note(images.classes)]:
+        if note:
+            print(printable(note), file=sys.stderr)
     if images.empty_folders:
         raise InputError(
             f"{source} has folders for {split} without images ({', '.join(EXTENSIONS)}): {listed(images.empty_folders)}. "
@@ -157,7 +165,7 @@ def _write_locked(
                 remedy = "fix or remove them, or leave them out with `shardstep shards write --bad-images skip`"
                 raise InputError.from_problems(f"{source} has images that cannot be used ({remedy})", bad, MOST_NAMED)
         if bad:
-            print(f"left out: {len(bad):,} of {total:,} images", *map(printable, bad), sep="\n  - ", file=sys.stderr)
+            print(f"left out: {len(bad):,} of {total:,} images", *bad, sep="\n  - ", file=sys.stderr)
         made = {"source": images.description, "split": split, "seed": seed, "samples_per_shard": samples_per_shard}
         made |= ({} if limit is None else {"limit": limit}) | ({"left_out": len(bad)} if bad else {})
         with progress_bar(f"checking {out}", total - len(bad), "images") as advance:
@@ -193,7 +201,7 @@ def _write_tars(
     def good_images() -> Iterator[tuple[int, bytes]]:
         for number, content in zip(order.tolist(), _encoded(images, order), strict=True):
             if isinstance(content, ValueError):
-                bad[number] = f"{images.name(number)}: {content}"
+                bad[number] = printable(f"{images.name(number)}: {content}")
             else:
                 yield number, content
             advance(1)

@@ -3,9 +3,11 @@
     shardstep evaluate RUN_DIR_OR_CHECKPOINT [--data DIR]
     torchrun --nproc-per-node 2 launch/evaluate.py RUN_DIR_OR_CHECKPOINT [--data DIR]
 
-For a run that has not finished it uses the newest intact checkpoint, and says so. The last line of stdout is one JSON object:
-loss, accuracy, top5, samples, world_size; a loss that is NaN or infinite is null. Where images have several labels, accuracy
-and top5 are null, and there are map (mean average precision), f1 (the mean over the classes) and f1_micro.
+For a run that has not finished it uses the newest intact checkpoint, and says so. The classes of another test set are matched
+by name with those of the run: a line says how they differ, and images of classes that the run lacks are refused. The last
+line of stdout is one JSON object: loss, accuracy, top5, samples, world_size; a loss that is NaN or infinite is null. Where
+images have several labels, accuracy and top5 are null, and there are map (mean average precision), f1 (the mean over the
+classes) and f1_micro.
 """
 
 if __name__ == "__main__":
@@ -18,6 +20,7 @@ import json
 import math
 from pathlib import Path
 
+from shardstep.configs.text import printable
 from shardstep.launch.cli import run_script
 
 
@@ -42,15 +45,17 @@ def main(arguments: list[str]) -> int:
     weights, run_dir = trained_model.find_weights(args.run)
     note = trained_model.unfinished_note(args.run, weights)
     if note and launch_env.is_first_rank():
-        print(note)
+        print(printable(note))
     device = trained_model.find_device(args.device).type
     recipe = with_keys(trained_model.read_recipe(run_dir), train={"device": device, "world_size": None})
     world = start_world(recipe.train)
     with raise_on_all_ranks(world):
         trained = trained_model.open_trained_model(args.run, world.device, (weights, run_dir))
-        test, reader = trained.open_test_set(args.data)
-    if trained.crop_note and world.is_main_process:
-        print(trained.crop_note)
+        notes = [trained.crop_note] if trained.crop_note else []
+        test, reader = trained.open_test_set(args.data, notes.append)
+    if world.is_main_process:
+        for note in notes:
+            print(printable(note))
     recipe = trained.recipe
     accelerator = build_accelerator(recipe.train.precision)
     module = trained.module.to(memory_format=MEMORY_FORMATS[recipe.train.memory_format])

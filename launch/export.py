@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file
-from shardstep.configs.text import count
+from shardstep.configs.text import count, printable
 from shardstep.launch.cli import FAILED, run_script
 
 
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     trained = open_trained_model(args.run, "cpu")
     for note in (unfinished_note(args.run, trained.weights), trained.crop_note):
         if note:
-            print(note)
+            print(printable(note))
     out = args.out or trained.run_dir.path / f"exported{suffix}"
     if out.suffix != suffix:
         raise InputError(f"--out={out} must end in {suffix} for --format={args.format}")

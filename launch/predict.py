@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     trained = open_trained_model(args.run, args.device)
     for note in (unfinished_note(args.run, trained.weights), trained.crop_note):
         if note:
-            print(note, file=sys.stderr, flush=True)
+            print(printable(note), file=sys.stderr, flush=True)
     if trained.objective.reconstructs:
         raise InputError(
             f"{args.run} reconstructs images: it has no classes to predict. `shardstep report` shows its reconstructions"
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     def leave_out(path: Path, reason: str) -> None:
         nonlocal left_out
         left_out += 1
-        print(f"left out: {printable(str(path))}: {reason}", file=sys.stderr, flush=True)
+        print(printable(f"left out: {path}: {reason}"), file=sys.stderr, flush=True)
 
     files: list[Path] = []
     for path in args.files:
@@ -86,22 +86,26 @@ def main(arguments: list[str]) -> int:
                 best = {"labels": [trained.manifest.classes[label] for label in one.found]}
             print(json.dumps({"file": str(one.path), **best, "top": shown}), flush=True)
         else:
-            columns = [f"{printable(name)} {100 * share:.1f} %" for name, share in top]
-            if several:  # those found, between the others
-                columns = [f"{'+' if number < len(one.found) else '-'} {text}" for number, text in enumerate(columns)]
+            signs = (
+                ["+ " if number < len(one.found) else "- " for number in range(len(top))]
+                if several
+                else [""] * len(top)
+            )
+            columns = (
+                f"{sign}{printable(name)} {100 * share:.1f} %" for sign, (name, share) in zip(signs, top, strict=True)
+            )
             print(f"{printable(str(one.path)):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}")
         if args.grid and len(drawn) < _MOST_IN_GRID:
             drawn.append(one.pixels)
-            said = f"{drawable(top[0][0])} {top[0][1]:.0%}"
-            if several:
-                said = ", ".join(drawable(trained.manifest.classes[label]) for label in one.found) or "none"
+            labels = ", ".join(drawable(trained.manifest.classes[label]) for label in one.found) or "none"
+            said = labels if several else f"{labels} {top[0][1]:.0%}"
             captions.append(f"{drawable(one.path.name, keep='end')}\n{said}")
     if not predicted:
         raise InputError(f"nothing could be predicted: {left_out} of {left_out} could not be read")
     if args.grid:
         draw_grid(drawn, captions, args.grid)
         first = "" if len(drawn) == predicted else f"the first {len(drawn)} of "
-        print(f"{args.grid}: {first}{count(predicted, 'image')}", file=sys.stderr)
+        print(printable(f"{args.grid}: {first}{count(predicted, 'image')}"), file=sys.stderr)
     return 0
 
 

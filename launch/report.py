@@ -12,7 +12,7 @@ from pathlib import Path
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file, write_atomically
-from shardstep.configs.text import count
+from shardstep.configs.text import count, printable
 from shardstep.launch.cli import run_script
 
 
@@ -48,10 +48,10 @@ def main(arguments: list[str]) -> int:
     analyses = [analyse_run(record, args.device) for record in records]
     for one in analyses:
         for reason in one.left_out:
-            print(f"{one.record.folder}: left out: {reason}")
+            print(printable(f"{one.record.folder}: left out: {reason}"))
     content = report_page(analyses, datetime.now().astimezone()).encode()
     write_atomically(out, content)
-    print(f"{out}: {count(len(analyses), 'run')}, {len(content) / 1000:,.0f} kB in one file")
+    print(printable(f"{out}: {count(len(analyses), 'run')}, {len(content) / 1000:,.0f} kB in one file"))
     return 0
 
 

@@ -98,7 +98,7 @@ def _write(args: argparse.Namespace) -> int:
     sizes = (args.samples_per_shard, args.seed, args.limit)
     labels = LabelOptions(args.labels, args.image_column, args.label_column, args.label_separator)
     manifest = write_shards(args.source, args.split, args.out, *sizes, args.bad_images, args.classes_of, labels)
-    print(f"{args.out}: {_size(manifest)}, {manifest.bytes:,} bytes")
+    print(printable(f"{args.out}: {_size(manifest)}, {manifest.bytes:,} bytes"))
     return 0
 
 
@@ -114,7 +114,7 @@ def _verify(args: argparse.Namespace) -> int:
     if problems:
         headline = f"{args.dir} is as it was written, but training cannot read all of it"
         raise InputError.from_problems(headline, problems, MOST_NAMED)
-    print(f"{args.dir}: every byte is as it was written")
+    print(printable(f"{args.dir}: every byte is as it was written"))
     return 0
 
 
@@ -136,7 +136,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from shardstep.datasets.class_names import parse_class_names
+    from shardstep.datasets.class_names import doubtful_names_note, parse_class_names
     from shardstep.datasets.manifest import MANIFEST_NAME, parse_manifest
     from shardstep.datasets.scan import index_shards
     from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE
@@ -164,6 +164,8 @@ def _index(args: argparse.Namespace) -> int:
     label_field = NUMBERS_IN_CLS if label is None else parse_label_field(str(label))
     manifest = index_shards(args.dir, made, classes, former_classes=former_classes, label_field=label_field)
     print(f"{args.dir}: {_size(manifest)}, {count(len(manifest.classes), 'class', 'classes')}")
+    if note := doubtful_names_note(manifest.classes):
+        print(note, file=sys.stderr)
     empty = [name for name, n in zip(manifest.classes, manifest.samples_per_class, strict=True) if not n]
     if empty:
         print(f"{args.dir}: {count(len(empty), 'class', 'classes')} without images: {listed(empty)}", file=sys.stderr)
@@ -190,7 +192,7 @@ def _order(args: argparse.Namespace) -> int:
     window = window_of(args.window_shards, shards.manifest.bytes, len(shards.manifest.shards))
     order = EpochOrder(shards.samples_per_shard, args.seed, args.epoch, args.lanes, window, args.order_version)
     for position, sample_id in enumerate(order.slice(args.start, stop).tolist(), args.start):
-        print(position, shards.key(sample_id))
+        print(position, printable(shards.key(sample_id)))
     return 0
 
 

@@ -1,6 +1,7 @@
 """Open the training and test sets of a recipe, check that they match, and read them resident or streamed."""
 
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
 from shardstep.datasets.framing import RANDOM_CROP, Framing, framing_of, random_crop
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, did_you_mean, open_shards
 from shardstep.datasets.order import ORDER_VERSION, window_of
+from shardstep.datasets.overlap import count_shared
 from shardstep.datasets.parts import Part, PartName, hold_out
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
@@ -32,6 +34,7 @@ from shardstep.trainer.evaluation import TestBatches
 from shardstep.trainer.formats.candidates import MEMORY_FORMATS
 from shardstep.trainer.optim.plan import Plan
 
+_MOST_SHARED = 0.01  # of the images of a set: a few may well be in another one by chance
 RESIDENT_SHARE = 0.25  # of the memory of the host, or of the GPU, that decoded images may take
 
 
@@ -144,6 +147,28 @@ def _label_options(config: DataConfig) -> LabelOptions:
     return LabelOptions(config.labels, config.image_column, config.label_column, config.label_separator)
 
 
+def data_warnings(config: DataConfig, data: Data, reconstructs: bool) -> list[str]:
+    """Return what may be wrong with a run's data sets: shards of another source, shared images, classes without images."""
+    shared = shared_images(data)
+    found = [unused_source_warning(config, data), f"{shared}; {SHARED_IMAGES_REMEDY}" if shared else None]
+    if not reconstructs:
+        found.append(unlearnable_classes(data.train))
+    return [text for text in found if text]
+
+
+def unlearnable_classes(train: Part) -> str | None:
+    """Say that there is only one class, or which classes have no training images; None where neither is so."""
+    classes = train.manifest.classes
+    if len(classes) == 1:
+        return f"the only class is {listed(classes)}: every prediction is correct, and nothing is learnt"
+    samples = train.samples_per_class()
+    empty = [classes[label] for label in np.flatnonzero(samples == 0)]
+    if not empty:
+        return None
+    which = f"{len(empty):,} of {len(classes):,} classes have no training images"
+    return f"{which}, so nothing is learnt about them: {listed(empty)}"
+
+
 def unused_source_warning(config: DataConfig, data: Data) -> str | None:
     """Return a warning if existing shards hold other images than data.source; else None."""
     if config.source is None:
@@ -157,6 +182,23 @@ def unused_source_warning(config: DataConfig, data: Data) -> str | None:
                 f"({manifest.made.get('source', 'of unknown origin')}; classes {_short(manifest)}). To use the source, give "
                 f"another folder as data.{split}; to use these shards, data.source=null"
             )
+    return None
+
+
+SHARED_IMAGES_REMEDY = (
+    "a model knows the images that it was trained or chosen on: give each set images of its own, or hold some out of the "
+    "training set with data.validation=0.1 data.test=none"
+)
+
+
+def shared_images(parts: Parts) -> str | None:
+    """Say which two sets have images in common, as if one folder was given for both; None if it is less than 1 %."""
+    for (one_name, one), (other_name, other) in combinations([("train", parts.train), *parts.evaluated.items()], 2):
+        shared, looked_for = count_shared(other, one)
+        if shared > _MOST_SHARED * looked_for:
+            whole = "training" if one_name == "train" else one_name
+            some = "" if looked_for == other.samples else " that were looked for"
+            return f"{shared:,} of {looked_for:,} {other_name} images{some} are also in the {whole} set"
     return None
 
 
@@ -192,11 +234,29 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
             f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}; "
             f"{_class_difference(one, other, one_name, other_name)}{remedy}"
         )
+    check_same_kind(one, other, one_name, other_name)
+    check_same_size(one, other, one_name, other_name, framing)
+
+
+def check_same_kind(one: Manifest, other: Manifest, one_name: str, other_name: str) -> None:
+    """Check that the images of both sets have one label each, or those of both several.
+
+    Raises:
+        InputError: they have not.
+    """
     if one.has_several_labels != other.has_several_labels:
         single, several = (other_name, one_name) if one.has_several_labels else (one_name, other_name)
         raise InputError(
             f"the images of {several} have several labels, those of {single} one each: write both from labels of one kind"
         )
+
+
+def check_same_size(one: Manifest, other: Manifest, one_name: str, other_name: str, framing: Framing | None) -> None:
+    """Check that the images of two sets have one size as they are read.
+
+    Raises:
+        InputError: they have not.
+    """
     sizes = [manifest.shape_when_read(framing, one.image_mode) for manifest in (one, other)]
     if sizes[0] != sizes[1]:
         raise InputError(

@@ -10,10 +10,10 @@ from shardstep.configs.text import count, duration
 from shardstep.datasets.batches import micro_pieces
 from shardstep.datasets.order import window_of
 from shardstep.trainer.data import (
+    data_warnings,
     folders_of,
     held_out_text,
     other_mode_note,
-    unused_source_warning,
     whole_jpegs_note,
 )
 from shardstep.trainer.distributed import launch_env
@@ -57,8 +57,8 @@ def describe(run: Run) -> list[str]:
         (
             "data",
             f"{' + '.join(f'{part.samples:,}' for part in parts)} images {width}x{height}x{channels}, "
-            f"{run.data.num_classes} classes, {recipe.data.mode}; order: lanes {recipe.data.lanes}, window {window}, "
-            f"version {recipe.data.order_version}",
+            f"{count(run.data.num_classes, 'class', 'classes')}, {recipe.data.mode}; order: lanes {recipe.data.lanes}, "
+            f"window {window}, version {recipe.data.order_version}",
         ),
         ("shards", ", ".join(folders_of(recipe.data).values())),
         *([("held out", held_out_text(recipe.data, run.data))] if "validation" in run.data.evaluated else []),
@@ -91,8 +91,8 @@ def warnings_about(run: Run) -> list[str]:
             f"accelerate launch was given the precision {ignored}, which has no effect: train.precision decides, and is "
             f"{run.recipe.train.precision}"
         )
-    if run.accelerator.is_main_process and (unused_source := unused_source_warning(run.recipe.data, run.data)):
-        found.append(unused_source)
+    if run.accelerator.is_main_process:
+        found += data_warnings(run.recipe.data, run.data, run.objective.reconstructs)
     if asked is not None and asked > threads:
         found.append(
             f"train.threads={asked}, but each rank uses {count(threads, 'thread')}: its share of the cores here "

@@ -9,12 +9,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from shardstep.configs.schema import EvalConfig
-from shardstep.trainer.analysis.label_scores import LabelScores, score_labels
 from shardstep.trainer.distributed.buffers import flatten_buffers, set_buffers
 from shardstep.trainer.distributed.collectives import gather_samples, mean_over_ranks, reduce_sums
 from shardstep.trainer.models.views import predict
+from shardstep.trainer.optim.label_scores import LabelScores, score_labels
 from shardstep.trainer.optim.losses import Objective, one_label
 
+MOST_CLASSES_IN_CONFUSION = 1000
+"""More classes have no confusion matrix: its size is the square of their number."""
 TestBatches = Callable[[], Iterable[tuple[Tensor, Tensor, np.ndarray]]]
 """Starts a new pass over this rank's part of the test set: images, labels, sample ids."""
 
@@ -28,7 +30,9 @@ class Evaluation:
         accuracy: share of samples whose highest output is their label; None where images are reconstructed, or have several
             labels, like the two below.
         top5: share of samples whose label is among the five highest outputs.
-        confusion: int64 (classes, classes); row: label, column: prediction.
+        class_samples: int64 (classes,), samples of each label.
+        class_correct: int64 (classes,), those whose highest output is their label.
+        confusion: int64 (classes, classes); row: label, column: prediction; None for very many classes.
         labels: how well the labels are found where samples have several.
     """
 
@@ -36,6 +40,8 @@ class Evaluation:
     samples: int
     accuracy: float | None = None
     top5: float | None = None
+    class_samples: Tensor | None = None
+    class_correct: Tensor | None = None
     confusion: Tensor | None = None
     labels: LabelScores | None = None
 
@@ -58,12 +64,10 @@ class Evaluation:
     @property
     def per_class_accuracy(self) -> list[float | None] | None:
         """The accuracy of each class; None for a class without samples."""
-        if self.confusion is None:
+        if self.class_samples is None or self.class_correct is None:
             return None
-        return [
-            int(self.confusion[label, label]) / total if total else None
-            for label, total in enumerate(self.confusion.sum(dim=1).tolist())
-        ]
+        pairs = zip(self.class_correct.tolist(), self.class_samples.tolist(), strict=True)
+        return [correct / samples if samples else None for correct, samples in pairs]
 
 
 @torch.no_grad()
@@ -97,7 +101,7 @@ def evaluate(
         set_buffers(module, own_buffers)  # the next start evaluates again from there
         return None
 
-    sums, confusion = reduce_sums(accelerator, [counted.sums, counted.confusion])
+    sums, class_counts = reduce_sums(accelerator, [counted.sums, counted.class_counts])
     total_loss, correct, top5, count = sums.tolist()
     assert count == num_samples, f"{count:.0f} of {num_samples} test samples were counted"
     if objective.finds_several:
@@ -105,22 +109,31 @@ def evaluate(
         return Evaluation(total_loss / count, int(count), labels=score_labels(outputs, shares, config.threshold))
     if objective.reconstructs:
         return Evaluation(total_loss / count, int(count))
+    class_counts = class_counts.view(num_classes, -1).long().cpu()
+    has_confusion = num_classes <= MOST_CLASSES_IN_CONFUSION
     return Evaluation(
         loss=total_loss / count,
         samples=int(count),
         accuracy=correct / count,
         top5=top5 / count,
-        confusion=confusion.view(num_classes, num_classes).long().cpu(),
+        class_samples=class_counts.sum(dim=1),
+        class_correct=class_counts.diagonal() if has_confusion else class_counts[:, 1],
+        confusion=class_counts if has_confusion else None,
     )
 
 
 @dataclass(frozen=True)
 class _Counted:
-    """What one rank has found: sums (loss, correct, in the top five, samples), the confusion matrix, flat, and with several
-    labels all outputs and shares (samples, classes)."""
+    """What one rank has found.
+
+    Attributes:
+        sums: loss, correct, in the top five, samples.
+        class_counts: the confusion matrix, flat; for very many classes, of (classes, 2): wrong and correct.
+        outputs, shares: float32 (samples, classes), of all samples where they have several labels.
+    """
 
     sums: Tensor
-    confusion: Tensor
+    class_counts: Tensor
     outputs: Tensor
     shares: Tensor
 
@@ -136,7 +149,9 @@ def _count(
 ) -> _Counted | None:
     """Evaluate this rank's samples; return None if it is to stop."""
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    confusion = torch.zeros(num_classes**2 if objective.classifies else 0, dtype=torch.float64, device=device)
+    columns = num_classes if num_classes <= MOST_CLASSES_IN_CONFUSION else 2
+    counts = num_classes * columns if objective.classifies else 0
+    class_counts = torch.zeros(counts, dtype=torch.float64, device=device)
     one = torch.ones(1, dtype=torch.float64, device=device)
     kept = [(torch.zeros(0, num_classes, device=device),) * 2]
     for images, labels, _ in batches():
@@ -156,6 +171,7 @@ def _count(
         best = outputs.topk(min(5, num_classes), dim=1).indices
         hits = best == labels.unsqueeze(1)
         sums[1:3] += torch.stack([hits[:, 0].sum(), hits.sum()])
-        confusion.scatter_add_(0, labels * num_classes + best[:, 0], one.expand(len(labels)))
+        column = best[:, 0] if columns == num_classes else hits[:, 0].long()
+        class_counts.scatter_add_(0, labels * columns + column, one.expand(len(labels)))
     outputs, shares = (torch.cat(values) for values in zip(*kept, strict=True))
-    return _Counted(sums, confusion, outputs, shares)
+    return _Counted(sums, class_counts, outputs, shares)

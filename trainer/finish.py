@@ -11,18 +11,18 @@ from torch import Tensor
 from shardstep.configs.components import first_line
 from shardstep.configs.errors import InputError, NonFiniteError, TrainingFailed, is_out_of_memory
 from shardstep.configs.files import write_atomically
-from shardstep.configs.text import listed
+from shardstep.configs.text import count, listed
 from shardstep.trainer import loop
-from shardstep.trainer.analysis.label_scores import HOLDS
 from shardstep.trainer.checkpoints.checkpoint import write_weights
 from shardstep.trainer.checkpoints.checkpoint_files import newest_intact
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.collectives import broadcast_object, is_lost_rank
 from shardstep.trainer.distributed.world import leave_world
-from shardstep.trainer.evaluation import Evaluation
+from shardstep.trainer.evaluation import MOST_CLASSES_IN_CONFUSION, Evaluation
 from shardstep.trainer.monitoring import pictures
 from shardstep.trainer.monitoring.timing import time_table
 from shardstep.trainer.optim.average import averaged
+from shardstep.trainer.optim.label_scores import HOLDS
 from shardstep.trainer.optim.losses import one_label
 from shardstep.trainer.run import Run
 from shardstep.trainer.run_dir import Failure, Status
@@ -100,7 +100,7 @@ def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
     if labels := evaluation.labels:
         shares = f"mAP {labels.mean_average_precision:.2%}, F1 {labels.f1_macro:.2%} (micro {labels.f1_micro:.2%}), "
     run.display.note(
-        f"done: {run.data.final_name} {shares}loss {evaluation.loss:.4f} on {evaluation.samples:,} images after "
+        f"done: {run.data.final_name} {shares}loss {evaluation.loss:.4f} on {count(evaluation.samples, 'image')} after "
         f"{run.state.wall_s:.0f} s"
     )
     scores = evaluation.labels.average_precision if evaluation.labels else evaluation.per_class_accuracy or []
@@ -109,6 +109,8 @@ def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
     if known and min(known)[0] < max(known)[0]:
         (best, best_name), (worst, worst_name) = max(known), min(known)
         run.display.note(f"best class: {listed([best_name])} {best:.1%}, worst: {listed([worst_name])} {worst:.1%}")
+    if evaluation.accuracy is not None and evaluation.confusion is None:
+        run.display.note(f"confusion.png is not drawn for more than {MOST_CLASSES_IN_CONFUSION:,} classes")
     run.display.note(f"{', '.join([*drawn, run.dir.weights_path.name])} are in {folder}")
     if not is_safe:
         run.display.warn(
@@ -206,10 +208,11 @@ def draw_pictures(run: Run, evaluation: Evaluation) -> list[str]:
     }
     if evaluation.labels:
         draw["predictions.png"] = lambda path: pictures.draw_found_labels(*first_found_labels(run), classes, path)
-    elif confusion is None:
+    elif evaluation.accuracy is None:
         draw["reconstructions.png"] = lambda path: pictures.draw_reconstructions(*first_reconstructions(run), path)
     else:
-        draw["confusion.png"] = lambda path: pictures.draw_confusion(confusion, classes, path)
+        if confusion is not None:
+            draw["confusion.png"] = lambda path: pictures.draw_confusion(confusion, classes, path)
         draw["predictions.png"] = lambda path: pictures.draw_predictions(*first_predictions(run), classes, path)
     drawn, problems = [], []
     for name, draw_into in draw.items():

@@ -162,7 +162,8 @@ class Metrics:
             "lr": state.lr,
             "train_loss": train_loss,
             "train_accuracy": train_accuracy if self._has_accuracy else None,
-            "per_class_accuracy": evaluation.per_class_accuracy,
+            # A line for very many classes would be long.
+            "per_class_accuracy": None if evaluation.confusion is None else evaluation.per_class_accuracy,
             **({"per_class_ap": evaluation.labels.average_precision} if evaluation.labels else {}),
             "wall_s": round(state.wall_s, 3),
             "train_s": round(state.train_s, 3),

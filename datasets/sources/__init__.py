@@ -10,7 +10,7 @@ synthetic:N     N images that a model can learn, generated from a seed
 a folder        SRC/<split>/<class>/<file> or SRC/<class>/<file>; <split> is also Train, training_set, seg_train, ...
 a .tar of one   the same layout inside
                 both also with a table of labels, as metadata.csv|jsonl|parquet or given as LabelOptions
-a .parquet file, or a folder of them: images and labels in columns, as Hugging Face's datasets has them
+a .parquet or .arrow file, or a folder of them: images and labels in columns, as Hugging Face's datasets writes them
 Tiny ImageNet unpacked, or a folder of ImageNet's archives
 an .npz file of arrays, as MedMNIST has them
 CIFAR-10's own archives, python or binary, packed (.tar.gz) or unpacked
@@ -32,7 +32,8 @@ from shardstep.datasets.sources.image_folder import open_image_folder
 from shardstep.datasets.sources.image_tar import open_image_tar
 from shardstep.datasets.sources.imagenet import TINY_IMAGENET, open_imagenet_folder
 from shardstep.datasets.sources.labelled_files import LABELLED_BY, is_labelled_by
-from shardstep.datasets.sources.parquet_images import PARQUET_IMAGES, find_parquet_files, open_parquet_images
+from shardstep.datasets.sources.parquet import COLUMN_FILES
+from shardstep.datasets.sources.parquet_images import COLUMN_IMAGES, find_column_files, open_column_images
 from shardstep.datasets.sources.source import WRITTEN_ELSEWHERE, Source
 from shardstep.datasets.sources.synthetic import make_synthetic
 from shardstep.datasets.sources.tables import NO_OPTIONS, LabelOptions
@@ -87,7 +88,10 @@ def surely_differs(source: str, manifest: Manifest, split: str, labels: LabelOpt
 
 
 def _shares_a_class(source: Path, split: str, classes: list[str], made_from: str) -> bool:
-    if made_from.startswith(LABELLED_BY) or made_from in (PARQUET_IMAGES, TINY_IMAGENET):  # the folders are no classes
+    if made_from.startswith(LABELLED_BY) or made_from in (
+        *COLUMN_IMAGES.values(),
+        TINY_IMAGENET,
+    ):  # the folders are no classes
         return True
     tree = FolderTree(source)
     try:
@@ -130,8 +134,8 @@ def _open_path(path: Path, split: str, labels: LabelOptions = NO_OPTIONS) -> Sou
                 return _open_path(path / name, split, labels)
         if not labels and (source := open_imagenet_folder(path, split)):
             return source
-        if labels.table is None and (names := find_parquet_files(path)):
-            return open_parquet_images(path, names, split, labels)
+        if labels.table is None and (names := find_column_files(path)):
+            return open_column_images(path, names, split, labels)
         return open_image_folder(path, split, labels)
     name = path.name.lower() if path.is_file() else ""
     if name.endswith((".tar.gz", ".tgz")) or (name.endswith(".tar") and cifar10.is_cifar10_tar(path)):
@@ -142,8 +146,8 @@ def _open_path(path: Path, split: str, labels: LabelOptions = NO_OPTIONS) -> Sou
     if name.endswith(".npz"):
         _refuse(labels, path)
         return read_arrays(path, split)
-    if name.endswith(".parquet") and labels.table is None:
-        return open_parquet_images(path.parent, [path.name], None, labels)
+    if name.endswith(tuple(f".{kind}" for kind in COLUMN_FILES)) and labels.table is None:
+        return open_column_images(path.parent, [path.name], None, labels)
     if path.is_file() and (command := unpack_command(path)):
         raise InputError(f"{path} is compressed: unpack it with `{command}`")
     raise InputError(f"{path} is neither a folder nor a .tar; unpack other archives first")

@@ -4,7 +4,7 @@ People call their splits train, Train, training_set, seg_train, ...; none of the
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
 from shardstep.configs.errors import InputError
@@ -114,6 +114,29 @@ def refuse_what_are_no_classes(images: list[list[str]], has_splits: bool, where:
         if not has_splits and set(splits.values()) - {"train"}:
             found = ", ".join(f"{name}/{split}" for split in splits)
             raise InputError(f"{where} has splits inside class folders ({found}): write them as <split>/<class>/<file>")
+
+
+def folders_like_splits(images: list[list[str]]) -> list[str]:
+    """Return the first folders if most of them hold folders of the same names, as tr/cat, tr/dog, te/cat and te/dog do.
+
+    `images`: the parts of the path of each image.
+    """
+    inner: dict[str, set[str]] = defaultdict(set)
+    for parts in images:
+        inner[parts[0]] |= {name for name in parts[1:-1] if name.lower() not in _NO_CLASSES}
+    holders = Counter(name for names in inner.values() for name in names)
+    shared = {name for name, times in holders.items() if times > 1}
+    found = sorted(name for name, names in inner.items() if len(names & shared) > 1)
+    return found if len(found) > max(1, len(inner) // 2) else []
+
+
+def split_in_name(path: str) -> str | None:
+    """Return the split that the name of a file says in one of its words, or else that of its folder, and so on upwards."""
+    for part in reversed(path.split("/")):
+        splits = {split for word in re.findall("[a-z]+", part.lower()) if (split := split_of(word))}
+        if len(splits) == 1:
+            return splits.pop()
+    return None
 
 
 def visible_folders(tree: FileTree, folder: str) -> list[str]:

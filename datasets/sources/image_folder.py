@@ -20,6 +20,7 @@ from shardstep.datasets.input_files import (
 )
 from shardstep.datasets.sources.class_folders import (
     find_class_folders,
+    folders_like_splits,
     refuse_what_are_no_classes,
     split_folders,
 )
@@ -85,7 +86,7 @@ def _open_class_folders(description: str, tree: FileTree, split: str) -> Source:
         lambda number: tree.read(images[number]),
         lambda number: images[number],
         has_splits,
-        notes=_notes(tree, start, found, has_splits, name_of),
+        notes=_notes(tree, start, found, has_splits, name_of, folders_like_splits(parts)),
         empty_folders=_empty_folders(tree, start, set(name_of)),
     )
 
@@ -97,10 +98,14 @@ def _empty_folders(tree: FileTree, start: str, classes: set[str]) -> list[str]:
     return sorted(names[entry.kind].format(entry.name) for entry in entries if entry.kind in names)
 
 
-def _notes(tree: FileTree, start: str, found: FoundImages, has_splits: bool, name_of: dict[str, str]) -> list[str]:
+def _notes(
+    tree: FileTree, start: str, found: FoundImages, has_splits: bool, name_of: dict[str, str], like_splits: list[str]
+) -> list[str]:
     """Return what to tell about images that are left out or found more than once, and folders passed through or merged.
 
-    `name_of`: the classes of the folders.
+    Args:
+        name_of: the classes of the folders.
+        like_splits: class folders that may well be splits.
     """
     notes = []
     if start:
@@ -111,6 +116,11 @@ def _notes(tree: FileTree, start: str, found: FoundImages, has_splits: bool, nam
     merged = [name for name, folders in Counter(name_of.values()).items() if folders > 1]
     if merged:
         notes.append(f"merged: folders whose names are one in another Unicode form (NFC and NFD): {listed(merged)}")
+    if like_splits:
+        notes.append(
+            f"{tree.where / start}: the classes {listed(like_splits)} hold folders of the same names. If they are splits or "
+            f"folds, give each as a source of its own, or call them train/ and test/"
+        )
     return notes
 
 

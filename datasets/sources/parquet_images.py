@@ -1,11 +1,10 @@
-"""Images inside parquet files, as Hugging Face's datasets writes them: a column of files, and one of labels.
+"""Images inside parquet or Arrow files, as Hugging Face's datasets writes them: a column of files, and one of labels.
 
 A column of images is a struct of bytes and path, or plain bytes. The names of classes are in the schema's metadata.
 """
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ from shardstep.datasets.class_names import class_name, label_names, sorted_class
 from shardstep.datasets.input_files import FolderTree, LeftOut, is_hidden, is_image, joined, split_name
 from shardstep.datasets.label_sets import NamedShares, hold_several, several_names
 from shardstep.datasets.progress import progress_bar
-from shardstep.datasets.sources.class_folders import split_of
-from shardstep.datasets.sources.parquet import open_parquet
+from shardstep.datasets.sources.class_folders import split_in_name
+from shardstep.datasets.sources.parquet import COLUMN_FILES, open_columns
 from shardstep.datasets.sources.row_labels import RowLabel, names_in
 from shardstep.datasets.sources.source import Source, numbered_labels
 from shardstep.datasets.sources.tables import LabelOptions, choose_label_column, columns_named
 
-PARQUET_IMAGES = "images in parquet files"  # the description of such a Source
+COLUMN_IMAGES = {kind: f"images in {kind} files" for kind in COLUMN_FILES}  # descriptions of such a Source
+_CACHED = "cache-"  # begins the names of what Hugging Face's map and filter leave beside a saved data set
 _READ_TOGETHER = 64  # images
 _MOST_LEVELS = 3  # of folders, as in default/train/0000.parquet
 _UNLABELLED = -1  # the label that Hugging Face gives to what has none
@@ -38,8 +38,12 @@ class _Columns:
     classes: list[str] | None  # if the file names them; its labels are then numbers
 
 
-def find_parquet_files(folder: Path) -> list[str]:
-    """Return the parquet files in and below a folder, sorted; none where there are images beside them, or above."""
+def find_column_files(folder: Path) -> list[str]:
+    """Return the parquet or Arrow files in and below a folder, sorted; none where there are images beside them, or above.
+
+    Raises:
+        InputError: there are both.
+    """
     tree, found, level = FolderTree(folder), list[str](), [""]
     for _ in range(1 + _MOST_LEVELS):
         folders = []
@@ -48,31 +52,39 @@ def find_parquet_files(folder: Path) -> list[str]:
             if any(is_image(entry.name) for entry in entries):
                 return []
             files = [entry.name for entry in entries if entry.kind == "file"]
-            found += [joined(place, name) for name in files if split_name(name)[1] == "parquet"]
+            found += [joined(place, name) for name in files if _has_columns(name)]
             folders += [joined(place, entry.name) for entry in entries if entry.kind == "folder"]
         level = folders
+    if len({split_name(name)[1] for name in found}) > 1:
+        raise InputError(f"{folder} has parquet and Arrow files: give the folder of one kind, or a file, as the source")
     return sorted(found)
 
 
-def open_parquet_images(where: Path, names: Sequence[str], split: str | None, options: LabelOptions) -> Source:
-    """Make a Source of the parquet files of a split; their names or folders say which: train-00000-of-00002.parquet, ...
+def _has_columns(name: str) -> bool:
+    kind = split_name(name)[1]
+    return kind in COLUMN_FILES and not (kind == "arrow" and name.startswith(_CACHED))
+
+
+def open_column_images(where: Path, names: Sequence[str], split: str | None, options: LabelOptions) -> Source:
+    """Make a Source of the files of a split; their names or folders say which: train-00000-of-00002.parquet, ...
 
     Args:
         where: the folder of the files.
-        names: of the files below it. If no name says a split, each split has all files.
+        names: of the parquet or Arrow files below it. If no name says a split, each split has all files.
         split: "train" or "test"; None takes all files.
 
     Raises:
         InputError: pyarrow is missing, a file cannot be read, none is of the split, or there are no plain columns of images
             and labels.
     """
-    split_of_file = {name: _split_of_file(name) for name in names}
+    kind = split_name(names[0])[1]
+    split_of_file = {name: split_in_name(name) for name in names}
     has_splits = split is not None and any(split_of_file.values())
     chosen = [name for name, its_split in split_of_file.items() if not has_splits or its_split == split]
     if not chosen:
         others = sorted({other for other in split_of_file.values() if other})
         raise InputError(
-            f"{where} has no parquet files of {split}, only of {', '.join(others)}: give the files' folder, or one file, as "
+            f"{where} has no {kind} files of {split}, only of {', '.join(others)}: give the files' folder, or one file, as "
             f"the source"
         )
     columns = _columns(where / chosen[0], options)
@@ -103,13 +115,13 @@ def open_parquet_images(where: Path, names: Sequence[str], split: str | None, op
         raise InputError(f"{where}: no row of {listed(chosen)} has a label in the column {columns.label}")
     files = _Files(where, chosen, columns.image, len(rows))
     return Source(
-        PARQUET_IMAGES,
+        COLUMN_IMAGES[kind],
         classes,
         numbered_labels([rows[row] for row in kept], classes),
         lambda number: files.read(kept[number]),
         lambda number: files.names[kept[number]],
         has_splits,
-        notes=[line] if (line := left_out.line(where, f"{columns.image} with {columns.label}")) else [],
+        notes=[line] if (line := left_out.line(where, f"rows with {columns.image} and {columns.label}")) else [],
     )
 
 
@@ -140,7 +152,7 @@ class _Files:
     def read(self, row: int) -> bytes:
         offset, size = self._places[row]
         if size < 0:
-            raise ValueError("cannot be read: the parquet file holds no bytes for it")
+            raise ValueError("cannot be read: the file holds no bytes for it")
         return os.pread(self._descriptor, size, offset)
 
     def __del__(self) -> None:
@@ -150,7 +162,7 @@ class _Files:
 
 def _images(where: Path, names: Sequence[str], column: str) -> Iterator[tuple[str, Any]]:
     for name in names:
-        with (where / name).open("rb") as opened, open_parquet(where / name, opened) as file:
+        with (where / name).open("rb") as opened, open_columns(where / name, opened) as file:
             for batch in file.iter_batches(_READ_TOGETHER, columns=[column]):
                 for value in batch.column(0):
                     yield name, value.as_py()
@@ -158,7 +170,7 @@ def _images(where: Path, names: Sequence[str], column: str) -> Iterator[tuple[st
 
 def _columns(path: Path, options: LabelOptions) -> _Columns:
     """Choose the columns of a file by the options, by what its metadata says, by their types, and by their names."""
-    with path.open("rb") as opened, open_parquet(path, opened) as file:
+    with path.open("rb") as opened, open_columns(path, opened) as file:
         schema = file.schema_arrow
     types = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
     try:
@@ -179,7 +191,9 @@ def _columns(path: Path, options: LabelOptions) -> _Columns:
     given = options.label_column or (next(iter(class_names)) if len(class_names) == 1 else None)
     label = choose_label_column(list(types), given, images, path)
     names = class_names.get(label)
-    return _Columns(images[0], label, None if names is None else [class_name(str(name)) for name in names])
+    if names is not None:
+        names = [class_name(str(name), f"write {path} again with names in UTF-8") for name in names]
+    return _Columns(images[0], label, names)
 
 
 def _in_list(feature: Any) -> dict[str, Any]:
@@ -190,7 +204,7 @@ def _in_list(feature: Any) -> dict[str, Any]:
 
 
 def _column(path: Path, column: str) -> list[Any]:
-    with path.open("rb") as opened, open_parquet(path, opened) as file:
+    with path.open("rb") as opened, open_columns(path, opened) as file:
         columns_named(file.schema_arrow.names, column, "label", path)
         return list(file.read(columns=[column]).column(0).to_pylist())
 
@@ -217,12 +231,3 @@ def _class_of_number(number: str, classes: list[str], where: str) -> str:
     if 0 <= int(number) < len(classes):
         return classes[int(number)]
     raise InputError(f"{where}: label {number} is out of range: it names {count(len(classes), 'class', 'classes')}")
-
-
-def _split_of_file(name: str) -> str | None:
-    """Return the split that the name of a file says, or else that of its folder."""
-    for part in reversed(name.removesuffix(".parquet").split("/")):
-        splits = {split for word in re.findall("[a-z]+", part.lower()) if (split := split_of(word))}
-        if len(splits) == 1:
-            return splits.pop()
-    return None

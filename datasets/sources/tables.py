@@ -17,7 +17,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, listed, printable
 from shardstep.datasets.decode import EXTENSIONS
 from shardstep.datasets.input_files import split_name
-from shardstep.datasets.sources.parquet import open_parquet
+from shardstep.datasets.sources.parquet import open_columns
 
 _SEPARATORS = {"csv": ",;\t", "tsv": "\t", "txt": "\t,; "}  # the one that is most frequent in the first line separates
 TABLE_EXTENSIONS = (*_SEPARATORS, "jsonl", "parquet")
@@ -182,7 +182,7 @@ def _json_lines(path: Path, text: str) -> LabelTable:
 
 
 def _parquet(path: Path, data: bytes) -> LabelTable:
-    with open_parquet(path, io.BytesIO(data)) as file:
+    with open_columns(path, io.BytesIO(data)) as file:
         content = file.read()
         return LabelTable(path, {name: content.column(name).to_pylist() for name in content.column_names})
 

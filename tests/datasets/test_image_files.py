@@ -75,7 +75,7 @@ def test_folders_are_searched(tmp_path: Path) -> None:
     assert line is not None
     assert line.startswith(
         f"left out of {tmp_path}: 2 hidden folders (.cache, ...), 1 hidden file (a/._c.jpeg), "
-        "1 .txt file (a/notes.txt), 1 circular link (a/up); used: png, "
+        "1 .txt file (a/notes.txt), 1 circular link (a/up); used are files that end in png, "
     )
     assert find_image_files(tmp_path / "a/notes.txt") == ([tmp_path / "a/notes.txt"], None)  # named: tried
     with pytest.raises(ValueError, match="does not exist"):

@@ -78,7 +78,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, others: list[str], expected
     assert (source.classes, names_of(source)) == (["a", "b"], ["a/1.png", "b/1.png"])
     (line,) = source.notes
     assert line.startswith(f"left out of {path}: {expected}")
-    assert "; used: png, jpg" in line
+    assert "; used are files that end in png, jpg" in line
 
 
 @BOTH
@@ -165,7 +165,7 @@ def test_commands_print_what_is_left_out(tmp_path: Path, command: str, capsys: p
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
     assert lines == [
         f"left out of {source}: 1 hidden folder (train/a/.ipynb_checkpoints), 1 .txt file (train/a/x.txt); "
-        f"used: {', '.join(EXTENSIONS)}"
+        f"used are files that end in {', '.join(EXTENSIONS)}"
     ]
 
 
@@ -249,6 +249,61 @@ def test_splits_by_other_names_are_used(tmp_path: Path, train: str, test: str, p
 def test_folders_that_are_no_classes_are_refused(tmp_path: Path, files: list[str], message: str, packed: bool) -> None:
     with pytest.raises(InputError, match=message):
         open_source(str(make_input(tmp_path, files, packed)), "test")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["tr/cat/1.png", "tr/dog/2.png", "te/cat/3.png", "te/dog/4.png"], "te, tr"),
+        (["fold1/0/1.png", "fold1/1/2.png", "fold2/0/3.png", "fold2/1/4.png"], "fold1, fold2"),
+        (["s1/a/1.png", "s1/b/2.png", "s2/a/3.png", "s2/b/4.png", "more/1.png"], "s1, s2"),
+        (["w/s1/a/1.png", "w/s1/b/2.png", "w/s2/a/3.png", "w/s2/b/4.png"], "s1, s2"),
+        (["f1/images/a/1.png", "f1/images/b/2.png", "f2/images/a/3.png", "f2/images/b/4.png"], "f1, f2"),
+        (["train/f1/a/1.png", "train/f1/b/2.png", "train/f2/a/3.png", "train/f2/b/4.png"], "f1, f2"),
+        (["art/a/1.png", "art/b/2.png", "clip/a/3.png", "clip/b/4.png", "clip/c/5.png"], "art, clip"),
+        (["cat/images/1.png", "dog/images/2.png"], None),
+        (["cat/1.png", "dog/2.png"], None),
+        (["cat/front/1.png", "dog/front/2.png"], None),
+        (["cat/persian/1.png", "cat/manx/2.png", "dog/poodle/3.png", "dog/boxer/4.png"], None),
+        (["a/x/1.png", "a/y/2.png", "b/x/3.png", "b/y/4.png", "c/5.png", "d/6.png", "e/7.png"], None),  # two of five
+    ],
+)
+def test_classes_that_may_be_splits_are_told(tmp_path: Path, files: list[str], told: str | None, packed: bool) -> None:
+    notes = open_source(str(make_input(tmp_path, files, packed)), "train").notes
+    found = [note for note in notes if "hold folders of the same names" in note]
+    assert len(found) == (told is not None)
+    assert told is None or f"the classes {told} hold folders of the same names. If they are splits or folds" in found[0]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("name", "split", "files", "is_told"),
+    [
+        ("images", "train", ["a/1.png", "b/2.png"], True),
+        ("images", "test", ["a/1.png", "b/2.png"], True),
+        ("train", "test", ["a/1.png", "b/2.png"], True),
+        ("my_training_images", "train", ["a/1.png", "b/2.png"], False),
+        ("test", "test", ["a/1.png", "b/2.png"], False),
+        ("images", "train", ["train/a/1.png", "train/b/2.png"], False),
+    ],
+)
+def test_a_source_that_is_used_whole_is_told(
+    tmp_path: Path,
+    name: str,
+    split: str,
+    files: list[str],
+    is_told: bool,
+    packed: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = make_input(tmp_path, files, packed)
+    path = path.rename(path.with_name(name + path.suffix))
+    write_shards(str(path), split, tmp_path / "out")
+    line = (
+        f"{path} does not say which images are for {split}: all of them are taken. Give each split a source of its own"
+    )
+    assert (line in capsys.readouterr().err) == is_told
 
 
 @BOTH
@@ -362,4 +417,4 @@ def test_a_line_names_the_most_frequent_kinds() -> None:
     line = left_out.line(Path("x"), "png")
     assert line is not None
     assert line.startswith("left out of x: 2 .0 files (0.0, ...), 2 .1 files (1.1, ...)")
-    assert line.endswith(", 14 more; used: png")  # 8 kinds of 2 are named
+    assert line.endswith(", 14 more; used are png")  # 8 kinds of 2 are named

@@ -234,7 +234,7 @@ def test_what_is_counted_is_printed(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "photos" / "labels.csv").write_text("image,label\n1.png,10\n2.png,9\n4.png,9\n")  # beside the images
     options = ["--labels", str(tmp_path / "photos" / "labels.csv"), "--out", str(tmp_path / "out")]
     assert shards_main(["write", "--source", str(tmp_path / "photos"), *options]) == 0
-    line = "1 missing file (4.png), 1 unlabelled image (3.png); used: png"
+    line = "1 missing file (4.png), 1 unlabelled image (3.png); used are files that end in png"
     assert f"left out of {tmp_path / 'photos'}: {line}" in capsys.readouterr().err
     opened = open_shards(tmp_path / "out")
     assert (opened.manifest.classes, opened.manifest.samples_per_class) == (["9", "10"], [1, 1])

@@ -1,4 +1,4 @@
-"""Images in parquet files, made as Hugging Face's datasets makes them."""
+"""Images in parquet and Arrow files, made as Hugging Face's datasets makes them."""
 
 import json
 import struct
@@ -30,8 +30,18 @@ def write_parquet(path: Path, columns: dict[str, list[Any]], features: dict[str,
     if features is not None:
         about = json.dumps({"info": {"features": {"image": {"_type": "Image"}, **features}}})
         table = table.replace_schema_metadata({"huggingface": about})
+    write_table(path, table)
+
+
+def write_table(path: Path, table: Any) -> None:
+    """Write a parquet file, or by the path's end an Arrow stream, as save_to_disk does, or file; two rows together."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(table, path, row_group_size=2)
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path, row_group_size=2)
+        return
+    new = pyarrow.ipc.new_file if path.stem.endswith("indexed") else pyarrow.ipc.new_stream
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
 
 
 def values_and_classes(folder: Path | str, split: str, options: LabelOptions | None = None) -> dict[int, str]:
@@ -47,6 +57,10 @@ def values_and_classes(folder: Path | str, split: str, options: LabelOptions | N
         ("default/train/0000.parquet", "default/test/0000.parquet"),
         ("plain_text/train/0000.parquet", "plain_text/test/0000.parquet"),
         ("train.parquet", "test.parquet"),
+        ("train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow"),  # of save_to_disk
+        ("cifar10-train.arrow", "cifar10-test.arrow"),  # of its cache
+        ("train-indexed.arrow", "test-indexed.arrow"),
+        ("Train.ARROW", "Test.ARROW"),
         ("train/part-0.parquet", "test/part-0.parquet"),
         ("mnist_train.parquet", "mnist_test.parquet"),
         ("data/train-00000-of-00001-a09b74b3ef9c3b56.parquet", "data/test-00000-of-00001-20b1bd3a3ac7ff4b.parquet"),
@@ -56,6 +70,9 @@ def test_files_of_splits(tmp_path: Path, train: str, test: str) -> None:
     write_parquet(tmp_path / "set" / train, {"label": [0, 2, 2, 0, 2]}, {"label": CLASS_LABEL})
     write_parquet(tmp_path / "set" / test, {"label": [1]}, {"label": CLASS_LABEL}, first=10)
     (tmp_path / "set" / "README.md").write_text("---\ndataset_info: ...\n---\n")
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    # What map leaves beside a saved data set.
+    write_parquet((tmp_path / "set" / train).parent / "cache-19c9106c82b6516a.arrow", {"label": [1]}, None, first=99)
     assert values_and_classes(tmp_path / "set", "train") == {0: "dog", 1: "cow", 2: "cow", 3: "dog", 4: "cow"}
     assert values_and_classes(tmp_path / "set", "test") == {10: "cat"}
     source = open_source(str(tmp_path / "set"), "test")
@@ -134,12 +151,13 @@ def test_rows_without_a_label_are_counted(tmp_path: Path) -> None:
     source = open_source(str(tmp_path), "train")
     assert labelled(source) == {"train.parquet: 0.png": "dog", "train.parquet: 3.png": "cat"}
     assert source.notes == [
-        f"left out of {tmp_path}: 2 empty labels (train.parquet: row 2, ...); used: image with label"
+        f"left out of {tmp_path}: 2 empty labels (train.parquet: row 2, ...); used are rows with image and label"
     ]
 
 
+@pytest.mark.parametrize("extension", ["parquet", "arrow"])
 @pytest.mark.parametrize("kind", ["binary", "large_binary"])
-def test_images_that_are_bytes_keep_their_format(tmp_path: Path, kind: str) -> None:
+def test_images_that_are_bytes_keep_their_format(tmp_path: Path, kind: str, extension: str) -> None:
     import io
 
     from PIL import Image
@@ -147,7 +165,7 @@ def test_images_that_are_bytes_keep_their_format(tmp_path: Path, kind: str) -> N
     buffer = io.BytesIO()
     Image.new("RGB", (4, 3), (9, 9, 9)).save(buffer, "jpeg")
     images = pyarrow.array([png(1), buffer.getvalue()], getattr(pyarrow, kind)())
-    parquet.write_table(pyarrow.table({"id": [1, 2], "jpg": images, "class": ["a", "b"]}), tmp_path / "train.parquet")
+    write_table(tmp_path / f"train.{extension}", pyarrow.table({"id": [1, 2], "jpg": images, "class": ["a", "b"]}))
     assert write_shards(str(tmp_path), "train", tmp_path / "out").encodings == ["jpg", "png"]
     assert open_shards(tmp_path / "out").manifest.classes == ["a", "b"]
 
@@ -156,7 +174,7 @@ def test_images_without_bytes_are_bad_images(tmp_path: Path) -> None:
     kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     images = pyarrow.array([{"bytes": png(1), "path": None}, {"bytes": None, "path": "/home/x/2.png"}, None], kind)
     parquet.write_table(pyarrow.table({"image": images, "label": ["a", "b", "a"]}), tmp_path / "train.parquet")
-    with pytest.raises(InputError, match=r"2\.png: cannot be read: the parquet file holds no bytes for it\n.*row 3: "):
+    with pytest.raises(InputError, match=r"2\.png: cannot be read: the file holds no bytes for it\n.*row 3: "):
         write_shards(str(tmp_path), "train", tmp_path / "out")
     assert write_shards(str(tmp_path), "train", tmp_path / "out", bad_images="skip").samples == 1
 
@@ -175,6 +193,38 @@ def test_a_damaged_file(tmp_path: Path) -> None:
         (tmp_path / "train.parquet").write_bytes(content)
         with pytest.raises(InputError, match=r"train\.parquet cannot be read as parquet"):
             open_source(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["train.arrow", "train-indexed.arrow"])
+def test_a_damaged_arrow_file(tmp_path: Path, name: str) -> None:
+    write_parquet(tmp_path / name, {"label": [0, 1, 2, 0]}, {"label": CLASS_LABEL})
+    intact = (tmp_path / name).read_bytes()
+    # Without its last 8 bytes, a stream still has whole batches.
+    for content in (b"", b"ARROW1", intact[:10], intact[: len(intact) // 2], intact[:-8], b"x" * 100):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name} cannot be read as arrow"):
+            open_source(str(tmp_path), "train")
+
+
+def test_a_set_that_was_saved_is_written_whole_from_a_file_or_its_folder(tmp_path: Path) -> None:
+    for part in range(2):
+        path = tmp_path / "saved" / f"data-0000{part}-of-00002.arrow"
+        write_parquet(path, {"label": [part, 2]}, {"label": CLASS_LABEL}, first=2 * part)
+    expected = {0: "dog", 1: "cow", 2: "cat", 3: "cow"}
+    assert values_and_classes(tmp_path / "saved", "test") == expected
+    assert values_and_classes(tmp_path / "saved" / "data-00001-of-00002.arrow", "train") == {2: "cat", 3: "cow"}
+    manifest = write_shards(str(tmp_path / "saved"), "train", tmp_path / "out")
+    assert manifest.made["source"] == "images in arrow files"
+    assert not surely_differs(str(tmp_path / "saved"), manifest, "train")
+    with pytest.raises(InputError, match="both sets would hold the same images"):
+        make_missing_shards(str(tmp_path / "saved"), "test", tmp_path / "test")
+
+
+def test_files_of_both_kinds_are_refused(tmp_path: Path) -> None:
+    for name in ("train.parquet", "train.arrow"):
+        write_parquet(tmp_path / name, {"label": [0]}, {"label": CLASS_LABEL})
+    with pytest.raises(InputError, match="has parquet and Arrow files: give the folder of one kind"):
+        open_source(str(tmp_path), "train")
 
 
 def test_a_folder_of_images_with_a_parquet_file_beside_them_is_a_folder_of_images(tmp_path: Path) -> None:

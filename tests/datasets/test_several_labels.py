@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from shardstep.configs.errors import InputError
+from shardstep.datasets.class_mapping import map_classes
 from shardstep.datasets.label_sets import LabelSets
 from shardstep.datasets.manifest import LABELS_NAME, ShardFolder, open_shards
 from shardstep.datasets.parts import hold_out
@@ -286,3 +287,13 @@ def test_each_label_has_its_share_of_what_is_held_out(tmp_path: Path) -> None:
     whole, held_out = shards.manifest.samples_per_class, validation.samples_per_class().tolist()
     assert held_out == pytest.approx([0.25 * count for count in whole], abs=2)
     assert (train.samples_per_class() + validation.samples_per_class()).tolist() == whole
+
+
+def test_another_order_of_classes_is_mapped_by_name(tmp_path: Path) -> None:
+    shards = written(tmp_path)
+    mapped, note = map_classes(shards, ["dog", "cow", "cat", "bird"], "x")
+    assert note == "x has other classes than the model: classes are matched by name; only the model has cow"
+    assert names_of(mapped) == names_of(shards)
+    assert mapped.manifest.samples_per_class == [3, 0, 2, 1]
+    with pytest.raises(InputError, match=r"classes that the model does not know: dog \(3 images\)"):
+        map_classes(shards, ["cat", "bird"], "x")

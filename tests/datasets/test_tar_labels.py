@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import tarfile
@@ -104,6 +105,98 @@ def test_fields_without_a_label(tmp_path: Path, field: str, label: bytes | None,
     write_tar(tmp_path / "x" / "a.tar", {"1.png": png(1)} | ({} if label is None else {name: label}))
     with pytest.raises(InputError, match=message):
         shards_main(["index", str(tmp_path / "x"), "--label", field])
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "expected"),
+    [
+        ([], [BOM + b"1", b"0\r\n", b" 1 "], ["1", "0", "1"]),
+        (["--label", "cls"], [BOM + b"cat", b"cat", b"dog"], ["cat", "cat", "dog"]),
+        (["--label", "cls"], [b"4000000000", b"0", b"4000000000"], ["4000000000", "0", "4000000000"]),
+        (["--classes", " a , b\t"], [b"1", b"0", b"1"], ["b", "a", "b"]),
+        (["--classes", "a"], [b"0", b"0", b"0"], ["a", "a", "a"]),
+    ],
+)
+def test_labels_as_programs_write_them(
+    tmp_path: Path, options: list[str], labels: list[bytes], expected: list[str]
+) -> None:
+    folder = write_samples(tmp_path / "x", labels, "cls")
+    assert shards_main(["index", str(folder), *options]) == 0
+    assert classes_of_samples(folder) == expected
+    assert verify_shards(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "label", "message"),
+    [
+        ([], b"cat", "1.cls is not a label (cat): it must be an integer from 0; to read names, add --label cls"),
+        ([], b"1.5", "1.cls is not a label (1.5): it must be"),
+        ([], b"+1", "1.cls is not a label (+1): it must be"),
+        ([], "\u0661".encode(), "1.cls is not a label (\u0661): it must be"),
+        ([], b"\x1b[31m", "1.cls is not a label (\\x1b[31m): it must be"),
+        ([], b"a\nb", "1.cls is not a label (a\\nb): it must be"),
+        ([], b"9" * 19, "1.cls is not a label (9999999999999999999): it must be"),
+        ([], b"", "1.cls has an empty label"),
+        ([], "1".encode("utf-16"), "1.cls is not a label: it is not UTF-8"),
+        ([], b"4000000000", "the largest label is 4000000000, which would mean 4,000,000,001 classes for 1 sample"),
+        ([], b"4000000000", "add `--label cls` to make a class of each label that occurs"),
+        (["--classes", "a"], b"4000000000", "label 4000000000 is out of range: there is 1 class"),
+        (["--classes", "a,b"], b"2", "label 2 is out of range: there are 2 classes"),
+        (["--label", "cls", "--classes", "a"], b"b", "labels that are none of the 1 class: b"),
+        (["--first-label", "2"], b"1", "1.cls is not a label (1): it must be an integer from 2; give another --first"),
+        (["--classes", b"\xff".decode(errors="surrogateescape")], b"0", "the class name \\udcff is not UTF-8: give"),
+    ],
+)
+def test_what_is_no_label_is_shown_with_a_remedy(
+    tmp_path: Path, options: list[str], label: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x").mkdir()
+    write_tar(tmp_path / "x" / "a.tar", {"1.png": png(1), "1.cls": label})
+    assert run_command(shards_main, ["index", str(tmp_path / "x"), *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["._a.tar", ".b.tar"], "2 hidden files (._a.tar, ...)"),
+        (["a.zip", "a.tar.part"], "1 .zip file (a.zip)"),
+        (["train/a.tar"], "1 folder (train)"),
+    ],
+)
+def test_a_folder_without_tars_says_what_it_has(
+    tmp_path: Path, names: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in names:
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_tar(tmp_path / "x" / name, {"1.png": png(1), "1.cls": b"0"})
+    assert run_command(shards_main, ["index", str(tmp_path / "x")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: no .tar files in {tmp_path / 'x'}; left out of {tmp_path / 'x'}: ")
+    assert expected in told
+    with pytest.raises(InputError, match=re.escape(expected)):
+        open_shards(tmp_path / "x")
+
+
+def test_names_in_a_tar_stay_on_their_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x").mkdir()
+    write_tar(tmp_path / "x" / "a.tar", {"a\nb.png": png(1), "a\nb.cls": b"c\x1bd", "z\x07.png": png(2)})
+    assert run_command(shards_main, ["index", str(tmp_path / "x")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == [
+        "  - a.tar: z\\x07.png has no label z\\x07.cls",
+        "  - a.tar: a\\nb.cls is not a label (c\\x1bd): it must be an integer from 0; to read names, add --label cls",
+    ]
+    write_tar(tmp_path / "x" / "a.tar", {"a\nb.png": png(1), "a\nb.cls": b"0"})
+    assert run_command(shards_main, ["index", str(tmp_path / "x")]) == 0
+    capsys.readouterr()
+    assert run_command(shards_main, ["order", str(tmp_path / "x")]) == 0
+    assert capsys.readouterr().out == "0 a\\nb\n"
 
 
 @pytest.mark.parametrize("field", ["", "png", "json", "txt:label", ":label", "a/b", "JPG"])

@@ -272,11 +272,11 @@ def test_foreign_tars_can_be_indexed(tmp_path: Path) -> None:
         ({"1.cls": b"1"}, "1.cls has no image"),
         (
             {"1.png": png(1), "1.cls": b"cat"},
-            "1.cls is not a label: it must be an integer from 0; to read names, add --label cls",
+            "1.cls is not a label (cat): it must be an integer from 0; to read names, add --label cls",
         ),
-        ({"1.png": png(1), "1.cls": b"-1"}, "1.cls is not a label"),
+        ({"1.png": png(1), "1.cls": b"-1"}, "1.cls is not a label (-1): it must be"),
         ({"1.png": png(1), "1.cls": b"7"}, "label 7 is out of range: there are 2 classes"),
-        ({"1.png": png(1), "1.cls": b"9" * 5000}, "1.cls is not a label"),
+        ({"1.png": png(1), "1.cls": b"9" * 5000}, f"1.cls is not a label ({'9' * 30}...)"),
         ({"1.png": b"junk", "1.cls": b"1"}, "1.png: not an image"),
         ({"1.txt": b"junk"}, "no samples"),
         (
@@ -325,8 +325,8 @@ def test_what_foreign_tars_hold_beside_samples_is_counted(tmp_path: Path, capsys
     assert index_shards(folder, {}).samples == 2
     assert capsys.readouterr().err == (
         f"left out of {folder}: 2 hidden files (._a.tar, ...), 2 .json files (a.tar: 1.json, ...), 1 .gz file (c.gz), "
-        "1 folder (more), 1 extra image (a.tar: 1.depth.png); used: <key>.cls beside "
-        f"<key>.{'|'.join(EXTENSIONS)} in .tar\n"
+        "1 folder (more), 1 extra image (a.tar: 1.depth.png); used are samples of <key>.cls beside "
+        f"<key>.{'|'.join(EXTENSIONS)} in .tar files\n"
     )
     index_shards(folder, {})  # the manifest and index of before are no files to tell about
     assert "2 hidden files" in capsys.readouterr().err
@@ -389,7 +389,9 @@ def test_labels_that_count_from_one(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "the label of sample 0" in "".join(verify_shards(folder))
     assert len(verify_shards(folder)) == 2
     assert run_command(shards_main, ["index", str(folder), "--force", "--first-label", "3"]) == 2
-    assert "0.cls is not a label: it must be an integer from 3" in capsys.readouterr().err
+    assert (
+        "1.cls is not a label (2): it must be an integer from 3; give another --first-label" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -445,7 +447,10 @@ def test_transparency_is_dropped(tmp_path: Path) -> None:
 
 
 def test_a_huge_label_without_class_names(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the largest label is 3000000, with 1 sample: give the class names"):
+    with pytest.raises(
+        InputError,
+        match="the largest label is 3000000, which would mean 3,000,001 classes for 1 sample",
+    ):
         index_shards(foreign(tmp_path / "x", a={"1.png": png(1), "1.cls": b"3000000"}), {})
 
 

@@ -36,12 +36,12 @@ NAMES = [
 
 
 def make_images(folder: Path, names: list[str], split: str) -> None:
-    """Two images a class, in class folders."""
+    """Two images a class, in class folders; those of train and test differ."""
     for place, name in enumerate(names):
         (folder / split / name).mkdir(parents=True)
         for number in range(2):
             path = folder / split / name / f"{number}.png"
-            path.write_bytes(png((40 * place + number) % 256, size=(8, 8)))
+            path.write_bytes(png((40 * place + number + (2 if split == "test" else 0)) % 256, size=(8, 8)))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,12 @@ def test_the_recommended_command_keeps_the_names(named: Path, tmp_path: Path, fi
     [
         ("cat,dog", ["cat", "dog"]),
         ("cat, dog", ["cat", "dog"]),
+        ("cat , dog ", ["cat", "dog"]),
+        ("\tcat\t,  big dog  ", ["cat", "big dog"]),
+        ("cat \r\ndog\r\n", ["cat", "dog"]),
+        (' "cat" , "dog" ', ["cat", "dog"]),
+        ('"@at",dog', ["@at", "dog"]),
+        ('"cat ",cat', ["cat ", "cat"]),
         ('"cat, big",dog', ["cat, big", "dog"]),
         ('cat, "dog, big"', ["cat", "dog, big"]),
         ('"say ""hi""",it\'s', ['say "hi"', "it's"]),
@@ -163,6 +169,19 @@ def test_class_names_from_a_file_are_its_lines(tmp_path: Path) -> None:
         ("caf\u00e9,cafe\u0301", "occur twice: caf\u00e9"),
         ('"a,b', "the quotes do not match"),
         ('"a"b,c', "the quotes do not match"),
+        ("cat ,cat", "occur twice: cat"),
+        ('"",b', "a name is empty"),
+        (" ,b", "a name is empty"),
+        ("a,", "a name is empty"),
+        ("a\n\nb", "a name is empty"),
+        ("a\x1b[31m,a\x1b[31m", "occur twice: a\\x1b[31m"),
+        ("@at,dog", """If @at is the name of a class, put it in quotes: --classes '"@at",...'"""),
+        ("@at", "--classes @at cannot be read: No such file or directory. If @at is the name of a class"),
+        ("@a\0b", "cannot be read: embedded null"),
+        (
+            b"caf\xe9,b".decode(errors="surrogateescape"),
+            "the class name caf\\udce9 is not UTF-8: give --classes in UTF-8",
+        ),
         ("@nowhere.txt", "--classes @nowhere.txt cannot be read: No such file or directory"),
     ],
 )
@@ -171,6 +190,46 @@ def test_class_names_that_cannot_be(option: str, problem: str, named: Path, caps
     message = capsys.readouterr().err
     assert problem in message
     assert message.count("\n") == 1
+
+
+# --- names that people mistake for each other ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (
+            ["cat", "cat "],
+            "classes whose names look alike: 'cat' and 'cat '; class names with blanks around them: 'cat '",
+        ),
+        (["Cat", "cat"], "classes whose names look alike: 'Cat' and 'cat'"),
+        (["cat", "cat\u200b"], "classes whose names look alike: 'cat' and 'cat\\u200b'"),
+        (["cat", "c\u00adat"], "'cat' and 'c\\xadat'"),
+        (["cat", "\ufeffcat"], "'cat' and '\\ufeffcat'"),
+        (["big cat", "big\u00a0cat"], "'big cat' and 'big\\xa0cat'"),
+        (["big cat", "bigcat"], "'big cat' and 'bigcat'"),
+        (["cat", "\uff43at"], "'cat' and '\uff43at'"),
+        (["STRASSE", "stra\u00dfe"], "'STRASSE' and 'stra\u00dfe'"),
+        ([" dog", "cat"], "class names with blanks around them: ' dog'"),
+        (["cat", "cat\n"], "'cat' and 'cat\\n'"),
+        (["cat", "dog", "caf\u00e9", "cafe"], None),
+        (["a", "A", "b", "B"], None),  # letters
+        (["1", "01", "\u732b", "\U0001f408"], None),
+    ],
+)
+def test_doubtful_names_are_told_in_one_line(
+    names: list[str], told: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_images(tmp_path / "images", names, "train")
+    out = tmp_path / "out"
+    assert shards_main(["write", "--source", str(tmp_path / "images"), "--out", str(out)]) == 0
+    assert sorted(open_shards(out).manifest.classes) == sorted(names)
+    written = [line for line in capsys.readouterr().err.splitlines() if "If that is a mistake" in line]
+    assert shards_main(["index", str(out), "--force"]) == 0  # with the names of before
+    indexed = [line for line in capsys.readouterr().err.splitlines() if "If that is a mistake" in line]
+    assert written == indexed
+    assert len(written) == (told is not None)
+    assert told is None or told in written[0]
 
 
 # --- one name in two Unicode forms ------------------------------------------------------------------------------------

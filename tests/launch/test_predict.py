@@ -61,7 +61,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(
     assert all(line.count("%") == 3 for line in printed.out.splitlines())
     assert f"left out: {tmp_path / 'nowhere.png'}: does not exist\n" in printed.err
     assert f"left out: {tmp_path / 'none'}: holds no image" in printed.err
-    assert f"left out of {images}: 1 hidden folder (.thumbnails); used: " in printed.err
+    assert f"left out of {images}: 1 hidden folder (.thumbnails); used are files that end in " in printed.err
     assert f"left out: {images / '2.png'}: not an image that can be decoded\n" in printed.err
     assert f"{tmp_path / 'grid.png'}: 4 images\n" in printed.err
     with Image.open(tmp_path / "grid.png") as grid:

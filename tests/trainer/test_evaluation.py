@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -67,6 +68,20 @@ def test_figures_are_those_counted_by_hand() -> None:
     for label, best in zip(labels.tolist(), order[:, 0].tolist(), strict=True):
         expected[label, best] += 1
     assert torch.equal(found.confusion, expected)
+    assert found.class_samples is not None
+    assert found.class_samples.tolist() == expected.sum(dim=1).tolist()
+
+
+def test_very_many_classes_are_counted_without_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, *_ = evaluate_recorded()
+    monkeypatch.setattr("shardstep.trainer.evaluation.MOST_CLASSES_IN_CONFUSION", 5)
+    large, _, _, names = evaluate_recorded()
+    assert small is not None
+    assert large is not None
+    assert large.confusion is None
+    assert large.per_class_accuracy == small.per_class_accuracy
+    assert (large.accuracy, large.top5, large.loss) == (small.accuracy, small.top5, small.loss)
+    assert not names.keys() & WAITING
 
 
 def test_no_batch_makes_the_host_wait() -> None:

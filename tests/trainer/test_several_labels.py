@@ -16,7 +16,7 @@ from torchvision.ops import sigmoid_focal_loss
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.write import write_shards
 from shardstep.launch.report import main as report
-from shardstep.trainer.analysis.label_scores import score_labels
+from shardstep.trainer.optim.label_scores import score_labels
 from shardstep.trainer.optim.losses import (
     asymmetric,
     binary_cross_entropy,

@@ -43,8 +43,22 @@ class Predictions:
         """Share of samples whose prediction is their label."""
         return float(self.correct.mean())
 
+    def per_class_accuracy(self, num_classes: int) -> list[float | None]:
+        """Return the share of each class's samples whose prediction is their label; None for a class without samples."""
+        samples, correct = (
+            np.bincount(labels, minlength=num_classes).tolist() for labels in (self.labels, self.labels[self.correct])
+        )
+        return [right / total if total else None for right, total in zip(correct, samples, strict=True)]
+
+    def most_frequent_mistakes(self, count: int) -> list[tuple[int, int, int]]:
+        """Return labels with what is most often predicted instead, and how often, the most frequent first."""
+        wrong = np.stack([self.labels, self.predicted], axis=1)[~self.correct]
+        pairs, times = np.unique(wrong, axis=0, return_counts=True)
+        chosen = np.argsort(-times, kind="stable")[:count]
+        return [(*pairs[place].tolist(), int(times[place])) for place in chosen]
+
     def confusion(self, num_classes: int) -> np.ndarray:
-        """Count samples, int64 (classes, classes); row: label, column: prediction."""
+        """Count samples, int64 (classes, classes), which is large for many; row: label, column: prediction."""
         counts = np.bincount(self.labels * num_classes + self.predicted, minlength=num_classes**2)
         return counts.reshape(num_classes, num_classes)
 
@@ -59,7 +73,7 @@ def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], N
 
     Args:
         cache: file that the predictions are kept in; a folder that cannot be written is no error.
-        tell: called with a message when they cannot be kept.
+        tell: called with a message when they cannot be kept, or the classes of the test set are not those of the run.
 
     Raises:
         InputError: the test set cannot be read, and nothing is kept.
@@ -67,7 +81,7 @@ def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], N
     views, sure_above = trained.recipe.eval.views, trained.recipe.eval.sure_above
     made_with = [_VERSION, file_sha256(trained.weights), views, str(sure_above)]
     try:
-        test, reader = trained.open_test_set()
+        test, reader = trained.open_test_set(tell=tell)
     except ValueError:
         kept = _read(cache, made_with)
         if kept is None:

@@ -58,22 +58,13 @@ class RunAnalysis:
         return self.record.manifest.classes if self.record.manifest else []
 
     @property
-    def confusion(self) -> np.ndarray | None:
-        """int64 (classes, classes): labels by predictions."""
-        if self.predictions is None or self.record.reconstructs or self.record.finds_several:
-            return None
-        return self.predictions.confusion(len(self.classes))
-
-    @property
     def per_class_accuracy(self) -> list[float | None]:
         """The accuracy on each class by the predictions, else by the last evaluation; empty where there was none.
 
         Where images have several labels, the average precision of each.
         """
-        confusion = self.confusion
-        if confusion is not None:
-            rows = zip(np.diag(confusion).tolist(), confusion.sum(axis=1).tolist(), strict=True)
-            return [right / samples if samples else None for right, samples in rows]
+        if self.predictions is not None and not self.record.reconstructs:
+            return self.predictions.per_class_accuracy(len(self.classes))
         last = self.record.last_evaluation
         written = last.get("per_class_ap" if self.record.finds_several else "per_class_accuracy")
         return written if isinstance(written, list) and len(written) == len(self.classes) else []

@@ -12,7 +12,7 @@ from typing import Any
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import Recipe
-from shardstep.configs.text import listed
+from shardstep.configs.text import count, listed
 from shardstep.datasets.manifest import Manifest
 from shardstep.trainer.analysis.trained_model import read_train_manifest
 from shardstep.trainer.monitoring.status import Line, evaluated_on
@@ -181,7 +181,7 @@ def _task(record: RunRecord) -> str:
     if record.reconstructs:
         return "reconstructs images"
     classes = record.manifest.classes if record.manifest else []
-    return f"has {len(classes)} classes ({listed(classes, most=3)})"
+    return f"has {count(len(classes), 'class', 'classes')} ({listed(classes, most=3)})"
 
 
 def _read_lines(run_dir: RunDir, left_out: list[str]) -> list[Line]:

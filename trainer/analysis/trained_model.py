@@ -1,5 +1,6 @@
 """Open a run or one of its checkpoints as a trained model, with the preparation of its images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from shardstep.configs.files import file_sha256
 from shardstep.configs.held_out import NO_TEST_SET
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved
 from shardstep.datasets.augment import Normalize
+from shardstep.datasets.class_mapping import map_classes
 from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
 from shardstep.datasets.framing import Framing, framing_of
 from shardstep.datasets.manifest import Manifest, open_shards, parse_manifest
@@ -64,13 +66,18 @@ class TrainedModel:
             f"JPEGs are decoded entirely, unlike in the run: pixels differ by less than 1 of 255 on average ({lacks})"
         )
 
-    def open_test_set(self, folder: str | None = None) -> tuple[Part, StreamReader]:
-        """Open the run's test set, or another one of the same task; its images are read in the training set's mode.
+    def open_test_set(
+        self, folder: str | None = None, tell: Callable[[str], None] = lambda _: None
+    ) -> tuple[Part, StreamReader]:
+        """Open the run's test set, or another one; its images are read in the training set's mode, its labels are the run's.
 
         A run without a test set has its validation set for one.
 
+        Args:
+            tell: called with a line on how its classes become those of the run, if they differ.
+
         Raises:
-            InputError: it cannot be opened, or is of another task.
+            InputError: it cannot be opened, or has images of other classes or of another size.
         """
         if folder is None and self.recipe.data.test == NO_TEST_SET:
             test, place = data.open_parts(self.recipe.data).final, self.test_set_name
@@ -78,7 +85,13 @@ class TrainedModel:
             place = folder or self.recipe.data.test
             test = Part(open_shards(place))
         framing = self.framing if framing_of(self.recipe.data) else None
-        data.check_same_task(self.manifest, test.manifest, "the run's training set", place, framing)
+        if not self.objective.reconstructs:
+            data.check_same_kind(self.manifest, test.manifest, "the run's training set", place)
+            shards, note = map_classes(test.shards, self.manifest.classes, place)
+            test = replace(test, shards=shards)
+            if note:
+                tell(note)
+        data.check_same_size(self.manifest, test.manifest, "the run's training set", place, framing)
         return test, StreamReader(test.shards, framing, self.manifest.image_mode)
 
     @property

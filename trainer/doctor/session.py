@@ -239,6 +239,8 @@ def _check_data(
     facts["data"]["mode"] = mode
     fingerprints = " and ".join(manifest.fingerprint[:12] for manifest in manifests)
     found = _decoder_findings(recipe, parts)
+    if shared := data.shared_images(parts):
+        found.append(Finding("warning", "data", shared, data.SHARED_IMAGES_REMEDY))
     return fingerprints, found + (_check_cache(recipe, manifests) if mode == "resident" else [])
 
 

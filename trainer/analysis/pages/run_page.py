@@ -338,22 +338,21 @@ def _bars(analyses: list[RunAnalysis], labels: list[str]) -> Html | None:
 
 
 def _confusion(one: RunAnalysis) -> Html | None:
-    confusion = one.confusion
-    if confusion is None:
+    predictions, classes = one.predictions, one.classes
+    if predictions is None or one.record.reconstructs:
         return None
-    off = confusion.copy()
-    off[range(len(off)), range(len(off))] = 0
-    order = sorted(zip(*off.nonzero(), strict=True), key=lambda place: -off[place])[:_MOST_PAIRS]
     # Each name is isolated, so that one in Arabic or Hebrew does not reorder the figures beside it.
     pairs = [
-        join(tag("bdi", one.classes[row]), " for ", tag("bdi", one.classes[column]), f" ({off[row, column]:,})")
-        for row, column in order
+        join(tag("bdi", classes[label]), " for ", tag("bdi", classes[predicted]), f" ({times:,})")
+        for label, predicted, times in predictions.most_frequent_mistakes(_MOST_PAIRS)
     ]
     said = Html(", ".join(pairs))
-    drawn = chart.confusion_chart(confusion, one.classes) if len(one.classes) <= _MOST_CLASSES_IN_MATRIX else None
-    caption = "Rows: label, columns: prediction, per cent of the label. Mistakes have their own color scale."
+    drawn = None
+    if len(classes) <= _MOST_CLASSES_IN_MATRIX:
+        caption = "Rows: label, columns: prediction, per cent of the label. Mistakes have their own color scale."
+        matrix = chart.confusion_chart(predictions.confusion(len(classes)), classes)
+        drawn = join(tag("figcaption", caption), matrix)
     return join(
-        tag("figcaption", caption),
         drawn,
         tag("p", "Most frequent mistakes: ", said, ".", class_="quiet") if said else tag("p", "No mistakes."),
     )
