@@ -12,11 +12,15 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file
 from shardstep.configs.text import count, printable
 from shardstep.launch.cli import run_script
+
+if TYPE_CHECKING:
+    from shardstep.trainer.analysis.file_predictions import FilePrediction
 
 _MOST_IN_GRID = 96
 _NAME_WIDTH = 48  # of a table's column; a longer name makes its own line longer
@@ -76,29 +80,15 @@ def main(arguments: list[str]) -> int:
     several = trained.objective.finds_several
     for one in predict_files(trained, files, args.top, leave_out):
         predicted += 1
-        top = [(trained.manifest.classes[label], share) for label, share in one.top]
-        if math.isnan(top[0][1]):
+        confidence = one.top[0][1]
+        if math.isnan(confidence):
             raise InputError(f"{args.run}: its outputs are NaN or infinite, as those of a run that has diverged")
-        if args.json:
-            shown = [{"class": name, "probability": share} for name, share in top]
-            best: dict[str, object] = {"prediction": top[0][0], "confidence": top[0][1]}
-            if several:
-                best = {"labels": [trained.manifest.classes[label] for label in one.found]}
-            print(json.dumps({"file": str(one.path), **best, "top": shown}), flush=True)
-        else:
-            signs = (
-                ["+ " if number < len(one.found) else "- " for number in range(len(top))]
-                if several
-                else [""] * len(top)
-            )
-            columns = (
-                f"{sign}{printable(name)} {100 * share:.1f} %" for sign, (name, share) in zip(signs, top, strict=True)
-            )
-            print(f"{printable(str(one.path)):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}")
+        describe = _as_json if args.json else _as_row
+        print(describe(one, trained.manifest.classes, several, width), flush=True)
         if args.grid and len(drawn) < _MOST_IN_GRID:
             drawn.append(one.pixels)
             labels = ", ".join(drawable(trained.manifest.classes[label]) for label in one.found) or "none"
-            said = labels if several else f"{labels} {top[0][1]:.0%}"
+            said = labels if several else f"{labels} {confidence:.0%}"
             captions.append(f"{drawable(one.path.name, keep='end')}\n{said}")
     if not predicted:
         raise InputError(f"nothing could be predicted: {left_out} of {left_out} could not be read")
@@ -107,6 +97,22 @@ def main(arguments: list[str]) -> int:
         first = "" if len(drawn) == predicted else f"the first {len(drawn)} of "
         print(printable(f"{args.grid}: {first}{count(predicted, 'image')}"), file=sys.stderr)
     return 0
+
+
+def _as_json(one: "FilePrediction", classes: list[str], several: bool, width: int) -> str:
+    top = [{"class": classes[label], "probability": share} for label, share in one.top]
+    best: dict[str, object] = {"prediction": top[0]["class"], "confidence": top[0]["probability"]}
+    if several:
+        best = {"labels": [classes[label] for label in one.found]}
+    return json.dumps({"file": str(one.path), **best, "top": top})
+
+
+def _as_row(one: "FilePrediction", classes: list[str], several: bool, width: int) -> str:
+    """Return the line of an image; of several labels, a plus marks those found."""
+    columns = [f"{printable(classes[label])} {100 * share:.1f} %" for label, share in one.top]
+    if several:
+        columns = [f"{'+' if place < len(one.found) else '-'} {text}" for place, text in enumerate(columns)]
+    return f"{printable(str(one.path)):<{width}}  {'  '.join(f'{column:<20}' for column in columns).rstrip()}"
 
 
 if __name__ == "__main__":
