@@ -84,8 +84,12 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command; errors that the user can fix become a message and an exit code, others keep their traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks, like stderr does
+    # Both are read when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))  # libgomp reads it when torch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # or c10d prints stacks for each rank that is late, or ends early
     try:
         raise_interrupts()
         adopt_launch()

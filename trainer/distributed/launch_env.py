@@ -58,6 +58,11 @@ def is_launched() -> bool:
     return "RANK" in os.environ
 
 
+def meeting_point(environment: Mapping[str, str]) -> str:
+    """Return where the ranks meet, as text."""
+    return ":".join(environment[name] for name in MEETING_POINT)
+
+
 def has_agent() -> bool:
     """Return whether this process has a launcher that reports every exit code except 0 as a failure."""
     return cores.has_agent(os.environ)
