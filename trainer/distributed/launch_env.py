@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +158,25 @@ def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
             f"train.world_size={wanted}, but {count(world_size, 'rank')} came up: start {wanted} "
             f"(torchrun --nproc-per-node {wanted} ...), or change train.world_size"
         )
+
+
+def check_started_once(command: str, on_ranks: Sequence[str]) -> None:
+    """Check that no launcher has started this process several times, for a command that is not among those on ranks.
+
+    Raises:
+        InputError: one has.
+    """
+    sizes = {launcher.world_size: launcher.tasks(os.environ) for launcher in LAUNCHERS}
+    sizes["WORLD_SIZE"] = world_size() or 1
+    variable, processes = max(sizes.items(), key=lambda entry: entry[1])
+    if processes > 1:
+        error = InputError(
+            f"{command} does not run on ranks, and a launcher started {processes} processes ({variable}={processes}), each "
+            f"of which would do the same. Start it without a launcher, which is for {', '.join(on_ranks)}; if {variable} is "
+            f"left over from another program, unset it"
+        )
+        error.everywhere = ends_with_parent()
+        raise error
 
 
 def _refusal(problem: str, environment: Mapping[str, str]) -> InputError:
