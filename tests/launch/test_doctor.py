@@ -201,6 +201,24 @@ def test_a_rank_without_a_place() -> None:
     assert only(report)["what"] == "RANK is set, but not LOCAL_RANK"
 
 
+@pytest.mark.parametrize(
+    ("environment", "what"),
+    [
+        ({"RANK": ""}, "RANK=(empty): not a whole number"),
+        ({"RANK": "x"}, "RANK=x: not a whole number"),
+        ({"SLURM_NTASKS": ""}, "SLURM_NTASKS=(empty): not a whole number"),
+        ({"SLURM_CPUS_PER_TASK": "x"}, "SLURM_CPUS_PER_TASK=x: not a whole number"),
+        ({"MASTER_ADDR": "nosuch.invalid", "WORLD_SIZE": "2"}, "MASTER_ADDR=nosuch.invalid does not resolve on"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "Accelerate was set up for more than plain DDP"),
+        (ALONE | {"PET_NPROC_PER_NODE": "auto"}, "PET_NPROC_PER_NODE=auto asks for several ranks"),
+    ],
+)
+def test_environments_that_are_refused(environment: dict[str, str | None], what: str) -> None:
+    ((code, report, _),) = run_ranks(1, examine, ["--timeout", "1"], environment)
+    assert code == 1
+    assert only(report)["what"].startswith(what)
+
+
 def test_a_rank_that_never_comes_ends_the_waiting() -> None:
     began = time.monotonic()
     ((code, report, _),) = run_ranks(1, examine, ["smoke", "--timeout", "1"], {"WORLD_SIZE": "3"})
