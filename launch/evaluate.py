@@ -48,8 +48,9 @@ def main(arguments: list[str]) -> int:
     with raise_on_all_ranks(world):
         trained = trained_model.open_trained_model(args.run, world.device, (weights, run_dir))
         test, reader = trained.open_test_set(args.data)
-    if trained.crop_note and world.is_main_process:
-        print(trained.crop_note)
+    for note in (trained.crop_note, data.other_mode_note(trained.manifest, "test", test.manifest)):
+        if note and world.is_main_process:
+            print(note)
     recipe = trained.recipe
     accelerator = build_accelerator(recipe.train.precision)
     module = trained.module.to(memory_format=MEMORY_FORMATS[recipe.train.memory_format])

@@ -194,8 +194,8 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
         )
 
 
-def other_mode_note(train: Manifest, name: PartName, other: Manifest) -> str | None:
-    """Say that test or validation images are converted to the training set's mode; None where they have the same."""
+def other_mode_note(train: Manifest, name: str, other: Manifest) -> str | None:
+    """Say that images to evaluate on are converted to the training set's mode; None where they have the same."""
     if train.image_mode == other.image_mode:
         return None
     modes = {"RGB": "in colour", "L": "grey"}

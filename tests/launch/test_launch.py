@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from shardstep.configs.load import load_recipe, recipe_names
 from shardstep.datasets.manifest import open_shards
@@ -148,6 +149,27 @@ def test_evaluate_prints_one_object_last(shards: Path, tmp_path: Path, reference
         result = run_command("evaluate", str(path), cwd=tmp_path)
         assert result.returncode == 2
         assert "neither a run's folder nor a checkpoint" in result.stderr
+
+
+@pytest.mark.parametrize(("trained", "given"), [("colour", "grey"), ("grey", "colour")])
+def test_images_of_another_mode_than_the_model_was_trained_on(trained: str, given: str, tmp_path: Path) -> None:
+    for mode in (trained, given):
+        for name in ("ape", "bee"):
+            folder = tmp_path / f"{mode}-images" / name
+            folder.mkdir(parents=True)
+            shape = (8, 8, 3) if mode == "colour" else (8, 8)
+            for number in range(4):
+                pixels = np.random.default_rng(number).integers(0, 256, shape, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+        for split in ("train", "test"):
+            write = ["shards", "write", "--source", f"{mode}-images", "--out", f"{mode}/{split}"]
+            assert run_command(*write, cwd=tmp_path).returncode == 0
+    train_ranks(1, write_recipe(tmp_path, tmp_path / trained, train={"duration": "1 steps", "global_batch_size": 8}))
+    words = {"colour": "in colour", "grey": "grey"}
+    note = f"the test images are {words[given]}; they are read {words[trained]}, like the training images"
+    for command in (["evaluate", "run"], ["export", "run", "--format", "safetensors"]):
+        assert note in run_command(*command, "--data", f"{given}/test", cwd=tmp_path).stdout.splitlines()
+        assert note not in run_command(*command, "--data", f"{trained}/test", cwd=tmp_path).stdout
 
 
 def test_a_nan_loss_is_null(finished_run: Path, tmp_path: Path) -> None:

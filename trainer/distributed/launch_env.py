@@ -7,7 +7,6 @@ translates those of mpirun and srun. Only this module, launchers.py, world.py an
 import contextlib
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -296,7 +295,20 @@ def _separate_worlds(environment: Mapping[str, str]) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Threads:
+    """How many threads a rank uses, and what limits or chooses that number; "" where it uses every core."""
+
+    count: int
+    limit: str
+
+
 def threads_per_rank(environment: Mapping[str, str], asked: int | None = None) -> int:
+    """Return the threads for one rank; see `explained_threads`."""
+    return explained_threads(environment, asked).count
+
+
+def explained_threads(environment: Mapping[str, str], asked: int | None = None) -> Threads:
     """Return the threads for one rank: its share of the cores that its node's ranks may keep busy, or fewer if asked for.
 
     mpirun may have bound each rank to cores of its own: a rank then has these, at most its share of mpirun's.
@@ -305,7 +317,6 @@ def threads_per_rank(environment: Mapping[str, str], asked: int | None = None) -
         asked: train.threads; None takes OMP_NUM_THREADS, unless a launcher set it.
     """
     own = available = usable_cores().count
-    asked = min(own, asked or asked_threads(environment) or sys.maxsize)
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     launcher = launcher_of(environment)
     if launcher not in (None, SRUN) and (process := process_of(launcher)):
@@ -315,7 +326,15 @@ def threads_per_rank(environment: Mapping[str, str], asked: int | None = None) -
     task_is_rank = environment.get("SLURM_STEP_NUM_TASKS") == environment.get("WORLD_SIZE")
     if cores_of_task:
         available, ranks = min(available, int(cores_of_task)), 1 if task_is_rank else ranks
-    return max(1, min(available // ranks, asked))
+    share = max(1, available // ranks)
+    by_variable = asked_threads(environment)
+    limits = {own: "", share: f"{count(available, 'core')} for {count(ranks, 'rank')}"} if share < own else {own: ""}
+    if asked and by_variable and asked != by_variable:
+        limits[asked] = f"train.threads={asked} counts, not OMP_NUM_THREADS={by_variable}"
+    elif wish := asked or by_variable:
+        limits.setdefault(wish, f"train.threads={asked}" if asked else f"OMP_NUM_THREADS={by_variable}")
+    threads = min(limits)
+    return Threads(threads, limits[threads])
 
 
 @dataclass(frozen=True)

@@ -153,11 +153,13 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
     findings += found + _machine_findings(train, launch, device)
 
     cores = usable_cores()
+    threads = launch_env.explained_threads({} if is_misplaced else os.environ, train.threads)
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "versions": machine.versions(),
         "cpu": dataclasses.asdict(machine.read_cpu()),
         "cores": dataclasses.asdict(cores),
+        "threads": dataclasses.asdict(threads),
         "memory_bytes": machine.memory_bytes(),
         "shm_bytes": machine.shared_memory_bytes(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -181,7 +183,7 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         gpu=str(torch.cuda.get_device_properties(device).uuid) if on_gpu else None,
         cores=cores.count,
-        threads=launch_env.threads_per_rank({} if is_misplaced else os.environ, train.threads),
+        threads=threads.count,
         shm_bytes=facts["shm_bytes"],
         recipe_sha256=digest,
         data=fingerprints,
