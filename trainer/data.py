@@ -316,7 +316,7 @@ def make_test_batches(
     """Return a function that starts a pass over this rank's share of what is evaluated on."""
     return lambda: test_batches(
         reader,
-        part.samples,
+        part.all_ids(),
         batch_size=recipe.eval.batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -324,7 +324,6 @@ def make_test_batches(
         memory_format=MEMORY_FORMATS[recipe.train.memory_format],
         device=accelerator.device,
         workers=_reader_threads(recipe, reader),
-        ids=part.ids,
     )
 
 
