@@ -1,13 +1,16 @@
 """File locks that the system releases when their holder ends, however it ends."""
 
 import contextlib
+import errno
 import fcntl
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 _RETRY_S = 0.5
+_MOST_TRIES = 1000  # each follows the end of another holder
 _BRIEF_RETRY_S = 0.05  # without patience: is_locked() of another process holds a lock for an instant
 
 
@@ -38,11 +41,39 @@ def lock(file: IO, patience_s: float | None = None) -> None:
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which is created if needed; waits for another holder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        lock(file)
-        yield
+    """Hold an exclusive lock; waits for another holder. Leaves neither the lock's file nor empty folders created for it.
+
+    Raises:
+        OSError: the file cannot be created, or the file system has no locks.
+    """
+    file, created = _open_locked(path)
+    with file:
+        try:
+            yield
+        finally:
+            # While it is locked, so that who gets the lock next sees that file and folders are gone.
+            with contextlib.suppress(OSError):  # another user's file, in a folder such as /tmp; a folder that is in use
+                path.unlink()
+                for folder in reversed(created):
+                    folder.rmdir()
+
+
+def _open_locked(path: Path) -> tuple[IO[str], list[Path]]:
+    """Open and lock the file at a path; begins again if its last holder removed it. Returns new folders, too."""
+    for _ in range(_MOST_TRIES):
+        created = []
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:
+            for folder in [folder for folder in reversed(path.parents) if not folder.exists()]:
+                with contextlib.suppress(FileExistsError):  # another process has just created it
+                    folder.mkdir()
+                    created.append(folder)
+            file = stack.enter_context(path.open("w"))
+            lock(file)
+            with path.open() as there:  # asks the server of a network file system, unlike stat
+                if os.path.sameopenfile(file.fileno(), there.fileno()):
+                    stack.pop_all()
+                    return file, created
+    raise OSError(errno.EBUSY, "removed again and again by other holders", str(path))
 
 
 def is_locked(path: Path) -> bool:

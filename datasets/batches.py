@@ -187,7 +187,7 @@ class TrainBatches:
 
 def test_batches(
     reader: Reader,
-    num_samples: int,
+    ids: np.ndarray,
     *,
     batch_size: int,
     rank: int,
@@ -196,15 +196,14 @@ def test_batches(
     memory_format: torch.memory_format,
     device: torch.device,
     workers: int,
-    ids: np.ndarray | None,
 ) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-    """Yield images, labels and ids of this rank's samples to evaluate on: numbers rank, rank + world_size, ... in order.
+    """Yield images, labels and ids of this rank's samples to evaluate on: numbers rank, rank + world_size, ... of `ids`.
 
-    `ids` are those of the numbered samples, if these are a part of the reader's. Every rank yields the same number of
+    Every rank yields the same number of
     batches, so that ranks can communicate between batches; a rank with one sample less ends with a shorter or empty batch.
     """
-    mine = np.arange(rank, num_samples, world_size) if ids is None else ids[rank::world_size]
-    largest = -(-num_samples // world_size)
+    mine = ids[rank::world_size]
+    largest = -(-len(ids) // world_size)
     parts = (mine[start : start + batch_size] for start in range(0, largest, batch_size))
     for chosen, images, labels in read_ahead(parts, lambda part: lambda: (part, *reader.read(part)), workers):
         pixels = normalize(images.to(device, non_blocking=True)).contiguous(memory_format=memory_format)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import NoReturn
 
 from shardstep.configs.errors import InputError, TrainingFailed, is_out_of_memory
@@ -37,6 +38,8 @@ COMMANDS = {
     "export": "export a trained model for use elsewhere, and compare its outputs",
     "bench": "measure loaders, steps, checkpoints, starts, records and scaling",
 }
+ON_RANKS = ("train", "evaluate", "doctor")
+"""The commands whose ranks work together. Any other is refused where a launcher starts it several times."""
 # How often OpenMP's idle threads look for work before they sleep. libgomp's own 300,000 keeps a core from the thread that the
 # others wait for, where other processes run, too; without spinning (OMP_WAIT_POLICY=PASSIVE) small steps are slow everywhere.
 # article_cnn, batch 16, bf16, 2 threads on 2 cores of an Intel Xeon (AMX), torch 2.15, steps/s by spins:
@@ -66,7 +69,7 @@ def main() -> int:
 
         print(f"shardstep: no command {name!r}; {neighbours(name, COMMANDS)}", file=sys.stderr)
         return BAD_INPUT
-    code = run(lambda arguments: import_module(f"shardstep.launch.{name}").main(arguments), rest)
+    code = run(lambda arguments: import_module(f"shardstep.launch.{name}").main(arguments), rest, name)
     if "torch" in sys.modules:
         leave(code)
     return code
@@ -74,21 +77,30 @@ def main() -> int:
 
 def run_script(command: Callable[[list[str]], int]) -> NoReturn:
     """Run a command with the arguments of this process, and end the process."""
-    code = run(command, sys.argv[1:])
+    code = run(command, sys.argv[1:], Path(sys.argv[0]).stem)
     if "torch" in sys.modules:
         leave(code)
     sys.exit(code)
 
 
-def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run a command; errors that the user can fix become a message and an exit code, others keep their traceback."""
+def run(command: Callable[[list[str]], int], arguments: list[str], name: str | None = None) -> int:
+    """Run a command; errors that the user can fix become a message and an exit code, others keep their traceback.
+
+    `name`: of COMMANDS, to refuse one that does not run on ranks where there are several.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks, like stderr does
+    # Both are read when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))  # libgomp reads it when torch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # or c10d prints stacks for each rank that is late, or ends early
     try:
         raise_interrupts()
         adopt_launch()
+        if name in COMMANDS and name not in ON_RANKS:
+            launch_env.check_started_once(name, ON_RANKS)
         try:
             return command(arguments)
         except Exception:

@@ -144,6 +144,7 @@ def _fact_lines(report: "DoctorReport") -> list[tuple[str, str]]:
         ("versions", versions),
         ("processor", ", ".join(filter(None, (cpu["name"], cpu["vectors"], bf16)))),
         ("cores", str(Cores(**facts["cores"]))),
+        ("threads", _threads(facts["threads"])),
         ("memory", f"{_size(facts['memory_bytes'])}, /dev/shm {shm}"),
         ("devices", f"{kinds}; {', '.join(facts['backends'])}"),
         ("world", _world(report)),
@@ -154,6 +155,11 @@ def _fact_lines(report: "DoctorReport") -> list[tuple[str, str]]:
         ("formats", facts.get("step", {}).get("measured") or ""),
     ]
     return [(label, text) for label, text in lines if text]
+
+
+def _threads(threads: dict[str, Any]) -> str:
+    limit = f": {threads['limit']}" if threads["limit"] else ""
+    return f"{threads['count']} a rank{limit}"
 
 
 def _data(facts: dict[str, Any]) -> str:

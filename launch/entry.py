@@ -79,6 +79,10 @@ def ending_at_signals(stop_signal: "StopSignal") -> Iterator[None]:
     watcher.start()
     try:
         yield
+    except Exception:
+        if stop_signal.has_arrived():  # a rank that the signal has ended first broke the meeting
+            watcher.join()  # ends this process, too
+        raise
     finally:
         is_over.set()
         watcher.join()

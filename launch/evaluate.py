@@ -51,10 +51,10 @@ def main(arguments: list[str]) -> int:
     world = start_world(recipe.train)
     with raise_on_all_ranks(world):
         trained = trained_model.open_trained_model(args.run, world.device, (weights, run_dir))
-        notes = [trained.crop_note] if trained.crop_note else []
+        notes: list[str | None] = [trained.crop_note]
         test, reader = trained.open_test_set(args.data, notes.append)
-    if world.is_main_process:
-        for note in notes:
+    for note in (*notes, data.other_mode_note(trained.manifest, "test", test.manifest)):
+        if note and world.is_main_process:
             print(printable(note))
     recipe = trained.recipe
     accelerator = build_accelerator(recipe.train.precision)

@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
 
     from shardstep.trainer.analysis.export_formats import FORMATS, ExportFailed, export
     from shardstep.trainer.analysis.trained_model import open_trained_model, unfinished_note
+    from shardstep.trainer.data import other_mode_note
 
     suffix = FORMATS[args.format].suffix
     trained = open_trained_model(args.run, "cpu")
@@ -49,6 +50,8 @@ def main(arguments: list[str]) -> int:
         remedy = "another --data" if args.data else "--data"
         missing = "there are no images to compare the exported model on, so it is not written"
         raise InputError(f"{missing}: {error}. Give {remedy}") from None
+    if note := other_mode_note(trained.manifest, "test", test.manifest):
+        print(note)
     try:
         found = export(trained, args.format, out, reader, test.all_ids(), args.pixels)
     except ExportFailed as error:

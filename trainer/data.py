@@ -265,8 +265,8 @@ def check_same_size(one: Manifest, other: Manifest, one_name: str, other_name: s
         )
 
 
-def other_mode_note(train: Manifest, name: PartName, other: Manifest) -> str | None:
-    """Say that test or validation images are converted to the training set's mode; None where they have the same."""
+def other_mode_note(train: Manifest, name: str, other: Manifest) -> str | None:
+    """Say that images to evaluate on are converted to the training set's mode; None where they have the same."""
     if train.image_mode == other.image_mode:
         return None
     modes = {"RGB": "in colour", "L": "grey"}
@@ -387,7 +387,7 @@ def make_test_batches(
     """Return a function that starts a pass over this rank's share of what is evaluated on."""
     return lambda: test_batches(
         reader,
-        part.samples,
+        part.all_ids(),
         batch_size=recipe.eval.batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -395,7 +395,6 @@ def make_test_batches(
         memory_format=MEMORY_FORMATS[recipe.train.memory_format],
         device=accelerator.device,
         workers=_reader_threads(recipe, reader),
-        ids=part.ids,
     )
 
 

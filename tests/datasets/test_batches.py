@@ -234,7 +234,7 @@ def test_evaluation_sees_each_sample_once(shards: Path, world_size: int) -> None
         list(
             test_batches(
                 StreamReader(opened),
-                53,
+                np.arange(53),
                 batch_size=10,
                 rank=rank,
                 world_size=world_size,
@@ -242,7 +242,6 @@ def test_evaluation_sees_each_sample_once(shards: Path, world_size: int) -> None
                 memory_format=torch.contiguous_format,
                 device=CPU,
                 workers=1,
-                ids=None,
             )
         )
         for rank in range(world_size)

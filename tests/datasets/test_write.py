@@ -239,7 +239,7 @@ def test_a_killed_writer_leaves_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no shards"):
         open_shards(tmp_path / "out")
     write_shards("synthetic:5", "train", tmp_path / "out")  # what was left does not stand in the way
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 # --- tars that others wrote -------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_alone(shards: Path, tmp_path: Path) -> None:
     # 3 x 32 x 32 = 3072 inputs, 16 hidden, 10 classes: 3072 x 16 + 16 + 16 x 10 + 10 = 49,338
     assert facts["step"]["parameters"] == 49_338
     assert facts["step"]["samples"] == 30
+    assert facts["threads"]["count"] == report["ranks"][0]["threads"]
     assert facts["step"]["checkpoint_bytes"] == 4 * 49_338  # float32; plain SGD has no state
     assert facts["disk"]["inodes"] is None or facts["disk"]["inodes"] > 0
     assert report["ranks"][0]["fp32_gflops"] > 0
@@ -199,6 +200,24 @@ def test_a_rank_without_a_place() -> None:
     ((code, report, _),) = run_ranks(1, examine, ["smoke"], {"LOCAL_RANK": None, "MASTER_PORT": "soon"})
     assert code == 1
     assert only(report)["what"] == "RANK is set, but not LOCAL_RANK"
+
+
+@pytest.mark.parametrize(
+    ("environment", "what"),
+    [
+        ({"RANK": ""}, "RANK=(empty): not a whole number"),
+        ({"RANK": "x"}, "RANK=x: not a whole number"),
+        ({"SLURM_NTASKS": ""}, "SLURM_NTASKS=(empty): not a whole number"),
+        ({"SLURM_CPUS_PER_TASK": "x"}, "SLURM_CPUS_PER_TASK=x: not a whole number"),
+        ({"MASTER_ADDR": "nosuch.invalid", "WORLD_SIZE": "2"}, "MASTER_ADDR=nosuch.invalid does not resolve on"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "Accelerate was set up for more than plain DDP"),
+        (ALONE | {"PET_NPROC_PER_NODE": "auto"}, "PET_NPROC_PER_NODE=auto asks for several ranks"),
+    ],
+)
+def test_environments_that_are_refused(environment: dict[str, str | None], what: str) -> None:
+    ((code, report, _),) = run_ranks(1, examine, ["--timeout", "1"], environment)
+    assert code == 1
+    assert only(report)["what"].startswith(what)
 
 
 def test_a_rank_that_never_comes_ends_the_waiting() -> None:
@@ -361,5 +380,8 @@ def test_the_step_keeps_the_choices_of_the_run_to_be_resumed(shards: Path, tmp_p
     ((code, report, _),) = run_ranks(1, examine_without_measuring, arguments)
     assert code == 0, report["findings"]
     assert (report["facts"]["step"]["precision"], report["facts"]["step"]["memory_format"]) == ("bf16", "channels_last")
+    assert report["facts"]["step"]["measured"] is None
+    ((_, report, _),) = run_ranks(1, examine_without_measuring, [*arguments, "--measure"])
+    assert report["facts"]["step"]["measured"].startswith("nothing to measure: the recipe, the run to be resumed or")
     ((_, report, _),) = run_ranks(1, examine_without_measuring, [*arguments, f"run.dir={tmp_path / 'new'}"])
     assert only(report)["check"] == "step"  # a new run measures

@@ -84,6 +84,37 @@ def test_ctrl_c_while_waiting_for_a_rank(shards: Path, tmp_path: Path) -> None:
     assert stderr == "interrupted\n"
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "told"),
+    [
+        (signal.SIGINT, 130, "interrupted\n"),
+        (signal.SIGTERM, 85, "stopped by SIGTERM, while waiting for the other ranks\n"),
+    ],
+)
+def test_a_signal_while_a_world_comes_up_is_one_line(
+    number: signal.Signals, code: int, told: str, shards: Path, tmp_path: Path
+) -> None:
+    """Of three ranks one never comes. torch (2.15) printed stacks: of a rank that was early, and of one that was left."""
+    recipe, port = write_recipe(tmp_path, shards), free_port()
+    place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = {}
+    for rank in (1, 0):  # rank 1 comes before there is a port
+        command, environment = [sys.executable, TRAIN, str(recipe)], os.environ | place | {"RANK": str(rank)}
+        ranks[rank] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        if rank == 1:
+            stderr = ranks[1].stderr
+            assert stderr is not None
+            assert stderr.readline() == f"rank 1 waits for rank 0, or the launcher, to listen at 127.0.0.1:{port}\n"
+    for rank, process in ranks.items():
+        assert process.stderr is not None
+        assert process.stderr.readline() == f"rank {rank} waits for the others to come to 127.0.0.1:{port}\n"
+    for rank in (0, 1):
+        ranks[rank].send_signal(number)
+    ends = {rank: (process.communicate(timeout=HANG_S)[1], process.returncode) for rank, process in ranks.items()}
+    assert ends[0] == (told, code)
+    assert ends[1] == ("" if number == signal.SIGINT else told, code)  # only rank 0 prints that it is interrupted
+
+
 def test_ctrl_c_in_a_rank_of_torchrun_is_one_line(tmp_path: Path) -> None:
     """torchrun itself prints a traceback; the ranks do not."""
     (tmp_path / "sitecustomize.py").write_text(SITE)

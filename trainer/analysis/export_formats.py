@@ -7,6 +7,7 @@ what the model returns. A description of its use is in its metadata, as JSON und
 
 import copy
 import json
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ def export(
     missing = [library for library in _ONNX_NEEDS if name == "onnx" and util.find_spec(library) is None]
     if missing:
         raise InputError(f"--format=onnx needs {', '.join(missing)}: pip install 'shardstep[export]'")
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")  # two exports may run side by side
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # exporters warn about their internals

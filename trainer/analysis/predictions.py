@@ -95,7 +95,7 @@ def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], N
     with progress_bar(f"predicting {trained.test_set_name}", samples, "images") as advance, torch.inference_mode():
         for images, labels, _ in test_batches(
             reader,
-            samples,
+            test.all_ids(),
             batch_size=trained.recipe.eval.batch_size,
             rank=0,
             world_size=1,
@@ -103,7 +103,6 @@ def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], N
             memory_format=torch.contiguous_format,
             device=trained.device,
             workers=max(1, trained.recipe.data.workers),
-            ids=test.ids,
         ):
             outputs = predict(trained.module, images, views, sure_above)  # (B, K), or images
             labels = one_label(labels)

@@ -7,9 +7,8 @@ translates those of mpirun and srun. Only this module, launchers.py, world.py an
 import contextlib
 import os
 import re
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,17 +21,25 @@ from shardstep.trainer.distributed.launchers import (
     MEETING_POINT,
     PLACE,
     SRUN,
-    Launcher,
     launcher_of,
     process_of,
 )
 
 _OWN = "SHARDSTEP_NPROC"  # set by `shardstep train --nproc`
+_NUMBERS = (  # of the launchers' variables; Slurm's list of tasks on each node is none
+    *dict.fromkeys(
+        (*PLACE, *(name for launcher in LAUNCHERS for name in launcher.names() if name != SRUN.local_world_size))
+    ),
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NODEID", "SLURM_CPUS_PER_TASK"),
+)
+_ACCELERATE_USES = re.compile("ACCELERATE_USE_(?!CPU$).+")  # DEEPSPEED, FSDP, MEGATRON_LM, PARALLELISM_CONFIG, ...
+_TRUE = ("true", "1", "yes", "y", "t", "on")
 
 
 def rank() -> int:
-    """Return this process's rank; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    """Return this process's rank; 0 without a launcher, and for a rank that is no number, which is refused."""
+    given = os.environ.get("RANK", "")
+    return int(given) if given.isdecimal() else 0
 
 
 def world_size() -> int | None:
@@ -58,6 +65,11 @@ def is_launched() -> bool:
     return "RANK" in os.environ
 
 
+def meeting_point(environment: Mapping[str, str]) -> str:
+    """Return where the ranks meet, as text."""
+    return ":".join(environment[name] for name in MEETING_POINT)
+
+
 def has_agent() -> bool:
     """Return whether this process has a launcher that reports every exit code except 0 as a failure."""
     return cores.has_agent(os.environ)
@@ -76,7 +88,7 @@ def is_restarted() -> bool:
 
 def cpu_is_forced() -> bool:
     """Return whether `--cpu` or Accelerate's config file restricts Accelerate to the CPU."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
 
 
 def ignored_precision() -> str | None:
@@ -100,29 +112,41 @@ def environment_of_rank(rank: int, world_size: int, port: int) -> dict[str, str]
 
 def place_problem(environment: Mapping[str, str]) -> tuple[str, str] | None:
     """Return what is wrong with this process's place in its world, and the remedy; None if nothing is, or it has no place."""
-    what = _wrong_place(environment)
-    return (what, _remedy_of_place(environment, launcher_of(environment))) if what else None
+    odd = [name for name in _NUMBERS if name in environment and not environment[name].isdecimal()]
+    if odd:
+        values = ", ".join(f"{name}={environment[name] or '(empty)'}" for name in odd)
+        return f"{values}: not a whole number", _remedy_of_place(environment, odd)
+    given = [name for name in PLACE if name in environment]
+    what = _wrong_place(environment, [f"{name}={environment[name]}" for name in given]) if given else None
+    if what:
+        return what, _remedy_of_place(environment, given)
+    what = _wrong_meeting_point(environment) if given else None
+    return (what, "Set it to that of rank 0's machine: a name or an address, and a free port there") if what else None
 
 
-def _wrong_place(environment: Mapping[str, str]) -> str | None:
-    given = [f"{name}={environment[name]}" for name in PLACE if name in environment]
-    if not given:
-        return None
+def _wrong_place(environment: Mapping[str, str], given: Sequence[str]) -> str | None:
     if "RANK" not in environment:
         return f"{', '.join(given)}, but RANK is not set"
-    missing = [name for name in (*PLACE, *MEETING_POINT) if not environment.get(name)]
+    missing = [name for name in ("WORLD_SIZE", *MEETING_POINT) if not environment.get(name)]
     if missing:
         return f"RANK is set, but not {', '.join(missing)}"
-    odd = [name for name in (*PLACE, "MASTER_PORT") if not environment[name].isdecimal()]
-    if odd:
-        return f"{', '.join(f'{name}={environment[name]}' for name in odd)}: not a whole number"
     for one, limit in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if int(environment[one]) >= int(environment[limit]):
+        if one in environment and limit in environment and int(environment[one]) >= int(environment[limit]):
             return f"{one}={environment[one]}, but {limit}={environment[limit]}: ranks count from 0"
+    missing = [name for name in PLACE if name not in environment]  # which adopt_launch could not derive
+    if missing:
+        return f"RANK is set, but not {', '.join(missing)}"
     if int(environment["LOCAL_WORLD_SIZE"]) > int(environment["WORLD_SIZE"]):
         return f"{', '.join(given[2:])}: more ranks on this machine than in the world"
-    if not 0 < int(environment["MASTER_PORT"]) < 1 << 16:
-        return f"MASTER_PORT={environment['MASTER_PORT']} is not a port: 1 to 65535"
+    return None
+
+
+def _wrong_meeting_point(environment: Mapping[str, str]) -> str | None:
+    address, port = (environment[name] for name in MEETING_POINT)
+    if not re.fullmatch(r"[\w.-]+|[\da-fA-F:.]*:[\da-fA-F:.]*:[\da-fA-F:.]*(%\w+)?", address):  # a name, IPv4, or IPv6
+        return f"MASTER_ADDR={address} is not the name or address of a machine"
+    if not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        return f"MASTER_PORT={port} is not a port: 1 to 65535"
     return None
 
 
@@ -142,8 +166,9 @@ def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
     """Compare the world that the environment describes with the requested one; its place has passed `place_problem`.
 
     Raises:
-        InputError: several separate worlds would come up, or a world of the wrong size.
+        InputError: several separate worlds would come up, or a world of the wrong size, or Accelerate is to do more than DDP.
     """
+    _check_accelerate(environment)
     problem = _separate_worlds(environment) if "RANK" in environment else _should_be_launched(environment)
     if problem:
         raise _refusal(problem, environment)
@@ -155,11 +180,47 @@ def check_launch(environment: Mapping[str, str], wanted: int | None) -> None:
         )
 
 
+def check_started_once(command: str, on_ranks: Sequence[str]) -> None:
+    """Check that no launcher has started this process several times, for a command that is not among those on ranks.
+
+    Raises:
+        InputError: one has.
+    """
+    sizes = {launcher.world_size: launcher.tasks(os.environ) for launcher in LAUNCHERS}
+    sizes["WORLD_SIZE"] = world_size() or 1
+    variable, processes = max(sizes.items(), key=lambda entry: entry[1])
+    if processes > 1:
+        error = InputError(
+            f"{command} does not run on ranks, and a launcher started {processes} processes ({variable}={processes}), each "
+            f"of which would do the same. Start it without a launcher, which is for {', '.join(on_ranks)}; if {variable} is "
+            f"left over from another program, unset it"
+        )
+        error.everywhere = ends_with_parent()
+        raise error
+
+
 def _refusal(problem: str, environment: Mapping[str, str]) -> InputError:
     """Return an error that all ranks of a launcher raise alike; what somebody has set may be in this process alone."""
     error, launcher = InputError(problem), launcher_of(environment)
     error.everywhere = launcher is not None and environment.get("RANK") in (None, environment[launcher.rank])
     return error
+
+
+def _check_accelerate(environment: Mapping[str, str]) -> None:
+    """Refuse what Accelerate would do beside plain DDP; with one rank it may do nothing of it, silently."""
+    asked = [
+        f"{name}={value}"
+        for name, value in sorted(environment.items())
+        if (_ACCELERATE_USES.fullmatch(name) and value.lower() in _TRUE)
+        or (name == "ACCELERATE_DYNAMO_BACKEND" and value.lower() not in ("", "no"))
+    ]
+    if asked:
+        error = InputError(
+            f"Accelerate was set up for more than plain DDP, with which shardstep trains: {', '.join(asked)}. Leave it out "
+            f"in `accelerate config` or of the launcher's options, or unset it (train.compile compiles steps)"
+        )
+        error.everywhere = ends_with_parent()
+        raise error
 
 
 def _should_be_launched(environment: Mapping[str, str]) -> str | None:
@@ -170,17 +231,21 @@ def _should_be_launched(environment: Mapping[str, str]) -> str | None:
             "use `accelerate launch --multi_gpu --num_processes N launch/train.py ... train.device=cpu` or "
             "`torchrun --nproc-per-node N launch/train.py ... train.device=cpu`"
         )
-    tasks = environment.get("SLURM_NTASKS", "1")
-    if tasks != "1":
+    tasks = int(environment.get("SLURM_NTASKS", "1"))
+    if tasks > 1:
         return (
             f"Slurm was asked for {tasks} tasks (SLURM_NTASKS), but no launcher has given this one a rank: {tasks} separate "
             f"runs would write to one folder. Start it with srun, which starts a rank for each task, or `shardstep submit`"
         )
-    for name in ("PET_NNODES", "PET_NPROC_PER_NODE"):  # Kubeflow sets them; 1:4 is from 1 to 4
-        if any(int(number) > 1 for number in re.findall(r"\d+", environment.get(name, ""))):
+    for name in (
+        "PET_NNODES",
+        "PET_NPROC_PER_NODE",
+    ):  # Kubeflow sets them; 1:4 is from 1 to 4, auto a rank per GPU or core
+        if not re.fullmatch("[01]?(:1)?", environment.get(name, "")):
             return (
-                f"{name}={environment[name]} asks for several ranks, but only torchrun reads it: separate runs would "
-                f"write to one folder. Start the ranks with `torchrun launch/train.py ...`"
+                f"{name}={environment[name]} asks for several ranks, but only torchrun reads it: this one would train alone, "
+                f"or separate runs would write to one folder. Start the ranks with `torchrun launch/train.py ...`, or unset "
+                f"it for one rank"
             )
     for launcher in LAUNCHERS:
         if launcher.tasks(environment) > 1:
@@ -192,10 +257,11 @@ def _should_be_launched(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def _remedy_of_place(environment: Mapping[str, str], launcher: Launcher | None) -> str:
-    """Return what to do about a place with a problem."""
+def _remedy_of_place(environment: Mapping[str, str], names: Sequence[str]) -> str:
+    """Return what to do about a place with a problem, of which these variables are a part."""
+    launcher = launcher_of(environment)
     place = launcher.place(environment) if launcher else None
-    unset = f"unset {' '.join(name for name in PLACE if name in environment)}"
+    unset = f"unset {' '.join(names)}"
     if launcher is None or place is None:
         return (
             f"If that is left over from another program: {unset}. Or start the ranks with torchrun, accelerate launch, "
@@ -229,7 +295,20 @@ def _separate_worlds(environment: Mapping[str, str]) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Threads:
+    """How many threads a rank uses, and what limits or chooses that number; "" where it uses every core."""
+
+    count: int
+    limit: str
+
+
 def threads_per_rank(environment: Mapping[str, str], asked: int | None = None) -> int:
+    """Return the threads for one rank; see `explained_threads`."""
+    return explained_threads(environment, asked).count
+
+
+def explained_threads(environment: Mapping[str, str], asked: int | None = None) -> Threads:
     """Return the threads for one rank: its share of the cores that its node's ranks may keep busy, or fewer if asked for.
 
     mpirun may have bound each rank to cores of its own: a rank then has these, at most its share of mpirun's.
@@ -238,7 +317,6 @@ def threads_per_rank(environment: Mapping[str, str], asked: int | None = None) -
         asked: train.threads; None takes OMP_NUM_THREADS, unless a launcher set it.
     """
     own = available = usable_cores().count
-    asked = min(own, asked or asked_threads(environment) or sys.maxsize)
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     launcher = launcher_of(environment)
     if launcher not in (None, SRUN) and (process := process_of(launcher)):
@@ -248,7 +326,15 @@ def threads_per_rank(environment: Mapping[str, str], asked: int | None = None) -
     task_is_rank = environment.get("SLURM_STEP_NUM_TASKS") == environment.get("WORLD_SIZE")
     if cores_of_task:
         available, ranks = min(available, int(cores_of_task)), 1 if task_is_rank else ranks
-    return max(1, min(available // ranks, asked))
+    share = max(1, available // ranks)
+    by_variable = asked_threads(environment)
+    limits = {own: "", share: f"{count(available, 'core')} for {count(ranks, 'rank')}"} if share < own else {own: ""}
+    if asked and by_variable and asked != by_variable:
+        limits[asked] = f"train.threads={asked} counts, not OMP_NUM_THREADS={by_variable}"
+    elif wish := asked or by_variable:
+        limits.setdefault(wish, f"train.threads={asked}" if asked else f"OMP_NUM_THREADS={by_variable}")
+    threads = min(limits)
+    return Threads(threads, limits[threads])
 
 
 @dataclass(frozen=True)
@@ -283,7 +369,7 @@ def stopped_file() -> Path | None:
 _LAUNCH_VARIABLES = (
     *(*PLACE, *MEETING_POINT, "GROUP_RANK", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"),
     *(name for launcher in LAUNCHERS for name in launcher.names()),
-    *("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_NODEID"),
+    *("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_NODEID", "SLURM_CPUS_PER_TASK"),
     *("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
 )
 

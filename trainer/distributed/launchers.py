@@ -98,10 +98,14 @@ def _agrees(environment: Mapping[str, str], place: Mapping[str, str]) -> bool:
 
 
 def _place_by_hand(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """Return the local rank of a process that was only given its rank: all ranks are on this machine, or one on each."""
-    if not {"RANK", "WORLD_SIZE"} <= environment.keys() or "LOCAL_WORLD_SIZE" in environment:
+    """Return the local rank of a process that was only given its rank: all ranks are on this machine, or one on each.
+
+    None where that is wrong or incomplete, so that a refusal names what somebody has set, and nothing else.
+    """
+    rank, world_size = environment.get("RANK", ""), environment.get("WORLD_SIZE", "")
+    is_right = rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)
+    if not is_right or not all(map(environment.get, MEETING_POINT)) or "LOCAL_WORLD_SIZE" in environment:
         return None
-    rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
     if environment.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1"):
         return {"LOCAL_RANK": environment.get("LOCAL_RANK", rank), "LOCAL_WORLD_SIZE": world_size}
     if "LOCAL_RANK" in environment:

@@ -1,7 +1,6 @@
 """Notes that processes exchange through the launcher's store, without collectives: heartbeats, reports of a preflight."""
 
 import contextlib
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate import PartialState
+
+from shardstep.trainer.distributed.meeting import keeps_store, wait_for_store
 
 _LOOK_AGAIN_S = 0.02
 
@@ -82,6 +83,7 @@ class LaunchStore:
         """
         Raises:
             TimeoutError: nothing listens there before the timeout.
+            InputError: MASTER_ADDR does not resolve before it.
         """
         self._expected = int(environment.get("WORLD_SIZE", "1"))
         self._store: dist.Store | None = None
@@ -128,17 +130,10 @@ class LaunchStore:
 def _open_store(environment: Mapping[str, str], timeout_s: float) -> tuple[dist.Store, bool]:
     """Return the store, and whether this process keeps it."""
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    wait_for_store(environment, timeout_s)
     # multi_tenant: a world that comes up later can share the port
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s), "wait_for_workers": False, "multi_tenant": True}
-    if environment["RANK"] == "0" and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if keeps_store(environment):
         with contextlib.suppress(dist.DistNetworkError):  # the port is taken, perhaps by another process with RANK=0
             return dist.TCPStore(address, port, is_master=True, **options), True
-    deadline = time.monotonic() + timeout_s
-    while True:  # TCPStore would fill the screen with stacks while it waits
-        try:
-            socket.create_connection((address, port), timeout=timeout_s).close()
-            return dist.TCPStore(address, port, is_master=False, **options), False
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise TimeoutError(str(error)) from None
-            time.sleep(_LOOK_AGAIN_S)
+    return dist.TCPStore(address, port, is_master=False, **options), False

@@ -1,5 +1,6 @@
 """Bring up the world of a launcher's ranks: processes, devices, threads, and the Accelerator."""
 
+import contextlib
 import ctypes
 import os
 from datetime import timedelta
@@ -11,8 +12,9 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, patch_
 
 from shardstep.configs.errors import InputError, TrainingFailed
 from shardstep.configs.schema import TrainConfig
-from shardstep.trainer.distributed import launch_env, launchers
+from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.lazy_dynamo import defer_compiler
+from shardstep.trainer.distributed.meeting import wait_for_store, waiting_aloud
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -36,7 +38,8 @@ def start_world(config: TrainConfig) -> PartialState:
     """Bring up the launcher's world, on the device of the recipe.
 
     Raises:
-        InputError: the device is missing, the world has another size than requested, or its port is taken.
+        InputError: the device is missing, the world has another size than requested, MASTER_ADDR does not resolve, or the
+            port is taken.
         TrainingFailed: the ranks did not meet in time.
     """
     defer_compiler()
@@ -51,13 +54,17 @@ def start_world(config: TrainConfig) -> PartialState:
             )
     threads = launch_env.threads_per_rank(os.environ, config.threads)
     timeout = timedelta(seconds=config.timeout_s)
-    try:
-        _join_restarted_world(device, timeout)
-        with patch_environment(OMP_NUM_THREADS=threads):  # or Accelerate would choose another number, and warn
-            # cpu=True is needed: without it, each rank on a machine without CUDA would be a world of one
-            world = PartialState(cpu=device == "cpu", timeout=timeout)
-    except dist.DistError as error:
-        raise _no_meeting(str(error)) from None
+    with contextlib.ExitStack() as stack:
+        try:
+            if launch_env.is_launched() and not dist.is_initialized():
+                wait_for_store(os.environ, config.timeout_s)
+                stack.enter_context(waiting_aloud(f"the others to come to {launch_env.meeting_point(os.environ)}"))
+            _join_restarted_world(device, timeout)
+            with patch_environment(OMP_NUM_THREADS=threads):  # or Accelerate would choose another number, and warn
+                # cpu=True is needed: without it, each rank on a machine without CUDA would be a world of one
+                world = PartialState(cpu=device == "cpu", timeout=timeout)
+        except (dist.DistError, TimeoutError) as error:
+            raise _no_meeting(str(error)) from None
     torch.set_num_threads(threads)
     if device == "cpu":
         keep_freed_memory()
@@ -72,13 +79,14 @@ def start_world(config: TrainConfig) -> PartialState:
 
 def _no_meeting(reason: str) -> InputError | TrainingFailed:
     """Return an error that says why this rank has not met the others."""
-    address, port = (os.environ.get(name) for name in launchers.MEETING_POINT)
     error: InputError | TrainingFailed
     if "EADDRINUSE" in reason:
+        port = os.environ["MASTER_PORT"]
         error = InputError(f"port {port} of this machine is taken by another program: set MASTER_PORT to a free one")
     else:
         first_line = reason.strip().splitlines()[0]
-        error = TrainingFailed(f"rank {launch_env.rank()} did not meet the others at {address}:{port}: {first_line}")
+        where = launch_env.meeting_point(os.environ)
+        error = TrainingFailed(f"rank {launch_env.rank()} did not meet the others at {where}: {first_line}")
     error.everywhere = False
     return error
 

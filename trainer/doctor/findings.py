@@ -14,6 +14,7 @@ from shardstep.trainer.machine import Cpu, DiskSpace
 
 LEAST_SHM_BYTES = 64 << 20  # the default of many containers; NCCL's ranks on one machine communicate through it
 _LEAST_DISK_BYTES, _LEAST_INODES = 100_000_000, 1000  # for metrics, pictures and a small model's checkpoints
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "GROUP_WORLD_SIZE", "WORLD_SIZE")
 _SLOW_SHARE = 0.5  # of the ranks' median speed
 
 Severity = Literal["error", "warning"]
@@ -125,6 +126,8 @@ def launch_findings(launch: Mapping[str, str], parent: Mapping[str, str]) -> lis
 
 def is_one_of_many_worlds(launch: Mapping[str, str]) -> bool:
     """Return whether srun started several tasks that are unaware of each other, so that each would be rank 0."""
+    if any(not number.isdecimal() for name, number in launch.items() if name in _COUNTS):
+        return False
     tasks = int(launch.get("SLURM_STEP_NUM_TASKS", launch.get("SLURM_NTASKS", "1") if "RANK" not in launch else "1"))
     agents = int(launch.get("GROUP_WORLD_SIZE", str(tasks)))
     return ("RANK" not in launch and tasks > 1) or int(launch.get("WORLD_SIZE", "1")) < tasks or agents < tasks

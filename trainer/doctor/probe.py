@@ -30,7 +30,7 @@ _SIDE = {"cpu": 512, "cuda": 8192}  # of the matrices: some milliseconds each
 class Step:
     """The first optimizer step of a recipe: its time after `setup_s` of setup, and what a checkpoint and the GPU need.
 
-    `measured`: what its compute format was chosen by; None if the recipe, or the run to be resumed, leaves no choice.
+    `measured`: what its compute format was chosen by; None if there was no choice, and nobody asked to measure.
     """
 
     setup_s: float
@@ -103,13 +103,14 @@ def take_step(world: PartialState, recipe: Recipe, folder: Path, measure_anew: b
 
     tensors = [*state.module.state_dict().values(), *_tensors(state.optimizer.state_dict()["state"])]
     on_gpu = world.device.type == "cuda"
+    no_choice = "nothing to measure: the recipe, the run to be resumed or the device leaves one choice"
     return Step(
         setup_s=setup_s,
         samples=batch.size,
         seconds=seconds,
         precision=run.recipe.train.precision,
         memory_format=run.recipe.train.memory_format,
-        measured=str(run.measured) if run.measured else None,
+        measured=str(run.measured) if run.measured else no_choice if measure_anew else None,
         parameters=sum(parameter.numel() for parameter in state.module.parameters()),
         checkpoint_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         gpu_peak_bytes=torch.cuda.max_memory_allocated(world.device) if on_gpu else None,

@@ -37,6 +37,7 @@ from shardstep.datasets.resident import decoded_path
 from shardstep.trainer import data, machine
 from shardstep.trainer.distributed import launch_env, world
 from shardstep.trainer.distributed.launchers import PLACE
+from shardstep.trainer.distributed.meeting import waiting_aloud
 from shardstep.trainer.distributed.store import LaunchStore
 from shardstep.trainer.doctor import findings as checks
 from shardstep.trainer.doctor import probe
@@ -87,7 +88,12 @@ def run_preflight(
     try:
         environment: Mapping[str, str] = os.environ if own.world_size > 1 else {}
         meeting = worker.submit(LaunchStore, environment, timeout_s).result(timeout_s + _GRACE_S)
-        texts = meeting.share("records", own.to_json(), timeout_s)
+        with waiting_aloud("the others to come"):
+            texts = meeting.share("records", own.to_json(), timeout_s)
+    except InputError as error:
+        unnamed = Finding.from_error("world", error, "set MASTER_ADDR to a name that this machine can resolve")
+        yield DoctorReport("report" if own.rank == 0 else "findings", facts, [own], findings=[unnamed, *own.findings])
+        return
     except (OSError, RuntimeError, futures.TimeoutError) as error:
         unmet = checks.unmet_finding(own, str(error), timeout_s, machine.is_loopback(own.launch["MASTER_ADDR"]))
         yield DoctorReport("report" if own.rank == 0 else "findings", facts, [own], findings=[unmet, *own.findings])
@@ -147,11 +153,13 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
     findings += found + _machine_findings(train, launch, device)
 
     cores = usable_cores()
+    threads = launch_env.explained_threads({} if is_misplaced else os.environ, train.threads)
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "versions": machine.versions(),
         "cpu": dataclasses.asdict(machine.read_cpu()),
         "cores": dataclasses.asdict(cores),
+        "threads": dataclasses.asdict(threads),
         "memory_bytes": machine.memory_bytes(),
         "shm_bytes": machine.shared_memory_bytes(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -175,7 +183,7 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         gpu=str(torch.cuda.get_device_properties(device).uuid) if on_gpu else None,
         cores=cores.count,
-        threads=launch_env.threads_per_rank({} if is_misplaced else os.environ, train.threads),
+        threads=threads.count,
         shm_bytes=facts["shm_bytes"],
         recipe_sha256=digest,
         data=fingerprints,

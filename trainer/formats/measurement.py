@@ -78,42 +78,68 @@ def measure(
     count = _sample_count(module, read_batch, batch_size)
     with _one_thread(), torch.random.fork_rng():  # dropout must not change the run's random numbers
         images, labels = read_batch(count)
+        tried = _warm_up(formats, lambda compute: _pass_in(compute, module, objective, images, labels))
+        _take_turns(list(tried.values()))
+        _confirm(tried, guess=formats[0])
+    return _seconds_of(tried), len(images)
 
-        def warm(compute: ComputeFormat) -> _Passes:
-            passes = _Passes(_pass_in(compute, module, objective, images, labels))
-            passes.warm_up()
-            return passes
 
-        first_of = {compute.precision: compute for compute in reversed(formats)}
-        tried = {compute: warm(compute) for compute in formats if compute in first_of.values()}
-        limit_s = _HOPELESS * min(passes.best_s for passes in tried.values())
-        others = [compute for compute in formats if tried[first_of[compute.precision]].best_s <= limit_s]
-        tried |= {compute: warm(compute) for compute in others if compute not in tried}
-        left = list(tried.values())
-        began = time.thread_time()
-        for rounds in range(_MOST_ROUNDS):
-            limit_s = _FAR_BEHIND[min(rounds, len(_FAR_BEHIND) - 1)] * min(passes.best_s for passes in left)
-            left = [passes for passes in left if passes.best_s <= limit_s]
-            round_s = sum(passes.best_s for passes in left)
-            is_late = time.thread_time() - began + round_s > _ROUNDS_S
-            if len(left) == 1 or is_late:
-                break
-            for passes in left:
-                passes.seconds.append(passes.run())
-        seconds = {compute: tried[compute].seconds for compute in formats if compute in tried}
-        while (faster := tried[choose(seconds)]) is not (guess := tried[formats[0]]):
-            if len(faster.seconds) >= _ENOUGH_PASSES or guess.best_s > _FAR_BEHIND[-1] * faster.best_s:
-                break
-            guess.seconds.append(guess.run())
-            faster.seconds.append(faster.run())
-    return seconds, len(images)
+def _warm_up(
+    formats: list[ComputeFormat], pass_in: Callable[[ComputeFormat], Callable[[], float]]
+) -> dict[ComputeFormat, _Passes]:
+    """Warm up the first format of each precision, then the other formats of those that are not hopeless; in given order."""
+
+    def warm(compute: ComputeFormat) -> _Passes:
+        passes = _Passes(pass_in(compute))
+        passes.warm_up()
+        return passes
+
+    first_of = {compute.precision: compute for compute in reversed(formats)}
+    tried = {compute: warm(compute) for compute in formats if compute in first_of.values()}
+    limit_s = _HOPELESS * min(passes.best_s for passes in tried.values())
+    hopeful = [compute for compute in formats if tried[first_of[compute.precision]].best_s <= limit_s]
+    tried |= {compute: warm(compute) for compute in hopeful if compute not in tried}
+    return {compute: tried[compute] for compute in formats if compute in tried}
+
+
+def _take_turns(left: list[_Passes]) -> None:
+    """Make a pass of each format in turn, round by round, without those that are far behind, as long as there is time."""
+    began = time.thread_time()
+    for rounds in range(_MOST_ROUNDS):
+        limit_s = _FAR_BEHIND[min(rounds, len(_FAR_BEHIND) - 1)] * min(passes.best_s for passes in left)
+        left = [passes for passes in left if passes.best_s <= limit_s]
+        round_s = sum(passes.best_s for passes in left)
+        is_late = time.thread_time() - began + round_s > _ROUNDS_S
+        if len(left) == 1 or is_late:
+            break
+        for passes in left:
+            passes.seconds.append(passes.run())
+
+
+def _confirm(tried: dict[ComputeFormat, _Passes], guess: ComputeFormat) -> None:
+    """Compare a choice other than the best guess with it in more rounds, if a slow model had time for one or two.
+
+    So a single disturbed pass cannot replace the guess. A guess that is far behind needs no more passes.
+    """
+    for _ in range(_ENOUGH_PASSES * len(tried)):
+        chosen = choose(_seconds_of(tried))
+        is_far_behind = tried[guess].best_s > _FAR_BEHIND[-1] * tried[chosen].best_s
+        if chosen == guess or is_far_behind or len(tried[chosen].seconds) >= _ENOUGH_PASSES:
+            break
+        for passes in (tried[guess], tried[chosen]):
+            passes.seconds.append(passes.run())
+
+
+def _seconds_of(tried: dict[ComputeFormat, _Passes]) -> dict[ComputeFormat, list[float]]:
+    return {compute: passes.seconds for compute, passes in tried.items()}
 
 
 def choose(seconds: dict[ComputeFormat, list[float]]) -> ComputeFormat:
     """Return the first format that is not clearly slower than the fastest, so that noise cannot choose between equals.
 
     A format is compared with the fastest by the ratios of their passes in the same rounds. It is clearly slower if it takes
-    over 8 % longer in the median, and longer in three of four rounds, or if it was so far behind that it dropped out.
+    over 8 % longer in the median, and longer in three of four rounds, or if it was so far behind that it dropped out. Only
+    a format that took part to the end can be the fastest.
 
     Args:
         seconds: as `measure` returns them, the best guess first.
@@ -157,7 +183,10 @@ def _sample_count(module: nn.Module, read_batch: ReadBatch, batch_size: int) -> 
 def _pass_in(
     compute: ComputeFormat, module: nn.Module, objective: Objective, images: Tensor, labels: Tensor
 ) -> Callable[[], float]:
-    """Return a function that runs a forward and backward pass of a copy of the model, and returns its processor time."""
+    """Return a function that runs a forward and backward pass of a copy of the model, and returns its processor time.
+
+    That of the calling thread, in which autograd runs the backward pass of a model on the CPU.
+    """
     layout = MEMORY_FORMATS[compute.memory_format]
     model = copy.deepcopy(module).to(memory_format=layout).train()
     if compute.convolutions in CONVOLUTION_METHODS:

@@ -33,8 +33,14 @@ SRUN = {
 PLACED = {
     "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "29500",
 }  # fmt: skip
+BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 ONE_OF_ONE = PLACED | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+LEFT_OVER = "If that is left over from another program: unset"
 TORCHRUN = PLACED | {"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "1"}
+
+
+def without(environment: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in names}
 
 
 def adopted(environment: dict[str, str]) -> dict[str, str]:
@@ -106,19 +112,20 @@ def test_what_is_set_is_kept() -> None:
         # srun --mpi=pmi2
         (SRUN | {"PMI_RANK": "4", "PMI_SIZE": "6"}, ["4", "1", "6", "2"]),
         # By hand: all ranks on this machine, or one rank on each.
-        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, ["1", "1", "2", "2"]),
-        ({"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "LOCAL_RANK": "3"}, ["3", "3", "4", "4"]),
-        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "PET_NNODES": "2"}, ["1", "0", "2", "1"]),
+        (BY_HAND, ["1", "1", "2", "2"]),
+        (BY_HAND | {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "LOCAL_RANK": "3"}, ["3", "3", "4", "4"]),
+        (BY_HAND | {"MASTER_ADDR": "job-master-0", "PET_NNODES": "2"}, ["1", "0", "2", "1"]),
+        # What is wrong or incomplete is left as it was given.
+        (without(BY_HAND, "MASTER_ADDR"), ["1", "-", "2", "-"]),
+        (without(BY_HAND, "MASTER_PORT"), ["1", "-", "2", "-"]),
+        (BY_HAND | {"RANK": "2"}, ["2", "-", "2", "-"]),
+        (BY_HAND | {"RANK": ""}, ["", "-", "2", "-"]),
         # Job scripts that set only what torch needs.
         (SRUN | {"RANK": "4", "WORLD_SIZE": "6", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, ["4", "1", "6", "2"]),
     ],
 )  # fmt: skip
 def test_places(environment: dict[str, str], place: list[str]) -> None:
     assert place_of(environment) == place
-
-
-def without(environment: dict[str, str], *names: str) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name not in names}
 
 
 @pytest.mark.parametrize(
@@ -129,8 +136,20 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
         ({"WORLD_SIZE": "1"}, "WORLD_SIZE=1, but RANK is not set"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0, but RANK is not set"),
         ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK=0, LOCAL_WORLD_SIZE=2, but RANK is not set"),
-        ({"RANK": "0"}, "RANK is set, but not LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0"}, f"RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT. {LEFT_OVER} RANK. Or"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set, but not MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, f"RANK is set, but not MASTER_ADDR, MASTER_PORT. {LEFT_OVER} RANK WORLD_SIZE. Or"),
+        (BY_HAND | {"RANK": "5"}, f"RANK=5, but WORLD_SIZE=2: ranks count from 0. {LEFT_OVER} RANK WORLD_SIZE. Or"),
+        ({"RANK": "", "MASTER_ADDR": "a"}, f"RANK=(empty): not a whole number. {LEFT_OVER} RANK. Or"),
+        (BY_HAND | {"RANK": ""}, "RANK=(empty): not a whole number"),
+        ({"WORLD_SIZE": ""}, f"WORLD_SIZE=(empty): not a whole number. {LEFT_OVER} WORLD_SIZE. Or"),
+        (PLACED | {"LOCAL_RANK": ""}, "LOCAL_RANK=(empty): not a whole number"),
+        (PLACED | {"LOCAL_WORLD_SIZE": " 2"}, "LOCAL_WORLD_SIZE= 2: not a whole number"),
+        ({"SLURM_NTASKS": ""}, f"SLURM_NTASKS=(empty): not a whole number. {LEFT_OVER} SLURM_NTASKS. Or"),
+        ({"SLURM_NTASKS": "many"}, "SLURM_NTASKS=many: not a whole number"),
+        ({"SLURM_CPUS_PER_TASK": "x", "SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS=x, SLURM_CPUS_PER_TASK=x: not"),
+        (TORCHRUN | {"GROUP_WORLD_SIZE": "x"}, "GROUP_WORLD_SIZE=x: not a whole number"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE=x: not a whole number"),
         (without(PLACED, "MASTER_ADDR"), "RANK is set, but not MASTER_ADDR"),
         (without(PLACED, "MASTER_PORT"), "RANK is set, but not MASTER_PORT"),
         (PLACED | {"MASTER_ADDR": ""}, "RANK is set, but not MASTER_ADDR"),
@@ -142,7 +161,13 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
         (PLACED | {"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3: more ranks on this machine than in the world"),
         (PLACED | {"RANK": "-1"}, "RANK=-1: not a whole number"),
         (PLACED | {"RANK": "one", "WORLD_SIZE": "two"}, "RANK=one, WORLD_SIZE=two: not a whole number"),
-        (PLACED | {"MASTER_PORT": "http"}, "MASTER_PORT=http: not a whole number"),
+        (PLACED | {"MASTER_PORT": "http"}, "MASTER_PORT=http is not a port: 1 to 65535. Set it to that of rank 0's machine"),
+        (BY_HAND | {"MASTER_PORT": "http"}, "MASTER_PORT=http is not a port"),
+        (BY_HAND | {"MASTER_ADDR": "node1:29500"}, "MASTER_ADDR=node1:29500 is not the name or address of a machine. Set"),
+        (BY_HAND | {"MASTER_ADDR": "tcp://node1"}, "MASTER_ADDR=tcp://node1 is not the name"),
+        (BY_HAND | {"MASTER_ADDR": "node-[1-4]"}, "MASTER_ADDR=node-[1-4] is not the name"),
+        (BY_HAND | {"MASTER_ADDR": "abc:29500"}, "MASTER_ADDR=abc:29500 is not the name"),
+        (BY_HAND | {"MASTER_ADDR": "node 1"}, "MASTER_ADDR=node 1 is not the name"),
         (PLACED | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port"),
         (PLACED | {"MASTER_PORT": "0"}, "MASTER_PORT=0 is not a port"),
         # launchers that start processes, and others that should have
@@ -153,6 +178,17 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
         ({"PET_NNODES": "2"}, "PET_NNODES=2 asks for several ranks, but only torchrun reads it"),
         ({"PET_NNODES": "1:4"}, "PET_NNODES=1:4"),
         ({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2"}, "PET_NPROC_PER_NODE=2"),
+        ({"PET_NPROC_PER_NODE": "10"}, "PET_NPROC_PER_NODE=10"),
+        ({"PET_NPROC_PER_NODE": "auto"}, "PET_NPROC_PER_NODE=auto asks for several ranks, but only torchrun reads it"),
+        ({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "gpu"}, "PET_NPROC_PER_NODE=gpu"),
+        ({"PET_NPROC_PER_NODE": "cpu"}, "PET_NPROC_PER_NODE=cpu"),
+        # Accelerate
+        *(
+            (launch | {f"ACCELERATE_USE_{what}": value}, f"with which shardstep trains: ACCELERATE_USE_{what}={value}.")
+            for what in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER", "TP", "ANYTHING_NEW")
+            for value, launch in (("true", {}), ("True", TORCHRUN), ("1", PLACED))
+        ),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR. Leave it out"),
         # contradictions
         (OPEN_MPI | {"WORLD_SIZE": "4"}, "mpirun started this process as rank 1 of 2: unset WORLD_SIZE before it"),
         (OPEN_MPI | {"LOCAL_RANK": "1"}, "unset LOCAL_RANK before it"),  # right by chance, on this rank
@@ -176,7 +212,16 @@ def test_refusals(environment: dict[str, str], problem: str) -> None:
     [
         {},
         {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"},  # a job script's, for another command
-        {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "auto"},
+        {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "1"},
+        {"PET_NNODES": "1:1", "PET_NPROC_PER_NODE": ""},
+        PLACED | {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto"},  # a pod of Kubeflow's PyTorchJob
+        *(
+            {**BY_HAND, "MASTER_ADDR": name}
+            for name in ("::1", "fe80::1%eth0", "10.0.0.1", "n1.cluster.local.", "a_b-0")
+        ),
+        {"MASTER_PORT": "http"},  # of no world
+        {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "", "ACCELERATE_USE_CPU": "true"},
+        {"ACCELERATE_DYNAMO_BACKEND": "NO"},
         {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
         PLACED,
         TORCHRUN,
@@ -204,8 +249,10 @@ def test_no_two_launchers_share_a_name_and_all_places_are_complete() -> None:
     ("environment", "message"),
     [
         ({"WORLD_SIZE": "2"}, "error: WORLD_SIZE=2, but RANK is not set"),
-        ({"RANK": "x", "WORLD_SIZE": "2"}, "error: RANK is set, but not MASTER_ADDR, MASTER_PORT"),
-        ({"RANK": "x", "WORLD_SIZE": "y", "MASTER_ADDR": "localhost", "MASTER_PORT": "9"}, "error: RANK=x, LOCAL_RANK=x"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "error: RANK=x: not a whole number"),
+        ({"RANK": "x", "WORLD_SIZE": "y", "MASTER_ADDR": "localhost", "MASTER_PORT": "9"}, "error: RANK=x, WORLD_SIZE=y"),
+        ({"RANK": ""}, "error: RANK=(empty): not a whole number"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "error: Accelerate was set up for more than plain DDP"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "error: RANK is set, but not MASTER_ADDR"),  # rank 1 says so itself
         ({"PET_NNODES": "2"}, "error: PET_NNODES=2"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shardstep.trainer.distributed.launch_env import threads_per_rank
+from shardstep.trainer.distributed.launch_env import Threads, explained_threads, threads_per_rank
 from tests.distributed import BOTH_MPIS, HANG_S, mpi, run_ranks
 from tests.runs import write_recipe
 
@@ -52,6 +52,38 @@ def test_threads(
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setattr("shardstep.configs.cores.parent_environment", dict)
     assert threads_per_rank(environment, asked) == threads
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked", "threads"),
+    [
+        ({}, None, Threads(8, "")),
+        ({}, 9, Threads(8, "")),
+        ({}, 2, Threads(2, "train.threads=2")),
+        ({"OMP_NUM_THREADS": "1"}, None, Threads(1, "OMP_NUM_THREADS=1")),
+        ({"OMP_NUM_THREADS": "99"}, None, Threads(8, "")),
+        ({"OMP_NUM_THREADS": "1"}, 2, Threads(2, "train.threads=2 counts, not OMP_NUM_THREADS=1")),
+        ({"OMP_NUM_THREADS": "4"}, 2, Threads(2, "train.threads=2 counts, not OMP_NUM_THREADS=4")),
+        ({"OMP_NUM_THREADS": "1"}, 8, Threads(8, "train.threads=8 counts, not OMP_NUM_THREADS=1")),
+        ({"OMP_NUM_THREADS": "2"}, 2, Threads(2, "train.threads=2")),
+        (NODE, None, Threads(4, "8 cores for 2 ranks")),
+        (NODE, 6, Threads(4, "8 cores for 2 ranks")),
+        (NODE | {"OMP_NUM_THREADS": "3"}, None, Threads(3, "OMP_NUM_THREADS=3")),
+        ({"LOCAL_WORLD_SIZE": "32"}, None, Threads(1, "8 cores for 32 ranks")),
+        (SLURM, None, Threads(3, "3 cores for 1 rank")),
+        (
+            AGENT | {"OMP_NUM_THREADS": "1"},
+            None,
+            Threads(4, "8 cores for 2 ranks"),
+        ),  # the agent's, which nobody asked for
+    ],
+)
+def test_what_limits_the_threads(
+    environment: Mapping[str, str], asked: int | None, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr("shardstep.configs.cores.parent_environment", dict)
+    assert explained_threads(environment, asked) == threads
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

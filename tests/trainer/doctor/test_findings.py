@@ -153,7 +153,9 @@ def test_rank_lists() -> None:
 @pytest.mark.parametrize(
     ("launch", "what"),
     [
-        ({"RANK": "0"}, "RANK is set, but not LOCAL_RANK, WORLD_SIZE"),
+        ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE, MASTER_ADDR"),
+        ({"SLURM_NTASKS": "x"}, "SLURM_NTASKS=x: not a whole number"),
+        ({"GROUP_WORLD_SIZE": ""}, "GROUP_WORLD_SIZE=(empty): not a whole number"),
         (PLACED | {"WORLD_SIZE": "many"}, "WORLD_SIZE=many: not a whole number"),
         (PLACED | {"RANK": "4"}, "RANK=4, but WORLD_SIZE=4"),
     ],
@@ -195,6 +197,7 @@ def test_copies_of_one_run_know_that_they_are() -> None:
     assert is_one_of_many_worlds({"RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"})
     assert is_one_of_many_worlds(AGENT | {"SLURM_STEP_NUM_TASKS": "2"})
     assert not is_one_of_many_worlds({})
+    assert not is_one_of_many_worlds({"SLURM_NTASKS": "x"})
     assert not is_one_of_many_worlds(PLACED | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"})
 
 

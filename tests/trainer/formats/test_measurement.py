@@ -1,11 +1,12 @@
 """Choosing a compute format by measuring passes: the same one at every start, and the fastest but for 8 %."""
 
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -60,6 +61,26 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[ComputeForm
         return choose(seconds), model.passes
 
     return measure_and_choose
+
+
+class Whereabouts(torch.autograd.Function):
+    """The identity; remembers the thread of its backward pass."""
+
+    threads: ClassVar[list[int]] = []
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        Whereabouts.threads.append(threading.get_ident())
+        return gradients[0]
+
+
+def test_the_backward_pass_counts_for_the_clock_of_the_calling_thread() -> None:
+    Whereabouts.apply(torch.ones(2, requires_grad=True)).sum().backward()
+    assert Whereabouts.threads == [threading.get_ident()]
 
 
 def test_what_compiles_longest_may_be_fastest(measured: Any) -> None:
