@@ -166,6 +166,15 @@ def test_a_slow_step_of_one_rank_is_a_warning(shards: Path, tmp_path: Path) -> N
     assert [finding["check"] for finding in report["findings"]] == ["step"]
 
 
+def test_one_set_for_both_is_a_warning(shards: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, shards, data={"test": str(shards / "train")}))
+    ((code, report, _),) = run_ranks(1, examine, [recipe])
+    assert code == 0
+    (found,) = (one for one in report["findings"] if one["check"] == "data")
+    assert (found["severity"], found["what"]) == ("warning", "101 of 101 test images are also in the training set")
+    assert "data.validation=0.1 data.test=none" in found["cure"]
+
+
 def test_a_missing_compiler_is_a_warning(tmp_path: Path) -> None:
     result = start(sys.executable, DOCTOR, "--json", cwd=tmp_path, CC="no-such-compiler")
     assert result.returncode == 0, result.stdout
