@@ -6,11 +6,12 @@ index           20 bytes a sample: shard, offset / 512, size, label, crc32 (five
 
 import difflib
 import hashlib
+import itertools
 import json
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -175,6 +176,11 @@ class ShardFolder:
         return self.index["label"].astype(np.int64)
 
     @property
+    def strata(self) -> np.ndarray:
+        """What a held-out part has its share of each of: the samples' classes. int64, shape (samples,)."""
+        return self.labels
+
+    @property
     def samples_per_shard(self) -> list[int]:
         return [shard.samples for shard in self.manifest.shards]
 
@@ -183,14 +189,25 @@ class ShardFolder:
 
     def key(self, sample_id: int) -> str:
         """Return the WebDataset key of a sample, from its header in the tar."""
-        entry = self.index[sample_id]
-        place = int(entry["block"]) * BLOCK
-        with self.shard_path(int(entry["shard"])).open("rb") as file:
-            file.seek(place - BLOCK)
-            header = file.read(BLOCK)
+        shard = int(self.index[sample_id]["shard"])
+        with self.shard_path(shard).open("rb") as file:
+            return self._key_in(file, shard, sample_id)
+
+    def keys(self) -> list[str]:
+        """Return the keys of all samples; opens each shard once."""
+        found = []
+        for shard, ids in itertools.groupby(range(len(self.index)), key=self.index["shard"].tolist().__getitem__):
+            with self.shard_path(shard).open("rb") as file:
+                found += [self._key_in(file, shard, sample_id) for sample_id in ids]
+        return found
+
+    def _key_in(self, file: BinaryIO, shard: int, sample_id: int) -> str:
+        place = int(self.index["block"][sample_id]) * BLOCK
+        file.seek(place - BLOCK)
+        header = file.read(BLOCK)
         name = header[:100].partition(b"\0")[0].decode(errors="replace")
         if len(name) >= 99 or "?" in name or header[345:346] != b"\0":  # the full name may be in a separate header
-            members = read_members(self.shard_path(int(entry["shard"])))
+            members = read_members(self.shard_path(shard))
             name = next((member.name for member in members if member.offset == place), name)
         return split_name(name)[0]
 

@@ -16,6 +16,7 @@ of which any part can be computed without the rest: a run starts anywhere within
 
 from bisect import bisect_right
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -42,8 +43,37 @@ def window_of(setting: int | str, total_bytes: int, num_shards: int) -> int | No
     return max(1, WINDOW_ALL_BYTES * num_shards // total_bytes)
 
 
+class Order(Protocol):
+    """The order of one epoch."""
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Return the sample ids at the global positions [start, stop). int64, shape (stop - start,)."""
+        ...
+
+    def blocks(self, start: int, stop: int) -> list[tuple[int, ...]]:
+        """Return the blocks of the global positions [start, stop); the last number of a block counts on to the next one."""
+        ...
+
+    def shards_of(self, *block: int) -> list[int]:
+        """Return the numbers of the shards of a block's samples; empty past the last block."""
+        ...
+
+
+class Orders(Protocol):
+    """The orders of all epochs."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        ...
+
+    def of_epoch(self, epoch: int) -> Order:
+        """Return the order of one epoch."""
+        ...
+
+
 class EpochOrder:
-    """The order of one epoch. Sample ids number the samples in the order of the manifest's shards."""
+    """The order of one epoch. Sample ids number the samples in the order of the manifest's shards, unless they are given."""
 
     def __init__(
         self,
@@ -53,6 +83,7 @@ class EpochOrder:
         lanes: int = 1,
         window_shards: int | None = None,
         version: OrderVersion = ORDER_VERSION,
+        ids: np.ndarray | None = None,
     ):
         """
         Args:
@@ -61,10 +92,11 @@ class EpochOrder:
             lanes: L, at least 1; lanes beyond the number of samples are empty.
             window_shards: W, at least 1; None is all.
             version: 1 computes and keeps whole blocks, 2 only parts of large ones.
+            ids: of the samples, int64, in the order of the shards; None numbers them from 0.
         """
         counts = np.asarray(samples_per_shard, dtype=np.int64)
         self.num_samples = int(counts.sum())
-        self._key, self._lanes = (seed, epoch), lanes
+        self._key, self._lanes, self._ids = (seed, epoch), lanes, ids
         self._window_shards = window_shards or max(len(counts), 1)
         self._shard_order = permutation(len(counts), self._key, (_SHARDS, 0, 0))
         # The start of each shard in the manifest's order, and on the permuted line.
@@ -85,11 +117,11 @@ class EpochOrder:
             if first < stop:
                 places = range(first // self._lanes, (stop - 1 - lane) // self._lanes + 1)
                 ids[first - start :: self._lanes] = self._lane_slice(lane, places.start, places.stop)
-        return ids
+        return ids if self._ids is None else self._ids[ids]
 
-    def blocks(self, start: int, stop: int) -> list[tuple[int, int]]:
+    def blocks(self, start: int, stop: int) -> list[tuple[int, ...]]:
         """Return the (lane, block) pairs of the global positions [start, stop)."""
-        found = []
+        found: list[tuple[int, ...]] = []
         for lane in range(min(self._lanes, self.num_samples)):
             first = start + (lane - start) % self._lanes
             if first < stop:
@@ -99,9 +131,9 @@ class EpochOrder:
                 found += [(lane, block) for block in blocks]
         return found
 
-    def shards_of(self, lane: int, block: int) -> list[int]:
-        """Return the manifest indices of the shards of a block's samples; empty past the lane's last block."""
-        begin, end = self._block_bounds(lane, block)
+    def shards_of(self, *block: int) -> list[int]:
+        """Return the manifest indices of the shards of a (lane, block)'s samples; empty past the lane's last block."""
+        begin, end = self._block_bounds(*block)
         return self._shard_order[self._shard_at(begin) : self._shard_at(end - 1) + 1].tolist() if begin < end else []
 
     def _lane_slice(self, lane: int, start: int, stop: int) -> np.ndarray:
