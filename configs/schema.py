@@ -98,8 +98,8 @@ class DataConfig:
     """Data sets to train on together, in place of data.train, such as [{dir: data/photos, weight: 3}, {dir: data/drawings,
     weight: 1}]: 3 of 4 samples are photos. Each set goes through its own epochs; an epoch has as many samples as all sets."""
     repeats: int = 1
-    """Number of times that a sample comes in a row, each time with other augmentation, before the next one does; an epoch of
-    as many samples as without holds this part of them, the next epoch the next part. 3 is usual for vision transformers."""
+    """Number of times that a sample comes in a row, each time with other augmentation (repeated augmentation). An epoch is as
+    long as without: with 3 it has a third of the samples, and the next epoch the next third."""
     last_batch: Literal["short", "drop"] = "short"
     """What to do with an epoch's last global batch if it is not full: short trains on it, drop leaves it out."""
 

@@ -16,13 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardstep.configs.schema import OrderVersion
 from shardstep.datasets.augment import Labels, Mixing, Normalize, Transform
 from shardstep.datasets.augment.mixing import with_partners
-from shardstep.datasets.order import ORDER_VERSION, EpochOrder, Order, Orders
+from shardstep.datasets.order import Order, OrderConfig, Orders
 from shardstep.datasets.reader import Reader
 from shardstep.datasets.rng import AT_DECODING, Draws
-from shardstep.datasets.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -47,27 +45,6 @@ class GlobalBatch:
     size: int
     num_micro_steps: int
     micro_batches: Iterator[MicroBatch]
-
-
-@dataclass(frozen=True)
-class OrderConfig:
-    """The inputs of the global order of one data set. The number of ranks is not among them."""
-
-    samples_per_shard: list[int]
-    seed: int
-    lanes: int
-    window_shards: int | None
-    version: OrderVersion = ORDER_VERSION
-    ids: np.ndarray | None = None  # of the samples, int64, if these are a part of the data set
-    sampling: Sampling | None = None  # what each epoch draws, in place of each sample once
-
-    def of_epoch(self, epoch: int) -> EpochOrder:
-        """Return the order of one epoch."""
-        counts, ids = self.samples_per_shard, self.ids
-        if self.sampling is not None:
-            drawn = self.sampling.of_epoch(epoch)
-            counts, ids = drawn.samples_per_shard, drawn.ids
-        return EpochOrder(counts, self.seed, epoch, self.lanes, self.window_shards, self.version, ids)
 
 
 @dataclass(frozen=True)
@@ -97,7 +74,7 @@ class TrainBatches:
     """Endless batches of a training set, starting at any position."""
 
     reader: Reader
-    order: Orders
+    order: OrderConfig | Orders
     global_batch_size: int  # over all ranks
     samples_per_epoch: int  # all samples, or fewer if the last batch is dropped
     rank: int

@@ -15,13 +15,17 @@ of which any part can be computed without the rest: a run starts anywhere within
 """
 
 from bisect import bisect_right
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from shardstep.configs.schema import OrderVersion
 from shardstep.datasets.rng import permutation, permutation_part
+
+if TYPE_CHECKING:
+    from shardstep.datasets.sampling import Sampling
 
 ORDER_VERSION: OrderVersion = 2  # of new runs; a run that was begun with version 1 keeps it
 WINDOW_ALL_BYTES = 4 * 10**9  # data sets up to this size are shuffled completely
@@ -180,3 +184,24 @@ class EpochOrder:
         slot = self._shard_at(begin) + block * self._window_shards
         last = len(self._ends) - 1
         return max(begin, self._ends[min(slot, last)]), min(end, self._ends[min(slot + self._window_shards, last)])
+
+
+@dataclass(frozen=True)
+class OrderConfig:
+    """The inputs of the global order of one data set. The number of ranks is not among them."""
+
+    samples_per_shard: list[int]
+    seed: int
+    lanes: int
+    window_shards: int | None
+    version: OrderVersion = ORDER_VERSION
+    ids: np.ndarray | None = None  # of the samples, int64, if these are a part of the data set
+    sampling: "Sampling | None" = None  # what each epoch draws, in place of each sample once
+
+    def of_epoch(self, epoch: int) -> EpochOrder:
+        """Return the order of one epoch."""
+        counts, ids = self.samples_per_shard, self.ids
+        if self.sampling is not None:
+            drawn = self.sampling.of_epoch(epoch)
+            counts, ids = drawn.samples_per_shard, drawn.ids
+        return EpochOrder(counts, self.seed, epoch, self.lanes, self.window_shards, self.version, ids)

@@ -4,10 +4,9 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.resolve import ResolvedDataConfig
 from shardstep.configs.schema import DataConfig
 from shardstep.configs.selection import mix_of, sampling_of
-from shardstep.datasets.batches import OrderConfig
 from shardstep.datasets.manifest import ShardFolder, open_shards
 from shardstep.datasets.mix import MixedOrders, MixedShards, mix_shards, set_parts
-from shardstep.datasets.order import Orders, window_of
+from shardstep.datasets.order import OrderConfig, Orders, window_of
 from shardstep.datasets.parts import Part
 from shardstep.datasets.rng import derived_seed
 from shardstep.datasets.sampling import RepeatedOrders, Sampling, Strata, strata_of

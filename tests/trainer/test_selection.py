@@ -70,6 +70,36 @@ def test_any_number_of_ranks_either_mode_and_a_resume_give_the_same(kind: str, s
     assert max(epoch for epoch, *_ in consumed(one)) == 1
 
 
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_shards_order_prints_what_a_run_trains_on(mode: str, shards: Path, tmp_path: Path) -> None:
+    data = keys_of("all", shards, tmp_path) | {"fold": None, "mode": mode, "last_batch": "short"}
+    recipe = write_recipe(tmp_path, shards, data=data, log={"sample_keys": True}, run={"seed": 3})
+    train_ranks(1, recipe, "train.duration=1 epochs", f"run.dir={tmp_path / 'run'}")
+    folders, options = [str(shards / name) for name in ("train", "test")], "--sampling balanced --repeats 2 --seed 3"
+    printed = run_command("shards", "order", *folders, "--weights", "1,2", *options.split(), cwd=tmp_path).stdout
+    assert printed == "".join(f"{position} {key}\n" for _, position, _, key in consumed(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["b", "--weights", "1,x"], "--weights or --sampling cannot be read"),
+        (["b", "--weights", "1"], "--weights has 1 number for 2 folders"),
+        (["--weights", "1"], "--weights 1 has no effect on one folder"),
+        (["b", "--weights", "1,-1"], "data.mix[1].weight=-1.0 must be a number above 0"),
+        (["--sampling", "{"], "--weights or --sampling cannot be read"),
+        (["--sampling", "even"], "data.sampling=even must be uniform"),
+        (["--repeats", "0"], "--lanes and --repeats must be at least 1"),
+        (["--start", "100", "--count", "2"], "positions 100 to 102 are outside an epoch of 101 samples"),
+    ],
+)
+def test_options_of_shards_order(words: list[str], message: str, shards: Path, tmp_path: Path) -> None:
+    result = run_command("shards", "order", str(shards / "train"), *words, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_balanced_classes_come_equally_often(shards: Path, tmp_path: Path) -> None:
     source = tmp_path / "images"
     write_unbalanced(source, {"cat": 40, "dog": 7, "owl": 13})
