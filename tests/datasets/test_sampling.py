@@ -96,6 +96,13 @@ def test_an_epoch_does_not_depend_on_those_before(epoch: int) -> None:
     assert going_on.of_epoch(epoch).all_ids().tolist() == walked[epoch]  # back again
 
 
+def test_rounding_evens_out_over_epochs() -> None:
+    # 10 draws an epoch from classes with a third each: 3, 3 and 4, and not always the same class has 4
+    part = labelled([0, 1, 2] * 5)
+    counts = sum(epochs_of(part, strata_of(part, ClassWeights({})), 10, 60), start=np.zeros(15, dtype=np.int64))
+    assert (abs(counts.reshape(5, 3).sum(axis=0) - 200) < 2).all()
+
+
 def test_what_is_drawn_is_pinned() -> None:
     # A golden value: resumed runs must see the same samples.
     part = labelled([0] * 8 + [1] * 4)

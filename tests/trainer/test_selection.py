@@ -184,6 +184,16 @@ def test_a_resume_refuses_another_selection(kind: str, change: str, shards: Path
     assert "cannot change in the middle of an epoch" in stderr
 
 
+@pytest.mark.parametrize("change", ["data.repeats=2", "data.sampling=balanced", "data.mix=[{dir: train, weight: 2}]"])
+def test_a_selection_may_change_between_epochs(change: str, shards: Path, tmp_path: Path) -> None:
+    data = {"mix": [{"dir": str(shards / "train"), "weight": 1}]}
+    recipe = write_recipe(tmp_path, shards, data=data, log={"sample_keys": True})
+    run_ranks(1, train_until, str(recipe), 4, "checkpoint.every=1 steps")  # 101 samples, 30 a step
+    change, key = change.replace("dir: train", f"dir: {shards}/train"), change.partition("=")[0]
+    train_ranks(1, recipe, change, f"run.allow_changes=[{key}]")
+    assert len(consumed(tmp_path / "run")) == 2 * 101
+
+
 def test_a_resume_compares_contents_not_places(shards: Path, tmp_path: Path) -> None:
     import shutil
 
