@@ -1,7 +1,7 @@
 """data.sampling, data.mix and data.repeats: how often samples come, as a recipe says it."""
 
-import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,11 +105,9 @@ def _sampling_problems(sampling: Any) -> list[str]:
             problems.append(f"data.sampling gives {listed(twice)} two weights")
         if column is not None:
             problems.append(f"data.sampling.column={column} has no effect on the weights of classes: leave it out")
-        return (
-            problems
-            if weights
-            else [*problems, "data.sampling.weights is empty; data.sampling=balanced has no weights"]
-        )
+        if not weights:
+            problems.append("data.sampling.weights is empty; data.sampling=balanced needs no weights")
+        return problems
     if not isinstance(weights, str) or not weights:
         return [*problems, f"data.sampling={dict(sampling)} must be {_FORMS}"]
     if column is not None and not isinstance(column, str):
@@ -147,4 +145,4 @@ def _mix_problems(mix: list[Any]) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

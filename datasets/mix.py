@@ -68,14 +68,13 @@ def mix_shards(sets: Sequence[ShardFolder]) -> MixedShards:
         InputError: no set has all classes.
     """
     classes = _common_classes(sets)
-    first_shards = np.cumsum([0, *(len(one.manifest.shards) for one in sets)])
-    parts = []
-    for one, first in zip(sets, first_shards.tolist(), strict=False):
-        part = one.index.copy()
-        part["shard"] += first
-        part["label"] = np.array([classes.index(name) for name in one.manifest.classes], dtype=np.uint32)[part["label"]]
-        parts.append(part)
-    index = np.concatenate(parts)
+    index = np.concatenate([one.index for one in sets])
+    first_id, first_shard = 0, 0
+    for one in sets:
+        own = index[first_id : first_id + one.manifest.samples]
+        own["shard"] += first_shard
+        own["label"] = np.array([classes.index(name) for name in one.manifest.classes], dtype=np.uint32)[own["label"]]
+        first_id, first_shard = first_id + len(own), first_shard + len(one.manifest.shards)
     manifest = _manifest(sets, classes, index)
     return MixedShards(Path(" + ".join(str(one.path) for one in sets)), manifest, index, tuple(sets))
 

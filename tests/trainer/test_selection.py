@@ -237,6 +237,7 @@ def test_a_resume_refuses_other_weights_in_the_file(shards: Path, tmp_path: Path
         ({"sampling": {"weights": {"cat": "2"}}}, "the weight of cat must be a number from 0, not '2'"),
         ({"sampling": {"weights": {"cat": True}}}, "the weight of cat must be a number from 0, not True"),
         ({"sampling": {"weights": {"cat": float("inf")}}}, "the weight of cat must be a number from 0, not inf"),
+        ({"sampling": {"weights": {"cat": 10**400}}}, "the weight of cat must be a number from 0, not 1000"),
         ({"sampling": {"weights": {1: 2, "1": 3}}}, "data.sampling gives 1 two weights"),
         ({"sampling": {"weights": {"cat": 1}, "column": "w"}}, "data.sampling.column=w has no effect"),
         ({"sampling": {"weights": "w.csv", "colum": "w"}}, "data.sampling.colum is not a key; did you mean column?"),
