@@ -101,6 +101,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
         elif section:
             _set(config, section, key, value, loaded.problems)
 
+    _choose_training_set(config, [key for section, key, _ in settings if section == "data"], loaded)
     try:
         recipe = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
@@ -109,9 +110,22 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
     loaded.recipe = _with_default_paths(recipe, path.stem)
     if not any((section, key) == ("data", "source") for section, key, _ in settings):
         for split, folder in _data_folders(loaded.recipe.data).items():
-            if _real_path(folder) != _real_path(own_folders[split]):
+            if folder and _real_path(folder) != _real_path(own_folders[split]):
                 loaded.given_folders[f"data.{split}"] = folder
     return loaded
+
+
+def _choose_training_set(config: DictConfig, overridden: list[str], loaded: LoadedRecipe) -> None:
+    """Keep one of data.train and data.mix: what is overridden replaces the other, else the mix does."""
+    train, mix = config.data.train, config.data.mix
+    if not (train and mix):
+        return
+    if "train" in overridden and "mix" not in overridden:
+        loaded.notes.append(f"data.train={train} replaces data.mix")
+        config.data.mix = []
+    else:
+        loaded.notes.append(f"data.mix replaces data.train={train}")
+        config.data.train = ""
 
 
 def _with_default_paths(recipe: Recipe, default_name: str) -> Recipe:
@@ -122,9 +136,10 @@ def _with_default_paths(recipe: Recipe, default_name: str) -> Recipe:
 
 
 def _data_folders(data: DataConfig | DictConfig) -> dict[str, str]:
-    """Return the folders of the training and test set; those that are left empty are named after the source."""
+    """Return the folders of the training and test set; those left empty are named after the source, but not for a mix."""
     folder = f"data/{source_name(data.source or 'cifar10')}"
-    return {"train": data.train or f"{folder}/train", "test": data.test or f"{folder}/test"}
+    train = "" if data.mix else f"{folder}/train"
+    return {"train": data.train or train, "test": data.test or f"{folder}/test"}
 
 
 def _real_path(folder: str) -> str:

@@ -94,6 +94,16 @@ class DataConfig:
     """Part of the training set that is held out instead, such as 2/5: the second of five, for cross-validation."""
     split_seed: int = 0
     """Seed of what data.validation or data.fold holds out. Runs with other values of run.seed hold out the same samples."""
+    sampling: Any = "uniform"
+    """How often samples come. uniform: each once an epoch; balanced: each class equally often; {weights: {cat: 2, dog: 1}}:
+    classes in these shares (1 for those without one); {weights: FILE}: each sample by its weight, in a table with the columns
+    key and weight (or column: NAME) or an .npy file. An epoch has as many samples as without; see docs/data.md."""
+    mix: list[Any] = field(default_factory=list)
+    """Data sets to train on together, in place of data.train, such as [{dir: data/photos, weight: 3}, {dir: data/drawings,
+    weight: 1}]: 3 of 4 samples are photos. Each set goes through its own epochs; an epoch has as many samples as all sets."""
+    repeats: int = 1
+    """Number of times that a sample comes in a row, each time with other augmentation (repeated augmentation). An epoch is as
+    long as without: with 3 it has a third of the samples, and the next epoch the next third."""
     last_batch: Literal["short", "drop"] = "short"
     """What to do with an epoch's last global batch if it is not full: short trains on it, drop leaves it out."""
 

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardstep.configs.schema import OrderVersion
 from shardstep.datasets.augment import Labels, Mixing, Normalize, Transform
 from shardstep.datasets.augment.mixing import with_partners
-from shardstep.datasets.order import ORDER_VERSION, EpochOrder
+from shardstep.datasets.order import Order, OrderConfig, Orders
 from shardstep.datasets.reader import Reader
 from shardstep.datasets.rng import AT_DECODING, Draws
 
@@ -49,21 +48,6 @@ class GlobalBatch:
 
 
 @dataclass(frozen=True)
-class OrderConfig:
-    """The inputs of the global order. The number of ranks is not among them."""
-
-    samples_per_shard: list[int]
-    seed: int
-    lanes: int
-    window_shards: int | None
-    version: OrderVersion = ORDER_VERSION
-
-    def of_epoch(self, epoch: int) -> EpochOrder:
-        """Return the order of one epoch."""
-        return EpochOrder(self.samples_per_shard, self.seed, epoch, self.lanes, self.window_shards, self.version)
-
-
-@dataclass(frozen=True)
 class _Piece:
     """The positions of a micro-batch that is not read yet, and those to read: with the partners of mixup and cutmix."""
 
@@ -90,7 +74,7 @@ class TrainBatches:
     """Endless batches of a training set, starting at any position."""
 
     reader: Reader
-    order: OrderConfig
+    order: OrderConfig | Orders
     global_batch_size: int  # over all ranks
     samples_per_epoch: int  # all samples, or fewer if the last batch is dropped
     rank: int
@@ -101,14 +85,13 @@ class TrainBatches:
     memory_format: torch.memory_format  # of the images
     device: torch.device
     workers: int  # threads that read ahead; 0 reads in the calling thread
-    ids: np.ndarray | None = None  # of the samples that the order numbers, if these are a part of the reader's
     mixing: Mixing | None = None
     wait_s: float = field(default=0.0, init=False)  # waiting for data and preparing it; host time
     to_device_s: float = field(default=0.0, init=False)  # of wait_s: copying batches to the device
     augment_s: float = field(default=0.0, init=False)  # of wait_s: transforming and normalizing them
     _epoch: int = field(default=-1, init=False)
-    _epoch_order: EpochOrder | None = field(default=None, init=False)
-    _announced: set[tuple[int, int]] = field(default_factory=set, init=False)
+    _epoch_order: Order | None = field(default=None, init=False)
+    _announced: set[tuple[int, ...]] = field(default_factory=set, init=False)
 
     def from_position(self, epoch: int, position: int) -> Iterator[GlobalBatch]:
         """Yield global batches forever, starting at a position of an epoch."""
@@ -129,20 +112,19 @@ class TrainBatches:
     def _pieces(self, epoch: int, position: int, size: int) -> list[_Piece]:
         pieces = []
         for start, stop in micro_pieces(size, self.rank, self.world_size, self.max_micro_batch):
-            first, last = with_partners(start, stop, size) if self.mixing else (start, stop)
+            first, last = with_partners(start, stop, size, self.mixing.distance) if self.mixing else (start, stop)
             pieces.append(_Piece(epoch, position + start, position + stop, position + first, position + last))
         return pieces
 
     def _read(self, piece: _Piece) -> Callable[[], tuple[_Piece, np.ndarray, Tensor, Tensor]]:
         """Return a task that reads one piece. The ids are computed here: the order's cache belongs to one thread."""
         order = self._order_of(piece.epoch)
-        numbers = order.slice(piece.read_start, piece.read_stop)
-        sample_ids = numbers if self.ids is None else self.ids[numbers]
-        for lane, block in order.blocks(piece.read_start, piece.read_stop):
-            for upcoming in (block, block + 1):
-                if (lane, upcoming) not in self._announced:
-                    self._announced.add((lane, upcoming))
-                    self.reader.will_need(order.shards_of(lane, upcoming))
+        sample_ids = order.slice(piece.read_start, piece.read_stop)
+        for *lane, number in order.blocks(piece.read_start, piece.read_stop):
+            for upcoming in ((*lane, number), (*lane, number + 1)):
+                if upcoming not in self._announced:
+                    self._announced.add(upcoming)
+                    self.reader.will_need(order.shards_of(*upcoming))
         draws = self._draws(piece, sample_ids, stream=AT_DECODING) if self.reader.takes_draws else None
         return lambda: (piece, sample_ids, *self.reader.read(sample_ids, draws))
 
@@ -152,7 +134,7 @@ class TrainBatches:
         positions = torch.arange(piece.read_start, piece.read_stop)
         return Draws(self.order.seed, piece.epoch, positions, torch.from_numpy(sample_ids), device, stream)
 
-    def _order_of(self, epoch: int) -> EpochOrder:
+    def _order_of(self, epoch: int) -> Order:
         if epoch != self._epoch or self._epoch_order is None:
             self._epoch_order, self._epoch = self.order.of_epoch(epoch), epoch
             self._announced.clear()

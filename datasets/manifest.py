@@ -7,11 +7,12 @@ index-labels    only where samples have several labels, see label_sets.py
 
 import difflib
 import hashlib
+import itertools
 import json
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from shardstep.configs.text import count
 from shardstep.datasets.class_names import class_names_of_manifest
 from shardstep.datasets.framing import Framing
 from shardstep.datasets.input_files import FolderTree, LeftOut, files_that_end_in, is_hidden, split_name
-from shardstep.datasets.label_sets import LABEL_DTYPE, LABELS_NAME, LabelSets
+from shardstep.datasets.label_sets import LABEL_DTYPE, LABELS_NAME, LabelSets, strata
 from shardstep.datasets.tar import BLOCK, PACKED_TAR, TAR, read_members
 
 MANIFEST_NAME = "manifest.json"
@@ -233,6 +234,11 @@ class ShardFolder:
         return self.label_sets.dense(sample_ids, len(self.manifest.classes))
 
     @property
+    def strata(self) -> np.ndarray:
+        """What a held-out part has its share of each of: the samples' classes, see strata. int64, shape (samples,)."""
+        return strata(self.labels)
+
+    @property
     def samples_per_shard(self) -> list[int]:
         return [shard.samples for shard in self.manifest.shards]
 
@@ -241,14 +247,25 @@ class ShardFolder:
 
     def key(self, sample_id: int) -> str:
         """Return the WebDataset key of a sample, from its header in the tar."""
-        entry = self.index[sample_id]
-        place = int(entry["block"]) * BLOCK
-        with self.shard_path(int(entry["shard"])).open("rb") as file:
-            file.seek(place - BLOCK)
-            header = file.read(BLOCK)
+        shard = int(self.index[sample_id]["shard"])
+        with self.shard_path(shard).open("rb") as file:
+            return self._key_in(file, shard, sample_id)
+
+    def keys(self) -> list[str]:
+        """Return the keys of all samples; opens each shard once."""
+        found = []
+        for shard, ids in itertools.groupby(range(len(self.index)), key=self.index["shard"].tolist().__getitem__):
+            with self.shard_path(shard).open("rb") as file:
+                found += [self._key_in(file, shard, sample_id) for sample_id in ids]
+        return found
+
+    def _key_in(self, file: BinaryIO, shard: int, sample_id: int) -> str:
+        place = int(self.index["block"][sample_id]) * BLOCK
+        file.seek(place - BLOCK)
+        header = file.read(BLOCK)
         name = header[:100].partition(b"\0")[0].decode(errors="replace")
         if len(name) >= 99 or "?" in name or header[345:346] != b"\0":  # the full name may be in a separate header
-            members = read_members(self.shard_path(int(entry["shard"])))
+            members = read_members(self.shard_path(shard))
             name = next((member.name for member in members if member.offset == place), name)
         return split_name(name)[0]
 

@@ -15,12 +15,17 @@ of which any part can be computed without the rest: a run starts anywhere within
 """
 
 from bisect import bisect_right
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from shardstep.configs.schema import OrderVersion
 from shardstep.datasets.rng import permutation, permutation_part
+
+if TYPE_CHECKING:
+    from shardstep.datasets.sampling import Sampling
 
 ORDER_VERSION: OrderVersion = 2  # of new runs; a run that was begun with version 1 keeps it
 WINDOW_ALL_BYTES = 4 * 10**9  # data sets up to this size are shuffled completely
@@ -42,8 +47,37 @@ def window_of(setting: int | str, total_bytes: int, num_shards: int) -> int | No
     return max(1, WINDOW_ALL_BYTES * num_shards // total_bytes)
 
 
+class Order(Protocol):
+    """The order of one epoch."""
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Return the sample ids at the global positions [start, stop). int64, shape (stop - start,)."""
+        ...
+
+    def blocks(self, start: int, stop: int) -> list[tuple[int, ...]]:
+        """Return the blocks of the global positions [start, stop); the last number of a block counts on to the next one."""
+        ...
+
+    def shards_of(self, *block: int) -> list[int]:
+        """Return the numbers of the shards of a block's samples; empty past the last block."""
+        ...
+
+
+class Orders(Protocol):
+    """The orders of all epochs."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        ...
+
+    def of_epoch(self, epoch: int) -> Order:
+        """Return the order of one epoch."""
+        ...
+
+
 class EpochOrder:
-    """The order of one epoch. Sample ids number the samples in the order of the manifest's shards."""
+    """The order of one epoch. Sample ids number the samples in the order of the manifest's shards, unless they are given."""
 
     def __init__(
         self,
@@ -53,6 +87,7 @@ class EpochOrder:
         lanes: int = 1,
         window_shards: int | None = None,
         version: OrderVersion = ORDER_VERSION,
+        ids: np.ndarray | None = None,
     ):
         """
         Args:
@@ -61,10 +96,11 @@ class EpochOrder:
             lanes: L, at least 1; lanes beyond the number of samples are empty.
             window_shards: W, at least 1; None is all.
             version: 1 computes and keeps whole blocks, 2 only parts of large ones.
+            ids: of the samples, int64, in the order of the shards; None numbers them from 0.
         """
         counts = np.asarray(samples_per_shard, dtype=np.int64)
         self.num_samples = int(counts.sum())
-        self._key, self._lanes = (seed, epoch), lanes
+        self._key, self._lanes, self._ids = (seed, epoch), lanes, ids
         self._window_shards = window_shards or max(len(counts), 1)
         self._shard_order = permutation(len(counts), self._key, (_SHARDS, 0, 0))
         # The start of each shard in the manifest's order, and on the permuted line.
@@ -85,11 +121,11 @@ class EpochOrder:
             if first < stop:
                 places = range(first // self._lanes, (stop - 1 - lane) // self._lanes + 1)
                 ids[first - start :: self._lanes] = self._lane_slice(lane, places.start, places.stop)
-        return ids
+        return ids if self._ids is None else self._ids[ids]
 
-    def blocks(self, start: int, stop: int) -> list[tuple[int, int]]:
+    def blocks(self, start: int, stop: int) -> list[tuple[int, ...]]:
         """Return the (lane, block) pairs of the global positions [start, stop)."""
-        found = []
+        found: list[tuple[int, ...]] = []
         for lane in range(min(self._lanes, self.num_samples)):
             first = start + (lane - start) % self._lanes
             if first < stop:
@@ -99,9 +135,9 @@ class EpochOrder:
                 found += [(lane, block) for block in blocks]
         return found
 
-    def shards_of(self, lane: int, block: int) -> list[int]:
-        """Return the manifest indices of the shards of a block's samples; empty past the lane's last block."""
-        begin, end = self._block_bounds(lane, block)
+    def shards_of(self, *block: int) -> list[int]:
+        """Return the manifest indices of the shards of a (lane, block)'s samples; empty past the lane's last block."""
+        begin, end = self._block_bounds(*block)
         return self._shard_order[self._shard_at(begin) : self._shard_at(end - 1) + 1].tolist() if begin < end else []
 
     def _lane_slice(self, lane: int, start: int, stop: int) -> np.ndarray:
@@ -148,3 +184,24 @@ class EpochOrder:
         slot = self._shard_at(begin) + block * self._window_shards
         last = len(self._ends) - 1
         return max(begin, self._ends[min(slot, last)]), min(end, self._ends[min(slot + self._window_shards, last)])
+
+
+@dataclass(frozen=True)
+class OrderConfig:
+    """The inputs of the global order of one data set. The number of ranks is not among them."""
+
+    samples_per_shard: list[int]
+    seed: int
+    lanes: int
+    window_shards: int | None
+    version: OrderVersion = ORDER_VERSION
+    ids: np.ndarray | None = None  # of the samples, int64, if these are a part of the data set
+    sampling: "Sampling | None" = None  # what each epoch draws, in place of each sample once
+
+    def of_epoch(self, epoch: int) -> EpochOrder:
+        """Return the order of one epoch."""
+        counts, ids = self.samples_per_shard, self.ids
+        if self.sampling is not None:
+            drawn = self.sampling.of_epoch(epoch)
+            counts, ids = drawn.samples_per_shard, drawn.ids
+        return EpochOrder(counts, self.seed, epoch, self.lanes, self.window_shards, self.version, ids)

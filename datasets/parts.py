@@ -11,7 +11,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.held_out import Fold
 from shardstep.configs.text import count
-from shardstep.datasets.label_sets import LabelSets, strata
+from shardstep.datasets.label_sets import LabelSets
 from shardstep.datasets.manifest import Manifest, ShardFolder
 from shardstep.datasets.rng import philox_words
 
@@ -70,7 +70,7 @@ class Part:
 
 
 def hold_out(shards: ShardFolder, share: float | Fold, seed: int) -> tuple[Part, Part]:
-    """Split a data set by class into the part to train on and the part to validate on.
+    """Split a data set by class into the part to train on and the part to validate on; a mix, each of its sets by class.
 
     The samples are sorted by class and shuffled within each class; then samples at equal distances are held out. So each
     class has its share, but for less than one sample. The folds of one number of folds share no sample, and together are
@@ -79,9 +79,8 @@ def hold_out(shards: ShardFolder, share: float | Fold, seed: int) -> tuple[Part,
     Raises:
         InputError: one of the parts would be empty.
     """
-    labels = strata(shards.labels)
-    total = len(labels)
-    by_class = np.lexsort((philox_words(total, (seed, 0), (0, 0, _STREAM)), labels))
+    total = shards.manifest.samples
+    by_class = np.lexsort((philox_words(total, (seed, 0), (0, 0, _STREAM)), shards.strata))
     places = np.arange(total)
     if isinstance(share, Fold):
         is_held_out = places % share.folds == share.number - 1

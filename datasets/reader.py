@@ -126,9 +126,10 @@ class StreamReader:
         shard, block, size, _, crc32 = self._shards.index[sample_id].item()
         data = self._open(shard).read(size, block * BLOCK)
         if len(data) != size or zlib.crc32(data) != crc32:
+            folder = self._shard_path(sample_id).parent
             raise InputError(
                 f"{self._name(sample_id)} is damaged: {size} bytes with crc32 {crc32:08x} were written, {len(data)} with "
-                f"{zlib.crc32(data):08x} were read. `shardstep shards verify {self._shards.path}` finds all damage"
+                f"{zlib.crc32(data):08x} were read. `shardstep shards verify {folder}` finds all damage"
             )
         return data
 
@@ -155,5 +156,7 @@ class StreamReader:
         return pixels
 
     def _name(self, sample_id: int) -> str:
-        shard = self._shards.manifest.shards[int(self._shards.index[sample_id]["shard"])]
-        return f"{self._shards.path / shard.name}: sample {printable(self._shards.key(sample_id))}"
+        return f"{self._shard_path(sample_id)}: sample {printable(self._shards.key(sample_id))}"
+
+    def _shard_path(self, sample_id: int) -> Path:
+        return self._shards.shard_path(int(self._shards.index[sample_id]["shard"]))

@@ -133,11 +133,13 @@ class Draws:
 
     def of_pairs(self) -> "Draws":
         """Return draws for each two neighbours of the batch together, keyed by the first one's position."""
-        pairs = len(self._host_positions) // 2 * 2
-        first = slice(0, pairs, 2)
-        return Draws(
-            self._seed, self.epoch, self._host_positions[first], self._sample_ids[first], self._device, self._stream
-        )
+        return self.of_rows(slice(0, len(self._host_positions) // 2 * 2, 2))
+
+    def of_rows(self, rows: "slice | Tensor") -> "Draws":
+        """Return draws for some samples of the batch, from the next stream on; `rows` are on the host."""
+        on_device = rows if isinstance(rows, slice) else rows.to(self._sample_ids.device, non_blocking=True)
+        ids = self._sample_ids[on_device]
+        return Draws(self._seed, self.epoch, self._host_positions[rows], ids, self._device, self._stream)
 
     def _uniform(self, index: "Tensor", epoch: int, columns: int) -> "Tensor":
         return _shift_right(self._words(index, epoch, columns), 11).double() * 2.0**-53

@@ -164,11 +164,12 @@ def _threads(threads: dict[str, Any]) -> str:
 
 def _data(facts: dict[str, Any]) -> str:
     if "data" in facts:
-        train, test = facts["data"]["train"], facts["data"]["test"]
+        sets = [facts["data"][split] for split in ("train", "validation", "test") if split in facts["data"]]
+        train, images = sets[0], " + ".join(f"{one['samples']:,}" for one in sets)
         shape = "x".join(map(str, train["image_shape"][::-1])) if train["image_shape"] else "of several sizes"
         return (
-            f"{train['samples']:,} + {test['samples']:,} images {shape} in {count(train['classes'], 'class', 'classes')}, "
-            f"{facts['data']['mode']}; {train['folder']}, {test['folder']}"
+            f"{images} images {shape} in {count(train['classes'], 'class', 'classes')}, {facts['data']['mode']}; "
+            f"{', '.join(one['folder'] for one in sets)}"
         )
     if "no_data" in facts:
         missing, source = ", ".join(facts["no_data"]["missing"]), facts["no_data"]["source"]

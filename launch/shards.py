@@ -6,8 +6,9 @@ shardstep shards write --source SRC --split train --out DIR [--samples-per-shard
 shardstep shards verify DIR
 shardstep shards info DIR
 shardstep shards index DIR [--label FIELD] [--classes NAME,NAME,...|@FILE] [--first-label N] [--force]
-shardstep shards order DIR --seed S --epoch E [--start P --count N --lanes L --window-shards W]
-                       [--order-version 1|2]
+shardstep shards order DIR [DIR ... --weights W,W,...] --seed S --epoch E [--start P --count N]
+                       [--lanes L --window-shards W --order-version 1|2]
+                       [--sampling uniform|balanced|{weights: ...} --repeats N]
 """
 
 import argparse
@@ -20,6 +21,7 @@ from shardstep.configs.text import count, listed, printable
 from shardstep.launch.cli import run_script
 
 if TYPE_CHECKING:
+    from shardstep.configs.resolve import ResolvedDataConfig
     from shardstep.datasets.manifest import Manifest
 
 
@@ -79,13 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--first-label", type=int, metavar="N", help=first_label)
     add("--force", action="store_true", help="replace an existing manifest")
     add = commands.add_parser("order", help="print position and key of samples in the global order").add_argument
-    add("dir", type=Path)
+    add("dir", nargs="+", help="data.train of the run, or the folders of its data.mix")
+    weights = "weights of several folders, as in data.mix, separated by commas (default: 1 each)"
+    add("--weights", metavar="W,W,...", help=weights)
     add("--seed", type=int, default=0, help="seed of the run (default: 0)")
     add("--epoch", type=int, default=0, help="epoch, from 0 (default: 0)")
     add("--start", type=int, default=0, help="first position (default: 0)")
     add("--count", type=int, help="number of positions (default: to the end of the epoch)")
     add("--lanes", type=int, default=1, help="data.lanes of the run (default: 1)")
     add("--window-shards", default="auto", help="data.window_shards: a number, all, or auto (default: auto)")
+    add("--sampling", default="uniform", help="data.sampling of the run, such as balanced (default: uniform)")
+    add("--repeats", type=int, default=1, metavar="N", help="data.repeats of the run (default: 1)")
     version = "data.order_version of the run (default: %(default)s, that of new runs)"
     add("--order-version", type=int, choices=get_args(OrderVersion), default=ORDER_VERSION, help=version)
     return parser
@@ -175,25 +181,55 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _order(args: argparse.Namespace) -> int:
-    from shardstep.datasets.manifest import open_shards
-    from shardstep.datasets.order import EpochOrder, window_of
+    from shardstep.datasets.parts import Part
+    from shardstep.datasets.training_order import open_strata, open_training_set, training_orders
 
-    shards = open_shards(args.dir)
-    samples = shards.manifest.samples
-    stop = samples if args.count is None else args.start + args.count
-    if not 0 <= args.start <= stop <= samples:
-        raise InputError(f"positions {args.start} to {stop} are outside an epoch of {samples} samples")
-    if args.lanes < 1 or args.epoch < 0 or args.seed < 0:
-        raise InputError("--lanes must be at least 1, --epoch and --seed at least 0")
+    if args.lanes < 1 or args.repeats < 1 or args.epoch < 0 or args.seed < 0:
+        raise InputError("--lanes and --repeats must be at least 1, --epoch and --seed at least 0")
+    config = _data_section(args)
+    train = Part(open_training_set(config))
+    stop = train.samples if args.count is None else args.start + args.count
+    if not 0 <= args.start <= stop <= train.samples:
+        raise InputError(f"positions {args.start} to {stop} are outside an epoch of {train.samples} samples")
+    order = training_orders(config, train, open_strata(config, train), args.seed).of_epoch(args.epoch)
+    for position, sample_id in enumerate(order.slice(args.start, stop).tolist(), args.start):
+        print(position, printable(train.shards.key(sample_id)))
+    return 0
+
+
+def _data_section(args: argparse.Namespace) -> "ResolvedDataConfig":
+    """Return the data section of a recipe whose order the options of `shards order` describe."""
+    import yaml
+
+    from shardstep.configs.resolve import ResolvedDataConfig
+    from shardstep.configs.selection import selection_problems
+
     if args.window_shards.isdecimal() and int(args.window_shards) > 0:
         args.window_shards = int(args.window_shards)
     elif args.window_shards not in ("auto", "all"):
         raise InputError(f"--window-shards {args.window_shards}: write a number from 1, all, or auto")
-    window = window_of(args.window_shards, shards.manifest.bytes, len(shards.manifest.shards))
-    order = EpochOrder(shards.samples_per_shard, args.seed, args.epoch, args.lanes, window, args.order_version)
-    for position, sample_id in enumerate(order.slice(args.start, stop).tolist(), args.start):
-        print(position, printable(shards.key(sample_id)))
-    return 0
+    try:
+        weights = [float(weight) for weight in args.weights.split(",")] if args.weights else [1.0] * len(args.dir)
+        sampling = yaml.safe_load(args.sampling)
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"--weights or --sampling cannot be read: {' '.join(str(error).split())}") from None
+    if args.weights and len(args.dir) == 1:
+        raise InputError(f"--weights {args.weights} has no effect on one folder")
+    if len(weights) != len(args.dir):
+        raise InputError(f"--weights has {count(len(weights), 'number')} for {count(len(args.dir), 'folder')}")
+    mix = [{"dir": folder, "weight": weight} for folder, weight in zip(args.dir, weights, strict=True)]
+    config = ResolvedDataConfig(
+        **({"train": args.dir[0]} if len(mix) == 1 else {"mix": mix}),
+        sampling=sampling,
+        repeats=args.repeats,
+        lanes=args.lanes,
+        window_shards=args.window_shards,
+        order_version=args.order_version,
+    )
+    problems = selection_problems(config)
+    if problems:
+        raise InputError.from_problems("shardstep shards order", problems)
+    return config
 
 
 def _size(manifest: "Manifest") -> str:

@@ -1,6 +1,7 @@
 """Open the training and test sets of a recipe, check that they match, and read them resident or streamed."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
@@ -14,19 +15,22 @@ from shardstep.configs.held_out import NO_TEST_SET, held_out_share
 from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.resolve import ResolvedRecipe
 from shardstep.configs.schema import CropVersion, DataConfig, DataMode, OrderVersion
+from shardstep.configs.selection import mix_name, mix_of
 from shardstep.configs.text import listed
 from shardstep.datasets.augment import Normalize, build_mixing, build_transforms, smallest_side
-from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
+from shardstep.datasets.batches import TrainBatches, test_batches
 from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
 from shardstep.datasets.framing import RANDOM_CROP, Framing, framing_of, random_crop
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, did_you_mean, open_shards
-from shardstep.datasets.order import ORDER_VERSION, window_of
+from shardstep.datasets.order import ORDER_VERSION
 from shardstep.datasets.overlap import count_shared
 from shardstep.datasets.parts import Part, PartName, hold_out
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
+from shardstep.datasets.sampling import Strata
 from shardstep.datasets.sources import surely_differs
 from shardstep.datasets.sources.tables import LabelOptions
+from shardstep.datasets.training_order import open_strata, open_training_set, training_orders
 from shardstep.datasets.write import make_missing_shards
 from shardstep.trainer import machine
 from shardstep.trainer.distributed import launch_env
@@ -50,6 +54,15 @@ class Parts:
     final: Part
     held_out_name: PartName
     final_name: PartName
+    # Of the training samples, where they do not all come equally often.
+    strata: Strata | None = field(default=None, kw_only=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the training set, and of a file of weights for its samples, if there is one."""
+        own = self.train.manifest.fingerprint
+        digest = self.strata.digest if self.strata else ""
+        return hashlib.sha256(f"{own} {digest}".encode()).hexdigest() if digest else own
 
     @property
     def evaluated(self) -> dict[PartName, Part]:
@@ -97,13 +110,17 @@ def missing_sets(config: DataConfig) -> dict[str, str]:
     return {
         split: folder
         for split, folder in folders_of(config).items()
-        if split != "validation" and not (Path(folder).expanduser() / MANIFEST_NAME).is_file()
+        if split in ("train", "test") and not (Path(folder).expanduser() / MANIFEST_NAME).is_file()
     }
 
 
 def folders_of(config: DataConfig) -> dict[str, str]:
-    """Return the folders of a recipe's data sets, by their split: train, validation and test, as far as there are any."""
-    folders = {"train": config.train}
+    """Return the folders of a recipe's data sets, by their split: train, validation and test, as far as there are any.
+
+    In place of train, a mix has mix[0], mix[1], ...
+    """
+    mix = {f"mix[{number}]": entry.dir for number, entry in enumerate(mix_of(config))}
+    folders = mix or {"train": config.train}
     if isinstance(config.validation, str):
         folders["validation"] = config.validation
     return folders if config.test == NO_TEST_SET else folders | {"test": config.test}
@@ -206,19 +223,20 @@ def open_parts(config: DataConfig) -> Parts:
     """Open a recipe's data sets, check that they match, and hold out what the recipe says.
 
     Raises:
-        InputError: one cannot be opened, their classes or sizes of images differ, or nothing would be left of one.
+        InputError: one cannot be opened, their classes or sizes of images differ, nothing would be left of one, or the
+            weights of data.sampling do not fit.
     """
-    folders = folders_of(config)
+    train, share = Part(open_training_set(config)), held_out_share(config)
+    folders = {split: folder for split, folder in folders_of(config).items() if split in ("validation", "test")}
     opened: dict[str, Part] = {split: Part(open_shards(folder)) for split, folder in folders.items()}
-    train, share = opened["train"], held_out_share(config)
     for split, part in opened.items():
-        if split != "train":
-            check_same_task(train.manifest, part.manifest, config.train, folders[split], framing_of(config))
+        check_same_task(train.manifest, part.manifest, mix_name(config), folders[split], framing_of(config))
     if share is not None:
         train, opened["validation"] = hold_out(train.shards, share, config.split_seed)
     held_out: PartName = "validation" if "validation" in opened else "test"
     final: PartName = "test" if "test" in opened else "validation"
-    return Parts(train, opened[held_out], opened[final], held_out, final)
+    strata = open_strata(config, train)
+    return Parts(train, opened[held_out], opened[final], held_out, final, strata=strata)
 
 
 def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: str, framing: Framing | None) -> None:
@@ -356,16 +374,9 @@ def load(config: DataConfig, mode: DataMode, parts: Parts, device: torch.device)
 
 def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data, plan: Plan) -> TrainBatches:
     """Build the iterator over this rank's share of the training set, in the recipe's order."""
-    train = loaded.train.manifest
     return TrainBatches(
         loaded.train_reader,
-        OrderConfig(
-            loaded.train.samples_per_shard,
-            recipe.run.seed,
-            recipe.data.lanes,
-            window_of(recipe.data.window_shards, train.bytes, len(train.shards)),
-            recipe.data.order_version,
-        ),
+        training_orders(recipe.data, loaded.train, loaded.strata, recipe.run.seed),
         global_batch_size=plan.global_batch_size,
         samples_per_epoch=plan.samples_per_epoch,
         rank=accelerator.process_index,
@@ -376,8 +387,7 @@ def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data
         memory_format=MEMORY_FORMATS[recipe.train.memory_format],
         device=accelerator.device,
         workers=_reader_threads(recipe, loaded.train_reader),
-        ids=loaded.train.ids,
-        mixing=build_mixing(recipe.data.augment),
+        mixing=build_mixing(recipe.data.augment, distance=recipe.data.repeats),
     )
 
 

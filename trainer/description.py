@@ -6,10 +6,14 @@ import torch
 from torch import nn
 
 from shardstep.configs.cores import usable_cores
+from shardstep.configs.schema import DataConfig
+from shardstep.configs.selection import WeightTable, mix_of, sampling_of
 from shardstep.configs.text import count, duration
 from shardstep.datasets.batches import micro_pieces
+from shardstep.datasets.mix import MixedShards, set_parts
 from shardstep.datasets.order import window_of
 from shardstep.trainer.data import (
+    Parts,
     data_warnings,
     folders_of,
     held_out_text,
@@ -31,7 +35,6 @@ def describe(run: Run) -> list[str]:
     recipe, plan = run.recipe, run.plan
     train, device = run.data.train.manifest, run.accelerator.device
     height, width, channels = run.data.train_reader.image_shape
-    window = window_of(recipe.data.window_shards, train.bytes, len(train.shards)) or "all"
     parameters = list(run.state.module.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     ranks = count(plan.world_size, "rank")
@@ -58,9 +61,10 @@ def describe(run: Run) -> list[str]:
             "data",
             f"{' + '.join(f'{part.samples:,}' for part in parts)} images {width}x{height}x{channels}, "
             f"{count(run.data.num_classes, 'class', 'classes')}, {recipe.data.mode}; order: lanes {recipe.data.lanes}, "
-            f"window {window}, version {recipe.data.order_version}",
+            f"window {_window_text(run)}, version {recipe.data.order_version}",
         ),
         ("shards", ", ".join(folders_of(recipe.data).values())),
+        *(("an epoch", text) for text in _epoch_lines(recipe.data, run.data)),
         *([("held out", held_out_text(recipe.data, run.data))] if "validation" in run.data.evaluated else []),
         ("model", f"{recipe.model['name']}, {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained"),
         ("optimizer", f"{recipe.optimizer['name']}, lr {run.base_lr:g}, {recipe.schedule['name']}{groups}"),
@@ -81,6 +85,36 @@ def describe(run: Run) -> list[str]:
     return [headline, *(f"{'  ' + name:<{INDENT}}{text}" for name, text in facts)]
 
 
+def _window_text(run: Run) -> str:
+    """Return the window of the order, in shards; of a mix, that of each set."""
+    shards = run.data.train.shards
+    sets = shards.sets if isinstance(shards, MixedShards) else (shards,)
+    windows = [window_of(run.recipe.data.window_shards, one.manifest.bytes, len(one.manifest.shards)) for one in sets]
+    return " + ".join(str(window or "all") for window in (windows if any(windows) else windows[:1]))
+
+
+def _epoch_lines(config: DataConfig, parts: Parts) -> list[str]:
+    """Say how often samples come in an epoch, if not each of them once."""
+    lines, mix, sampling, samples = [], mix_of(config), sampling_of(config), parts.train.samples
+    if mix:
+        for entry, (part, _) in zip(mix, set_parts(parts.train), strict=True):
+            share = entry.weight / sum(other.weight for other in mix)
+            lines.append(
+                f"{share:.1%} of {samples:,} samples from {entry.dir}, which is {share * samples / part.samples:.2f} times "
+                f"its {part.samples:,}"
+            )
+    if isinstance(sampling, WeightTable):
+        lines.append(f"samples come in proportion to their weights in {sampling.path}")
+    elif sampling:
+        weights = ", ".join(f"{name} {weight:g}" for name, weight in sampling.weights.items())
+        lines.append(
+            f"classes come in these shares: {weights}, others 1" if weights else "each class comes equally often"
+        )
+    if config.repeats > 1:
+        lines.append(f"{-(-samples // config.repeats):,} samples, each {config.repeats} times in a row")
+    return lines
+
+
 def warnings_about(run: Run) -> list[str]:
     """Return the lines to warn with before the first step: what may not be what the recipe's author wants."""
     threads, asked = torch.get_num_threads(), run.recipe.train.threads
@@ -93,6 +127,9 @@ def warnings_about(run: Run) -> list[str]:
         )
     if run.accelerator.is_main_process:
         found += data_warnings(run.recipe.data, run.data, run.objective.reconstructs)
+    repeats, transforms = run.recipe.data.repeats, {entry["name"] for entry in run.recipe.data.augment}
+    if repeats > 1 and transforms <= {"alternating_flip", "shrink"}:
+        found.append(f"data.repeats={repeats}, but nothing in data.augment makes the copies of an image differ")
     if asked is not None and asked > threads:
         found.append(
             f"train.threads={asked}, but each rank uses {count(threads, 'thread')}: its share of the cores here "

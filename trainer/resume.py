@@ -18,6 +18,7 @@ from shardstep.configs.files import partial_of, write_atomically
 from shardstep.configs.load import load_recipe, save_recipe
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved, choices_of, with_keys
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
+from shardstep.configs.selection import selection_without_paths
 from shardstep.datasets.batches import micro_pieces
 from shardstep.datasets.manifest import Manifest, manifest_bytes
 from shardstep.trainer.checkpoints import checkpoint, checkpoint_files
@@ -40,6 +41,7 @@ _MATHEMATICS = {
         *("augment", "normalize", "resize", "crop_version"),
         *("lanes", "window_shards", "order_version", "last_batch"),
         *("validation", "fold", "split_seed"),
+        *("sampling", "mix", "repeats"),
     ],
     "train": [
         *("global_batch_size", "precision", "weights", "memory_format", "convolutions", "compile", "compress"),
@@ -56,7 +58,10 @@ _MICRO_BATCH = "train.max_micro_batch"  # mathematics only with batch norm, whos
 # Seconds to wait for the last attempt's lock: a network file system keeps a crashed node's locks for a lease, often 90 s.
 _RESTART_PATIENCE_S = 120.0
 # These determine the order of samples in an epoch.
-_ORDER = ("run.seed", "data.lanes", "data.window_shards", "data.order_version")
+_ORDER = (
+    *("run.seed", "data.lanes", "data.window_shards", "data.order_version"),
+    *("data.sampling", "data.mix", "data.repeats"),
+)
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ def restore(
     Raises:
         InputError: the checkpoint does not fit the model, the optimizer, the data sets or the micro-batches.
     """
-    state.fingerprint, state.test_fingerprint = data.train.manifest.fingerprint, data.held_out.manifest.fingerprint
+    state.fingerprint, state.test_fingerprint = data.fingerprint, data.held_out.manifest.fingerprint
     for problem in found.damaged:
         display.warn(f"skipped a damaged checkpoint: {problem}")
     if found.path:
@@ -288,6 +293,8 @@ def _differences(saved: Recipe, given: Recipe) -> dict[str, tuple[Any, Any]]:
         for section, keys in _MATHEMATICS.items()
         for key in keys
     }
+    selections = selection_without_paths(saved.data), selection_without_paths(given.data)
+    pairs |= {f"data.{key}": (was, selections[1][key]) for key, was in selections[0].items()}
     for section in OPEN_SECTIONS:
         before, after = getattr(saved, section), getattr(given, section)
         pairs |= {f"{section}.{key}": (before.get(key), after.get(key)) for key in {**before, **after}}

@@ -14,6 +14,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.held_out import held_out_problems
 from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
+from shardstep.configs.selection import selection_problems
 from shardstep.datasets.augment import AUGMENTATIONS, augment_problems
 from shardstep.datasets.framing import LARGEST_SIDE, RANDOM_CROP, RandomResizedCrop, random_crop_problems
 from shardstep.trainer import models
@@ -33,7 +34,7 @@ NAMED: dict[str, tuple[Mapping[str, Callable], Mapping[str, tuple[Any, Any]]]] =
 }
 """The functions that each open section, and each entry of data.augment, can name, and the options that go with any name."""
 _AT_LEAST = {
-    "data.workers": 0, "data.lanes": 1, "data.resize": 1, "train.max_micro_batch": 1, "train.threads": 1,
+    "data.workers": 0, "data.lanes": 1, "data.resize": 1, "data.repeats": 1, "train.max_micro_batch": 1, "train.threads": 1,
     "train.world_size": 1, "eval.batch_size": 1, "checkpoint.keep": 1, "train.max_skipped_steps": 0, "run.seed": 0,
 }  # fmt: skip
 _ABOVE_0 = ("train.clip_norm", "train.clip_value", "train.max_wall_s", "run.hang_timeout")
@@ -75,7 +76,7 @@ def validate_recipe(loaded: LoadedRecipe) -> Recipe:
     problems += found
     for check in (_check_durations, _check_values, _check_combinations, _check_normalize):
         problems += check(recipe)
-    problems += held_out_problems(recipe.data) + gradient_sync_problems(recipe.train)
+    problems += held_out_problems(recipe.data) + selection_problems(recipe.data) + gradient_sync_problems(recipe.train)
     if not problems:
         problems += optimizers.check_schedule_has_effect(recipe.optimizer, recipe.schedule)
         problems += random_crop_problems(recipe.data)
@@ -95,7 +96,7 @@ def _resolve_augment(recipe: Recipe) -> tuple[list[dict[str, Any]], list[str]]:
         section, found = resolve_options(where, given, *NAMED["augment"])
         resolved.append(section)
         problems += found
-    return resolved, problems or augment_problems(resolved, recipe.train.global_batch_size)
+    return resolved, problems or augment_problems(resolved, recipe.train.global_batch_size, recipe.data.repeats)
 
 
 def _check_durations(recipe: Recipe) -> list[str]:
@@ -184,6 +185,12 @@ def _check_combinations(recipe: Recipe) -> list[str]:
         problems.append("eval.sure_above has no effect with eval.views=plain: there are no further views")
     if recipe.eval.views != "plain" and recipe.loss.get("name") in losses.RECONSTRUCTION:
         problems.append(f"eval.views={recipe.eval.views} has no effect on reconstructions: use plain")
+    batch, repeats = recipe.train.global_batch_size, recipe.data.repeats
+    if isinstance(batch, int) and batch < repeats:
+        problems.append(
+            f"data.repeats={repeats} is more than train.global_batch_size={batch}: the copies of a sample would not come in "
+            f"one step"
+        )
     if recipe.train.global_batch_size == "full" and recipe.data.last_batch == "drop":
         problems.append("data.last_batch=drop has no effect with train.global_batch_size=full: an epoch is one batch")
     if recipe.log.wandb == "disabled" and recipe.log.wandb_artifacts != "none":

@@ -50,7 +50,7 @@ def build_transforms(sections: Sequence[dict[str, Any]]) -> list[Transform]:
     ]
 
 
-def build_mixing(sections: Sequence[dict[str, Any]]) -> Mixing | None:
-    """Build the mixup and cutmix of a recipe's checked data.augment; None if there are none."""
+def build_mixing(sections: Sequence[dict[str, Any]], distance: int = 1) -> Mixing | None:
+    """Build the mixup and cutmix of a recipe's checked data.augment; partners are `distance` apart. None without any."""
     mixers = [section for section in sections if section["name"] in MIXERS]
-    return Mixing(mixers) if mixers else None
+    return Mixing(mixers, distance) if mixers else None

@@ -6,8 +6,11 @@ from typing import Any
 from shardstep.datasets.augment.mixing import MIXERS
 
 
-def augment_problems(sections: Sequence[dict[str, Any]], global_batch_size: int | str) -> list[str]:
-    """Return what is wrong with the resolved entries of data.augment, alone, together and for this size of batches."""
+def augment_problems(sections: Sequence[dict[str, Any]], global_batch_size: int | str, repeats: int = 1) -> list[str]:
+    """Return what is wrong with the resolved entries of data.augment, alone, together and for this size of batches.
+
+    `repeats`: how often each sample comes in a row.
+    """
     problems = []
     for place, section in enumerate(sections):
         found = _CHECKS[section["name"]](section) if section["name"] in _CHECKS else []
@@ -19,9 +22,11 @@ def augment_problems(sections: Sequence[dict[str, Any]], global_batch_size: int 
     if mixers and names[-len(mixers) :] != mixers:
         problems.append(f"data.augment: {' and '.join(mixers)} must come last: what they mix are finished images")
     problems += [f"data.augment: {name} can be listed only once" for name in MIXERS if mixers.count(name) > 1]
-    if mixers and global_batch_size == 1:
+    if mixers and isinstance(global_batch_size, int) and global_batch_size <= repeats:
+        beside = "" if repeats == 1 else f" and data.repeats={repeats}"
         problems.append(
-            f"data.augment: {mixers[0]} has no effect with train.global_batch_size=1: images have no partners"
+            f"data.augment: {mixers[0]} has no effect with train.global_batch_size={global_batch_size}{beside}: images "
+            f"have no partners"
         )
     return problems
 

@@ -4,6 +4,9 @@ The order of samples is random already, so neighbours are partners: places 2k an
 global batch; the last of an odd number stays as it is. What a pair draws is keyed by (seed, epoch, the position of the
 first), and both images are mixed with the same weight. So the mixed images do not depend on ranks and micro-batches: a
 rank whose share begins or ends within a pair reads the partner too.
+
+Where each sample comes R times in a row (data.repeats), partners are R places apart, in blocks of 2 R places: copies of one
+sample are never mixed with each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +35,7 @@ class MixedLabels:
     def __len__(self) -> int:
         return len(self.own)
 
-    def __getitem__(self, rows: slice) -> "MixedLabels":
+    def __getitem__(self, rows: slice | Tensor) -> "MixedLabels":
         return MixedLabels(self.own[rows], self.partners[rows], self.weights[rows])
 
     @property
@@ -88,8 +91,13 @@ host, in; the pairs, mixed in place, and the weights of the images' own labels, 
 class Mixing:
     """The mixup and cutmix of a recipe. With both, each pair is given to one of them at equal odds."""
 
-    def __init__(self, sections: Sequence[dict[str, Any]]):
-        """`sections`: those of the recipe's checked data.augment that name a mixer."""
+    def __init__(self, sections: Sequence[dict[str, Any]], distance: int = 1):
+        """
+        Args:
+            sections: those of the recipe's checked data.augment that name a mixer.
+            distance: between the places of partners: how often each sample comes in a row.
+        """
+        self.distance = distance
         self._mixers = [
             partial(MIXERS[section["name"]], **{key: section[key] for key in section if key != "name"})
             for section in sections
@@ -98,31 +106,57 @@ class Mixing:
     def __call__(self, images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, MixedLabels]:
         """Mix images, uint8 (batch, height, width, channels), and labels, int64 (batch,). May change its input.
 
-        The first is at an even place of its global batch, and so its partner is the second.
+        The first is at a place of its global batch where a block of partners begins: an even one for neighbours.
         """
+        if self.distance == 1:
+            return self._mix_neighbours(images, labels, draws, len(images) // 2)
+        rows, pairs = _partners_as_neighbours(len(images), self.distance)
+        on_device = rows.to(images.device, non_blocking=True)
+        back = on_device.argsort()
+        paired = draws.of_rows(rows[: 2 * pairs])
+        images, mixed = self._mix_neighbours(images[on_device], labels[on_device], paired, pairs)
+        return images[back], mixed[back]
+
+    def _mix_neighbours(
+        self, images: Tensor, labels: Tensor, draws: Draws, num_pairs: int
+    ) -> tuple[Tensor, MixedLabels]:
+        """Mix the first pairs of neighbours, and leave the other images as they are."""
         size = len(images)
-        pairs = images[: size // 2 * 2].unflatten(0, (size // 2, 2))
+        pairs = images[: 2 * num_pairs].unflatten(0, (num_pairs, 2))
         numbers = draws.of_pairs().uniform_on_host(columns=5)
         turns = (numbers[:, 4] * len(self._mixers)).long()
-        weights = torch.empty(size // 2, dtype=torch.float64)
+        weights = torch.empty(num_pairs, dtype=torch.float64)
         for turn, mixer in enumerate(self._mixers):
             rows = (turns == turn).nonzero()[:, 0]
             on_device = rows.to(images.device, non_blocking=True)
             mixed, weights[rows] = mixer(pairs.index_select(0, on_device), numbers[rows])
             put_rows(pairs, on_device, mixed)
-        each = torch.cat([weights.repeat_interleave(2), torch.ones(size % 2)]).float()
-        partners = (torch.arange(size) ^ 1).clamp(max=size - 1)  # the last of an odd number is its own
+        each = torch.cat([weights.repeat_interleave(2), torch.ones(size - 2 * num_pairs)]).float()
+        places = torch.arange(size)
+        partners = torch.where(places < 2 * num_pairs, places ^ 1, places)  # those without a partner are their own
         on_device = partners.to(images.device, non_blocking=True)
         return images, MixedLabels(labels, labels[on_device], each.to(images.device, non_blocking=True))
 
 
-def with_partners(start: int, stop: int, size: int) -> tuple[int, int]:
+def with_partners(start: int, stop: int, size: int, distance: int = 1) -> tuple[int, int]:
     """Widen places [start, stop) of a global batch of `size` samples, so that it holds the partner of each.
 
-    Places 3, 4 and 5 of 10 need 2 as well, [2, 6); place 8 of 9 has no partner. An empty range
-    stays empty.
+    Partners are `distance` apart, in blocks of twice that. Places 3, 4 and 5 of 10 need 2 as well, [2, 6); place 8 of 9 has
+    no partner. An empty range stays empty.
     """
-    return (start, stop) if start == stop else (start - start % 2, min(stop + stop % 2, size))
+    block = 2 * distance
+    return (start, stop) if start == stop else (start - start % block, min(-(-stop // block) * block, size))
+
+
+def _partners_as_neighbours(size: int, distance: int) -> tuple[Tensor, int]:
+    """Return the places of a batch in an order where partners are neighbours, int64 (size,), and the number of pairs.
+
+    Places without a partner come last: 0 3 1 4 2 for 5 places at a distance of 3.
+    """
+    places = torch.arange(size)
+    firsts = places[(places % (2 * distance) < distance) & (places + distance < size)]
+    paired = torch.stack([firsts, firsts + distance], dim=1).flatten()
+    return torch.cat([paired, places[~torch.isin(places, paired)]]), len(firsts)
 
 
 def _weights(numbers: Tensor, alpha: float, probability: float) -> Tensor:

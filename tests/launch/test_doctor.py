@@ -394,3 +394,10 @@ def test_the_step_keeps_the_choices_of_the_run_to_be_resumed(shards: Path, tmp_p
     assert report["facts"]["step"]["measured"].startswith("nothing to measure: the recipe, the run to be resumed or")
     ((_, report, _),) = run_ranks(1, examine_without_measuring, [*arguments, f"run.dir={tmp_path / 'new'}"])
     assert only(report)["check"] == "step"  # a new run measures
+
+
+def test_a_recipe_without_a_test_set(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, shards, data={"test": "none", "validation": 0.2})
+    result = run_command("doctor", str(recipe), cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "data       101 images 32x32x3 in 10 classes, resident;" in result.stdout

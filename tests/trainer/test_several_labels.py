@@ -14,6 +14,7 @@ from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from shardstep.datasets.manifest import open_shards
+from shardstep.datasets.mix import mix_shards
 from shardstep.datasets.write import write_shards
 from shardstep.launch.report import main as report
 from shardstep.trainer.optim.label_scores import score_labels
@@ -198,6 +199,28 @@ def test_ranks_and_modes_agree(options: dict[str, Any], labelled: Path, tmp_path
         assert losses[other] == pytest.approx(losses[0], rel=1e-5)
         assert summaries[other] == pytest.approx(summaries[0], rel=1e-5)
     assert 0 < summaries[0]["map"] <= 1
+
+
+@pytest.mark.parametrize("choice", ["sampling", "mix"])
+def test_samples_are_drawn_the_same_on_any_number_of_ranks(choice: str, labelled: Path, tmp_path: Path) -> None:
+    folders = [{"dir": str(labelled / name), "weight": weight} for name, weight in (("train", 1), ("test", 2))]
+    data = {"sampling": "balanced"} if choice == "sampling" else {"mix": folders, "train": ""}
+    losses = []
+    for world_size in (1, 2):
+        folder = tmp_path / f"{world_size}"
+        recipe = recipe_of(folder, labelled, data={**data, "mode": "stream" if world_size == 2 else "resident"})
+        train_ranks(world_size, recipe)
+        losses.append([line["loss"] for line in train_lines(folder / "run")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_mix_has_the_labels_of_its_sets(labelled: Path) -> None:
+    sets = [open_shards(labelled / name) for name in ("train", "test")]
+    mixed = mix_shards(sets)
+    assert mixed.manifest.has_several_labels
+    expected = np.concatenate([one.targets(np.arange(one.manifest.samples)) for one in sets])
+    assert np.array_equal(mixed.targets(np.arange(154)), expected)
+    assert mixed.manifest.samples_per_class == expected.sum(axis=0).tolist()
 
 
 def test_a_run_from_its_start_to_its_report(labelled: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.configs.held_out import NO_TEST_SET
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved
+from shardstep.configs.selection import mix_name
 from shardstep.datasets.augment import Normalize
 from shardstep.datasets.class_mapping import map_classes
 from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
@@ -100,7 +101,7 @@ class TrainedModel:
         config = self.recipe.data
         if config.test != NO_TEST_SET:
             return config.test
-        return config.validation if isinstance(config.validation, str) else f"what is held out of {config.train}"
+        return config.validation if isinstance(config.validation, str) else f"what is held out of {mix_name(config)}"
 
 
 def open_trained_model(

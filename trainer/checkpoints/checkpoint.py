@@ -153,8 +153,8 @@ def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set
         raise InputError(f"{path} cannot be resumed from: {reason}") from None
     if values["fingerprint"] != state.fingerprint:
         raise InputError(
-            f"{path} was trained on another data set (fingerprint {values['fingerprint'][:12]}) than data.train is now "
-            f"({state.fingerprint[:12]}): give another run.dir"
+            f"{path} was trained on another data set, or with other weights in the file of data.sampling (fingerprint "
+            f"{values['fingerprint'][:12]}), than the recipe has now ({state.fingerprint[:12]}): give another run.dir"
         )
     if values["test_fingerprint"] != state.test_fingerprint:
         if new_test_set == "refuse":

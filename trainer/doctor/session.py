@@ -29,6 +29,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, recipe_text
 from shardstep.configs.resolve import with_keys
 from shardstep.configs.schema import Recipe, TrainConfig
+from shardstep.configs.selection import mix_name
 from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
 from shardstep.datasets.framing import framing_of
@@ -227,7 +228,6 @@ def _check_data(
     recipe: Recipe, has_recipe: bool, device: torch.device, facts: dict[str, Any]
 ) -> tuple[str | None, list[Finding]]:
     """Open the recipe's data sets, if they exist; returns their fingerprints, and findings."""
-    folders = data.folders_of(recipe.data)
     missing = list(data.missing_sets(recipe.data).values())
     if missing and (recipe.data.source or not has_recipe):
         facts["no_data"] = {"missing": missing, "source": recipe.data.source}
@@ -241,8 +241,9 @@ def _check_data(
         return None, [Finding.from_error("data", error, remedy)]
     manifests = [shards.manifest for shards in data.opened_sets(parts)]
     shards = {"train": parts.train.manifest} | {name: part.manifest for name, part in parts.evaluated.items()}
+    places = {"train": mix_name(recipe.data)} | data.folders_of(recipe.data)
     facts["data"] = {
-        split: _data_facts(manifest, folders[split]) for split, manifest in shards.items() if split in folders
+        split: _data_facts(manifest, places[split]) for split, manifest in shards.items() if split in places
     }
     facts["data"]["mode"] = mode
     fingerprints = " and ".join(manifest.fingerprint[:12] for manifest in manifests)

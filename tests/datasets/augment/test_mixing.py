@@ -31,8 +31,42 @@ def test_places_are_widened_to_whole_pairs(drawn: tuple[int, int, int]) -> None:
     assert not wanted or first % 2 == 0
 
 
-def mixing(*sections: dict[str, Any]) -> Mixing:
-    found = build_mixing([{"name": "flip", "probability": 0.5}, *sections])
+@given(
+    st.integers(1, 40).flatmap(lambda size: st.tuples(st.just(size), *(st.integers(0, size),) * 2)), st.integers(1, 5)
+)
+def test_places_are_widened_to_partners_at_a_distance(drawn: tuple[int, int, int], distance: int) -> None:
+    size, start, stop = drawn[0], *sorted(drawn[1:])
+    first, last = with_partners(start, stop, size, distance)
+    partners = [own + distance if own % (2 * distance) < distance else own - distance for own in range(start, stop)]
+    wanted = {place for place in (*range(start, stop), *partners) if place < size}
+    assert wanted <= set(range(first, last))
+    assert first % (2 * distance) == 0 or not wanted
+    assert last - first < stop - start + 4 * distance
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 6, 7, 11, 64])
+@pytest.mark.parametrize("distance", [2, 3])
+def test_copies_in_a_row_are_mixed_with_those_of_another_sample(size: int, distance: int) -> None:
+    index = torch.arange(size)
+    samples = torch.div(index, distance, rounding_mode="floor")
+    levels = (samples * 3 % 256).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 4, 4, 1).clone()
+    mixed, labels = mixing(MIXUP, distance=distance)(levels.clone(), samples, Draws(5, 0, index, samples))
+    # places 0 and 3, 1 and 4, 2 and 5 of blocks of 6, for a distance of 3
+    partners = [place + distance if place % (2 * distance) < distance else place - distance for place in range(size)]
+    for place, partner in enumerate(partners):
+        if partner >= size:
+            assert (labels.partners[place], labels.weights[place]) == (samples[place], 1)
+            assert torch.equal(mixed[place], levels[place])
+            continue
+        assert labels.partners[place] == samples[partner] != samples[place]
+        assert labels.weights[place] == labels.weights[partner]
+        blend = labels.weights[place] * levels[place, 0, 0, 0] + (1 - labels.weights[place]) * levels[partner, 0, 0, 0]
+        assert abs(mixed[place].double().mean() - blend) < 0.51
+    assert size < 2 * distance or len(set(labels.weights.tolist())) >= distance  # each copy has a weight of its own
+
+
+def mixing(*sections: dict[str, Any], distance: int = 1) -> Mixing:
+    found = build_mixing([{"name": "flip", "probability": 0.5}, *sections], distance)
     assert found
     return found
 
