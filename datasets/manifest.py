@@ -287,8 +287,8 @@ def open_shards(path: str | Path) -> ShardFolder:
         command = shlex.join(["shardstep", "shards", "index", str(folder)])
         remedy = f"index them with `{command}`" if paths else "write some with `shardstep shards write`"
         near = "" if paths else did_you_mean(folder)
-        if not paths and (line := left_out.line(folder, files_that_end_in(TAR))):
-            near += f" ({line})"
+        if not paths and not near and (line := left_out.line(folder, files_that_end_in(TAR))):
+            near = f" ({line})"
         tars = count(len(paths), "tar file")
         raise InputError(f"no data set in {folder}: {tars} and no {MANIFEST_NAME}{near}; {remedy}")
     manifest = parse_manifest((folder / MANIFEST_NAME).read_text(errors="replace"), str(folder / MANIFEST_NAME))
