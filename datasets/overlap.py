@@ -20,8 +20,8 @@ _MOST_READ = 4000  # images that look the same by label, size and crc32
 def count_shared(part: Part, other: Part) -> tuple[int, int]:
     """Look for images of a part in another one; return how many are there, and how many were looked for."""
     wanted = part.ids_of(np.unique(np.linspace(0, part.samples - 1, _MOST_LOOKED_FOR).astype(np.int64)))
-    keys, inverse = np.unique(_keys(part.shards.index[wanted]), return_inverse=True)
-    others = _keys(other.shards.index if other.ids is None else other.shards.index[other.ids])
+    keys, inverse = np.unique(_keys(part, wanted), return_inverse=True)
+    others = _keys(other, other.ids)
     places = np.minimum(np.searchsorted(keys, others), len(keys) - 1)
     numbers = np.flatnonzero(keys[places] == others)
     numbers = numbers[np.argsort(places[numbers], kind="stable")]
@@ -37,9 +37,15 @@ def count_shared(part: Part, other: Part) -> tuple[int, int]:
     return found, len(wanted)
 
 
-def _keys(entries: np.ndarray) -> np.ndarray:
-    """Return a number for label, size and crc32 of each image, the same for the same; uint64 (samples,)."""
+def _keys(part: Part, ids: np.ndarray | None) -> np.ndarray:
+    """Return a number for label, size and crc32 of some images, the same for the same; uint64 (samples,).
+
+    The label only where each image has one.
+    """
+    entries = part.shards.index if ids is None else part.shards.index[ids]
     label, size, crc32 = (entries[name].astype(np.uint64) for name in ("label", "size", "crc32"))
+    if part.manifest.has_several_labels:
+        label[:] = 0
     return (size << np.uint64(32) | crc32) ^ label * np.uint64(0x9E3779B97F4A7C15)  # modulo 2**64
 
 

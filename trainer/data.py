@@ -165,11 +165,13 @@ def _label_options(config: DataConfig) -> LabelOptions:
 
 
 def data_warnings(config: DataConfig, data: Data, reconstructs: bool) -> list[str]:
-    """Return what may be wrong with a run's data sets: shards of another source, shared images, classes without images."""
+    """Return what may be wrong with a run's data: shards of another source, shared or equal images, empty classes."""
     shared = shared_images(data)
     found = [unused_source_warning(config, data), f"{shared}; {SHARED_IMAGES_REMEDY}" if shared else None]
     if not reconstructs:
         found.append(unlearnable_classes(data.train))
+    if config.repeats > 1 and {entry["name"] for entry in config.augment} <= {"alternating_flip", "shrink"}:
+        found.append(f"data.repeats={config.repeats}, but nothing in data.augment makes the copies of an image differ")
     return [text for text in found if text]
 
 

@@ -13,7 +13,6 @@ from shardstep.datasets.batches import micro_pieces
 from shardstep.datasets.mix import MixedShards, set_parts
 from shardstep.datasets.order import window_of
 from shardstep.trainer.data import (
-    Data,
     Parts,
     data_warnings,
     folders_of,
@@ -127,29 +126,13 @@ def warnings_about(run: Run) -> list[str]:
             f"{run.recipe.train.precision}"
         )
     if run.accelerator.is_main_process:
-<<<<<<< HEAD
         found += data_warnings(run.recipe.data, run.data, run.objective.reconstructs)
-    repeats, transforms = run.recipe.data.repeats, {entry["name"] for entry in run.recipe.data.augment}
-    if repeats > 1 and transforms <= {"alternating_flip", "shrink"}:
-        found.append(f"data.repeats={repeats}, but nothing in data.augment makes the copies of an image differ")
-=======
-        found += _data_warnings(run.recipe.data, run.data)
->>>>>>> sampling
     if asked is not None and asked > threads:
         found.append(
             f"train.threads={asked}, but each rank uses {count(threads, 'thread')}: its share of the cores here "
             f"({usable_cores()})"
         )
     return found + _small_batch_norm_warnings(run.state.module, run.plan, run.recipe.train.max_micro_batch)
-
-
-def _data_warnings(config: DataConfig, data: Data) -> list[str]:
-    """Warn about a source that is not used, and about copies of images that nothing makes differ."""
-    unused_source, transforms = unused_source_warning(config, data), {entry["name"] for entry in config.augment}
-    found = [unused_source] if unused_source else []
-    if config.repeats > 1 and transforms <= {"alternating_flip", "shrink"}:
-        found.append(f"data.repeats={config.repeats}, but nothing in data.augment makes the copies of an image differ")
-    return found
 
 
 def batch_text(plan: Plan, max_micro_batch: int) -> str:

@@ -14,7 +14,8 @@ from shardstep.configs.errors import InputError
 from shardstep.datasets.class_mapping import map_classes
 from shardstep.datasets.label_sets import LabelSets
 from shardstep.datasets.manifest import LABELS_NAME, ShardFolder, open_shards
-from shardstep.datasets.parts import hold_out
+from shardstep.datasets.overlap import count_shared
+from shardstep.datasets.parts import Part, hold_out
 from shardstep.datasets.sources import open_source
 from shardstep.datasets.sources.source import Source
 from shardstep.datasets.sources.tables import LabelOptions
@@ -297,3 +298,9 @@ def test_another_order_of_classes_is_mapped_by_name(tmp_path: Path) -> None:
     assert mapped.manifest.samples_per_class == [3, 0, 2, 1]
     with pytest.raises(InputError, match=r"classes that the model does not know: dog \(3 images\)"):
         map_classes(shards, ["cat", "bird"], "x")
+
+
+def test_shared_images_are_found(tmp_path: Path) -> None:
+    shards = written(tmp_path)
+    _, held_out = hold_out(shards, 0.5, 0)
+    assert count_shared(held_out, Part(shards)) == (2, 2)
