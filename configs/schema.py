@@ -159,6 +159,10 @@ class TrainConfig:
     max_wall_s: Optional[float] = None  # noqa: UP045
     """Seconds of training, without evaluations, after which the run ends even if train.duration is not reached; not with the
     schedules cosine, linear and one_cycle. null: no limit."""
+    stop_when: Any = None
+    """Rule that ends the run before train.duration, such as {metric: loss, on: validation, patience: 3 epochs, min_delta:
+    0.001}: at the first evaluation so long after the best one. metric: loss, accuracy, top5, and of several labels map, f1,
+    f1_micro; on: validation, or test where there is no validation set. null: no rule."""
     profile: str = ""
     """Range of steps to profile, such as steps 10-20; the profile is written to the run's folder. Empty: none. Profiled
     steps are slower."""

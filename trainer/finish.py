@@ -43,8 +43,7 @@ def train_to_end(run: Run, arguments: list[str]) -> Ending:
     if world.is_main_process:
         run.watchdog.on_hang = partial(_write_summary, run, "failed", "hang")
     was_finished = earlier.get("status") == "finished" and earlier.get("step") == before.step  # rank 0's answer counts
-    is_over = run.plan.is_over(before) or run.plan.is_out_of_time(run.state.train_s)
-    if world.is_main_process and not (was_finished and is_over):
+    if world.is_main_process and not (was_finished and run.is_over):
         write_start(run, arguments)
     run.display.start(run.plan.total_steps, before.step, run.plan.share_done(before, run.state.train_s))
     try:
@@ -111,6 +110,8 @@ def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
         run.display.note(f"best class: {listed([best_name])} {best:.1%}, worst: {listed([worst_name])} {worst:.1%}")
     if evaluation.accuracy is not None and evaluation.confusion is None:
         run.display.note(f"confusion.png is not drawn for more than {MOST_CLASSES_IN_CONFUSION:,} classes")
+    if ended := run.patience.reason(run.state):
+        run.display.note(f"ended early: {ended}; the weights are those of the last step")
     run.display.note(f"{', '.join([*drawn, run.dir.weights_path.name])} are in {folder}")
     if not is_safe:
         run.display.warn(

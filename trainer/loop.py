@@ -29,7 +29,7 @@ class TrainResult:
 
 
 def train(run: Run) -> TrainResult:
-    """Train until the recipe's duration is over, or until all ranks have agreed to stop.
+    """Train until the recipe's duration is over, train.stop_when ends the run, or all ranks have agreed to stop.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite; with train.on_nan=skip, at more steps than train.max_skipped_steps.
@@ -38,7 +38,7 @@ def train(run: Run) -> TrainResult:
     clock = Stopwatch(already_s=state.wall_s)
     run.timer.start()
     evaluation = evaluate_now(run, clock) if state.evaluation_due else None  # the last start was stopped before it
-    over = plan.is_over(state.progress) or plan.is_out_of_time(state.train_s)
+    over = run.is_over
     if over or requests.stop:
         return TrainResult(stopped=not over or state.evaluation_due, evaluation=evaluation)
 
@@ -64,6 +64,7 @@ def train(run: Run) -> TrainResult:
         if over or plan.is_due(run.every.evaluation, before, after):
             evaluation = evaluate_now(run, clock)  # all ranks; None if they are to stop
             improved = state.best is not None and state.best["step"] == after.step
+            over = over or run.patience.is_over(state)
         due = improved or plan.is_due(run.every.checkpoint, before, after)
         if over or due or requests.stop or requests.save:
             save(run, clock)  # all ranks enter, rank 0 writes

@@ -29,6 +29,7 @@ def evaluate_now(run: Run, clock: Stopwatch) -> Evaluation | None:
     if state.best is None or evaluation.best_by > state.best["score"]:
         scores = {name: score for name, score in evaluation.scores.items() if name != "top5"}
         state.best = {"step": state.progress.step, "score": evaluation.best_by} | scores
+    run.patience.note(state, evaluation.scores)
     metrics.write_evaluation(state, plan.epochs(state.progress), evaluation)
     metrics.restart_clock()
     return evaluation

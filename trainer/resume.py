@@ -45,7 +45,7 @@ _MATHEMATICS = {
     ],
     "train": [
         *("global_batch_size", "precision", "weights", "memory_format", "convolutions", "compile", "compress"),
-        *("clip_norm", "clip_value", "duration", "max_wall_s", "on_nan"),
+        *("clip_norm", "clip_value", "duration", "max_wall_s", "stop_when", "on_nan"),
     ],
     "eval": [
         "views",

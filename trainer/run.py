@@ -8,6 +8,7 @@ from accelerate import Accelerator, PartialState
 
 from shardstep.configs.durations import Duration
 from shardstep.configs.resolve import ResolvedRecipe
+from shardstep.configs.stop_when import parse_stop_when
 from shardstep.datasets.batches import GlobalBatch, TrainBatches
 from shardstep.trainer.checkpoints.saver import Saver
 from shardstep.trainer.data import Data, make_test_batches, train_batches
@@ -33,6 +34,7 @@ from shardstep.trainer.optim.schedules import LearningRate
 from shardstep.trainer.origin import facts_of
 from shardstep.trainer.run_dir import RunDir
 from shardstep.trainer.state import TrainState
+from shardstep.trainer.stopping.patience import Patience
 from shardstep.trainer.stopping.stop_requests import StopRequests, StopSignal
 from shardstep.trainer.stopping.time_limit import TimeLimit
 from shardstep.trainer.stopping.watchdog import Watchdog
@@ -75,6 +77,7 @@ class Run:
     trackers: Trackers
     nan_guard: NonFiniteGuard
     requests: StopRequests
+    patience: Patience
     saver: Saver
     time_limit: TimeLimit
     watchdog: Watchdog
@@ -88,6 +91,12 @@ class Run:
     def seed(self) -> int:
         """The seed of the run."""
         return self.recipe.run.seed
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is over: by its duration, its time, or because it no longer improves."""
+        state, plan = self.state, self.plan
+        return plan.is_over(state.progress) or plan.is_out_of_time(state.train_s) or self.patience.is_over(state)
 
     @property
     def base_lr(self) -> float:
@@ -172,6 +181,7 @@ def assemble(
         requests=StopRequests(
             stop_signal, folder, world.is_main_process, all_reduce_max(world), time_limit, plan.max_train_s
         ),
+        patience=Patience(parse_stop_when(recipe.train.stop_when), plan.samples_per_epoch),
         saver=saver, time_limit=time_limit,
         watchdog=Watchdog(HeartbeatStore(world), folder, recipe.run.hang_timeout, stop_signal, display.tell),
         sample_log=SampleLog(folder, world.process_index, data.train.shards) if recipe.log.sample_keys else None,

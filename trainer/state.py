@@ -27,6 +27,7 @@ class TrainState:
         wall_s: seconds of training and evaluation, over all restarts.
         starts: for every start of the run: its first step, its number of ranks, and its time.
         best: step and metrics of the best evaluation, None before the first.
+        patience: of train.stop_when, the best value so far, and the progress at it and at the last evaluation.
         evaluating_s: seconds of all evaluations, a part of wall_s.
         evaluation_due: whether the run was stopped before the evaluation that belongs to `progress`.
         sums: sums of loss and correct predictions since the last evaluation, per rank.
@@ -45,6 +46,7 @@ class TrainState:
     wall_s: float = 0.0
     starts: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    patience: dict[str, Any] | None = None
     evaluation_s: float = 0.0  # the longest so far
     evaluating_s: float = 0.0
     evaluation_due: bool = False

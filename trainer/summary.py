@@ -28,6 +28,7 @@ def write_summary(
         "status": status,
         **({"failure": failure, "reason": reason} if failure else {}),
         **({"stopped_by": "person" if by_person else "signal"} if status == "preempted" else {}),
+        **({"ended_by": _ended_by(run)} if status == "finished" else {}),
         "step": state.progress.step,
         "samples": state.progress.samples,
         "world_size": run.plan.world_size,
@@ -56,3 +57,13 @@ def write_summary(
     }
     write_atomically(run.dir.summary_path, (json.dumps(summary, indent=1) + "\n").encode())
     return summary
+
+
+def _ended_by(run: Run) -> dict[str, str]:
+    """Return the key of the recipe that ended a finished run, and what it says."""
+    config, reason = run.recipe.train, run.patience.reason(run.state)
+    if run.plan.is_over(run.state.progress):
+        return {"key": "train.duration", "reason": config.duration}
+    if reason:
+        return {"key": "train.stop_when", "reason": reason}
+    return {"key": "train.max_wall_s", "reason": f"{config.max_wall_s:g} s of training"}

@@ -15,6 +15,7 @@ from shardstep.configs.held_out import held_out_problems
 from shardstep.configs.load import LoadedRecipe
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.configs.selection import selection_problems
+from shardstep.configs.stop_when import stop_when_problems
 from shardstep.datasets.augment import AUGMENTATIONS, augment_problems
 from shardstep.datasets.framing import LARGEST_SIDE, RANDOM_CROP, RandomResizedCrop, random_crop_problems
 from shardstep.trainer import models
@@ -76,6 +77,7 @@ def validate_recipe(loaded: LoadedRecipe) -> Recipe:
     problems += found
     for check in (_check_durations, _check_values, _check_combinations, _check_normalize):
         problems += check(recipe)
+    problems += stop_when_problems(recipe.train.stop_when, recipe.data)
     problems += held_out_problems(recipe.data) + selection_problems(recipe.data) + gradient_sync_problems(recipe.train)
     if not problems:
         problems += optimizers.check_schedule_has_effect(recipe.optimizer, recipe.schedule)
