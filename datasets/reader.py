@@ -90,6 +90,7 @@ class StreamReader:
         self._shards, self._framing = shards, framing
         self._open = lru_cache(maxsize=_MOST_OPEN_SHARDS)(lambda shard: _OpenFile(shards.shard_path(shard)))
         self._mode = image_mode or shards.manifest.image_mode
+        self._orientation = shards.manifest.orientation_when_read
         shape = shards.manifest.shape_when_read(framing, self._mode)
         if shape is None:
             raise InputError(
@@ -143,8 +144,8 @@ class StreamReader:
         data = self.read_bytes(sample_id)
         try:
             if self._framing:
-                return decode_crop(data, self._mode, self._framing, draws, out)
-            pixels = decode(data, self._mode)
+                return decode_crop(data, self._mode, self._framing, draws, out, self._orientation)
+            pixels = decode(data, self._mode, self._orientation)
         except ValueError as error:
             raise InputError(f"{self._name(sample_id)}: {error}") from None
         if pixels.shape != self.image_shape:

@@ -27,6 +27,7 @@ from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import decoded_bytes, load_resident
 from shardstep.datasets.sources import surely_differs
 from shardstep.datasets.sources.tables import LabelOptions
+from shardstep.datasets.stored_images import ImageOptions
 from shardstep.datasets.write import make_missing_shards
 from shardstep.trainer import machine
 from shardstep.trainer.distributed import launch_env
@@ -137,7 +138,14 @@ def make_missing_data(config: DataConfig) -> None:
     for split, folder in missing_sets(config).items():
         try:
             is_only_split = config.test == NO_TEST_SET
-            make_missing_shards(config.source, split, Path(folder).expanduser(), _label_options(config), is_only_split)
+            make_missing_shards(
+                config.source,
+                split,
+                Path(folder).expanduser(),
+                _label_options(config),
+                is_only_split,
+                _image_options(config),
+            )
         except InputError as error:  # perhaps only on this node: its first rank reports it
             error.everywhere = not launch_env.is_first_rank_of_node()
             raise
@@ -145,6 +153,10 @@ def make_missing_data(config: DataConfig) -> None:
 
 def _label_options(config: DataConfig) -> LabelOptions:
     return LabelOptions(config.labels, config.image_column, config.label_column, config.label_separator)
+
+
+def _image_options(config: DataConfig) -> ImageOptions:
+    return ImageOptions("follow" if config.orientation == "auto" else config.orientation)
 
 
 def data_warnings(config: DataConfig, data: Data, reconstructs: bool) -> list[str]:
@@ -212,6 +224,11 @@ def open_parts(config: DataConfig) -> Parts:
     opened: dict[str, Part] = {split: Part(open_shards(folder)) for split, folder in folders.items()}
     train, share = opened["train"], held_out_share(config)
     for split, part in opened.items():
+        if config.orientation not in ("auto", part.manifest.orientation):
+            raise InputError(
+                f"data.orientation={config.orientation}, but {folders[split]} was written with {part.manifest.orientation}: "
+                f"leave data.orientation out to read it so, or write it again"
+            )
         if split != "train":
             check_same_task(train.manifest, part.manifest, config.train, folders[split], framing_of(config))
     if share is not None:

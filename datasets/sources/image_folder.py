@@ -8,8 +8,8 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, listed
 from shardstep.datasets.class_names import class_name, sorted_classes
-from shardstep.datasets.decode import EXTENSIONS
 from shardstep.datasets.input_files import (
+    IMAGE_EXTENSIONS,
     FileTree,
     FolderTree,
     FoundImages,
@@ -67,7 +67,7 @@ def _open_class_folders(description: str, tree: FileTree, split: str) -> Source:
     images, where = found.images, tree.where / start
     if not images:
         line = found.left_out.line(tree.where)
-        remedy = f"looked for <class>/<file>.{'|'.join(EXTENSIONS)}"
+        remedy = f"looked for <class>/<file>.{'|'.join(IMAGE_EXTENSIONS)}"
         raise InputError(f"no images in {where}: {remedy}{f'; {line}' if line else ''}")
     skip = len(start.split("/")) if start else 0
     parts = [image.split("/")[skip:] for image in images]

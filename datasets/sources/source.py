@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 
 import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import listed
-from shardstep.datasets.decode import EXTENSIONS, extension_of
 from shardstep.datasets.label_sets import LabelSets, NamedShares
 
 SPLITS = ("train", "test")
@@ -27,11 +25,6 @@ class Source:
     has_splits: bool = True  # whether train and test are separate; if not, every split holds all images
     notes: list[str] = field(default_factory=list)  # lines on what was left out and why
     empty_folders: list[str] = field(default_factory=list)  # class folders without images
-
-    def extension(self, number: int, data: bytes) -> str:
-        """Return the file name extension of an image, by its name, or else by its content."""
-        suffix = PurePosixPath(self.name(number)).suffix.lstrip(".").lower()
-        return suffix if suffix in EXTENSIONS else extension_of(data)
 
     def only(self, numbers: np.ndarray) -> "Source":
         """Return a source of the images with these numbers, in this order."""
