@@ -99,10 +99,10 @@ def index_shards(
     first_label = int(made.get("first_label", 0))
     orientation: Orientation = "follow" if made.get("orientation") == "follow" else "ignore"
     with ThreadPoolExecutor(pool_threads()) as pool:
-        scan = partial(
+        read = partial(
             _scan, label_field=label_field, first_label=first_label, orientation=orientation, advance=advance
         )
-        scans = list(pool.map(scan, range(len(paths)), paths))
+        scans = list(pool.map(read, range(len(paths)), paths))
     for scan in scans:
         left_out.update(scan.left_out)
     looked_for = f"<key>.{label_field.extension} beside <key>.{'|'.join(IMAGE_EXTENSIONS)}"
@@ -128,8 +128,7 @@ def index_shards(
     mean, std = _mean_and_std(histogram)
     sizes = np.concatenate([scan.sizes for scan in scans])
     same_size, turned = len(np.unique(sizes)) == 1, sum(scan.turned for scan in scans)
-    if turned:
-        made = made | {"turned": turned}
+    made = made | ({"turned": turned} if turned else {})
     channels = 1 if is_grey else 3
     data, label_data, size_data = entries.tobytes(), sets.entries.tobytes() if sets else b"", sizes.tobytes()
     version = SEVERAL_LABELS_VERSION if several else FORMAT_VERSION

@@ -52,7 +52,8 @@ def main(arguments: list[str]) -> int:
     with raise_on_all_ranks(world):
         trained = trained_model.open_trained_model(args.run, world.device, (weights, run_dir))
         notes = [trained.crop_note] if trained.crop_note else []
-        test, reader = trained.open_test_set(args.data, notes.append)
+        on_bad_image = trained.recipe.data.on_bad_image
+        test, reader = trained.open_test_set(args.data, notes.append, on_bad_image)
     if world.is_main_process:
         for note in notes:
             print(printable(note))
@@ -62,10 +63,22 @@ def main(arguments: list[str]) -> int:
     model = wrap_for_evaluation(accelerator, module)
     num_classes = len(trained.manifest.classes)
     batches = data.make_test_batches(recipe, accelerator, reader, test, trained.normalize)
-    result = evaluate(accelerator, model, batches, trained.objective, test.samples, num_classes, recipe.eval)
+    result = evaluate(
+        accelerator,
+        model,
+        batches,
+        trained.objective,
+        test.samples,
+        num_classes,
+        recipe.eval,
+        on_bad_image=on_bad_image,
+    )
     assert result is not None  # no stop can be requested
     if accelerator.is_main_process:
         found = result.scores | {"loss": result.loss if math.isfinite(result.loss) else None}
+        if result.bad_images:
+            print(f"{result.bad_images:,} of {test.samples:,} images cannot be decoded, and are left out")
+            found |= {"bad_images": result.bad_images}
         found |= {"samples": result.samples, "world_size": accelerator.num_processes}
         print(json.dumps(found))
     leave_world(accelerator)

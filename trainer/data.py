@@ -346,9 +346,9 @@ def load(config: DataConfig, mode: DataMode, parts: Parts, device: torch.device)
     """
     train, framing = parts.train.manifest, framing_of(config)
     readers: dict[int, Reader] = {
-        id(shards): load_resident(shards, framing, device, train.image_mode)
+        id(shards): load_resident(shards, framing, device, train.image_mode, config.on_bad_image)
         if mode == "resident"
-        else StreamReader(shards, framing, train.image_mode)
+        else StreamReader(shards, framing, train.image_mode, config.on_bad_image)
         for shards in opened_sets(parts)
     }
     train_reader, held_out_reader, final_reader = (
