@@ -137,8 +137,12 @@ def _verify(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     from shardstep.datasets.manifest import open_shards
 
-    manifest = open_shards(args.dir).manifest
+    shards = open_shards(args.dir)
+    manifest, sizes = shards.manifest, shards.sizes
     size = "x".join(map(str, reversed(manifest.image_shape[1:]))) if manifest.image_shape else "of several sizes"
+    if sizes is not None:
+        height, width = ((sizes[side].min(), sizes[side].max()) for side in ("height", "width"))
+        size = f"{height[0]} to {height[1]} pixels high, {width[0]} to {width[1]} wide"
     print(f"samples      {manifest.samples:,} in {count(len(manifest.shards), 'shard')}, {manifest.bytes:,} bytes")
     print(f"images       {size}, {manifest.image_mode}, {'/'.join(manifest.encodings)}")
     print("mean        ", *(f"{value:.4f}" for value in manifest.mean))
