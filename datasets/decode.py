@@ -98,6 +98,13 @@ def extension_of(data: bytes) -> str | None:
     return next((extension for start, extension in _STARTS.items() if data.startswith(start)), None)
 
 
+def problem_of_start(start: bytes) -> str | None:
+    """Say why a file that begins so (64 bytes, or all) is surely refused by `decode`; None where only decoding tells."""
+    if not start:
+        return "not an image that can be decoded: it is empty"
+    return "not an image that can be decoded" if extension_of(start) is None else None
+
+
 def to_grey(pixels: np.ndarray) -> np.ndarray:
     """Convert RGB to grey as Pillow does, uint8 (height, width, 3) -> (height, width, 1), with the weights of ITU-R 601."""
     luma = _cv2().transform(pixels.astype(np.float32), _LUMA)  # whole numbers below 2**24, so exact

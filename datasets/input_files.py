@@ -130,8 +130,8 @@ class FileTree(Protocol):
     def entries(self, folder: str) -> Iterator[Entry]:
         """List a folder, in any order."""
 
-    def read(self, path: str) -> bytes:
-        """Read a file. Raises ValueError with the reason if it cannot be read."""
+    def read(self, path: str, most: int = -1) -> bytes:
+        """Read a file, or `most` bytes of it. Raises ValueError with the reason if it cannot be read."""
 
 
 class FolderTree:
@@ -155,9 +155,9 @@ class FolderTree:
         except OSError as error:
             raise InputError(f"the folder {path} cannot be listed ({error.strerror})") from None
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int = -1) -> bytes:
         """Read a file; see read_file."""
-        return read_file(self.where / path)
+        return read_file(self.where / path, most)
 
 
 def _entry(item: "os.DirEntry[str]", device: int) -> Entry:
@@ -171,8 +171,8 @@ def _entry(item: "os.DirEntry[str]", device: int) -> Entry:
     return Entry(item.name, kinds.get(stat.S_IFMT(found.st_mode), "special file"), (found.st_dev, found.st_ino))
 
 
-def read_file(path: Path) -> bytes:
-    """Read a regular file, or what a link leads to; never wait for a FIFO or a device.
+def read_file(path: Path, most: int = -1) -> bytes:
+    """Read a regular file, or what a link leads to, or the first `most` bytes; never wait for a FIFO or a device.
 
     Raises:
         ValueError: it cannot be read, with the reason.
@@ -180,7 +180,8 @@ def read_file(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError("cannot be read (not a regular file)")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(most)
     except OSError as error:
         link = f"link to {os.readlink(path)}: " if path.is_symlink() else ""
         raise ValueError(f"cannot be read ({link}{error.strerror})") from None

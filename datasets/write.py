@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from shardstep.configs.file_lock import file_lock
 from shardstep.configs.files import sync_to_disk
 from shardstep.configs.text import count, listed, printable
 from shardstep.datasets.class_names import doubtful_names_note
+from shardstep.datasets.decode import problem_of_start
 from shardstep.datasets.input_files import IMAGE_EXTENSIONS
 from shardstep.datasets.label_sets import LabelSets, strata
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
@@ -40,6 +42,19 @@ BadImages = Literal["refuse", "skip"]
 SAMPLES_PER_SHARD = 1000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ENCODE_TOGETHER = 64  # images per task of the pool
+_LOOK_TOGETHER = 1024
+_QUICKLY_DECODED = 10_000  # images, in a minute or so: of more, what cannot be used is not first found at the end
+
+
+@dataclass(frozen=True)
+class _BadImage:
+    """An image that cannot be used."""
+
+    name: str
+    problem: str
+
+    def __str__(self) -> str:
+        return printable(f"{self.name}: {self.problem}")
 
 
 def write_shards(
@@ -166,6 +181,8 @@ def _write_locked(
     if limit is not None:
         images = images.only(balanced_choice(strata(images.labels), limit, seed))
     total = len(images.labels)
+    if bad_images == "refuse" and total > _QUICKLY_DECODED and (bad := _bad_by_their_start(images)):
+        raise _bad_images_error(source, bad, f"of {total:,} images")
     # We hold this node's lock, so no other process uses a leftover of this name.
     partial = out.parent / f".{out.name}.{platform.node()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -173,12 +190,13 @@ def _write_locked(
     try:
         with progress_bar(f"writing {out}", total, "images") as advance:
             order = permutation(total, (seed, 0), (0, 0, 0))
-            bad = _write_tars(images, order, partial, split, samples_per_shard, options, advance)
+            bad, seen = _write_tars(images, order, partial, split, samples_per_shard, options, bad_images, advance)
             if bad and (bad_images == "refuse" or len(bad) == total):
-                remedy = "fix or remove them, or leave them out with `shardstep shards write --bad-images skip`"
-                raise InputError.from_problems(f"{source} has images that cannot be used ({remedy})", bad, MOST_NAMED)
+                among = f"of {'the first ' if seen < total else ''}{seen:,} images"
+                raise _bad_images_error(source, bad, among)
         if bad:
-            print(f"left out: {len(bad):,} of {total:,} images", *bad, sep="\n  - ", file=sys.stderr)
+            print(f"left out: {len(bad):,} of {total:,} images", *map(str, bad), sep="\n  - ", file=sys.stderr)
+            print(f"left out by kind: {_kinds(bad)}", file=sys.stderr)
         made = {"source": images.description, "split": split, "seed": seed, "samples_per_shard": samples_per_shard}
         made |= options.made() | ({} if limit is None else {"limit": limit}) | ({"left_out": len(bad)} if bad else {})
         with progress_bar(f"checking {out}", total - len(bad), "images") as advance:
@@ -210,23 +228,30 @@ def _write_tars(
     split: str,
     samples_per_shard: int,
     options: ImageOptions,
+    bad_images: BadImages,
     advance: Callable[[int], None],
-) -> list[str]:
-    """Write the images that can be decoded; return the problems of the others, in the order of the source."""
+) -> tuple[list[_BadImage], int]:
+    """Write the images that can be decoded; return the problems of the others, in the order of the source, and how many were
+    read: not all, if so many are to be refused that they are of a kind."""
     from webdataset import TarWriter
 
-    bad: dict[int, str] = {}
+    bad: dict[int, _BadImage] = {}
+    seen = 0
     anew: Counter[str] = Counter()  # images that were encoded anew, by their former and their new format
 
     def good_images() -> Iterator[tuple[int, StoredImage]]:
+        nonlocal seen
         for number, stored in zip(order.tolist(), _stored(images, order, options), strict=True):
             if isinstance(stored, ValueError):
-                bad[number] = printable(f"{images.name(number)}: {stored}")
+                bad[number] = _BadImage(images.name(number), str(stored))
             else:
                 if stored.former:
                     anew[f".{stored.former} as .{stored.extension}"] += 1
                 yield number, stored
+            seen += 1
             advance(1)
+            if bad_images == "refuse" and len(bad) >= MOST_NAMED and seen >= _QUICKLY_DECODED:
+                return
 
     width = max(6, len(str(len(order) - 1)))
     for shard, rows in groupby(enumerate(good_images()), lambda row: row[0] // samples_per_shard):
@@ -238,7 +263,39 @@ def _write_tars(
     if anew:
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in anew.most_common())
         print(f"stored in another format: {kinds} (of {len(order):,} images)", file=sys.stderr)
-    return [bad[number] for number in sorted(bad)]
+    return [bad[number] for number in sorted(bad)], seen
+
+
+def _bad_by_their_start(images: Source) -> list[_BadImage]:
+    """Return the problems of images whose first bytes show that they cannot be decoded, in the order of the source."""
+    from shardstep.datasets.batches import read_ahead
+
+    if images.start is None:
+        return []
+
+    def bad(number: int) -> _BadImage | None:
+        assert images.start is not None
+        try:
+            problem = problem_of_start(images.start(number))
+        except ValueError as error:
+            problem = str(error)
+        return _BadImage(images.name(number), problem) if problem else None
+
+    groups = iter(np.split(np.arange(len(images.labels)), range(_LOOK_TOGETHER, len(images.labels), _LOOK_TOGETHER)))
+    looks = read_ahead(groups, lambda group: lambda: [bad(number) for number in group.tolist()], pool_threads())
+    return [found for group in looks for found in group if found]
+
+
+def _bad_images_error(source: str, bad: list[_BadImage], among: str) -> InputError:
+    remedy = "fix or remove them, or leave them out with `shardstep shards write --bad-images skip`"
+    headline = f"{source} has images that cannot be used ({remedy}; {len(bad):,} {among}, {_kinds(bad)})"
+    return InputError.from_problems(headline, [str(image) for image in bad], MOST_NAMED)
+
+
+def _kinds(bad: list[_BadImage]) -> str:
+    """Count the problems of images by their kind, the most frequent first; what is in brackets is of one image."""
+    kinds = Counter(image.problem.partition(" (")[0] for image in bad)
+    return ", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())
 
 
 def _label(images: Source, number: int) -> dict[str, bytes]:

@@ -25,7 +25,7 @@ from shardstep.datasets.sources.class_folders import (
     split_folders,
 )
 from shardstep.datasets.sources.labelled_files import open_labelled_tree, open_metadata_tree
-from shardstep.datasets.sources.source import Source
+from shardstep.datasets.sources.source import START_BYTES, Source
 from shardstep.datasets.sources.tables import LabelOptions
 
 IMAGE_FOLDER = "image folder"  # the description of class folders
@@ -88,6 +88,7 @@ def _open_class_folders(description: str, tree: FileTree, split: str) -> Source:
         has_splits,
         notes=_notes(tree, start, found, has_splits, name_of, folders_like_splits(parts)),
         empty_folders=_empty_folders(tree, start, set(name_of)),
+        start=lambda number: tree.read(images[number], START_BYTES),
     )
 
 

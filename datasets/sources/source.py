@@ -10,6 +10,7 @@ from shardstep.configs.text import listed
 from shardstep.datasets.label_sets import LabelSets, NamedShares
 
 SPLITS = ("train", "test")
+START_BYTES = 64  # of an image file: they say what it is
 WRITTEN_ELSEWHERE = "tars written elsewhere"  # in a manifest, instead of a Source's description
 
 
@@ -25,6 +26,7 @@ class Source:
     has_splits: bool = True  # whether train and test are separate; if not, every split holds all images
     notes: list[str] = field(default_factory=list)  # lines on what was left out and why
     empty_folders: list[str] = field(default_factory=list)  # class folders without images
+    start: Callable[[int], bytes] | None = None  # the first START_BYTES of a file, where that is quicker than `read`
 
     def only(self, numbers: np.ndarray) -> "Source":
         """Return a source of the images with these numbers, in this order."""
@@ -33,6 +35,7 @@ class Source:
             labels=self.labels[numbers],
             read=lambda number: self.read(int(numbers[number])),
             name=lambda number: self.name(int(numbers[number])),
+            start=None if self.start is None else lambda number: self.start(int(numbers[number])),  # type: ignore[misc]
         )
 
     def in_classes(self, classes: list[str], owner: str) -> "Source":

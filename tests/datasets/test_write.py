@@ -504,3 +504,43 @@ def test_a_file_in_the_place_of_the_folder_is_kept(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"out is a file; nothing was written. Give a folder"):
         write_shards("synthetic:20", "train", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_refused_is_counted_by_kind_before_anything_is_written(
+    tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shardstep.datasets import write
+
+    make_tree(tmp_path / "tree")
+    bad = {"0.jpg": b"", "1.jpg": b"<html>", "2.jpg": b"\0\0\0\x18ftypheic" + bytes(40), "3.jpg": b"\xff\xd8\xff cut"}
+    for name, data in bad.items():
+        (tmp_path / "tree" / "train" / "b_cat" / f"bad{name}").write_bytes(data)
+    (tmp_path / "tree" / "train" / "b_cat" / "bad4.jpg").symlink_to("nowhere")
+    source = tmp_path / "tree"
+    if packed:
+        source = tmp_path / "tree.tar"
+        with tarfile.open(source, "w") as tar:
+            tar.add(tmp_path / "tree", "")
+    few = r"; 5 of 8 images, 3 not an image that can be decoded, 1 not an image that can be decoded: it is empty, 1 cannot be"
+    with pytest.raises(InputError, match=few):
+        write_shards(str(source), "train", tmp_path / "out")
+    # Of many images, the first bytes are looked at first: they do not show that a JPEG is cut off
+    monkeypatch.setattr(write, "_QUICKLY_DECODED", 5)
+    monkeypatch.setattr(write, "_write_tars", None)
+    with pytest.raises(InputError, match="; 4 of 8 images, 2 not an image that can be decoded, 1 not an image"):
+        write_shards(str(source), "train", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_writing_stops_when_many_images_are_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shardstep.datasets import write
+
+    folder = tmp_path / "tree" / "train" / "c"
+    folder.mkdir(parents=True)
+    for number in range(300):
+        (folder / f"{number}.jpg").write_bytes(b"\xff\xd8\xff cut")
+    monkeypatch.setattr(write, "_QUICKLY_DECODED", 50)
+    with pytest.raises(InputError, match="; 50 of the first 50 images, 50 not an image that can be decoded"):
+        write_shards(str(tmp_path / "tree"), "train", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["tree"]
