@@ -15,6 +15,11 @@ _APP1, _SCAN = b"\xff\xe1", b"\xff\xda"  # markers of JPEG; APP1 holds EXIF or X
 # What a PNG has EXIF or XMP in: a chunk of its own, ImageMagick's text chunk, or Adobe's.
 _IN_PNG = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")
 _IN_WEBP = 0x08 | 0x04  # flags of the chunk VP8X for EXIF and XMP
+_FLIPS = {
+    (True, False): 0,
+    (False, True): 1,
+    (True, True): -1,
+}  # OpenCV's codes, by whether rows and columns are reversed
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,13 @@ class Turn:
     reverses_columns: bool = False
 
     def pixels(self, stored: np.ndarray) -> np.ndarray:
-        """Turn pixels upright, (height, width, channels), or with height and width exchanged."""
-        turned = stored.swapaxes(0, 1) if self.exchanges else stored
-        turned = turned[::-1] if self.reverses_rows else turned
-        return np.ascontiguousarray(turned[:, ::-1] if self.reverses_columns else turned)
+        """Turn pixels upright, (height, width) or (height, width, channels), or with height and width exchanged."""
+        import cv2  # a third of NumPy's time for a photograph, which would be more than that of decoding it
+
+        turned = cv2.transpose(stored) if self.exchanges else stored
+        if self.reverses_rows or self.reverses_columns:
+            turned = cv2.flip(turned, _FLIPS[self.reverses_rows, self.reverses_columns])
+        return turned.reshape(*turned.shape[:2], *stored.shape[2:])  # OpenCV drops the axis of a single channel
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Turn a height and width; the same turns them back."""
