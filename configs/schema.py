@@ -12,6 +12,8 @@ Device = Literal["cpu", "cuda"]
 DataMode = Literal["resident", "stream"]
 OrderVersion = Literal[1, 2]
 CropVersion = Literal[1, 2, 3]
+Orientation = Literal["follow", "ignore"]
+OnBadImage = Literal["stop", "skip"]
 Precision = Literal["fp32", "bf16", "fp16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Convolutions = Literal["direct", "winograd", "unfold"]
@@ -79,6 +81,12 @@ class DataConfig:
     """How images are cut and scaled. 1: as by earlier versions; 2: as by torchvision with Pillow; 3: as 2, from only the
     needed part of a JPEG, less than 1 of 255 apart on average (needs a C compiler and libjpeg); auto: 3 for JPEGs where it
     works, else 2, but a run keeps what it began with."""
+    orientation: Literal["auto", Orientation] = "auto"
+    """Whether pictures are upright, as EXIF says. follow: they are turned; ignore: they are read as they are stored; auto: as
+    the data sets were written, those written from data.source with follow. It must be what existing data sets say."""
+    on_bad_image: OnBadImage = "stop"
+    """What to do about an image that cannot be decoded although its bytes are those that were written. stop: end the run;
+    skip: train on the next sample of the data set in its place, and evaluate on the others; both are counted."""
     lanes: int = 1
     """Number of equal parts of the shuffled order that are read in turn, one sample each; see datasets/order.py."""
     window_shards: Union[int, str] = "auto"  # noqa: UP007

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardstep.configs.errors import InputError
 from shardstep.datasets.augment import Labels, Mixing, Normalize, Transform
 from shardstep.datasets.augment.mixing import with_partners
 from shardstep.datasets.order import Order, OrderConfig, Orders
+from shardstep.datasets.parts import Part
 from shardstep.datasets.reader import Reader
 from shardstep.datasets.rng import AT_DECODING, Draws
 
@@ -30,7 +32,9 @@ class MicroBatch:
     images: Tensor  # float32 (batch, channels, height, width), normalised, on the device
     labels: Labels  # int64 (batch,), on the device; two for each image with mixup or cutmix
     positions: np.ndarray  # int64 (batch,), global positions in the epoch, on the host
-    sample_ids: np.ndarray  # int64 (batch,), on the host
+    sample_ids: (
+        np.ndarray
+    )  # int64 (batch,), on the host; where an image cannot be decoded, that of the one in its place
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,10 @@ class TrainBatches:
     device: torch.device
     workers: int  # threads that read ahead; 0 reads in the calling thread
     mixing: Mixing | None = None
+    part: Part | None = None  # that is trained on; needed by a reader that skips images which it cannot decode
     wait_s: float = field(default=0.0, init=False)  # waiting for data and preparing it; host time
     to_device_s: float = field(default=0.0, init=False)  # of wait_s: copying batches to the device
+    bad_images: int = field(default=0, init=False)  # of this rank, that others took the place of
     augment_s: float = field(default=0.0, init=False)  # of wait_s: transforming and normalizing them
     _epoch: int = field(default=-1, init=False)
     _epoch_order: Order | None = field(default=None, init=False)
@@ -116,7 +122,7 @@ class TrainBatches:
             pieces.append(_Piece(epoch, position + start, position + stop, position + first, position + last))
         return pieces
 
-    def _read(self, piece: _Piece) -> Callable[[], tuple[_Piece, np.ndarray, Tensor, Tensor]]:
+    def _read(self, piece: _Piece) -> Callable[[], tuple[_Piece, np.ndarray, np.ndarray, Tensor, Tensor]]:
         """Return a task that reads one piece. The ids are computed here: the order's cache belongs to one thread."""
         order = self._order_of(piece.epoch)
         sample_ids = order.slice(piece.read_start, piece.read_stop)
@@ -125,14 +131,49 @@ class TrainBatches:
                 if upcoming not in self._announced:
                     self._announced.add(upcoming)
                     self.reader.will_need(order.shards_of(*upcoming))
-        draws = self._draws(piece, sample_ids, stream=AT_DECODING) if self.reader.takes_draws else None
-        return lambda: (piece, sample_ids, *self.reader.read(sample_ids, draws))
+        return lambda: (piece, sample_ids, *self._read_decodable(piece, sample_ids))
+
+    def _read_decodable(self, piece: _Piece, sample_ids: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Return ids, images and labels of samples, with the next sample in place of each whose image cannot be decoded.
+
+        Which one that is depends on the sample alone, so it is the same on any number of ranks and after a resume.
+
+        Raises:
+            InputError: no image can be decoded.
+        """
+
+        def read(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+            draws = self._draws(piece, sample_ids, stream=AT_DECODING, rows=rows) if self.reader.takes_draws else None
+            return self.reader.read(sample_ids[rows], draws)
+
+        planned_ids, sample_ids = sample_ids, sample_ids.copy()
+        images, labels = read(np.arange(len(sample_ids)))
+        while self.reader.bad and len(rows := np.flatnonzero(np.isin(sample_ids, list(self.reader.bad)))):
+            sample_ids[rows] = self._following(sample_ids[rows])
+            if np.any(sample_ids[rows] == planned_ids[rows]):  # all the way round
+                raise InputError("none of the training images can be decoded: `shardstep shards verify` says why")
+            images[rows], labels[rows] = read(rows)
+        return sample_ids, images, labels
+
+    def _following(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Return the training sample after each of these, in the order of the ids; the first one after the last."""
+        assert self.part is not None
+        ids = self.part.ids
+        if ids is None:
+            return (sample_ids + 1) % self.part.samples
+        return ids[(np.searchsorted(ids, sample_ids) + 1) % len(ids)]
 
     def _draws(
-        self, piece: _Piece, sample_ids: np.ndarray, device: torch.device | None = None, stream: int = 0
+        self,
+        piece: _Piece,
+        sample_ids: np.ndarray,
+        device: torch.device | None = None,
+        stream: int = 0,
+        rows: np.ndarray | slice = slice(None),
     ) -> Draws:
-        positions = torch.arange(piece.read_start, piece.read_stop)
-        return Draws(self.order.seed, piece.epoch, positions, torch.from_numpy(sample_ids), device, stream)
+        """Return the draws of a piece's samples, or of some rows of them."""
+        positions, ids = torch.arange(piece.read_start, piece.read_stop)[rows], torch.from_numpy(sample_ids[rows])
+        return Draws(self.order.seed, piece.epoch, positions, ids, device, stream)
 
     def _order_of(self, epoch: int) -> Order:
         if epoch != self._epoch or self._epoch_order is None:
@@ -140,9 +181,9 @@ class TrainBatches:
             self._announced.clear()
         return self._epoch_order
 
-    def _prepared(self, reads: Iterator[tuple[_Piece, np.ndarray, Tensor, Tensor]]) -> Iterator[MicroBatch]:
+    def _prepared(self, reads: Iterator[tuple[_Piece, np.ndarray, np.ndarray, Tensor, Tensor]]) -> Iterator[MicroBatch]:
         began = time.perf_counter()
-        for piece, sample_ids, images, labels in reads:
+        for piece, planned_ids, sample_ids, images, labels in reads:
             read = time.perf_counter()
             images = images.to(self.device, non_blocking=True)
             labels = labels.to(self.device, non_blocking=True)
@@ -151,6 +192,7 @@ class TrainBatches:
             own = slice(piece.start - piece.read_start, piece.stop - piece.read_start)
             images = self.normalize(images[own]).contiguous(memory_format=self.memory_format)
             ready = time.perf_counter()
+            self.bad_images += int(np.count_nonzero(planned_ids[own] != sample_ids[own]))
             self.wait_s += ready - began
             self.to_device_s += on_device - read
             self.augment_s += ready - on_device
@@ -183,11 +225,14 @@ def test_batches(
 
     Every rank yields the same number of
     batches, so that ranks can communicate between batches; a rank with one sample less ends with a shorter or empty batch.
+    Samples whose images cannot be decoded are left out, if the reader skips them.
     """
     mine = ids[rank::world_size]
     largest = -(-len(ids) // world_size)
     parts = (mine[start : start + batch_size] for start in range(0, largest, batch_size))
     for chosen, images, labels in read_ahead(parts, lambda part: lambda: (part, *reader.read(part)), workers):
+        if reader.bad and np.any(bad := np.isin(chosen, list(reader.bad))):
+            chosen, images, labels = chosen[~bad], images[~bad], labels[~bad]
         pixels = normalize(images.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
         yield pixels, labels.to(device, non_blocking=True), chosen
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from shardstep.configs.schema import CropVersion
+from shardstep.configs.schema import CropVersion, Orientation
 from shardstep.datasets import native
 from shardstep.datasets.decode import decode, resize_to_cover
 from shardstep.datasets.framing import Crop, Framing, Interpolation
+from shardstep.datasets.orientation import UPRIGHT, turn_of
 
 PARTIAL: CropVersion = 3
 """The crop version that decodes only what is needed."""
@@ -48,6 +49,7 @@ def decode_crop(
     framing: Framing,
     draws: Sequence[float] | None = None,
     out: np.ndarray | None = None,
+    orientation: Orientation = "ignore",
 ) -> np.ndarray:
     """Decode an image file to uint8 pixels of a framing, shape (height, width, channels).
 
@@ -55,17 +57,24 @@ def decode_crop(
         mode: "RGB" or "L", as for `decode`.
         draws: the numbers of a random crop, see framing.py; None reads the centre.
         out: contiguous memory for the pixels, which is used, and returned, where that saves a copy.
+        orientation: as for `decode`; a crop is one of the upright picture.
 
     Raises:
         ValueError: see `decode`.
     """
     shape = jpeg_shape(data) if framing.version == PARTIAL else None
     if shape and (mode == "RGB" or shape[2] == 1):
+        turn = turn_of(data) if orientation == "follow" else UPRIGHT
+        height, width = turn.size(*shape[:2])
+        crop = framing.crop(height, width, draws)
+        if turn != UPRIGHT:
+            crop, out = turn.stored_crop(crop, height, width), None
         if out is None or mode != "RGB":
-            out = np.empty((framing.height, framing.width, 3), dtype=np.uint8)
-        if _decode_part(data, framing.crop(*shape[:2], draws), framing.interpolation, out):
-            return out if mode == "RGB" else out[:, :, :1]
-    pixels = decode(data, mode)
+            out = np.empty((crop.window.height, crop.window.width, 3), dtype=np.uint8)
+        if _decode_part(data, crop, framing.interpolation, out):
+            pixels = out if turn == UPRIGHT else turn.pixels(out)
+            return pixels if mode == "RGB" else pixels[:, :, :1]
+    pixels = decode(data, mode, orientation)
     if framing.version == 1:
         return resize_to_cover(pixels, framing.height, framing.width)
     return cut_and_scale(pixels, framing.crop(pixels.shape[0], pixels.shape[1], draws), framing.interpolation)

@@ -16,10 +16,10 @@ from typing import Literal, Protocol
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count
-from shardstep.datasets.decode import EXTENSIONS
+from shardstep.datasets.decode import EXTENSIONS, RARE_EXTENSIONS
 
-PREDICTED = (*EXTENSIONS, "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "avif", "jp2")
-"""Extensions of the images that `predict` finds in folders: all that decode reads. Data sets hold those in EXTENSIONS."""
+IMAGE_EXTENSIONS = (*EXTENSIONS, *RARE_EXTENSIONS)
+"""Extensions of the images in folders and tars of people's own: all that decode reads."""
 
 # Of macOS, Windows, Synology, QNAP, NetApp, ext4 and Python; other hidden names begin with a dot.
 _SYSTEM_NAMES = (
@@ -38,9 +38,9 @@ def is_hidden(path: str) -> bool:
     return _HIDDEN_PART.search(path) is not None
 
 
-def is_image(path: str, extensions: Collection[str] = EXTENSIONS) -> bool:
+def is_image(path: str) -> bool:
     """Check by its name whether a file is an image, and neither hidden nor in a hidden folder."""
-    return split_name(path)[1] in extensions and not is_hidden(path)
+    return split_name(path)[1] in IMAGE_EXTENSIONS and not is_hidden(path)
 
 
 def joined(folder: str, name: str) -> str:
@@ -72,7 +72,7 @@ def files_that_end_in(extensions: Collection[str]) -> str:
     return f"files that end in {', '.join(extensions)}"
 
 
-_DATA_SET_IMAGES = files_that_end_in(EXTENSIONS)
+_IMAGES = files_that_end_in(IMAGE_EXTENSIONS)
 
 
 class LeftOut:
@@ -106,7 +106,7 @@ class LeftOut:
         self.counts += other.counts
         self._first = other._first | self._first
 
-    def line(self, where: Path, used: str = _DATA_SET_IMAGES) -> str | None:
+    def line(self, where: Path, used: str = _IMAGES) -> str | None:
         """Format all kinds as one line, the most frequent first; None if none was left out.
 
         `used` says what is taken instead, in the plural.
@@ -130,8 +130,8 @@ class FileTree(Protocol):
     def entries(self, folder: str) -> Iterator[Entry]:
         """List a folder, in any order."""
 
-    def read(self, path: str) -> bytes:
-        """Read a file. Raises ValueError with the reason if it cannot be read."""
+    def read(self, path: str, most: int = -1) -> bytes:
+        """Read a file, or `most` bytes of it. Raises ValueError with the reason if it cannot be read."""
 
 
 class FolderTree:
@@ -155,9 +155,9 @@ class FolderTree:
         except OSError as error:
             raise InputError(f"the folder {path} cannot be listed ({error.strerror})") from None
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int = -1) -> bytes:
         """Read a file; see read_file."""
-        return read_file(self.where / path)
+        return read_file(self.where / path, most)
 
 
 def _entry(item: "os.DirEntry[str]", device: int) -> Entry:
@@ -171,8 +171,8 @@ def _entry(item: "os.DirEntry[str]", device: int) -> Entry:
     return Entry(item.name, kinds.get(stat.S_IFMT(found.st_mode), "special file"), (found.st_dev, found.st_ino))
 
 
-def read_file(path: Path) -> bytes:
-    """Read a regular file, or what a link leads to; never wait for a FIFO or a device.
+def read_file(path: Path, most: int = -1) -> bytes:
+    """Read a regular file, or what a link leads to, or the first `most` bytes; never wait for a FIFO or a device.
 
     Raises:
         ValueError: it cannot be read, with the reason.
@@ -180,7 +180,8 @@ def read_file(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError("cannot be read (not a regular file)")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(most)
     except OSError as error:
         link = f"link to {os.readlink(path)}: " if path.is_symlink() else ""
         raise ValueError(f"cannot be read ({link}{error.strerror})") from None
@@ -205,13 +206,10 @@ class FoundImages:
         return notes
 
 
-def find_images(
-    tree: FileTree, start: str = "", extensions: Collection[str] = EXTENSIONS, used: Collection[str] = ()
-) -> FoundImages:
+def find_images(tree: FileTree, start: str = "", used: Collection[str] = ()) -> FoundImages:
     """Find the images in and below a folder of a tree. Links are followed, except back to a folder above them.
 
     Args:
-        extensions: of images, in lower case.
         used: paths of other files that are not left out.
 
     Raises:
@@ -227,7 +225,7 @@ def find_images(
             found.left_out.add("circular link", path)
         elif entry.kind == "folder":
             waiting += _children(tree, path, above | {entry.identity})
-        elif is_image(entry.name, extensions):
+        elif is_image(entry.name):
             found.images.append(path)
             if entry.identity in seen:
                 found.repeated.append(path)

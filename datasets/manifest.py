@@ -3,6 +3,7 @@
 manifest.json   classes, counts, image shape, mean and std, how it was made; name, size and SHA-256 of every file
 index           20 bytes a sample: shard, offset / 512, size, label, crc32 (five little-endian uint32)
 index-labels    only where samples have several labels, see label_sets.py
+index-sizes     only where images differ in size: 8 bytes a sample, height and width when upright (little-endian uint32)
 """
 
 import difflib
@@ -18,6 +19,7 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import write_atomically
+from shardstep.configs.schema import Orientation
 from shardstep.configs.text import count
 from shardstep.datasets.class_names import class_names_of_manifest
 from shardstep.datasets.framing import Framing
@@ -27,15 +29,19 @@ from shardstep.datasets.tar import BLOCK, PACKED_TAR, TAR, read_members
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index"
+SIZES_NAME = "index-sizes"
 FORMAT_VERSION = 1  # of data sets with one label a sample
 SEVERAL_LABELS_VERSION = 2  # 1 with a file `index-labels`
+SIZES_VERSION = 3  # either of them with a file `index-sizes`, or with images that must be turned upright
 _CHECKED_TOGETHER = 50_000  # entries of an index: a megabyte, which stays in a processor's cache
+_HASHES_OF_SOME = ("labels_sha256", "sizes_sha256")
 CHANNELS = {"RGB": 3, "L": 1}  # of the modes that images are read in
 _MOST_LEVELS = 3  # of folders that do not exist, below one that does, to look for data sets beside
 _MOST_COPIED = 64 << 20  # bytes of an index, those of 3.3 million samples, that each process keeps for itself
 
 # Image data in a tar starts at a multiple of 512, so 32 bits reach 2 TiB into a shard.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("block", "<u4"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
+SIZE_DTYPE = np.dtype([("height", "<u4"), ("width", "<u4")])
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Manifest:
     index_sha256: str
     format_version: int = FORMAT_VERSION
     labels_sha256: str = ""  # of the file `index-labels`; empty where each sample has one label
+    sizes_sha256: str = ""  # of the file `index-sizes`; empty where all images have the size in `image_shape`
     fingerprint: str = ""  # SHA-256 over all of the above; identifies the data set in caches, checkpoints, summaries
 
     @property
@@ -96,21 +103,32 @@ class Manifest:
         """Whether samples have several labels, or none, or shares of labels; else each has one."""
         return self.labels_sha256 != ""
 
+    @property
+    def orientation(self) -> Orientation:
+        """Whether its pictures are turned upright, as EXIF says; sets of earlier versions are read as they are stored."""
+        return "follow" if self.made.get("orientation") == "follow" else "ignore"
+
+    @property
+    def orientation_when_read(self) -> Orientation:
+        """How its images are decoded: where none of them is turned, there is nothing to look for."""
+        return self.orientation if self.made.get("turned") else "ignore"
+
     def content(self) -> dict[str, Any]:
-        """Return the content of manifest.json; data sets of format version 1 have no `labels_sha256`."""
-        content = asdict(self)
-        return content if self.has_several_labels else {key: content[key] for key in content if key != "labels_sha256"}
+        """Return the content of manifest.json, without the hashes of files that the data set does not have."""
+        return {key: value for key, value in asdict(self).items() if value or key not in _HASHES_OF_SOME}
 
     def computed_fingerprint(self) -> str:
         content = {key: value for key, value in self.content().items() if key != "fingerprint"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, manifest: Manifest, index: bytes, labels: bytes = b"") -> None:
-    """Write index, labels and manifest.json; the manifest last, because a folder without one is not a data set."""
+def write_manifest(folder: Path, manifest: Manifest, index: bytes, labels: bytes = b"", sizes: bytes = b"") -> None:
+    """Write index, labels, sizes and manifest.json; the manifest last, because a folder without one is not a data set."""
     write_atomically(folder / INDEX_NAME, index)
     if manifest.has_several_labels:
         write_atomically(folder / LABELS_NAME, labels)
+    if manifest.sizes_sha256:
+        write_atomically(folder / SIZES_NAME, sizes)
     write_atomically(folder / MANIFEST_NAME, manifest_bytes(manifest))
 
 
@@ -129,9 +147,9 @@ def parse_manifest(text: str, where: str) -> Manifest:
     try:
         content = json.loads(text)
         version = content.get("format_version")
-        if isinstance(version, int) and version > SEVERAL_LABELS_VERSION:
+        if isinstance(version, int) and version > SIZES_VERSION:
             raise InputError(
-                f"{where} has format version {version}; this version of shardstep reads 1 to {SEVERAL_LABELS_VERSION}"
+                f"{where} has format version {version}; this version of shardstep reads 1 to {SIZES_VERSION}"
             )
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
         manifest = Manifest(**content)
@@ -181,8 +199,23 @@ def read_label_sets(folder: Path, manifest: Manifest, index: np.ndarray) -> Labe
     return LabelSets(starts, entries)
 
 
+def read_sizes(folder: Path, manifest: Manifest) -> np.ndarray:
+    """Check and read the sizes of a folder's images: SIZE_DTYPE, shape (samples,); empty where they are not in the index.
+
+    Raises:
+        InputError: they are missing, or not those that were written with the manifest.
+    """
+    if not manifest.sizes_sha256:
+        return np.empty(0, dtype=SIZE_DTYPE)
+    sizes, _ = _read_entries(folder / SIZES_NAME, SIZE_DTYPE, manifest.sizes_sha256)
+    if len(sizes) != manifest.samples:
+        which = f"{count(len(sizes), 'entry', 'entries')} for {count(manifest.samples, 'sample')}"
+        raise InputError(f"{folder / SIZES_NAME} has {which}: recreate it with {_index_command(folder)}")
+    return sizes
+
+
 def _read_entries(path: Path, dtype: np.dtype, sha256: str) -> tuple[np.ndarray, int]:
-    """Return the entries of a file and the largest label in it, after a check of its SHA-256."""
+    """Return the entries of a file and the largest label in it, if it has any, after a check of its SHA-256."""
     digest, largest_label = hashlib.sha256(), 0
     if not path.is_file():
         raise InputError(f"{path} is missing. Recreate it with {_index_command(path.parent)}")
@@ -194,7 +227,8 @@ def _read_entries(path: Path, dtype: np.dtype, sha256: str) -> tuple[np.ndarray,
             if size <= _MOST_COPIED:
                 copied.append(data)
             entries = np.frombuffer(data, dtype=dtype, count=len(data) // dtype.itemsize)
-            largest_label = max(largest_label, int(entries["label"].max(initial=0)))
+            if "label" in (dtype.names or ()):
+                largest_label = max(largest_label, int(entries["label"].max(initial=0)))
     if digest.hexdigest() != sha256:
         raise InputError(
             f"{path} is damaged: its SHA-256 is not the one in {MANIFEST_NAME}. Write the shards again, or, if you trust "
@@ -215,6 +249,13 @@ class ShardFolder:
     manifest: Manifest
     index: np.ndarray
     label_sets: LabelSets | None = None  # where samples have several labels
+    sizes: np.ndarray | None = None  # SIZE_DTYPE, where images differ in size and the index says how
+
+    def size_of(self, sample_id: int) -> tuple[int, int] | None:
+        """Return the height and width of an image when it is upright; None in sets of earlier versions where they differ."""
+        if self.manifest.image_shape:
+            return self.manifest.image_shape[1], self.manifest.image_shape[2]
+        return None if self.sizes is None else self.sizes[sample_id].item()
 
     @property
     def labels(self) -> np.ndarray | LabelSets:
@@ -298,7 +339,8 @@ def open_shards(path: str | Path) -> ShardFolder:
     index = read_index(folder, manifest)
     if manifest.samples == 0:
         raise InputError(f"{folder} holds no samples")
-    return ShardFolder(folder, manifest, index, read_label_sets(folder, manifest, index))
+    sizes = read_sizes(folder, manifest)
+    return ShardFolder(folder, manifest, index, read_label_sets(folder, manifest, index), sizes if len(sizes) else None)
 
 
 def did_you_mean(path: str | Path) -> str:
@@ -327,7 +369,7 @@ def find_tars(folder: Path, endings: tuple[str, ...] = TAR) -> tuple[list[Path],
     for entry in sorted(FolderTree(folder).entries(""), key=lambda entry: entry.name):
         if entry.name.lower().endswith(endings) and entry.kind != "folder" and not is_hidden(entry.name):
             tars.append(folder / entry.name)
-        elif entry.name not in (MANIFEST_NAME, INDEX_NAME, LABELS_NAME):
+        elif entry.name not in (MANIFEST_NAME, INDEX_NAME, LABELS_NAME, SIZES_NAME):
             left_out.add_entry(entry.name, entry)
     return tars, left_out
 

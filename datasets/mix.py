@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ def mix_shards(sets: Sequence[ShardFolder]) -> MixedShards:
         entries = np.concatenate(labels)
         label_sets = LabelSets(np.append(index["label"], len(entries)).astype(np.int64), entries)
     manifest = _manifest(sets, classes, index, label_sets)
-    return MixedShards(Path(" + ".join(str(one.path) for one in sets)), manifest, index, label_sets, tuple(sets))
+    return MixedShards(Path(" + ".join(str(one.path) for one in sets)), manifest, index, label_sets, sets=tuple(sets))
 
 
 def set_parts(part: Part) -> list[tuple[Part, slice]]:
@@ -151,7 +152,7 @@ def _manifest(
         encodings=sorted({encoding for one in manifests for encoding in one.encodings}),
         mean=mean.tolist(),
         std=std.tolist(),
-        made={"source": "mix", "sets": [one.fingerprint for one in manifests]},
+        made={"source": "mix", "sets": [one.fingerprint for one in manifests], **_orientation(sets)},
         shards=[
             replace(shard, name=f"{number}/{shard.name}")
             for number, one in enumerate(manifests)
@@ -162,6 +163,22 @@ def _manifest(
         labels_sha256=hashlib.sha256(label_sets.entries.tobytes()).hexdigest() if label_sets else "",
     )
     return replace(manifest, fingerprint=manifest.computed_fingerprint())
+
+
+def _orientation(sets: Sequence[ShardFolder]) -> dict[str, Any]:
+    """Return the part of a manifest that says whether pictures are turned upright.
+
+    Raises:
+        InputError: those of some sets are, those of others may not be.
+    """
+    turned = sum(one.manifest.made.get("turned", 0) for one in sets)
+    as_stored = [str(one.path) for one in sets if one.manifest.orientation == "ignore"]
+    if turned and as_stored:
+        raise InputError(
+            f"data.mix: pictures of {listed(as_stored)} are read as they are stored, those of the other sets upright, as "
+            f"their cameras noted: write them again with the same --orientation"
+        )
+    return {} if as_stored else {"orientation": "follow", **({"turned": turned} if turned else {})}
 
 
 @dataclass(frozen=True)

@@ -7,30 +7,21 @@ to 8 bits and wraps signed ones without a word: such files are refused here.
 
 import io
 import re
-import warnings
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from shardstep.configs.schema import Orientation
+from shardstep.datasets.orientation import ORIENTATION, UPRIGHT, turn_of_opened
+from shardstep.datasets.pillow import pillow
+
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG2000", "PNG", "PPM", "TIFF")
 _GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes with 8 bits per channel
-_MOST_PIXELS = 2**30  # as in OpenCV
-_BITS_PER_SAMPLE, _ORIENTATION, _SAMPLE_FORMAT = 258, 274, 339  # tags of TIFF 6.0
-_UPRIGHT, _UNSIGNED = 1, 1  # values of the latter two
+_BITS_PER_SAMPLE, _SAMPLE_FORMAT, _UNSIGNED = 258, 339, 1  # tags of TIFF 6.0, and a value of the latter
 
 
-@lru_cache(maxsize=1)
-def _pillow() -> Any:
-    from PIL import Image
-
-    Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2  # Pillow refuses twice as many
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # on damaged metadata; what cannot be decoded is refused
-    return Image
-
-
-def decode_rare(data: bytes) -> np.ndarray:
-    """Decode the first frame as it is stored: uint8, shape (height, width, 1 or 3). Transparency is dropped.
+def decode_rare(data: bytes, orientation: Orientation) -> np.ndarray:
+    """Decode the first frame: uint8, shape (height, width, 1 or 3). Transparency is dropped.
 
     Raises:
         ValueError: the bytes are no image in one of these formats, or its channels are signed or have more than 8 bits.
@@ -40,10 +31,11 @@ def decode_rare(data: bytes) -> np.ndarray:
     if not data:
         raise ValueError("not an image that can be decoded: it is empty")
     try:
-        with _pillow().open(io.BytesIO(data), formats=_FORMATS) as image:
+        with pillow().open(io.BytesIO(data), formats=_FORMATS) as image:
             problem = _unsupported_channels(image, data)
             if problem is None:
-                return _stored_pixels(image)
+                turn = turn_of_opened(image) if orientation == "follow" else UPRIGHT
+                return turn.pixels(_stored_pixels(image))
     except UnidentifiedImageError:  # its text names an object in memory
         problem = "not an image that can be decoded"
     except Exception as error:  # what Pillow raises for damaged files is of any class
@@ -53,7 +45,7 @@ def decode_rare(data: bytes) -> np.ndarray:
 
 def _stored_pixels(image: Any) -> np.ndarray:
     if image.format == "TIFF":
-        image.getexif()[_ORIENTATION] = _UPRIGHT  # Pillow would turn the image
+        image.getexif()[ORIENTATION] = 1  # Pillow would turn the image
     image.load()
     image.info.pop("transparency", None)  # conversion would look for a colour that stands for it
     pixels = np.array(image.convert("L" if image.mode in _GREY else "RGB"))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.schema import OnBadImage
 from shardstep.configs.text import printable
 from shardstep.datasets.decode import decode
 from shardstep.datasets.decode_crop import PARTIAL, decode_crop, missing_for_partial
@@ -36,6 +37,8 @@ class Reader(Protocol):
     """(height, width, channels) of every image."""
     takes_draws: bool
     """Whether something is random in reading."""
+    bad: set[int]
+    """Ids of images that were found to be undecodable, where these are skipped: their pixels are black."""
 
     def read(self, sample_ids: np.ndarray, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
         """Return pixels, uint8 (batch, height, width, channels), and labels, int64 (batch,), or shares of labels, float32
@@ -71,12 +74,19 @@ class _OpenFile:
 class StreamReader:
     """A reader of images from shards; checks each against the size and crc32 in the index."""
 
-    def __init__(self, shards: ShardFolder, framing: Framing | None = None, image_mode: str | None = None):
+    def __init__(
+        self,
+        shards: ShardFolder,
+        framing: Framing | None = None,
+        image_mode: str | None = None,
+        on_bad_image: OnBadImage = "stop",
+    ):
         """Open a reader.
 
         Args:
             framing: how images are cut and scaled; None keeps their size.
             image_mode: "RGB" or "L"; None means the set's own. A test set is read in its training set's mode.
+            on_bad_image: see data.on_bad_image; what is skipped is in `bad`.
 
         Raises:
             InputError: the images differ in size and there is no framing, or this machine lacks what its version needs.
@@ -90,6 +100,7 @@ class StreamReader:
         self._shards, self._framing = shards, framing
         self._open = lru_cache(maxsize=_MOST_OPEN_SHARDS)(lambda shard: _OpenFile(shards.shard_path(shard)))
         self._mode = image_mode or shards.manifest.image_mode
+        self._orientation = shards.manifest.orientation_when_read
         shape = shards.manifest.shape_when_read(framing, self._mode)
         if shape is None:
             raise InputError(
@@ -97,6 +108,7 @@ class StreamReader:
                 f"begin data.augment with random_resized_crop"
             )
         self.image_shape = shape
+        self._skips_bad, self.bad = on_bad_image == "skip", set[int]()
         self.takes_draws = framing is not None and framing.random is not None
 
     def read(self, sample_ids: np.ndarray, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
@@ -144,10 +156,15 @@ class StreamReader:
         data = self.read_bytes(sample_id)
         try:
             if self._framing:
-                return decode_crop(data, self._mode, self._framing, draws, out)
-            pixels = decode(data, self._mode)
+                return decode_crop(data, self._mode, self._framing, draws, out, self._orientation)
+            pixels = decode(data, self._mode, self._orientation)
         except ValueError as error:
-            raise InputError(f"{self._name(sample_id)}: {error}") from None
+            if not self._skips_bad:
+                remedy = "data.on_bad_image=skip trains without such images"
+                raise InputError(f"{self._name(sample_id)}: {error}; {remedy}") from None
+            self.bad.add(sample_id)
+            out[...] = 0
+            return out
         if pixels.shape != self.image_shape:
             raise InputError(
                 f"{self._name(sample_id)} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the manifest says "

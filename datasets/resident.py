@@ -7,6 +7,7 @@ decoder and of the crop.
 import hashlib
 import math
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from shardstep.configs.cores import pool_threads
 from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
+from shardstep.configs.schema import OnBadImage
 from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.decode import DECODER
 from shardstep.datasets.framing import Framing
@@ -31,9 +33,10 @@ _DECODE_TOGETHER = 500  # images per task of the pool
 class ResidentReader:
     """A reader of images from an array in memory, on any device."""
 
-    def __init__(self, pixels: Tensor, labels: Tensor):
+    def __init__(self, pixels: Tensor, labels: Tensor, bad: Iterable[int] = ()):
         """`pixels`: uint8 (samples, height, width, channels); `labels`: int64 (samples,), or shares of them,
-        float32 (samples, classes); on the same device."""
+        float32 (samples, classes); on the same device. `bad`: see Reader."""
+        self.bad = set(bad)
         self._pixels, self._labels = pixels, labels
         height, width, channels = pixels.shape[1:]
         self.image_shape, self.takes_draws = (height, width, channels), False
@@ -63,24 +66,30 @@ def decoded_path(manifest: Manifest, image_shape: tuple[int, int, int], framing:
 
 
 def load_resident(
-    shards: ShardFolder, framing: Framing | None, device: torch.device, image_mode: str | None = None
+    shards: ShardFolder,
+    framing: Framing | None,
+    device: torch.device,
+    image_mode: str | None = None,
+    on_bad_image: OnBadImage = "stop",
 ) -> ResidentReader:
     """Decode a data set, or map the array of an earlier run, and put it on the device.
 
     Args:
-        shards, framing, image_mode: as for StreamReader; the framing is not random.
+        shards, framing, image_mode, on_bad_image: as for StreamReader; the framing is not random.
 
     Raises:
         InputError: a sample is damaged, or the cache folder is not writable.
     """
-    stream = StreamReader(shards, framing, image_mode)
+    stream = StreamReader(shards, framing, image_mode, on_bad_image)
     shape = (shards.manifest.samples, *stream.image_shape)
     path = decoded_path(shards.manifest, stream.image_shape, framing)
     try:
         with file_lock(path.with_suffix(".lock")):
-            if not _is_intact(path, shape):
+            bad = _bad_in_intact(path, shape)
+            if bad is None or (bad and on_bad_image == "stop"):
                 try:
                     _decode_all(stream, shape, path, str(shards.path))
+                    bad = stream.bad
                 finally:
                     path.with_suffix(".partial").unlink(missing_ok=True)
     except OSError as error:
@@ -90,7 +99,7 @@ def load_resident(
         ) from None
     # Copy on write: ranks share the pages, and torch gets writable memory, as it expects.
     pixels = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", shape=shape))
-    return ResidentReader(pixels.to(device), torch.from_numpy(shards.targets(np.arange(shape[0]))).to(device))
+    return ResidentReader(pixels.to(device), torch.from_numpy(shards.targets(np.arange(shape[0]))).to(device), bad)
 
 
 def _decode_all(stream: StreamReader, shape: tuple[int, ...], path: Path, name: str) -> None:
@@ -111,16 +120,18 @@ def _decode_all(stream: StreamReader, shape: tuple[int, ...], path: Path, name: 
         for done in pool.map(decode, range(0, shape[0], _DECODE_TOGETHER)):
             advance(done)
     pixels.flush()
-    partial.with_suffix(".sha256").write_text(_digest(pixels))
+    partial.with_suffix(".sha256").write_text(" ".join([_digest(pixels), *map(str, sorted(stream.bad))]))
     partial.replace(path)
 
 
-def _is_intact(path: Path, shape: tuple[int, ...]) -> bool:
-    """Check that the array is complete and unchanged since it was decoded."""
+def _bad_in_intact(path: Path, shape: tuple[int, ...]) -> set[int] | None:
+    """Return the ids of undecodable images in an array that is complete and unchanged since it was decoded; else None."""
     digest = path.with_suffix(".sha256")
     if not (path.is_file() and digest.is_file() and path.stat().st_size == int(np.prod(shape))):
-        return False
-    return digest.read_text() == _digest(np.memmap(path, dtype=np.uint8, mode="r", shape=shape))
+        return None
+    expected, *bad = digest.read_text().split() or [""]
+    is_intact = expected == _digest(np.memmap(path, dtype=np.uint8, mode="r", shape=shape))
+    return set(map(int, bad)) if is_intact else None
 
 
 def _digest(pixels: np.ndarray) -> str:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,23 @@ import numpy as np
 from shardstep.configs.cores import pool_threads
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
+from shardstep.configs.schema import Orientation
 from shardstep.configs.text import printable
-from shardstep.datasets.decode import EXTENSIONS, decode
-from shardstep.datasets.input_files import LeftOut, files_that_end_in, is_hidden, split_name
+from shardstep.datasets.decode import EXTENSIONS, RARE_EXTENSIONS, decode
+from shardstep.datasets.input_files import IMAGE_EXTENSIONS, LeftOut, files_that_end_in, is_hidden, split_name
 from shardstep.datasets.label_sets import LabelSets, NamedShares
 from shardstep.datasets.manifest import (
     FORMAT_VERSION,
     INDEX_DTYPE,
     SEVERAL_LABELS_VERSION,
+    SIZE_DTYPE,
+    SIZES_VERSION,
     Manifest,
     Shard,
     find_tars,
     write_manifest,
 )  # fmt: skip
+from shardstep.datasets.orientation import UPRIGHT, turn_of
 from shardstep.datasets.tar import BLOCK, PACKED_TAR, TAR, read_members
 from shardstep.datasets.tar_labels import NUMBERS_IN_CLS, LabelField, Numbering, number_labels
 
@@ -52,7 +57,8 @@ class _ShardScan:
     entries: np.ndarray  # whose labels are places in `labels`
     keys: list[str]
     labels: list[str | NamedShares] = field(default_factory=list)  # that occur, as they are in the tar
-    sizes: set[tuple[int, int]] = field(default_factory=set)
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=SIZE_DTYPE))  # of the images, upright
+    turned: int = 0  # images that are turned upright
     encodings: set[str] = field(default_factory=set)
     colour: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))
     grey: np.ndarray = field(default_factory=lambda: np.zeros((1, 256), dtype=np.int64))
@@ -76,7 +82,8 @@ def index_shards(
 
     Args:
         folder: holds the tars; sample ids number the samples in the sorted order of the tars' names.
-        made: how the shards were made, for the manifest; its "first_label" is the label of class 0, if that is not 0.
+        made: how the shards were made, for the manifest; its "first_label" is the label of class 0, if that is not 0, its
+            "orientation" whether pictures are turned upright ("follow") or read as they are stored.
         classes: names by label; None takes `former_classes`, else the numbers from the first to the largest label.
         advance: called with the number of samples just read.
         former_classes: names to keep if there are enough for the labels.
@@ -90,11 +97,15 @@ def index_shards(
         others = f"; {line}" if (line := left_out.line(folder, files_that_end_in(TAR))) else ""
         raise InputError(f"no .tar files in {folder}{others}")
     first_label = int(made.get("first_label", 0))
+    orientation: Orientation = "follow" if made.get("orientation") == "follow" else "ignore"
     with ThreadPoolExecutor(pool_threads()) as pool:
-        scans = list(pool.map(lambda n: _scan(n, paths[n], label_field, first_label, advance), range(len(paths))))
+        read = partial(
+            _scan, label_field=label_field, first_label=first_label, orientation=orientation, advance=advance
+        )
+        scans = list(pool.map(read, range(len(paths)), paths))
     for scan in scans:
         left_out.update(scan.left_out)
-    looked_for = f"<key>.{label_field.extension} beside <key>.{'|'.join(EXTENSIONS)}"
+    looked_for = f"<key>.{label_field.extension} beside <key>.{'|'.join(IMAGE_EXTENSIONS)}"
     if line := left_out.line(folder, f"samples of {looked_for} in .tar files"):
         print(printable(line), file=sys.stderr)
     found = _numbering(scans, folder, looked_for, label_field, first_label, classes, former_classes)
@@ -115,25 +126,29 @@ def index_shards(
     is_grey = not np.any(colour)
     histogram = np.asarray(grey if is_grey else colour + grey)  # grey images among coloured ones count in each channel
     mean, std = _mean_and_std(histogram)
-    sizes = set().union(*(scan.sizes for scan in scans))
+    sizes = np.concatenate([scan.sizes for scan in scans])
+    same_size, turned = len(np.unique(sizes)) == 1, sum(scan.turned for scan in scans)
+    made = made | ({"turned": turned} if turned else {})
     channels = 1 if is_grey else 3
-    data, label_data = entries.tobytes(), sets.entries.tobytes() if sets else b""
+    data, label_data, size_data = entries.tobytes(), sets.entries.tobytes() if sets else b"", sizes.tobytes()
+    version = SEVERAL_LABELS_VERSION if several else FORMAT_VERSION
     manifest = Manifest(
         classes=classes,
         samples=len(entries),
         samples_per_class=per_class.tolist(),
         image_mode="L" if is_grey else "RGB",
-        image_shape=[channels, *next(iter(sizes))] if len(sizes) == 1 else None,
+        image_shape=[channels, *sizes[0].item()] if same_size else None,
         encodings=sorted(set().union(*(scan.encodings for scan in scans))),
         mean=mean,
         std=std,
         made=made,
         shards=[scan.shard for scan in scans],
         index_sha256=hashlib.sha256(data).hexdigest(),
-        format_version=SEVERAL_LABELS_VERSION if several else FORMAT_VERSION,
+        format_version=SIZES_VERSION if turned or not same_size else version,
         labels_sha256=hashlib.sha256(label_data).hexdigest() if several else "",
+        sizes_sha256="" if same_size else hashlib.sha256(size_data).hexdigest(),
     )
-    write_manifest(folder, manifest, data, label_data)
+    write_manifest(folder, manifest, data, label_data, size_data)
     return manifest
 
 
@@ -187,7 +202,12 @@ def _labels_of_samples(scans: list[_ShardScan], label_of: dict[str, int]) -> Lab
 
 
 def _scan(
-    number: int, path: Path, label_field: LabelField, first_label: int, advance: Callable[[int], None]
+    number: int,
+    path: Path,
+    label_field: LabelField,
+    first_label: int,
+    orientation: Orientation,
+    advance: Callable[[int], None],
 ) -> _ShardScan:
     scan = _ShardScan(Shard(path.name, 0, "", 0), np.empty(0, dtype=INDEX_DTYPE), [])
     try:
@@ -195,7 +215,7 @@ def _scan(
     except InputError as error:
         scan.problems.append(str(error))
         return scan
-    entries = np.empty(len(images), dtype=INDEX_DTYPE)
+    entries, scan.sizes = np.empty(len(images), dtype=INDEX_DTYPE), np.zeros(len(images), dtype=SIZE_DTYPE)
     pending: list[np.ndarray] = []
     places: dict[str | NamedShares, int] = {}  # of the labels that occur
     with path.open("rb") as file:
@@ -210,7 +230,10 @@ def _scan(
                 label = ""
             entries[row] = number, offset // BLOCK, size, places.setdefault(label, len(places)), zlib.crc32(data)
             try:
-                pending.append(decode(data, "UNCHANGED"))
+                pixels = decode(data, "UNCHANGED", orientation)
+                scan.sizes[row] = pixels.shape[:2]
+                scan.turned += orientation == "follow" and turn_of(data) != UPRIGHT
+                pending.append(pixels)
             except ValueError as error:
                 scan.add_problem(f"{name}:", str(error))
             if len(pending) == _COUNT_TOGETHER or row == len(images) - 1:
@@ -226,6 +249,7 @@ def _pair(path: Path, label_field: LabelField, scan: _ShardScan) -> tuple[dict[s
     """Return images and labels of a shard by key, in the order of the images; one without the other is a problem."""
     images: dict[str, _Place] = {}
     labels: dict[str, _Place] = {}
+    others: list[tuple[str, _Place]] = []  # images of rarer formats: those of a sample that has no other
     for name, offset, size, kind, _ in read_members(path):
         key, extension = split_name(name)
         label_key = label_field.key(name)
@@ -235,6 +259,8 @@ def _pair(path: Path, label_field: LabelField, scan: _ShardScan) -> tuple[dict[s
             continue
         if is_hidden(name):
             scan.left_out.add("hidden file", f"{path.name}: {name}")
+        elif places is None and kind == "file" and extension in RARE_EXTENSIONS:
+            others.append((key, (name, offset, size)))
         elif places is None:  # another part of a sample, such as .json
             scan.left_out.add_file(f"{path.name}: {name}")
         elif kind != "file":
@@ -246,6 +272,12 @@ def _pair(path: Path, label_field: LabelField, scan: _ShardScan) -> tuple[dict[s
             scan.add_problem(name, twice)
         else:
             places[key] = name, offset, size
+    for key, place in others:
+        if key in labels and key not in images:
+            images[key] = place
+        else:
+            scan.left_out.add_file(f"{path.name}: {place[0]}")
+    images = dict(sorted(images.items(), key=lambda image: image[1][1]))
     scan.has_labels = bool(labels)
     samples = images.keys() & labels.keys()
     for places, other in ((images, f"no label {{}}.{label_field.extension}"), (labels, "no image")):
@@ -270,7 +302,6 @@ def _belongs_to_another(key: str, samples: Set[str]) -> bool:
 
 
 def _count(images: list[np.ndarray], scan: _ShardScan) -> None:
-    scan.sizes.update(image.shape[:2] for image in images)
     for histogram in (scan.grey, scan.colour):
         channels = len(histogram)
         chosen = [image.reshape(-1, channels) for image in images if image.shape[2] == channels]

@@ -10,7 +10,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, listed, printable
 from shardstep.datasets.class_names import are_whole_numbers, label_names, label_text, sorted_classes
-from shardstep.datasets.decode import EXTENSIONS
+from shardstep.datasets.input_files import IMAGE_EXTENSIONS
 from shardstep.datasets.label_sets import NamedShares, named_shares
 
 _LONGEST = 200  # characters of a label; a caption may well be longer
@@ -90,7 +90,7 @@ def parse_label_field(option: str) -> LabelField:
     """
     extension, _, path = option.partition(":")
     extension = extension.lower().lstrip(".")
-    if extension in EXTENSIONS or not extension or "/" in extension:
+    if extension in IMAGE_EXTENSIONS or not extension or "/" in extension:
         raise InputError(
             f"--label {option}: give the extension of the files with labels, such as cls or txt, or json:PATH"
         )

@@ -15,6 +15,7 @@ import numpy as np
 from shardstep.configs.cores import pool_threads
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
+from shardstep.configs.schema import Orientation
 from shardstep.configs.text import printable
 from shardstep.datasets import manifest as manifests
 from shardstep.datasets.decode import decode
@@ -42,6 +43,7 @@ def verify_shards(folder: Path, advance: Callable[[int], None] = lambda _: None)
     try:
         index = manifests.read_index(folder, manifest)
         shards = ShardFolder(folder, manifest, index, manifests.read_label_sets(folder, manifest, index))
+        manifests.read_sizes(folder, manifest)
     except InputError as error:
         problems.append(str(error))
 
@@ -75,7 +77,8 @@ def undecodable_images(shards: ShardFolder) -> list[str]:
             samples = np.flatnonzero(shards.index["shard"] == number)
             entries = shards.index[samples]
             with shards.shard_path(number).open("rb") as file:
-                read = partial(_decoding_problem, file.fileno(), shards.manifest.image_mode)
+                manifest = shards.manifest
+                read = partial(_decoding_problem, file.fileno(), manifest.image_mode, manifest.orientation_when_read)
                 problems = pool.map(read, entries["block"].tolist(), entries["size"].tolist())
                 for sample, problem in zip(samples.tolist(), problems, strict=True):
                     if problem:
@@ -83,9 +86,9 @@ def undecodable_images(shards: ShardFolder) -> list[str]:
     return found
 
 
-def _decoding_problem(file: int, image_mode: str, block: int, size: int) -> str | None:
+def _decoding_problem(file: int, image_mode: str, orientation: Orientation, block: int, size: int) -> str | None:
     try:
-        decode(os.pread(file, size, block * BLOCK), image_mode)
+        decode(os.pread(file, size, block * BLOCK), image_mode, orientation)
     except ValueError as error:
         return str(error)
     return None

@@ -8,7 +8,9 @@ import json
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -21,7 +23,8 @@ from shardstep.configs.file_lock import file_lock
 from shardstep.configs.files import sync_to_disk
 from shardstep.configs.text import count, listed, printable
 from shardstep.datasets.class_names import doubtful_names_note
-from shardstep.datasets.decode import EXTENSIONS, decode, encode_png
+from shardstep.datasets.decode import problem_of_start
+from shardstep.datasets.input_files import IMAGE_EXTENSIONS
 from shardstep.datasets.label_sets import LabelSets, strata
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
@@ -31,12 +34,27 @@ from shardstep.datasets.sources import open_source
 from shardstep.datasets.sources.class_folders import split_in_name
 from shardstep.datasets.sources.source import Source
 from shardstep.datasets.sources.tables import NO_OPTIONS, LabelOptions
+from shardstep.datasets.stored_images import ImageOptions, StoredImage, stored_image
 from shardstep.datasets.tar_labels import NUMBERS_IN_CLS, SEVERAL_IN_JSON
 
+AS_STORED = ImageOptions()
 BadImages = Literal["refuse", "skip"]
 SAMPLES_PER_SHARD = 1000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ENCODE_TOGETHER = 64  # images per task of the pool
+_LOOK_TOGETHER = 1024
+_QUICKLY_DECODED = 10_000  # images, in a minute or so: of more, what cannot be used is not first found at the end
+
+
+@dataclass(frozen=True)
+class _BadImage:
+    """An image that cannot be used."""
+
+    name: str
+    problem: str
+
+    def __str__(self) -> str:
+        return printable(f"{self.name}: {self.problem}")
 
 
 def write_shards(
@@ -49,6 +67,7 @@ def write_shards(
     bad_images: BadImages = "refuse",
     classes_of: Path | None = None,
     labels: LabelOptions = NO_OPTIONS,
+    options: ImageOptions = AS_STORED,
 ) -> Manifest:
     """Write one split of a source as WebDataset shards with a manifest and an index.
 
@@ -61,6 +80,7 @@ def write_shards(
         bad_images: whether files that cannot be decoded are an error, or are left out and listed on stderr.
         classes_of: a data set whose classes to use, in its order, whether or not there are images of each.
         labels: the table of labels and its columns, where the source leaves them open.
+        options: how the images are stored.
 
     Raises:
         InputError: the source or images of it cannot be read, it has a class that `classes_of` lacks, or `out` is not empty.
@@ -69,6 +89,7 @@ def write_shards(
         raise InputError(f"{samples_per_shard} samples per shard: write at least 1")
     if limit is not None and limit < 1:
         raise InputError(f"a limit of {limit} images: choose at least 1")
+    options.check()
     out = out.expanduser().resolve()
     with file_lock(out.parent / f".{out.name}.lock"):
         images = open_source(source, split, labels)
@@ -79,7 +100,7 @@ def write_shards(
                 f"{source} does not say which images are for {split}: all of them are taken. Give each split a source of its "
                 f"own, or sort it into train/ and test/"
             )
-        return _write_locked(images, source, split, out, samples_per_shard, seed, limit, bad_images)
+        return _write_locked(images, source, split, out, samples_per_shard, seed, limit, bad_images, options)
 
 
 def balanced_choice(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
@@ -101,7 +122,12 @@ def balanced_choice(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
 
 
 def make_missing_shards(
-    source: str, split: str, out: Path, labels: LabelOptions = NO_OPTIONS, is_only_split: bool = False
+    source: str,
+    split: str,
+    out: Path,
+    labels: LabelOptions = NO_OPTIONS,
+    is_only_split: bool = False,
+    options: ImageOptions = AS_STORED,
 ) -> bool:
     """Write the shards unless they exist or another process of this node writes them; return whether this call did.
 
@@ -124,7 +150,7 @@ def make_missing_shards(
                 f"hold the same images. Hold a part out with data.validation=0.1 data.test=none, or write each set from its "
                 f"own folder with `shardstep shards write --source ...`"
             )
-        _write_locked(images, source, split, out)
+        _write_locked(images, source, split, out, options=options)
         return True
 
 
@@ -137,6 +163,7 @@ def _write_locked(
     seed: int = 0,
     limit: int | None = None,
     bad_images: BadImages = "refuse",
+    options: ImageOptions = AS_STORED,
 ) -> Manifest:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; nothing was written. Give a folder")
@@ -147,12 +174,15 @@ def _write_locked(
             print(printable(note), file=sys.stderr)
     if images.empty_folders:
         raise InputError(
-            f"{source} has folders for {split} without images ({', '.join(EXTENSIONS)}): {listed(images.empty_folders)}. "
-            f"Add some or remove the folders; `shardstep shards write --classes-of DIR` allows classes without images"
+            f"{source} has folders for {split} without images ({', '.join(IMAGE_EXTENSIONS)}): "
+            f"{listed(images.empty_folders)}. Add some or remove the folders; `shardstep shards write --classes-of DIR` "
+            f"allows classes without images"
         )
     if limit is not None:
         images = images.only(balanced_choice(strata(images.labels), limit, seed))
     total = len(images.labels)
+    if bad_images == "refuse" and total > _QUICKLY_DECODED and (bad := _bad_by_their_start(images)):
+        raise _bad_images_error(source, bad, f"of {total:,} images")
     # We hold this node's lock, so no other process uses a leftover of this name.
     partial = out.parent / f".{out.name}.{platform.node()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -160,14 +190,15 @@ def _write_locked(
     try:
         with progress_bar(f"writing {out}", total, "images") as advance:
             order = permutation(total, (seed, 0), (0, 0, 0))
-            bad = _write_tars(images, order, partial, split, samples_per_shard, advance)
+            bad, seen = _write_tars(images, order, partial, split, samples_per_shard, options, bad_images, advance)
             if bad and (bad_images == "refuse" or len(bad) == total):
-                remedy = "fix or remove them, or leave them out with `shardstep shards write --bad-images skip`"
-                raise InputError.from_problems(f"{source} has images that cannot be used ({remedy})", bad, MOST_NAMED)
+                among = f"of {'the first ' if seen < total else ''}{seen:,} images"
+                raise _bad_images_error(source, bad, among)
         if bad:
-            print(f"left out: {len(bad):,} of {total:,} images", *bad, sep="\n  - ", file=sys.stderr)
+            print(f"left out: {len(bad):,} of {total:,} images", *map(str, bad), sep="\n  - ", file=sys.stderr)
+            print(f"left out by kind: {_kinds(bad)}", file=sys.stderr)
         made = {"source": images.description, "split": split, "seed": seed, "samples_per_shard": samples_per_shard}
-        made |= ({} if limit is None else {"limit": limit}) | ({"left_out": len(bad)} if bad else {})
+        made |= options.made() | ({} if limit is None else {"limit": limit}) | ({"left_out": len(bad)} if bad else {})
         with progress_bar(f"checking {out}", total - len(bad), "images") as advance:
             field = SEVERAL_IN_JSON if isinstance(images.labels, LabelSets) else NUMBERS_IN_CLS
             manifest = index_shards(partial, made, images.classes, advance, label_field=field)
@@ -191,30 +222,80 @@ def _write_locked(
 
 
 def _write_tars(
-    images: Source, order: np.ndarray, folder: Path, split: str, samples_per_shard: int, advance: Callable[[int], None]
-) -> list[str]:
-    """Write the images that can be decoded; return the problems of the others, in the order of the source."""
+    images: Source,
+    order: np.ndarray,
+    folder: Path,
+    split: str,
+    samples_per_shard: int,
+    options: ImageOptions,
+    bad_images: BadImages,
+    advance: Callable[[int], None],
+) -> tuple[list[_BadImage], int]:
+    """Write the images that can be decoded; return the problems of the others, in the order of the source, and how many were
+    read: not all, if so many are to be refused that they are of a kind."""
     from webdataset import TarWriter
 
-    bad: dict[int, str] = {}
+    bad: dict[int, _BadImage] = {}
+    seen = 0
+    anew: Counter[str] = Counter()  # images that were encoded anew, by their former and their new format
 
-    def good_images() -> Iterator[tuple[int, bytes]]:
-        for number, content in zip(order.tolist(), _encoded(images, order), strict=True):
-            if isinstance(content, ValueError):
-                bad[number] = printable(f"{images.name(number)}: {content}")
+    def good_images() -> Iterator[tuple[int, StoredImage]]:
+        nonlocal seen
+        for number, stored in zip(order.tolist(), _stored(images, order, options), strict=True):
+            if isinstance(stored, ValueError):
+                bad[number] = _BadImage(images.name(number), str(stored))
             else:
-                yield number, content
+                if stored.former:
+                    anew[f".{stored.former} as .{stored.extension}"] += 1
+                yield number, stored
+            seen += 1
             advance(1)
+            if bad_images == "refuse" and len(bad) >= MOST_NAMED and seen >= _QUICKLY_DECODED:
+                return
 
     width = max(6, len(str(len(order) - 1)))
     for shard, rows in groupby(enumerate(good_images()), lambda row: row[0] // samples_per_shard):
         # mtime 0 and no user names: the same input gives the same bytes
         with TarWriter(str(folder / f"{split}-{shard:06d}.tar"), encoder=False, mtime=0) as tar:
-            for row, (number, data) in rows:
-                tar.write(
-                    {"__key__": f"{row:0{width}d}", images.extension(number, data): data} | _label(images, number)
-                )
-    return [bad[number] for number in sorted(bad)]
+            for row, (number, stored) in rows:
+                extension = _with_its_name(stored.extension, images.name(number))
+                tar.write({"__key__": f"{row:0{width}d}", extension: stored.data} | _label(images, number))
+    if anew:
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in anew.most_common())
+        print(f"stored in another format: {kinds} (of {len(order):,} images)", file=sys.stderr)
+    return [bad[number] for number in sorted(bad)], seen
+
+
+def _bad_by_their_start(images: Source) -> list[_BadImage]:
+    """Return the problems of images whose first bytes show that they cannot be decoded, in the order of the source."""
+    from shardstep.datasets.batches import read_ahead
+
+    if images.start is None:
+        return []
+
+    def bad(number: int) -> _BadImage | None:
+        assert images.start is not None
+        try:
+            problem = problem_of_start(images.start(number))
+        except ValueError as error:
+            problem = str(error)
+        return _BadImage(images.name(number), problem) if problem else None
+
+    groups = iter(np.split(np.arange(len(images.labels)), range(_LOOK_TOGETHER, len(images.labels), _LOOK_TOGETHER)))
+    looks = read_ahead(groups, lambda group: lambda: [bad(number) for number in group.tolist()], pool_threads())
+    return [found for group in looks for found in group if found]
+
+
+def _bad_images_error(source: str, bad: list[_BadImage], among: str) -> InputError:
+    remedy = "fix or remove them, or leave them out with `shardstep shards write --bad-images skip`"
+    headline = f"{source} has images that cannot be used ({remedy}; {len(bad):,} {among}, {_kinds(bad)})"
+    return InputError.from_problems(headline, [str(image) for image in bad], MOST_NAMED)
+
+
+def _kinds(bad: list[_BadImage]) -> str:
+    """Count the problems of images by their kind, the most frequent first; what is in brackets is of one image."""
+    kinds = Counter(image.problem.partition(" (")[0] for image in bad)
+    return ", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())
 
 
 def _label(images: Source, number: int) -> dict[str, bytes]:
@@ -226,21 +307,22 @@ def _label(images: Source, number: int) -> dict[str, bytes]:
     return {"json": json.dumps({"labels": labels}, ensure_ascii=False).encode()}
 
 
-def _encoded(images: Source, order: np.ndarray) -> Iterator[bytes | ValueError]:
+def _with_its_name(extension: str, name: str) -> str:
+    """Return the extension of a JPEG as its name has it: jpg or jpeg."""
+    return "jpeg" if extension == "jpg" and name.lower().endswith(".jpeg") else extension
+
+
+def _stored(images: Source, order: np.ndarray, options: ImageOptions) -> Iterator[StoredImage | ValueError]:
     """Yield the image files in order, or their problems; threads encode and decode a bounded number of tasks ahead."""
     from shardstep.datasets.batches import read_ahead  # here: it imports torch, like webdataset above
 
-    def encode(number: int) -> bytes | ValueError:
+    def store(number: int) -> StoredImage | ValueError:
         try:
-            content = images.read(number)
-            if isinstance(content, np.ndarray):
-                return encode_png(content)
-            decode(content, "UNCHANGED")
+            return stored_image(images.read(number), options)
         except ValueError as error:
             return error
-        return content
 
     groups = iter(np.split(order, range(_ENCODE_TOGETHER, len(order), _ENCODE_TOGETHER)))
     workers = pool_threads()
-    for encoded in read_ahead(groups, lambda group: lambda: [encode(number) for number in group.tolist()], workers):
-        yield from encoded
+    for stored in read_ahead(groups, lambda group: lambda: [store(number) for number in group.tolist()], workers):
+        yield from stored

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     with raise_on_all_ranks(world):
         trained = trained_model.open_trained_model(args.run, world.device, (weights, run_dir))
         notes: list[str | None] = [trained.crop_note]
-        test, reader = trained.open_test_set(args.data, notes.append)
+        test, reader = trained.open_test_set(args.data, notes.append, trained.recipe.data.on_bad_image)
     for note in (*notes, data.other_mode_note(trained.manifest, "test", test.manifest)):
         if note and world.is_main_process:
             print(printable(note))
@@ -62,10 +62,22 @@ def main(arguments: list[str]) -> int:
     model = wrap_for_evaluation(accelerator, module)
     num_classes = len(trained.manifest.classes)
     batches = data.make_test_batches(recipe, accelerator, reader, test, trained.normalize)
-    result = evaluate(accelerator, model, batches, trained.objective, test.samples, num_classes, recipe.eval)
+    result = evaluate(
+        accelerator,
+        model,
+        batches,
+        trained.objective,
+        test.samples,
+        num_classes,
+        recipe.eval,
+        on_bad_image=recipe.data.on_bad_image,
+    )
     assert result is not None  # no stop can be requested
     if accelerator.is_main_process:
         found = result.scores | {"loss": result.loss if math.isfinite(result.loss) else None}
+        if result.bad_images:
+            print(f"{result.bad_images:,} of {test.samples:,} images cannot be decoded, and are left out")
+            found |= {"bad_images": result.bad_images}
         found |= {"samples": result.samples, "world_size": accelerator.num_processes}
         print(json.dumps(found))
     leave_world(accelerator)

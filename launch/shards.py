@@ -2,10 +2,12 @@
 
 shardstep shards write --source SRC --split train --out DIR [--samples-per-shard N] [--seed S] [--limit N]
                        [--classes-of DIR] [--bad-images skip]
+                       [--orientation follow|ignore] [--resize N [--quality Q]]
                        [--labels FILE] [--image-column NAME] [--label-column NAME]
 shardstep shards verify DIR
 shardstep shards info DIR
-shardstep shards index DIR [--label FIELD] [--classes NAME,NAME,...|@FILE] [--first-label N] [--force]
+shardstep shards index DIR [--label FIELD] [--classes NAME,NAME,...|@FILE] [--first-label N]
+                       [--orientation follow|ignore] [--force]
 shardstep shards order DIR [DIR ... --weights W,W,...] --seed S --epoch E [--start P --count N]
                        [--lanes L --window-shards W --order-version 1|2]
                        [--sampling uniform|balanced|{weights: ...} --repeats N]
@@ -32,8 +34,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from shardstep.configs.schema import OrderVersion
+    from shardstep.configs.schema import OrderVersion, Orientation
     from shardstep.datasets.order import ORDER_VERSION
+    from shardstep.datasets.stored_images import QUALITY
     from shardstep.datasets.write import SAMPLES_PER_SHARD, BadImages
 
     parser = argparse.ArgumentParser(prog="shardstep shards", description="Write, check and inspect data sets.")
@@ -54,6 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--classes-of", type=Path, metavar="DIR", help=classes_of)
     bad_images = "treat files that cannot be decoded as an error, or skip and list them (default: refuse)"
     add("--bad-images", choices=get_args(BadImages), default="refuse", help=bad_images)
+    orientation = "turn pictures upright, as EXIF says, or read them as they are stored"
+    add("--orientation", choices=get_args(Orientation), default="follow", help=f"{orientation} (default: follow)")
+    add("--resize", type=int, metavar="N", help="scale images down until their shorter side has N pixels")
+    add(
+        "--quality",
+        type=int,
+        metavar="Q",
+        help=f"quality of the JPEGs that --resize makes, 1 to 100 (default: {QUALITY})",
+    )
     table = "table of labels: .csv, .tsv, .jsonl, .parquet or .txt; {split} in the path stands for the split"
     add("--labels", metavar="FILE", help=table)
     of_images = "column with the images' names or content (default: the one whose name says so)"
@@ -79,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--classes", metavar="NAME,NAME,...|@FILE", help=names)
     first_label = "label of the first class (default: that of the manifest replaced, else 0)"
     add("--first-label", type=int, metavar="N", help=first_label)
+    replaced = "(default: that of the manifest replaced, else follow)"
+    add("--orientation", choices=get_args(Orientation), help=f"{orientation} {replaced}")
     add("--force", action="store_true", help="replace an existing manifest")
     add = commands.add_parser("order", help="print position and key of samples in the global order").add_argument
     add("dir", nargs="+", help="data.train of the run, or the folders of its data.mix")
@@ -99,11 +113,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _write(args: argparse.Namespace) -> int:
     from shardstep.datasets.sources.tables import LabelOptions
+    from shardstep.datasets.stored_images import ImageOptions
     from shardstep.datasets.write import write_shards
 
     sizes = (args.samples_per_shard, args.seed, args.limit)
     labels = LabelOptions(args.labels, args.image_column, args.label_column, args.label_separator)
-    manifest = write_shards(args.source, args.split, args.out, *sizes, args.bad_images, args.classes_of, labels)
+    images = ImageOptions(args.orientation, args.resize, args.quality)
+    manifest = write_shards(args.source, args.split, args.out, *sizes, args.bad_images, args.classes_of, labels, images)
     print(printable(f"{args.out}: {_size(manifest)}, {manifest.bytes:,} bytes"))
     return 0
 
@@ -127,8 +143,12 @@ def _verify(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     from shardstep.datasets.manifest import open_shards
 
-    manifest = open_shards(args.dir).manifest
+    shards = open_shards(args.dir)
+    manifest, sizes = shards.manifest, shards.sizes
     size = "x".join(map(str, reversed(manifest.image_shape[1:]))) if manifest.image_shape else "of several sizes"
+    if sizes is not None:
+        height, width = ((sizes[side].min(), sizes[side].max()) for side in ("height", "width"))
+        size = f"{height[0]} to {height[1]} pixels high, {width[0]} to {width[1]} wide"
     print(f"samples      {manifest.samples:,} in {count(len(manifest.shards), 'shard')}, {manifest.bytes:,} bytes")
     print(f"images       {size}, {manifest.image_mode}, {'/'.join(manifest.encodings)}")
     print("mean        ", *(f"{value:.4f}" for value in manifest.mean))
@@ -167,6 +187,7 @@ def _index(args: argparse.Namespace) -> int:
         raise InputError(f"--first-label {first_label}: labels are integers from 0")
     label = args.label if args.label is not None else former and former.made.get("label_field")
     made = {"source": WRITTEN_ELSEWHERE} | ({"first_label": first_label} if first_label else {})
+    made |= {"orientation": args.orientation or (former.orientation if former else "follow")}
     label_field = NUMBERS_IN_CLS if label is None else parse_label_field(str(label))
     manifest = index_shards(args.dir, made, classes, former_classes=former_classes, label_field=label_field)
     print(f"{args.dir}: {_size(manifest)}, {count(len(manifest.classes), 'class', 'classes')}")

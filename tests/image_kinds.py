@@ -121,6 +121,13 @@ def bmp(rows: np.ndarray, bits: int, masks: tuple[int, ...] = (), top_down: bool
     return b"BM" + struct.pack("<IHHI", start + len(content), 0, 0, start) + info + head + content
 
 
+def sixteen_bits(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return samples of 16 bits on both sides of a level and halfway to the next, and the levels that they are closest to."""
+    below = np.arange(samples.size).reshape(samples.shape) % 257 - 128  # -128 to 128 of the 257 between two levels
+    wide = np.clip(samples.astype(np.int64) * 257 + below, 0, 65535).astype(np.uint16)
+    return wide, np.rint(wide / 257).astype(np.uint8)
+
+
 def coloured_kinds() -> dict[str, Kind]:
     """Files with colour."""
     srgb, gamma = (b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 45455))
@@ -169,9 +176,15 @@ def coloured_kinds() -> dict[str, Kind]:
         },
     }
     kinds = {name: Kind(data, COLOUR) for name, data in stored.items()}
+    wide, scaled = sixteen_bits(COLOUR)
+    ycck = bytearray(saved(image.convert("CMYK"), "jpeg"))
+    ycck[ycck.index(b"Adobe") + 11] = 2  # the colours that the planes hold: now YCCK, as in some files of ImageNet
     premultiplied = tiff(np.dstack([FIFTHS, np.full_like(ALPHA, 51)]), 2, t338=1)
     indexed = png(GREY, 3, 8, (b"PLTE", palette.tobytes()), (b"tRNS", ALPHA.tobytes()))
     kinds |= {
+        "png_16_bits": Kind(png(wide, 2, 16), scaled),
+        "png_16_bits_srgb": Kind(png(wide, 2, 16, srgb), scaled),
+        "png_16_bits_alpha": Kind(png(np.dstack([wide, ALPHA.astype(np.uint16) * 257]), 6, 16), scaled),
         "png_palette": Kind(indexed, palette[GREY]),
         "png_palette_srgb": Kind(png(GREY, 3, 8, srgb, (b"PLTE", palette.tobytes())), palette[GREY]),
         "png_palette_of_2_bits": Kind(png(GREY >> 6, 3, 2, (b"PLTE", palette[:4].tobytes())), palette[GREY >> 6]),
@@ -193,6 +206,8 @@ def coloured_kinds() -> dict[str, Kind]:
         "jpeg_orientation": saved(image, "jpeg", exif=ROTATED),
         "jpeg_stored_as_rgb": saved(image, "jpeg", keep_rgb=True),
         "jpeg_cmyk": saved(image.convert("CMYK"), "jpeg"),
+        "jpeg_ycck": bytes(ycck),
+        "jpeg_cmyk_progressive": saved(image.convert("CMYK"), "jpeg", progressive=True),
         "jpeg_several": saved(image, "mpo", save_all=True, append_images=[OTHER]),
         "webp_lossy": saved(image, "webp"),
         "webp_lossy_alpha": saved(with_alpha, "webp", exact=True),
@@ -226,6 +241,7 @@ def grey_kinds() -> dict[str, Kind]:
         "tiff_lzw": saved(image, "tiff", compression="tiff_lzw"),
     }
     kinds = {name: Kind(data, GREY) for name, data in stored.items()}
+    wide, scaled = sixteen_bits(GREY)
     black_and_white = Image.fromarray(GREY > 127)
     of_one_bit = {
         "png_1_bit": png(BITS, 0, 1),
@@ -237,6 +253,10 @@ def grey_kinds() -> dict[str, Kind]:
     }
     kinds |= {name: Kind(data, BITS * 255) for name, data in of_one_bit.items()}
     kinds |= {
+        "png_16_bits": Kind(png(wide, 0, 16), scaled),
+        "png_16_bits_gamma": Kind(png(wide, 0, 16, (b"gAMA", struct.pack(">I", 45455))), scaled),
+        "png_16_bits_alpha": Kind(png(np.dstack([wide, wide]), 4, 16), scaled),
+        "jpeg_progressive": by_pillow(saved(image, "jpeg", progressive=True), 2),
         "png_2_bits": Kind(png(GREY >> 6, 0, 2), (GREY >> 6) * 85),
         "png_4_bits": Kind(png(GREY >> 4, 0, 4), (GREY >> 4) * 17),
         "pgm_maximum_51": Kind(pnm(b"P5", GREY // 5, 51), GREY // 5 * 5),
@@ -251,14 +271,12 @@ def grey_kinds() -> dict[str, Kind]:
 def refused_kinds() -> dict[str, tuple[bytes, str]]:
     """Files that are refused, and a part of the message."""
     deep = "16 bits per channel"
+    animated_16 = png(COLOUR.astype(np.uint16), 2, 16, (b"acTL", struct.pack(">II", 1, 0)))
     wide, no_image = COLOUR.astype(np.uint16) * 257, "not an image that can be decoded"
     wide_grey = wide[:, :, 0].copy()
     inside = saved(Image.fromarray(COLOUR), "jpeg2000", no_jp2=True)
     return {
-        "png_16_bits": (png(wide_grey, 0, 16), deep),
-        "png_16_bits_colour": (png(wide, 2, 16), deep),
-        "png_16_bits_alpha": (png(np.dstack([wide, wide_grey]), 6, 16), deep),
-        "png_16_bits_grey_alpha": (png(np.dstack([wide_grey, wide_grey]), 4, 16), deep),
+        "apng_16_bits": (animated_16, deep),
         "jpeg_12_bits": (base64.b64decode(JPEG_12_BITS), no_image),
         "jpeg_2000_16_bits": (saved(wide_grey, "jpeg2000"), deep),
         "jpeg_2000_signed": (base64.b64decode(JPEG_2000_SIGNED), "signed"),

@@ -30,6 +30,7 @@ from shardstep.datasets.resident import decoded_bytes, load_resident
 from shardstep.datasets.sampling import Strata
 from shardstep.datasets.sources import surely_differs
 from shardstep.datasets.sources.tables import LabelOptions
+from shardstep.datasets.stored_images import ImageOptions
 from shardstep.datasets.training_order import open_strata, open_training_set, training_orders
 from shardstep.datasets.write import make_missing_shards
 from shardstep.trainer import machine
@@ -154,7 +155,14 @@ def make_missing_data(config: DataConfig) -> None:
     for split, folder in missing_sets(config).items():
         try:
             is_only_split = config.test == NO_TEST_SET
-            make_missing_shards(config.source, split, Path(folder).expanduser(), _label_options(config), is_only_split)
+            make_missing_shards(
+                config.source,
+                split,
+                Path(folder).expanduser(),
+                _label_options(config),
+                is_only_split,
+                _image_options(config),
+            )
         except InputError as error:  # perhaps only on this node: its first rank reports it
             error.everywhere = not launch_env.is_first_rank_of_node()
             raise
@@ -162,6 +170,10 @@ def make_missing_data(config: DataConfig) -> None:
 
 def _label_options(config: DataConfig) -> LabelOptions:
     return LabelOptions(config.labels, config.image_column, config.label_column, config.label_separator)
+
+
+def _image_options(config: DataConfig) -> ImageOptions:
+    return ImageOptions("follow" if config.orientation == "auto" else config.orientation)
 
 
 def data_warnings(config: DataConfig, data: Data, reconstructs: bool) -> list[str]:
@@ -233,6 +245,12 @@ def open_parts(config: DataConfig) -> Parts:
     opened: dict[str, Part] = {split: Part(open_shards(folder)) for split, folder in folders.items()}
     for split, part in opened.items():
         check_same_task(train.manifest, part.manifest, mix_name(config), folders[split], framing_of(config))
+    for name, part in (("train", train), *opened.items()):
+        if config.orientation not in ("auto", part.manifest.orientation):
+            raise InputError(
+                f"data.orientation={config.orientation}, but {folders.get(name) or mix_name(config)} was written with "
+                f"{part.manifest.orientation}: leave data.orientation out to read it so, or write it again"
+            )
     if share is not None:
         train, opened["validation"] = hold_out(train.shards, share, config.split_seed)
     held_out: PartName = "validation" if "validation" in opened else "test"
@@ -349,9 +367,9 @@ def load(config: DataConfig, mode: DataMode, parts: Parts, device: torch.device)
     """
     train, framing = parts.train.manifest, framing_of(config)
     readers: dict[int, Reader] = {
-        id(shards): load_resident(shards, framing, device, train.image_mode)
+        id(shards): load_resident(shards, framing, device, train.image_mode, config.on_bad_image)
         if mode == "resident"
-        else StreamReader(shards, framing, train.image_mode)
+        else StreamReader(shards, framing, train.image_mode, config.on_bad_image)
         for shards in opened_sets(parts)
     }
     train_reader, held_out_reader, final_reader = (
@@ -390,6 +408,7 @@ def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data
         device=accelerator.device,
         workers=_reader_threads(recipe, loaded.train_reader),
         mixing=build_mixing(recipe.data.augment, distance=recipe.data.repeats),
+        part=loaded.train,
     )
 
 

@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from shardstep.configs.schema import EvalConfig
+from shardstep.configs.errors import InputError
+from shardstep.configs.schema import EvalConfig, OnBadImage
 from shardstep.trainer.distributed.buffers import flatten_buffers, set_buffers
 from shardstep.trainer.distributed.collectives import gather_samples, mean_over_ranks, reduce_sums
 from shardstep.trainer.models.views import predict
@@ -27,6 +28,8 @@ class Evaluation:
 
     Attributes:
         loss: mean, not smoothed.
+        samples: number of samples that were counted.
+        bad_images: number of those that were left out, because their images cannot be decoded.
         accuracy: share of samples whose highest output is their label; None where images are reconstructed, or have several
             labels, like the two below.
         top5: share of samples whose label is among the five highest outputs.
@@ -44,6 +47,7 @@ class Evaluation:
     class_correct: Tensor | None = None
     confusion: Tensor | None = None
     labels: LabelScores | None = None
+    bad_images: int = 0
 
     @property
     def scores(self) -> dict[str, float | None]:
@@ -80,6 +84,7 @@ def evaluate(
     num_classes: int,
     config: EvalConfig,
     stop_requested: Callable[[], bool] = lambda: False,
+    on_bad_image: OnBadImage = "stop",
 ) -> Evaluation | None:
     """Evaluate a model on all ranks together.
 
@@ -87,9 +92,13 @@ def evaluate(
         module: the model without DDP's wrapper, which would broadcast buffers in its forward pass.
         num_samples: size of the test set, for a check that each sample was counted.
         stop_requested: called after each batch, equally often on every rank; returns the same on all.
+        on_bad_image: whether batches may lack samples, see data.on_bad_image.
 
     Returns:
         The same metrics on every rank; None if a stop was requested.
+
+    Raises:
+        InputError: no image can be decoded.
     """
     own_buffers = flatten_buffers(module)
     set_buffers(module, mean_over_ranks(accelerator, own_buffers))
@@ -103,12 +112,13 @@ def evaluate(
 
     sums, class_counts = reduce_sums(accelerator, [counted.sums, counted.class_counts])
     total_loss, correct, top5, count = sums.tolist()
-    assert count == num_samples, f"{count:.0f} of {num_samples} test samples were counted"
+    bad_images = _left_out(int(count), num_samples, on_bad_image)
     if objective.finds_several:
         outputs, shares = (gather_samples(accelerator, values) for values in (counted.outputs, counted.shares))
-        return Evaluation(total_loss / count, int(count), labels=score_labels(outputs, shares, config.threshold))
+        scores = score_labels(outputs, shares, config.threshold)
+        return Evaluation(total_loss / count, int(count), labels=scores, bad_images=bad_images)
     if objective.reconstructs:
-        return Evaluation(total_loss / count, int(count))
+        return Evaluation(total_loss / count, int(count), bad_images=bad_images)
     class_counts = class_counts.view(num_classes, -1).long().cpu()
     has_confusion = num_classes <= MOST_CLASSES_IN_CONFUSION
     return Evaluation(
@@ -119,7 +129,16 @@ def evaluate(
         class_samples=class_counts.sum(dim=1),
         class_correct=class_counts.diagonal() if has_confusion else class_counts[:, 1],
         confusion=class_counts if has_confusion else None,
+        bad_images=bad_images,
     )
+
+
+def _left_out(count: int, num_samples: int, on_bad_image: OnBadImage) -> int:
+    """Return how many samples were not counted, which must be those whose images cannot be decoded."""
+    assert count == num_samples or on_bad_image == "skip", f"{count} of {num_samples} test samples were counted"
+    if not count:
+        raise InputError(f"none of the {num_samples:,} images to evaluate on can be decoded")
+    return num_samples - count
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,14 @@ class Metrics:
         has_accuracy: bool = True,
         clip: Clip | None = None,
         evaluated_on: PartName = "test",
+        bad_images: Callable[[], int] | None = None,
     ):
         """Rank 0 calls `listeners` with every line. `path` and `state` hold the lines and sums from before a resume;
         `has_accuracy` is False where outputs are neither correct nor wrong, being images or several labels; `evaluated_on` is
-        the set of the evaluations.
+        the set of the evaluations; `bad_images` returns how many images this rank's training has skipped in this start; it is
+        None where they are not skipped.
         """
+        self._bad_images, self._counted_bad, self._warn, self._told_bad = bad_images, 0, warn, False
         self._evaluated_on = evaluated_on
         self._accelerator = accelerator
         self._has_accuracy, self._clip = has_accuracy, clip
@@ -87,8 +90,27 @@ class Metrics:
         """
         state.sums = gather_rows(self._accelerator, self._since_evaluation)
         state.samples_in_sums = self._samples_since_evaluation
+        self._count_bad_images(state)
         if not all(math.isfinite(loss) for loss, _ in state.sums):
             raise NonFiniteError(f"the loss of a step up to step {state.progress.step} was NaN or infinite. {_REMEDY}")
+
+    def _count_bad_images(self, state: TrainState) -> None:
+        """Add what all ranks have skipped since the last call. All ranks reduce."""
+        if self._bad_images is None:
+            return
+        new = self._bad_images() - self._counted_bad
+        self._counted_bad += new
+        (total,) = reduce_sums(self._accelerator, [torch.tensor([new], device=self._accelerator.device).double()])
+        state.bad_images += int(total.item())
+        self._tell_of_bad(state.bad_images)
+
+    def _tell_of_bad(self, number: int) -> None:
+        if number and not self._told_bad:
+            self._told_bad = True
+            self._warn(
+                "there are images that cannot be decoded: training takes the next one in their place, evaluation leaves them "
+                "out, and metrics.jsonl counts both as bad_images. `shardstep shards verify` lists them"
+            )
 
     def restart_clock(self) -> None:
         """Exclude the time since the last step from the training speed."""
@@ -104,6 +126,7 @@ class Metrics:
         if sums is not None:
             (total,) = reduce_sums(self._accelerator, [sums])
             loss, accuracy = (total / size).tolist()  # waits for the device: only on log steps
+        self._count_bad_images(state)
         self._window_s += time.perf_counter() - self._mark
         self.restart_clock()
         samples_per_s = self._window_samples / self._window_s
@@ -134,6 +157,8 @@ class Metrics:
             line["skipped_updates"] = self._skipped_updates  # by fp16's scaler, since this process started
         if state.skipped_steps:
             line["skipped_steps"] = state.skipped_steps  # with a NaN or infinite loss, since the start of the run
+        if state.bad_images:
+            line["bad_images"] = state.bad_images  # that others took the place of, since the start of the run
         if loss is not None and not math.isfinite(loss):
             self._record(line)
             raise NonFiniteError(
@@ -164,6 +189,7 @@ class Metrics:
             "train_accuracy": train_accuracy if self._has_accuracy else None,
             # A line for very many classes would be long.
             "per_class_accuracy": None if evaluation.confusion is None else evaluation.per_class_accuracy,
+            **({"bad_images": evaluation.bad_images} if evaluation.bad_images else {}),
             **({"per_class_ap": evaluation.labels.average_precision} if evaluation.labels else {}),
             "wall_s": round(state.wall_s, 3),
             "train_s": round(state.train_s, 3),
@@ -180,6 +206,7 @@ class Metrics:
             )
         self.last_evaluation = line
         self._write(line)
+        self._tell_of_bad(evaluation.bad_images)
 
     def sync(self) -> None:
         """Sync all lines to disk, before a checkpoint that relies on them is written."""

@@ -117,7 +117,7 @@ class Run:
         with averaged(self.state):
             evaluation = evaluate(
                 self.accelerator, self.state.module, batches, self.objective,
-                part.samples, self.data.num_classes, self.recipe.eval, stop_requested,
+                part.samples, self.data.num_classes, self.recipe.eval, stop_requested, self.recipe.data.on_bad_image,
             )  # fmt: skip
         self.requests.restart()
         return evaluation
@@ -165,9 +165,11 @@ def assemble(
     listeners = [display.line, trackers.log, lambda _: _note_early_outlook(time_limit, display)]
     profiled, on_gpu = parse_steps(recipe.train.profile), world.device.type == "cuda"
     synchronize_device(world.device)  # so that the first step does not pay for warm-up passes
+    batches = train_batches(recipe, accelerator, data, plan)
+    bad_images = (lambda: batches.bad_images) if recipe.data.on_bad_image == "skip" else None
     return Run(
         recipe=recipe, dir=run_dir, accelerator=accelerator, state=state, plan=plan, data=data,
-        batches=train_batches(recipe, accelerator, data, plan),
+        batches=batches,
         held_out_batches=make_test_batches(recipe, accelerator, data.held_out_reader, data.held_out, data.normalize),
         final_batches=make_test_batches(recipe, accelerator, data.final_reader, data.final, data.normalize),
         objective=objective,
@@ -176,6 +178,7 @@ def assemble(
         metrics=Metrics(
             accelerator, run_dir.metrics_path, state, plan, every.evaluation, listeners, display.warn,
             has_accuracy=objective.classifies, clip=clip, evaluated_on=data.held_out_name,
+            bad_images=bad_images,
         ),
         display=display, trackers=trackers, nan_guard=NonFiniteGuard(recipe.train),
         requests=StopRequests(

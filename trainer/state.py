@@ -51,6 +51,7 @@ class TrainState:
     evaluating_s: float = 0.0
     evaluation_due: bool = False
     skipped_steps: int = 0  # because of a NaN or infinite loss or gradient
+    bad_images: int = 0  # that others took the place of in training, over all ranks, see data.on_bad_image
     sums: list[list[float]] = field(default_factory=list)
     samples_in_sums: int = 0
     wandb_id: str | None = None

@@ -4,8 +4,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 
-from shardstep.datasets.decode import EXTENSIONS
-from shardstep.datasets.input_files import split_name
+from shardstep.datasets.input_files import IMAGE_EXTENSIONS, split_name
 
 
 def files_of_names(names: Sequence[str], root: str, files: Sequence[str], folder: str = "") -> list[list[int]]:
@@ -72,7 +71,7 @@ def _form(path: str) -> str:
 def _key(name: str) -> tuple[str, str]:
     """Split a name at the extension of an image; without one, its last dot belongs to the name."""
     key, extension = split_name(name)
-    return (key, extension) if extension in EXTENSIONS else (name, "")
+    return (key, extension) if extension in IMAGE_EXTENSIONS else (name, "")
 
 
 def _parts(path: str) -> int:

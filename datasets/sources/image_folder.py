@@ -8,8 +8,8 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, listed
 from shardstep.datasets.class_names import class_name, sorted_classes
-from shardstep.datasets.decode import EXTENSIONS
 from shardstep.datasets.input_files import (
+    IMAGE_EXTENSIONS,
     FileTree,
     FolderTree,
     FoundImages,
@@ -25,7 +25,7 @@ from shardstep.datasets.sources.class_folders import (
     split_folders,
 )
 from shardstep.datasets.sources.labelled_files import open_labelled_tree, open_metadata_tree
-from shardstep.datasets.sources.source import Source
+from shardstep.datasets.sources.source import START_BYTES, Source
 from shardstep.datasets.sources.tables import LabelOptions
 
 IMAGE_FOLDER = "image folder"  # the description of class folders
@@ -67,7 +67,7 @@ def _open_class_folders(description: str, tree: FileTree, split: str) -> Source:
     images, where = found.images, tree.where / start
     if not images:
         line = found.left_out.line(tree.where)
-        remedy = f"looked for <class>/<file>.{'|'.join(EXTENSIONS)}"
+        remedy = f"looked for <class>/<file>.{'|'.join(IMAGE_EXTENSIONS)}"
         raise InputError(f"no images in {where}: {remedy}{f'; {line}' if line else ''}")
     skip = len(start.split("/")) if start else 0
     parts = [image.split("/")[skip:] for image in images]
@@ -88,6 +88,7 @@ def _open_class_folders(description: str, tree: FileTree, split: str) -> Source:
         has_splits,
         notes=_notes(tree, start, found, has_splits, name_of, folders_like_splits(parts)),
         empty_folders=_empty_folders(tree, start, set(name_of)),
+        start=lambda number: tree.read(images[number], START_BYTES),
     )
 
 

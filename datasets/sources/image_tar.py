@@ -84,8 +84,8 @@ class TarTree:
             else:
                 yield Entry(name, "file" if found.kind == "file" else "special file", found.offset)
 
-    def read(self, path: str) -> bytes:
-        """Read a file, or what a link leads to.
+    def read(self, path: str, most: int = -1) -> bytes:
+        """Read a file, or what a link leads to, or the first `most` bytes of it.
 
         Raises:
             ValueError: it cannot be read, with the reason.
@@ -94,7 +94,7 @@ class TarTree:
         if isinstance(member, _Folder) or member.kind != "file":
             raise ValueError("cannot be read (not a regular file)")
         with self.where.open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), member.size, member.offset)
+            return os.pread(file.fileno(), member.size if most < 0 else min(most, member.size), member.offset)
 
     def _find(self, path: str) -> _Node:
         """Return what is at a path, links followed. Raises ValueError if that is nothing, or outside the tar."""

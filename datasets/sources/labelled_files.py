@@ -14,7 +14,7 @@ from shardstep.datasets.label_sets import NamedShares
 from shardstep.datasets.sources.class_folders import find_split_folder, split_of
 from shardstep.datasets.sources.file_names import files_of_names
 from shardstep.datasets.sources.row_labels import labels_of_rows, names_in
-from shardstep.datasets.sources.source import Source, numbered_labels
+from shardstep.datasets.sources.source import START_BYTES, Source, numbered_labels
 from shardstep.datasets.sources.tables import LabelOptions, LabelTable, cell_text, columns_named, read_table
 
 LABELLED_BY = "images labelled by"  # begins the description of such a Source
@@ -121,6 +121,7 @@ def label_files(
         lambda number: files[chosen[number]],
         has_splits or splits is not None or folder != "",
         notes=notes,
+        start=lambda number: tree.read(files[chosen[number]], START_BYTES),
     )
 
 

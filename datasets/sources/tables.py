@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, listed, printable
-from shardstep.datasets.decode import EXTENSIONS
-from shardstep.datasets.input_files import split_name
+from shardstep.datasets.input_files import IMAGE_EXTENSIONS, split_name
 from shardstep.datasets.sources.parquet import open_columns
 
 _SEPARATORS = {"csv": ",;\t", "tsv": "\t", "txt": "\t,; "}  # the one that is most frequent in the first line separates
@@ -135,7 +134,7 @@ def _separated(path: Path, text: str, separators: str) -> LabelTable:
     separator = max(separators, key=text.lstrip().partition("\n")[0].count)
     rows = _rows_between_spaces(text) if separator == " " else _rows(path, text, separator)
     names = rows[0][1] if rows else []
-    if any(split_name(name)[1] in EXTENSIONS for name in names):
+    if any(split_name(name)[1] in IMAGE_EXTENSIONS for name in names):
         names = [str(number) for number in range(1, len(names) + 1)]
     else:
         rows = rows[1:]

@@ -16,8 +16,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
 from shardstep.datasets.cache import cache_folder
-from shardstep.datasets.decode import EXTENSIONS, decode
-from shardstep.datasets.input_files import read_file, split_name
+from shardstep.datasets.input_files import read_file
 from shardstep.datasets.sources.source import Source, is_fifth_of_class
 
 _Arguments = tuple[dict[str, Any], ...]  # for torchvision's class, once for each of its splits that are read
@@ -164,10 +163,9 @@ def _download(name: str, chosen: TorchvisionSet, tries: int = 3) -> Path:
 
 
 def _content(sample: Any, is_transposed: bool) -> bytes | np.ndarray:
-    """Return a file's bytes, or pixels where it is of a kind that shards do not hold."""
+    """Return a file's bytes, or pixels."""
     if isinstance(sample, str | Path):
-        data = read_file(Path(sample))
-        return data if split_name(str(sample))[1] in EXTENSIONS else decode(data, "UNCHANGED")
+        return read_file(Path(sample))
     pixels = np.asarray(sample)
     pixels = pixels[:, :, np.newaxis] if pixels.ndim == 2 else pixels
     return np.ascontiguousarray(pixels.swapaxes(0, 1)) if is_transposed else pixels

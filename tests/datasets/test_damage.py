@@ -169,9 +169,9 @@ def test_a_missing_manifest_or_index(folder: Path, name: str) -> None:
 
 
 def test_a_later_format_is_named(folder: Path) -> None:
-    content = json.loads((folder / "manifest.json").read_text()) | {"format_version": 3}
+    content = json.loads((folder / "manifest.json").read_text()) | {"format_version": 4}
     (folder / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="format version 3"):
+    with pytest.raises(InputError, match="format version 4"):
         open_shards(folder)
 
 

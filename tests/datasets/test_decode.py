@@ -90,7 +90,7 @@ def test_files_are_read_as_in_a_set(mode: str, version: CropVersion, tmp_path: P
     for name, kind in KINDS.items():
         path = tmp_path / f"{name}.png"
         path.write_bytes(kind.data)
-        check(read_image_file(path, mode, Framing.covering(HEIGHT, WIDTH, version)), kind, mode, name)
+        check(read_image_file(path, mode, Framing.covering(HEIGHT, WIDTH, version), "ignore"), kind, mode, name)
 
 
 def test_writing_takes_every_kind(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_what_is_refused_is_refused_by_all(name: str, tmp_path: Path, capfd: pyt
     path.write_bytes(data)
     callers: list[Callable[[], object]] = [
         *(lambda mode=mode: decode(data, mode) for mode in ("RGB", "L", "UNCHANGED")),  # type: ignore[misc]
-        lambda: read_image_file(path, "RGB", Framing.covering(HEIGHT, WIDTH, 3)),
+        lambda: read_image_file(path, "RGB", Framing.covering(HEIGHT, WIDTH, 3), "ignore"),
         lambda: write_shards(str(tmp_path / "tree"), "train", tmp_path / "out"),
         lambda: index_shards(write_set(tmp_path / "set", {name: data}), {}),
     ]

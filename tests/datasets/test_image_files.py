@@ -40,7 +40,9 @@ def write_image(path: Path, kind: str, size: tuple[int, int] = (50, 30)) -> Path
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_has_the_shape_of_the_data(name: str, mode: str, version: CropVersion, tmp_path: Path) -> None:
     channels = {"RGB": 3, "L": 1}[mode]
-    pixels = read_image_file(write_image(tmp_path / name, KINDS[name]), mode, Framing.covering(16, 16, version))
+    pixels = read_image_file(
+        write_image(tmp_path / name, KINDS[name]), mode, Framing.covering(16, 16, version), "ignore"
+    )
     assert (pixels.shape, pixels.dtype) == ((16, 16, channels), np.uint8)
     if mode == "RGB" and KINDS[name] in ("RGB", "RGBA", "CMYK"):
         assert pixels.mean(axis=(0, 1)) == pytest.approx(RED, abs=4)  # red stays red
@@ -54,12 +56,12 @@ def test_what_is_no_image_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[s
     (tmp_path / "text.jpg").write_text("no image")
     for name in ("cut.png", "empty.png", "text.jpg"):
         with pytest.raises(ValueError, match="not an image that can be decoded"):
-            read_image_file(tmp_path / name, "RGB", Framing.covering(8, 8, 3))
+            read_image_file(tmp_path / name, "RGB", Framing.covering(8, 8, 3), "ignore")
     with pytest.raises(ValueError, match=r"cannot be read \(No such file or directory\)"):
-        read_image_file(tmp_path / "nowhere.png", "RGB", Framing.covering(8, 8, 2))
+        read_image_file(tmp_path / "nowhere.png", "RGB", Framing.covering(8, 8, 2), "ignore")
     os.mkfifo(tmp_path / "fifo.png")
     with pytest.raises(ValueError, match=r"cannot be read \(not a regular file\)"):
-        read_image_file(tmp_path / "fifo.png", "RGB", Framing.covering(8, 8, 2))
+        read_image_file(tmp_path / "fifo.png", "RGB", Framing.covering(8, 8, 2), "ignore")
     assert capfd.readouterr().err == ""  # the decoder keeps its own words to itself
 
 

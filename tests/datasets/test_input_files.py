@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.decode import EXTENSIONS
-from shardstep.datasets.input_files import FolderTree, LeftOut, find_images, is_hidden, split_name
+from shardstep.datasets.input_files import IMAGE_EXTENSIONS, FolderTree, LeftOut, find_images, is_hidden, split_name
 from shardstep.datasets.sources import open_source
 from shardstep.datasets.sources.class_folders import split_folders
 from shardstep.datasets.sources.source import Source
@@ -165,7 +164,7 @@ def test_commands_print_what_is_left_out(tmp_path: Path, command: str, capsys: p
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
     assert lines == [
         f"left out of {source}: 1 hidden folder (train/a/.ipynb_checkpoints), 1 .txt file (train/a/x.txt); "
-        f"used are files that end in {', '.join(EXTENSIONS)}"
+        f"used are files that end in {', '.join(IMAGE_EXTENSIONS)}"
     ]
 
 

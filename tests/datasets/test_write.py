@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from shardstep.configs.errors import InputError
-from shardstep.datasets.decode import EXTENSIONS, decode
+from shardstep.datasets.decode import decode
 from shardstep.datasets.framing import Framing
+from shardstep.datasets.input_files import IMAGE_EXTENSIONS
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.reader import StreamReader
 from shardstep.datasets.scan import index_shards
@@ -132,7 +133,7 @@ def test_classes_of_another_set(tmp_path: Path) -> None:
 def test_a_class_folder_without_images_is_refused_unless_classes_are_given(tmp_path: Path, packed: bool) -> None:
     source = make_tree(tmp_path / "tree")
     write_shards(str(source), "train", tmp_path / "train")
-    (source / "test" / "a_dog" / "9.png").rename(source / "test" / "a_dog" / "9.bmp")
+    (source / "test" / "a_dog" / "9.png").rename(source / "test" / "a_dog" / "9.txt")
     (source / "test" / ".hidden").mkdir()
     if packed:
         with tarfile.open(tmp_path / "tree.tar", "w") as tar:
@@ -203,11 +204,11 @@ def test_where_all_images_are_bad_nothing_is_written(tmp_path: Path) -> None:
         write_shards(str(tmp_path / "tree"), "train", tmp_path / "out", bad_images="skip")
 
 
-def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
     (tmp_path / "tree" / "c").mkdir(parents=True)
     Image.fromarray(np.full((3, 4), 60_000, dtype=np.uint16)).save(tmp_path / "tree" / "c" / "0.png")
-    with pytest.raises(InputError, match="16 bits per channel"):
-        write_shards(str(tmp_path / "tree"), "train", tmp_path / "out")
+    manifest = write_shards(str(tmp_path / "tree"), "train", tmp_path / "out")
+    assert manifest.mean == [pytest.approx(233 / 255, abs=1e-8)]  # 60,000 / 257 = 233.46
 
 
 def test_missing_shards_are_made_once(tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_what_foreign_tars_hold_beside_samples_is_counted(tmp_path: Path, capsys
     assert capsys.readouterr().err == (
         f"left out of {folder}: 2 hidden files (._a.tar, ...), 2 .json files (a.tar: 1.json, ...), 1 .gz file (c.gz), "
         "1 folder (more), 1 extra image (a.tar: 1.depth.png); used are samples of <key>.cls beside "
-        f"<key>.{'|'.join(EXTENSIONS)} in .tar files\n"
+        f"<key>.{'|'.join(IMAGE_EXTENSIONS)} in .tar files\n"
     )
     index_shards(folder, {})  # the manifest and index of before are no files to tell about
     assert "2 hidden files" in capsys.readouterr().err
@@ -503,3 +504,43 @@ def test_a_file_in_the_place_of_the_folder_is_kept(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"out is a file; nothing was written. Give a folder"):
         write_shards("synthetic:20", "train", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_refused_is_counted_by_kind_before_anything_is_written(
+    tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shardstep.datasets import write
+
+    make_tree(tmp_path / "tree")
+    bad = {"0.jpg": b"", "1.jpg": b"<html>", "2.jpg": b"\0\0\0\x18ftypheic" + bytes(40), "3.jpg": b"\xff\xd8\xff cut"}
+    for name, data in bad.items():
+        (tmp_path / "tree" / "train" / "b_cat" / f"bad{name}").write_bytes(data)
+    (tmp_path / "tree" / "train" / "b_cat" / "bad4.jpg").symlink_to("nowhere")
+    source = tmp_path / "tree"
+    if packed:
+        source = tmp_path / "tree.tar"
+        with tarfile.open(source, "w") as tar:
+            tar.add(tmp_path / "tree", "")
+    few = r"; 5 of 8 images, 3 not an image that can be decoded, 1 not an image that can be decoded: it is empty, 1 cannot be"
+    with pytest.raises(InputError, match=few):
+        write_shards(str(source), "train", tmp_path / "out")
+    # Of many images, the first bytes are looked at first: they do not show that a JPEG is cut off
+    monkeypatch.setattr(write, "_QUICKLY_DECODED", 5)
+    monkeypatch.setattr(write, "_write_tars", None)
+    with pytest.raises(InputError, match="; 4 of 8 images, 2 not an image that can be decoded, 1 not an image"):
+        write_shards(str(source), "train", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_writing_stops_when_many_images_are_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shardstep.datasets import write
+
+    folder = tmp_path / "tree" / "train" / "c"
+    folder.mkdir(parents=True)
+    for number in range(300):
+        (folder / f"{number}.jpg").write_bytes(b"\xff\xd8\xff cut")
+    monkeypatch.setattr(write, "_QUICKLY_DECODED", 50)
+    with pytest.raises(InputError, match="; 50 of the first 50 images, 50 not an image that can be decoded"):
+        write_shards(str(tmp_path / "tree"), "train", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["tree"]

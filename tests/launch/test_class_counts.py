@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shardstep.datasets.input_files import IMAGE_EXTENSIONS
 from shardstep.datasets.manifest import open_shards
 from shardstep.launch.cli import run as run_command
 from shardstep.launch.evaluate import main as evaluate
@@ -17,6 +18,8 @@ from shardstep.launch.shards import main as shards_main
 from tests.datasets.test_tar import write_tar
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, write_recipe
+
+ENDINGS = ", ".join(IMAGE_EXTENSIONS)
 
 
 def noise(draw: np.random.Generator) -> bytes:
@@ -107,8 +110,8 @@ def test_a_class_list_larger_than_the_data(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (["a/1.png", "b/"], "has folders for train without images (png, jpg, jpeg, webp): b. Add some or remove"),
-        (["a/1.png", "b/notes.txt"], "without images (png, jpg, jpeg, webp): b. Add some or remove"),
+        (["a/1.png", "b/"], f"has folders for train without images ({ENDINGS}): b. Add some or remove"),
+        (["a/1.png", "b/notes.txt"], f"without images ({ENDINGS}): b. Add some or remove"),
         (["a/", "b/"], "no images in "),
     ],
 )

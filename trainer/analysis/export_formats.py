@@ -96,6 +96,12 @@ class ExportCheck:
     images: int
 
 
+_ORIENTATIONS = {
+    "follow": "upright, turned as EXIF says before anything else (PIL.ImageOps.exif_transpose)",
+    "ignore": "as stored: EXIF's orientation is ignored",
+}
+
+
 def describe(trained: TrainedModel, pixels: Pixels, checked_with: str) -> dict[str, Any]:
     """Describe the use of an exported model that takes pixels of a type, for the file's metadata."""
     height, width, channels = trained.image_shape
@@ -115,6 +121,7 @@ def describe(trained: TrainedModel, pixels: Pixels, checked_with: str) -> dict[s
             "type": pixels,
             "shape": [BATCH, channels, height, width],
             "channels": trained.manifest.image_mode,
+            "orientation": _ORIENTATIONS[trained.manifest.orientation],
             **_describe_framing(trained.framing),
         },
         "output": {

@@ -62,6 +62,7 @@ def predict_files(
 def _read(trained: TrainedModel, path: Path) -> np.ndarray | str:
     """Read the pixels of a file, or say why they cannot be read."""
     try:
-        return read_image_file(path, trained.manifest.image_mode, trained.framing)
+        manifest = trained.manifest
+        return read_image_file(path, manifest.image_mode, trained.framing, manifest.orientation)
     except ValueError as error:
         return str(error)

@@ -13,6 +13,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.configs.held_out import NO_TEST_SET
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved
+from shardstep.configs.schema import OnBadImage
 from shardstep.configs.selection import mix_name
 from shardstep.datasets.augment import Normalize
 from shardstep.datasets.class_mapping import map_classes
@@ -68,7 +69,10 @@ class TrainedModel:
         )
 
     def open_test_set(
-        self, folder: str | None = None, tell: Callable[[str], None] = lambda _: None
+        self,
+        folder: str | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+        on_bad_image: OnBadImage = "stop",
     ) -> tuple[Part, StreamReader]:
         """Open the run's test set, or another one; its images are read in the training set's mode, its labels are the run's.
 
@@ -76,6 +80,7 @@ class TrainedModel:
 
         Args:
             tell: called with a line on how its classes become those of the run, if they differ.
+            on_bad_image: see data.on_bad_image.
 
         Raises:
             InputError: it cannot be opened, or has images of other classes or of another size.
@@ -93,7 +98,7 @@ class TrainedModel:
             if note:
                 tell(note)
         data.check_same_size(self.manifest, test.manifest, "the run's training set", place, framing)
-        return test, StreamReader(test.shards, framing, self.manifest.image_mode)
+        return test, StreamReader(test.shards, framing, self.manifest.image_mode, on_bad_image)
 
     @property
     def test_set_name(self) -> str:
