@@ -24,10 +24,13 @@ from shardstep.datasets.stored_images import ImageOptions
 from shardstep.datasets.verify import undecodable_images, verify_shards
 from shardstep.datasets.write import write_shards
 from shardstep.launch.cli import run as run_command
+from shardstep.launch.evaluate import main as evaluate_command
+from shardstep.launch.predict import main as predict_command
 from shardstep.launch.shards import main as shards_command
 from shardstep.trainer.data import make_missing_data, open_parts
 from tests.image_kinds import png, saved
 from tests.photographs import picture as smooth
+from tests.runs import train_ranks, write_recipe
 
 VALUES = range(1, 9)
 FORMATS = {
@@ -231,6 +234,31 @@ def test_files_are_read_as_in_the_set_of_a_run(tmp_path: Path) -> None:
             picture = saved(Image.fromarray(decode(path.read_bytes(), "RGB", orientation)), "png")  # type: ignore[arg-type]
             found = read_image_file(path, "RGB", framing, orientation)  # type: ignore[arg-type]
             assert np.array_equal(found, decode_crop(picture, "RGB", framing))
+
+
+def test_a_run_predicts_and_evaluates_upright_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = tmp_path / "tree"
+    for number in range(12):  # red above green, or green above red, as a camera that is held upright stores them
+        picture = np.zeros((24, 40, 3), dtype=np.uint8)
+        picture[:, :20, number % 2], picture[:, 20:, 1 - number % 2] = 250, 250
+        path = tree / "train" / str(number % 2) / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(turned(Image.fromarray(picture), "jpeg", 6))
+    write_shards(str(tree), "train", tmp_path / "train")
+    recipe = write_recipe(tmp_path, tmp_path, data={"test": str(tmp_path / "train"), "resize": 24})
+    train_ranks(1, recipe, "train.duration=20 steps", "train.global_batch_size=12")
+    assert evaluate_command([str(tmp_path / "run")]) == 0
+    accuracy = json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"]
+    photo = (tree / "train" / "1" / "1.jpg").read_bytes()
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    (tmp_path / "upright.png").write_bytes(saved(Image.fromarray(decode(photo, "RGB", "follow")), "png"))
+    (tmp_path / "stored.png").write_bytes(saved(Image.fromarray(decode(photo, "RGB", "ignore")), "png"))
+    files = [str(tmp_path / name) for name in ("photo.jpg", "upright.png", "stored.png")]
+    assert predict_command([str(tmp_path / "run"), *files, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0]["confidence"] == pytest.approx(lines[1]["confidence"], abs=0.02)  # of crop version 3
+    assert lines[0]["confidence"] != pytest.approx(lines[2]["confidence"], abs=0.02)
+    assert (accuracy, lines[0]["prediction"]) == (1.0, "1")
 
 
 def test_a_recipe_writes_upright_sets_or_not_and_keeps_to_them(tmp_path: Path) -> None:
