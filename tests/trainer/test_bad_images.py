@@ -14,10 +14,11 @@ import torch
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets.augment import Normalize, build_mixing, build_transforms
-from shardstep.datasets.batches import OrderConfig, TrainBatches, test_batches
+from shardstep.datasets.batches import TrainBatches, test_batches
 from shardstep.datasets.framing import Framing, RandomResizedCrop
 from shardstep.datasets.manifest import open_shards, write_manifest
-from shardstep.datasets.order import EpochOrder
+from shardstep.datasets.order import EpochOrder, OrderConfig
+from shardstep.datasets.parts import Part
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import load_resident
 from shardstep.launch.evaluate import main as evaluate
@@ -65,12 +66,11 @@ def readers(folder: Path, framing: Framing | None = None) -> list[Reader]:
 
 
 def batches(folder: Path, reader: Reader, rank: int = 0, ranks: int = 1, ids: np.ndarray | None = None) -> TrainBatches:
-    samples = open_shards(folder).samples_per_shard
-    if ids is not None:
-        samples = np.diff(np.searchsorted(ids, np.cumsum([0, *samples]))).tolist()
+    part = Part(open_shards(folder), ids)
+    order = OrderConfig(part.samples_per_shard, 5, 1, None, ids=ids)
     return TrainBatches(
-        reader, OrderConfig(samples, 5, 1, None), global_batch_size=30, samples_per_epoch=sum(samples), rank=rank,
-        world_size=ranks, max_micro_batch=7, device=CPU, workers=2, ids=ids, memory_format=torch.contiguous_format,
+        reader, order, global_batch_size=30, samples_per_epoch=part.samples, rank=rank, part=part,
+        world_size=ranks, max_micro_batch=7, device=CPU, workers=2, memory_format=torch.contiguous_format,
         transforms=build_transforms(AUGMENT), mixing=build_mixing(AUGMENT),
         normalize=Normalize([0.5] * 3, [0.25] * 3, (reader.image_shape), CPU),
     )  # fmt: skip
