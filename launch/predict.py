@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import check_output_file
 from shardstep.configs.text import count, printable
 from shardstep.launch.cli import run_script
 
@@ -44,12 +43,10 @@ def main(arguments: list[str]) -> int:
     from shardstep.datasets.image_files import find_image_files
     from shardstep.trainer.analysis.file_predictions import predict_files
     from shardstep.trainer.analysis.trained_model import open_trained_model, unfinished_note
-    from shardstep.trainer.monitoring.pictures import FORMATS, draw_grid, drawable
+    from shardstep.trainer.monitoring.pictures import check_picture, draw_grid, drawable
 
-    if args.grid and args.grid.suffix.lstrip(".").lower() not in FORMATS:
-        raise InputError(f"--grid={args.grid} must end in one of {', '.join(FORMATS)}")
     if args.grid:
-        check_output_file("--grid", args.grid)
+        check_picture("--grid", args.grid)
     trained = open_trained_model(args.run, args.device)
     for note in (unfinished_note(args.run, trained.weights), trained.crop_note):
         if note:

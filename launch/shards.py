@@ -11,14 +11,17 @@ shardstep shards index DIR [--label FIELD] [--classes NAME,NAME,...|@FILE] [--fi
 shardstep shards order DIR [DIR ... --weights W,W,...] --seed S --epoch E [--start P --count N]
                        [--lanes L --window-shards W --order-version 1|2]
                        [--sampling uniform|balanced|{weights: ...} --repeats N]
+shardstep shards look DIR --recipe RECIPE [section.key=value ...] --grid PICTURE [--epoch E] [--start P] [--count N]
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.load import is_override, load_recipe
 from shardstep.configs.text import count, listed, printable
 from shardstep.launch.cli import run_script
 
@@ -26,11 +29,20 @@ if TYPE_CHECKING:
     from shardstep.configs.resolve import ResolvedDataConfig
     from shardstep.datasets.manifest import Manifest
 
+_IN_GRID, _MOST_IN_GRID = 16, 64  # images that `look` draws: by default, at most
+
 
 def main(arguments: list[str]) -> int:
     """Run the subcommand and return the exit code."""
-    args = _parser().parse_args(arguments)
-    return {"write": _write, "verify": _verify, "info": _info, "index": _index, "order": _order}[args.command](args)
+    parser = _parser()
+    args, more = parser.parse_known_args(arguments)
+    if args.command == "look":  # argparse leaves over what follows the options
+        args.overrides += [word for word in more if is_override(word) and not word.startswith("-")]
+        more = [word for word in more if word not in args.overrides]
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    commands = {"write": _write, "verify": _verify, "info": _info, "index": _index, "order": _order, "look": _look}
+    return commands[args.command](args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,7 +120,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=1, metavar="N", help="data.repeats of the run (default: 1)")
     version = "data.order_version of the run (default: %(default)s, that of new runs)"
     add("--order-version", type=int, choices=get_args(OrderVersion), default=ORDER_VERSION, help=version)
+    _add_look(commands.add_parser("look", help="draw images as training reads them, with their labels").add_argument)
     return parser
+
+
+def _add_look(add: Callable[..., object]) -> None:
+    add("dir", type=Path)
+    add("overrides", nargs="*", metavar="section.key=value", help="such as data.resize=64")
+    add("--recipe", required=True, help="a YAML file, or the name of a recipe")
+    add("--grid", type=Path, required=True, metavar="PICTURE", help="the picture to write, such as look.png")
+    add("--epoch", type=int, metavar="E", default=0, help="epoch, from 0 (default: 0)")
+    add("--start", type=int, metavar="P", default=0, help="first position in the global order (default: 0)")
+    add(
+        "--count",
+        type=int,
+        metavar="N",
+        help=f"number of images, at most {_MOST_IN_GRID} (default: {_IN_GRID}, or all)",
+    )
 
 
 def _write(args: argparse.Namespace) -> int:
@@ -251,6 +279,35 @@ def _data_section(args: argparse.Namespace) -> "ResolvedDataConfig":
     if problems:
         raise InputError.from_problems("shardstep shards order", problems)
     return config
+
+
+def _look(args: argparse.Namespace) -> int:
+    if args.epoch < 0 or args.start < 0:
+        raise InputError("--epoch and --start must be at least 0")
+    if args.count is not None and not 1 <= args.count <= _MOST_IN_GRID:
+        raise InputError(f"--count={args.count}: draw 1 to {_MOST_IN_GRID} images")
+    loaded = load_recipe(args.recipe, args.overrides)
+
+    from shardstep.configs.resolve import with_keys
+    from shardstep.trainer.analysis.seen_images import see_images
+    from shardstep.trainer.distributed.world import start_world
+    from shardstep.trainer.monitoring.pictures import check_picture, draw_seen_images, label_texts, undrawable
+    from shardstep.trainer.validate_recipe import validate_recipe
+
+    check_picture("--grid", args.grid)
+    recipe = validate_recipe(loaded)
+    for note in loaded.notes:
+        print(printable(note), file=sys.stderr)
+    world = start_world(with_keys(recipe, train={"world_size": None}).train)
+    seen = see_images(world, recipe, str(args.dir), args.epoch, args.start, args.count, _IN_GRID)
+    for position, key, labels in zip(seen.positions, seen.keys, seen.labels, strict=True):
+        print(position, printable(key), ", ".join(label_texts(labels)))
+    draw_seen_images(seen.trained, seen.evaluated, seen.labels, seen.positions, args.epoch, args.grid)
+    boxes = undrawable(printable(name) for labels in seen.labels for name in labels)
+    if boxes:
+        print(f"no font of this machine has {boxes[:20]}: they are drawn as boxes", file=sys.stderr)
+    print(printable(f"{args.grid}: {count(len(seen.keys), 'image')}"), file=sys.stderr)
+    return 0
 
 
 def _size(manifest: "Manifest") -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from shardstep.configs.errors import InputError
@@ -392,7 +392,9 @@ def load(config: DataConfig, mode: DataMode, parts: Parts, device: torch.device)
     )
 
 
-def train_batches(recipe: ResolvedRecipe, accelerator: Accelerator, loaded: Data, plan: Plan) -> TrainBatches:
+def train_batches(
+    recipe: ResolvedRecipe, accelerator: Accelerator | PartialState, loaded: Data, plan: Plan
+) -> TrainBatches:
     """Build the iterator over this rank's share of the training set, in the recipe's order."""
     return TrainBatches(
         loaded.train_reader,

@@ -45,5 +45,7 @@ class Normalize:
 
     def undo(self, images: Tensor) -> Tensor:
         """Convert normalised images (B, C, H, W) back to uint8 pixels (B, H, W, C), clamped to 0..255."""
-        values = (images.permute(0, 2, 3, 1).flatten(1) - self._shift) / self._scale
-        return values.round().clamp(0, 255).to(torch.uint8).view(images.permute(0, 2, 3, 1).shape)
+        rows = images.permute(0, 2, 3, 1)
+        numbers = math.prod(rows.shape[1:])  # as above
+        values = (rows.flatten(1) - self._shift[:numbers]) / self._scale[:numbers]
+        return values.round().clamp(0, 255).to(torch.uint8).view(rows.shape)

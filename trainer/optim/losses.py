@@ -44,7 +44,7 @@ def binary_cross_entropy(
 
     With smoothing s, a share t becomes t (1 - s) + s / K.
     """
-    shares = _shares(labels, outputs.shape[1])
+    shares = class_shares(labels, outputs.shape[1])
     if label_smoothing:
         shares = shares * (1 - label_smoothing) + label_smoothing / outputs.shape[1]
     return functional.binary_cross_entropy_with_logits(
@@ -61,7 +61,7 @@ def asymmetric(
     Each class is weighted by (1 - p) to the power gamma_positive where it holds, and by p, less the margin, to the power
     gamma_negative where it does not. Ridnik et al. 2020, arXiv 2009.14119, equations 4 to 7.
     """
-    outputs, shares = outputs.float(), _shares(labels, outputs.shape[1])
+    outputs, shares = outputs.float(), class_shares(labels, outputs.shape[1])
     probability = outputs.sigmoid()
     shifted = (probability - margin).clamp(min=0)
     positive = (1 - probability) ** gamma_positive * functional.logsigmoid(outputs)
@@ -118,7 +118,11 @@ def l1(outputs: Tensor, images: Tensor) -> Tensor:
     return (outputs.float() - images).abs().mean(dim=(1, 2, 3))
 
 
-def _shares(labels: Tensor, num_classes: int) -> Tensor:
+def class_shares(labels: Labels, num_classes: int) -> Tensor:
+    """Return the share of each class in each sample, float32 (B, K)."""
+    if not isinstance(labels, Tensor):
+        own, partners = (class_shares(each, num_classes) for each in (labels.own, labels.partners))
+        return torch.lerp(partners, own, labels.weights[:, None])
     return labels if labels.is_floating_point() else functional.one_hot(labels, num_classes).float()
 
 

@@ -105,8 +105,8 @@ def make_plan(config: TrainConfig, num_samples: int, drop_last: bool, world_size
         )
     if size > num_samples:
         raise InputError(
-            f"train.global_batch_size={size} is more than the {num_samples} training samples; for full-batch gradient "
-            f"descent give train.global_batch_size=full"
+            f"train.global_batch_size={size} is more than the {num_samples} training samples: give at most {num_samples}, or "
+            f"full for full-batch gradient descent"
         )
     return Plan(
         global_batch_size=size,
