@@ -40,10 +40,10 @@ class ImageOptions:
         if self.resize is not None and not 1 <= self.resize <= LARGEST_SIDE:
             raise InputError(f"a shorter side of {self.resize} pixels: give 1 to {LARGEST_SIDE}")
 
-    def made(self) -> dict[str, Any]:
-        """Return what a manifest says about them."""
+    def made(self, have_files: bool) -> dict[str, Any]:
+        """Return what a manifest says about them; without files among the images, there is no orientation to speak of."""
         scaled = {} if self.resize is None else {"resize": self.resize, "quality": self.quality or QUALITY}
-        return {"orientation": self.orientation} | scaled
+        return ({"orientation": self.orientation} if have_files else {}) | scaled
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,13 @@ class StoredImage:
     Attributes:
         extension: of its format.
         former: the extension of the format that it had, where it is another; else None.
+        was_file: whether it was a file, and not pixels.
     """
 
     data: bytes
     extension: str
     former: str | None = None
+    was_file: bool = True
 
 
 def stored_image(content: bytes | np.ndarray, options: ImageOptions) -> StoredImage:
@@ -69,7 +71,7 @@ def stored_image(content: bytes | np.ndarray, options: ImageOptions) -> StoredIm
         ValueError: see `decode`.
     """
     if isinstance(content, np.ndarray):
-        return StoredImage(encode_png(_scaled(content, options.resize)), "png")
+        return StoredImage(encode_png(_scaled(content, options.resize)), "png", was_file=False)
     pixels = decode(
         content, "UNCHANGED", options.orientation
     )  # also where the file is kept: it is known to be whole then

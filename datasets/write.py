@@ -57,6 +57,16 @@ class _BadImage:
         return printable(f"{self.name}: {self.problem}")
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What became of the images: those that cannot be used, in the order of the source, how many were read, and whether any
+    that was written was a file."""
+
+    bad: list[_BadImage]
+    seen: int
+    have_files: bool
+
+
 def write_shards(
     source: str,
     split: str,
@@ -190,7 +200,8 @@ def _write_locked(
     try:
         with progress_bar(f"writing {out}", total, "images") as advance:
             order = permutation(total, (seed, 0), (0, 0, 0))
-            bad, seen = _write_tars(images, order, partial, split, samples_per_shard, options, bad_images, advance)
+            written = _write_tars(images, order, partial, split, samples_per_shard, options, bad_images, advance)
+            bad, seen = written.bad, written.seen
             if bad and (bad_images == "refuse" or len(bad) == total):
                 among = f"of {'the first ' if seen < total else ''}{seen:,} images"
                 raise _bad_images_error(source, bad, among)
@@ -198,7 +209,11 @@ def _write_locked(
             print(f"left out: {len(bad):,} of {total:,} images", *map(str, bad), sep="\n  - ", file=sys.stderr)
             print(f"left out by kind: {_kinds(bad)}", file=sys.stderr)
         made = {"source": images.description, "split": split, "seed": seed, "samples_per_shard": samples_per_shard}
-        made |= options.made() | ({} if limit is None else {"limit": limit}) | ({"left_out": len(bad)} if bad else {})
+        made |= (
+            options.made(written.have_files)
+            | ({} if limit is None else {"limit": limit})
+            | ({"left_out": len(bad)} if bad else {})
+        )
         with progress_bar(f"checking {out}", total - len(bad), "images") as advance:
             field = SEVERAL_IN_JSON if isinstance(images.labels, LabelSets) else NUMBERS_IN_CLS
             manifest = index_shards(partial, made, images.classes, advance, label_field=field)
@@ -230,21 +245,21 @@ def _write_tars(
     options: ImageOptions,
     bad_images: BadImages,
     advance: Callable[[int], None],
-) -> tuple[list[_BadImage], int]:
-    """Write the images that can be decoded; return the problems of the others, in the order of the source, and how many were
-    read: not all, if so many are to be refused that they are of a kind."""
+) -> _Written:
+    """Write the images that can be decoded. If so many are to be refused that they are of a kind, not all are read."""
     from webdataset import TarWriter
 
     bad: dict[int, _BadImage] = {}
-    seen = 0
+    seen, have_files = 0, False
     anew: Counter[str] = Counter()  # images that were encoded anew, by their former and their new format
 
     def good_images() -> Iterator[tuple[int, StoredImage]]:
-        nonlocal seen
+        nonlocal seen, have_files
         for number, stored in zip(order.tolist(), _stored(images, order, options), strict=True):
             if isinstance(stored, ValueError):
                 bad[number] = _BadImage(images.name(number), str(stored))
             else:
+                have_files |= stored.was_file
                 if stored.former:
                     anew[f".{stored.former} as .{stored.extension}"] += 1
                 yield number, stored
@@ -263,7 +278,7 @@ def _write_tars(
     if anew:
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in anew.most_common())
         print(f"stored in another format: {kinds} (of {len(order):,} images)", file=sys.stderr)
-    return [bad[number] for number in sorted(bad)], seen
+    return _Written([bad[number] for number in sorted(bad)], seen, have_files)
 
 
 def _bad_by_their_start(images: Source) -> list[_BadImage]:
