@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_look(add: Callable[..., object]) -> None:
-    add("dir", type=Path)
+    add("dir", type=Path, help="shards, in the place of the recipe's data.train")
     add("overrides", nargs="*", metavar="section.key=value", help="such as data.resize=64")
     add("--recipe", required=True, help="a YAML file, or the name of a recipe")
     add("--grid", type=Path, required=True, metavar="PICTURE", help="the picture to write, such as look.png")
@@ -135,7 +135,7 @@ def _add_look(add: Callable[..., object]) -> None:
         "--count",
         type=int,
         metavar="N",
-        help=f"number of images, at most {_MOST_IN_GRID} (default: {_IN_GRID}, or all)",
+        help=f"number of images, at most {_MOST_IN_GRID} (default: {_IN_GRID}, or to the end)",
     )
 
 
