@@ -300,9 +300,9 @@ def _look(args: argparse.Namespace) -> int:
         print(printable(note), file=sys.stderr)
     world = start_world(with_keys(recipe, train={"world_size": None}).train)
     seen = see_images(world, recipe, str(args.dir), args.epoch, args.start, args.count, _IN_GRID)
+    draw_seen_images(seen.trained, seen.evaluated, seen.labels, seen.positions, args.epoch, args.grid)
     for position, key, labels in zip(seen.positions, seen.keys, seen.labels, strict=True):
         print(position, printable(key), ", ".join(label_texts(labels)))
-    draw_seen_images(seen.trained, seen.evaluated, seen.labels, seen.positions, args.epoch, args.grid)
     boxes = undrawable(printable(name) for labels in seen.labels for name in labels)
     if boxes:
         print(f"no font of this machine has {boxes[:20]}: they are drawn as boxes", file=sys.stderr)
