@@ -505,7 +505,7 @@ def test_seconds_have_three_digits() -> None:
     def row(train_s: float) -> dict[str, str]:
         point = Point(step=5, epoch=1.0, samples=1, train_s=train_s, loss=0.0, accuracy=0.5, train_loss=0.0)
         variant = Variant("a", [], None, {0: RunResult("", "finished", curve=[point])}, {})
-        return dict(zip(_columns(0.34, ""), _row(variant, 0.34), strict=True))
+        return dict(zip(_columns(0.34, "", "accuracy"), _row(variant, 0.34), strict=True))
 
     for seconds, text in ((0.0812, "0.0812"), (12.34, "12.3"), (1234.4, "1234")):
         assert row(seconds)["s to 34 %"] == row(seconds)["s/epoch"] == text
