@@ -32,9 +32,7 @@ class MicroBatch:
     images: Tensor  # float32 (batch, channels, height, width), normalised, on the device
     labels: Labels  # int64 (batch,), on the device; two for each image with mixup or cutmix
     positions: np.ndarray  # int64 (batch,), global positions in the epoch, on the host
-    sample_ids: (
-        np.ndarray
-    )  # int64 (batch,), on the host; where an image cannot be decoded, that of the one in its place
+    sample_ids: np.ndarray  # int64 (batch,), on the host; of the samples that took the place of bad ones, too
 
 
 @dataclass(frozen=True)
@@ -223,8 +221,8 @@ def test_batches(
 ) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
     """Yield images, labels and ids of this rank's samples to evaluate on: numbers rank, rank + world_size, ... of `ids`.
 
-    Every rank yields the same number of
-    batches, so that ranks can communicate between batches; a rank with one sample less ends with a shorter or empty batch.
+    Every rank yields the same number of batches, so that ranks can communicate between batches; a rank with one sample less
+    ends with a shorter or empty batch.
     Samples whose images cannot be decoded are left out, if the reader skips them.
     """
     mine = ids[rank::world_size]

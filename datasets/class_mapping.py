@@ -8,6 +8,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, listed
 from shardstep.datasets.class_names import are_whole_numbers
+from shardstep.datasets.label_sets import samples_per_class
 from shardstep.datasets.manifest import ShardFolder
 
 
@@ -64,9 +65,8 @@ def _relabelled(shards: ShardFolder, classes: list[str], new_labels: np.ndarray)
     if sets is None:
         index = index.copy()
         index["label"] = new_labels[shards.index["label"]]
-        samples = np.bincount(index["label"], minlength=len(classes))
     else:
         sets = sets.renumbered(new_labels)
-        samples = sets.samples_per_class(len(classes))
+    samples = samples_per_class(sets or index["label"], len(classes))
     manifest = replace(shards.manifest, classes=classes, samples_per_class=samples.tolist())
     return replace(shards, index=index, label_sets=sets, manifest=manifest)

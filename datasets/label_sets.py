@@ -19,6 +19,8 @@ LABEL_DTYPE = np.dtype([("label", "<u4"), ("share", "<f4")])
 
 NamedShares = tuple[tuple[str, float], ...]
 """The labels of one sample: names, each with its share of 1 at most; 1 for a label that simply holds."""
+NamedLabel = str | NamedShares
+"""The label of one sample by name, "" for none; or several, and their shares."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,18 @@ class LabelSets:
 def strata(labels: np.ndarray | LabelSets) -> np.ndarray:
     """Return what to balance a choice of samples by: the label of each, or of several labels the rarest; int64."""
     return labels.rarest() if isinstance(labels, LabelSets) else labels
+
+
+def samples_per_class(labels: np.ndarray | LabelSets, num_classes: int) -> np.ndarray:
+    """Count the samples that have each class; int64, shape (num_classes,)."""
+    if isinstance(labels, LabelSets):
+        return labels.samples_per_class(num_classes)
+    return np.bincount(labels, minlength=num_classes)
+
+
+def names_in(label: NamedLabel) -> list[str]:
+    """Return the names in a label."""
+    return [name for name, _ in label] if not isinstance(label, str) else [label] if label else []
 
 
 def hold_several(values: Iterable[object]) -> bool:

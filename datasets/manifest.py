@@ -199,14 +199,14 @@ def read_label_sets(folder: Path, manifest: Manifest, index: np.ndarray) -> Labe
     return LabelSets(starts, entries)
 
 
-def read_sizes(folder: Path, manifest: Manifest) -> np.ndarray:
-    """Check and read the sizes of a folder's images: SIZE_DTYPE, shape (samples,); empty where they are not in the index.
+def read_sizes(folder: Path, manifest: Manifest) -> np.ndarray | None:
+    """Check and read the sizes of a folder's images: SIZE_DTYPE, shape (samples,); None where they are not in the index.
 
     Raises:
         InputError: they are missing, or not those that were written with the manifest.
     """
     if not manifest.sizes_sha256:
-        return np.empty(0, dtype=SIZE_DTYPE)
+        return None
     sizes, _ = _read_entries(folder / SIZES_NAME, SIZE_DTYPE, manifest.sizes_sha256)
     if len(sizes) != manifest.samples:
         which = f"{count(len(sizes), 'entry', 'entries')} for {count(manifest.samples, 'sample')}"
@@ -339,8 +339,7 @@ def open_shards(path: str | Path) -> ShardFolder:
     index = read_index(folder, manifest)
     if manifest.samples == 0:
         raise InputError(f"{folder} holds no samples")
-    sizes = read_sizes(folder, manifest)
-    return ShardFolder(folder, manifest, index, read_label_sets(folder, manifest, index), sizes if len(sizes) else None)
+    return ShardFolder(folder, manifest, index, read_label_sets(folder, manifest, index), read_sizes(folder, manifest))
 
 
 def did_you_mean(path: str | Path) -> str:

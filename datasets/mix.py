@@ -22,7 +22,7 @@ import numpy as np
 from shardstep.configs.components import neighbours
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import listed
-from shardstep.datasets.label_sets import LabelSets
+from shardstep.datasets.label_sets import LabelSets, samples_per_class
 from shardstep.datasets.manifest import CHANNELS, FORMAT_VERSION, SEVERAL_LABELS_VERSION, Manifest, ShardFolder
 from shardstep.datasets.order import Order, Orders
 from shardstep.datasets.parts import Part
@@ -138,15 +138,10 @@ def _manifest(
     std = np.sqrt(np.maximum((shares[:, None] * (stds**2 + means**2)).sum(axis=0) - mean**2, 0))
     shapes = {tuple(one.image_shape[1:]) if one.image_shape else None for one in manifests}
     shape = shapes.pop() if len(shapes) == 1 else None
-    samples_per_class = (
-        label_sets.samples_per_class(len(classes))
-        if label_sets
-        else np.bincount(index["label"], minlength=len(classes))
-    )
     manifest = Manifest(
         classes=classes,
         samples=len(index),
-        samples_per_class=samples_per_class.tolist(),
+        samples_per_class=samples_per_class(label_sets or index["label"], len(classes)).tolist(),
         image_mode=mode,
         image_shape=[CHANNELS[mode], *shape] if shape else None,
         encodings=sorted({encoding for one in manifests for encoding in one.encodings}),

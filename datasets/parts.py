@@ -11,7 +11,7 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.held_out import Fold
 from shardstep.configs.text import count
-from shardstep.datasets.label_sets import LabelSets
+from shardstep.datasets.label_sets import LabelSets, samples_per_class
 from shardstep.datasets.manifest import Manifest, ShardFolder
 from shardstep.datasets.rng import philox_words
 
@@ -51,10 +51,7 @@ class Part:
 
     def samples_per_class(self) -> np.ndarray:
         """Count the samples of this part that have each class; int64, shape (classes,)."""
-        classes, labels = len(self.manifest.classes), self.labels
-        if isinstance(labels, LabelSets):
-            return labels.samples_per_class(classes)
-        return np.bincount(labels, minlength=classes)
+        return samples_per_class(self.labels, len(self.manifest.classes))
 
     def ids_of(self, numbers: np.ndarray) -> np.ndarray:
         """Return the ids of samples that are numbered from 0 in this part, int64."""

@@ -26,7 +26,7 @@ from shardstep.configs.schema import Orientation
 from shardstep.configs.text import printable
 from shardstep.datasets.decode import EXTENSIONS, RARE_EXTENSIONS, decode
 from shardstep.datasets.input_files import IMAGE_EXTENSIONS, LeftOut, files_that_end_in, is_hidden, split_name
-from shardstep.datasets.label_sets import LabelSets, NamedShares
+from shardstep.datasets.label_sets import LabelSets, NamedLabel, names_in, samples_per_class
 from shardstep.datasets.manifest import (
     FORMAT_VERSION,
     INDEX_DTYPE,
@@ -56,7 +56,7 @@ class _ShardScan:
     shard: Shard
     entries: np.ndarray  # whose labels are places in `labels`
     keys: list[str]
-    labels: list[str | NamedShares] = field(default_factory=list)  # that occur, as they are in the tar
+    labels: list[NamedLabel] = field(default_factory=list)  # that occur, as they are in the tar
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=SIZE_DTYPE))  # of the images, upright
     turned: int = 0  # images that are turned upright
     encodings: set[str] = field(default_factory=set)
@@ -118,10 +118,8 @@ def index_shards(
     sets = _labels_of_samples(scans, found.label_of) if several else None
     if sets:
         made["several_labels"], entries["label"] = True, sets.starts[:-1]
-        per_class = sets.samples_per_class(len(classes))
     else:
         entries["label"] = np.concatenate([_single_labels(scan, found.label_of) for scan in scans])
-        per_class = np.bincount(entries["label"], minlength=len(classes))
     colour, grey = sum(scan.colour for scan in scans), sum(scan.grey for scan in scans)
     is_grey = not np.any(colour)
     histogram = np.asarray(grey if is_grey else colour + grey)  # grey images among coloured ones count in each channel
@@ -135,7 +133,7 @@ def index_shards(
     manifest = Manifest(
         classes=classes,
         samples=len(entries),
-        samples_per_class=per_class.tolist(),
+        samples_per_class=samples_per_class(sets or entries["label"], len(classes)).tolist(),
         image_mode="L" if is_grey else "RGB",
         image_shape=[channels, *sizes[0].item()] if same_size else None,
         encodings=sorted(set().union(*(scan.encodings for scan in scans))),
@@ -171,7 +169,7 @@ def _numbering(
         problems.append(f"no samples: looked for {looked_for}")
     if not problems:
         try:
-            texts = dict.fromkeys(text for scan in scans for label in scan.labels for text in _texts(label))
+            texts = dict.fromkeys(text for scan in scans for label in scan.labels for text in names_in(label))
             samples = sum(len(scan.entries) for scan in scans)
             return number_labels(texts, samples, label_field, first_label, classes, former_classes)
         except InputError as error:
@@ -180,16 +178,12 @@ def _numbering(
     raise InputError.from_problems(f"{folder} cannot be indexed{choice}", problems, MOST_NAMED)
 
 
-def _is_several(label: str | NamedShares) -> bool:
+def _is_several(label: NamedLabel) -> bool:
     return not isinstance(label, str) and [share for _, share in label] != [1.0]
 
 
-def _texts(label: str | NamedShares) -> list[str]:
-    return [label] if isinstance(label, str) else [name for name, _ in label]
-
-
 def _single_labels(scan: _ShardScan, label_of: dict[str, int]) -> np.ndarray:
-    labels = np.array([label_of[text] for label in scan.labels for text in _texts(label)], dtype=np.uint32)
+    labels = np.array([label_of[text] for label in scan.labels for text in names_in(label)], dtype=np.uint32)
     return labels[scan.entries["label"]]
 
 
@@ -217,12 +211,12 @@ def _scan(
         return scan
     entries, scan.sizes = np.empty(len(images), dtype=INDEX_DTYPE), np.zeros(len(images), dtype=SIZE_DTYPE)
     pending: list[np.ndarray] = []
-    places: dict[str | NamedShares, int] = {}  # of the labels that occur
+    places: dict[NamedLabel, int] = {}  # of the labels that occur
     with path.open("rb") as file:
         for row, (key, (name, offset, size)) in enumerate(images.items()):
             data = os.pread(file.fileno(), size, offset)
             label_name, label_offset, label_size = labels[key]
-            label: str | NamedShares
+            label: NamedLabel
             try:
                 label = label_field.read(os.pread(file.fileno(), label_size, label_offset), first_label)
             except ValueError as error:

@@ -72,9 +72,8 @@ def stored_image(content: bytes | np.ndarray, options: ImageOptions) -> StoredIm
     """
     if isinstance(content, np.ndarray):
         return StoredImage(encode_png(_scaled(content, options.resize)), "png", was_file=False)
-    pixels = decode(
-        content, "UNCHANGED", options.orientation
-    )  # also where the file is kept: it is known to be whole then
+    # Also where the file is kept: it is known to be whole then.
+    pixels = decode(content, "UNCHANGED", options.orientation)
     extension = extension_of(content) or "png"
     scaled = _scaled(pixels, options.resize)
     is_turned = options.resize is not None and options.orientation == "follow" and turn_of(content) != UPRIGHT

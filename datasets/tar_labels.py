@@ -11,7 +11,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, listed, printable
 from shardstep.datasets.class_names import are_whole_numbers, label_names, label_text, sorted_classes
 from shardstep.datasets.input_files import IMAGE_EXTENSIONS
-from shardstep.datasets.label_sets import NamedShares, named_shares
+from shardstep.datasets.label_sets import NamedLabel, named_shares
 
 _LONGEST = 200  # characters of a label; a caption may well be longer
 _SHOWN = 30  # characters of what is no label, in a message
@@ -37,7 +37,7 @@ class LabelField:
         end = f".{self.extension}"
         return name[: -len(end)] if name.lower().endswith(end) and len(name) > len(end) else None
 
-    def read(self, data: bytes, first_label: int = 0) -> str | NamedShares:
+    def read(self, data: bytes, first_label: int = 0) -> NamedLabel:
         """Return the label in the bytes of a member, as text, or several labels.
 
         Raises:

@@ -25,7 +25,7 @@ from shardstep.configs.text import count, listed, printable
 from shardstep.datasets.class_names import doubtful_names_note
 from shardstep.datasets.decode import problem_of_start
 from shardstep.datasets.input_files import IMAGE_EXTENSIONS
-from shardstep.datasets.label_sets import LabelSets, strata
+from shardstep.datasets.label_sets import LabelSets, samples_per_class, strata
 from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, open_shards
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.rng import permutation
@@ -217,8 +217,9 @@ def _write_locked(
         with progress_bar(f"checking {out}", total - len(bad), "images") as advance:
             field = SEVERAL_IN_JSON if isinstance(images.labels, LabelSets) else NUMBERS_IN_CLS
             manifest = index_shards(partial, made, images.classes, advance, label_field=field)
-        labels = np.unique(images.labels.entries["label"] if isinstance(images.labels, LabelSets) else images.labels)
-        emptied = [images.classes[label] for label in labels if not manifest.samples_per_class[label]]
+        before = samples_per_class(images.labels, len(images.classes)).tolist()
+        counts = zip(images.classes, before, manifest.samples_per_class, strict=True)
+        emptied = [name for name, given, kept in counts if given and not kept]
         if isinstance(images.labels, LabelSets) and (unlabelled := int(np.sum(np.diff(images.labels.starts) == 0))):
             print(f"{count(unlabelled, 'image')} of {total:,} without a label", file=sys.stderr)
         if emptied:

@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from shardstep.datasets.write import write_shards
+
 JPEG_KINDS: dict[str, dict[str, Any]] = {
     "4:4:4": {"subsampling": "4:4:4"},
     "4:2:2": {"subsampling": "4:2:2"},
@@ -42,4 +44,12 @@ def write_photographs(folder: Path, split: str, count: int, classes: int = 2) ->
         path.write_bytes(
             jpeg(picture(40 + 7 * number % 60, 50 + 11 * number % 70, number), **kinds[number % len(kinds)])
         )
+    return folder
+
+
+def photograph_shards(folder: Path, **counts: int) -> Path:
+    """Shards of JPEGs, so many of each split, and the files that they were made of, in files/."""
+    for split, count in counts.items():
+        write_photographs(folder / "files", split, count)
+        write_shards(str(folder / "files"), split, folder / split, samples_per_shard=10)
     return folder

@@ -9,7 +9,8 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import listed
 from shardstep.datasets.class_names import label_names, sorted_classes
-from shardstep.datasets.sources.row_labels import RowLabels, labels_of_shares, names_in
+from shardstep.datasets.label_sets import names_in
+from shardstep.datasets.sources.row_labels import RowLabels, labels_of_shares
 from shardstep.datasets.sources.source import Source, numbered_labels
 
 ARRAYS = "arrays of images"  # the description of such a Source

@@ -10,10 +10,10 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.text import listed
 from shardstep.datasets.class_names import sorted_classes
 from shardstep.datasets.input_files import FileTree, FoundImages, find_images, joined, read_file
-from shardstep.datasets.label_sets import NamedShares
+from shardstep.datasets.label_sets import NamedLabel, names_in
 from shardstep.datasets.sources.class_folders import find_split_folder, split_of
 from shardstep.datasets.sources.file_names import files_of_names
-from shardstep.datasets.sources.row_labels import labels_of_rows, names_in
+from shardstep.datasets.sources.row_labels import labels_of_rows
 from shardstep.datasets.sources.source import START_BYTES, Source, numbered_labels
 from shardstep.datasets.sources.tables import LabelOptions, LabelTable, cell_text, columns_named, read_table
 
@@ -129,17 +129,17 @@ def _labels_of_files(
     where: Path,
     rows: list[int],
     names: list[str],
-    labels: Sequence[str | NamedShares],
+    labels: Sequence[NamedLabel],
     meant: list[list[int]],
     found: FoundImages,
     rows_add_up: bool,
-) -> dict[int, str | NamedShares]:
+) -> dict[int, NamedLabel]:
     """Return the label of each file, by its number, from some rows of a table; the rows without one are left out.
 
     Raises:
         InputError: a row may mean several files, or a file has several rows that do not add up.
     """
-    label_of: dict[int, str | NamedShares] = {}
+    label_of: dict[int, NamedLabel] = {}
     problems = []
     for row in rows:
         name, label, numbers = names[row], labels[row], meant[row]

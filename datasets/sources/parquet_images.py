@@ -16,11 +16,10 @@ from shardstep.configs.text import count, listed
 from shardstep.datasets.cache import cache_folder
 from shardstep.datasets.class_names import class_name, label_names, sorted_classes
 from shardstep.datasets.input_files import FolderTree, LeftOut, is_hidden, is_image, joined, split_name
-from shardstep.datasets.label_sets import NamedShares, hold_several, several_names
+from shardstep.datasets.label_sets import NamedLabel, NamedShares, hold_several, names_in, several_names
 from shardstep.datasets.progress import progress_bar
 from shardstep.datasets.sources.class_folders import split_in_name
 from shardstep.datasets.sources.parquet import COLUMN_FILES, open_columns
-from shardstep.datasets.sources.row_labels import RowLabel, names_in
 from shardstep.datasets.sources.source import Source, numbered_labels
 from shardstep.datasets.sources.tables import LabelOptions, choose_label_column, columns_named
 
@@ -91,7 +90,7 @@ def open_column_images(where: Path, names: Sequence[str], split: str | None, opt
     values = {name: _column(where / name, columns.label) for name in names}
     # Classes of all splits, so that each of them has the same.
     are_several = options.separator is not None or any(hold_several(some) for some in values.values())
-    labels: dict[str, Sequence[RowLabel]] = {}
+    labels: dict[str, Sequence[NamedLabel]] = {}
     for name, some in values.items():
         place = f"{where / name}, column {columns.label}"
         labels[name] = (
@@ -103,7 +102,7 @@ def open_column_images(where: Path, names: Sequence[str], split: str | None, opt
         name for some in labels.values() for label in some for name in names_in(label)
     )
 
-    left_out, rows, kept = LeftOut(), list[RowLabel](), list[int]()
+    left_out, rows, kept = LeftOut(), list[NamedLabel](), list[int]()
     for name in chosen:
         for row, label in enumerate(labels[name], 1):
             if label != "":

@@ -7,7 +7,7 @@ from typing import Any
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets.class_names import class_name, label_names
-from shardstep.datasets.label_sets import NamedShares, hold_several, several_names, share_of
+from shardstep.datasets.label_sets import NamedLabel, hold_several, several_names, share_of
 from shardstep.datasets.sources.tables import (
     LabelOptions,
     cell_text,
@@ -16,16 +16,13 @@ from shardstep.datasets.sources.tables import (
     shares_columns,
 )  # fmt: skip
 
-RowLabel = str | NamedShares
-"""The label of a row, "" for none; or several, and their shares."""
-
 
 @dataclass(frozen=True)
 class RowLabels:
     """The labels of a table's rows, all of one kind: one label each, or several."""
 
     column: str  # or the columns, separated by commas
-    of_rows: Sequence[RowLabel]
+    of_rows: Sequence[NamedLabel]
     classes: list[str] | None = None  # where each has a column
 
 
@@ -61,7 +58,7 @@ def labels_of_rows(
 
 def labels_of_shares(
     where: Path | str, classes: Sequence[str], rows: Iterable[Iterable[object]], may_be_one: bool = True
-) -> Sequence[RowLabel]:
+) -> Sequence[NamedLabel]:
     """Return the labels of rows with a share for each class.
 
     Args:
@@ -81,11 +78,6 @@ def labels_of_shares(
     if may_be_one and all(len(label) == 1 and label[0][1] == 1 for label in labels):
         return [label[0][0] for label in labels]
     return labels
-
-
-def names_in(label: RowLabel) -> list[str]:
-    """Return the names in the label of a row."""
-    return [name for name, _ in label] if not isinstance(label, str) else [label] if label else []
 
 
 def _is_zeros_and_ones(cells: Sequence[Any]) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import listed
-from shardstep.datasets.label_sets import LabelSets, NamedShares
+from shardstep.datasets.label_sets import LabelSets, NamedLabel
 
 SPLITS = ("train", "test")
 START_BYTES = 64  # of an image file: they say what it is
@@ -65,7 +65,7 @@ def is_fifth_of_class(labels: np.ndarray) -> np.ndarray:
     return place % 5 == 4
 
 
-def numbered_labels(labels: Sequence[str | NamedShares], classes: Sequence[str]) -> np.ndarray | LabelSets:
+def numbered_labels(labels: Sequence[NamedLabel], classes: Sequence[str]) -> np.ndarray | LabelSets:
     """Return the labels of a Source from the names of one label for each image, or of several."""
     label_of = {name: label for label, name in enumerate(classes)}
     names = [label for label in labels if isinstance(label, str)]

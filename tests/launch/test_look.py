@@ -19,7 +19,7 @@ from shardstep.trainer.analysis.seen_images import see_images
 from shardstep.trainer.optim.losses import class_shares
 from shardstep.trainer.optim.plan import make_plan
 from shardstep.trainer.validate_recipe import validate_recipe
-from tests.photographs import write_photographs
+from tests.photographs import photograph_shards
 from tests.runs import write_recipe
 
 CROP = {"name": "random_resized_crop", "size": 24, "scale": [0.3, 1.0]}
@@ -29,11 +29,7 @@ SHRINK = {"name": "shrink", "size": 16, "epochs": 2}
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 41 JPEGs of several sizes, and of 9 to test on."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for split, count in (("train", 41), ("test", 9)):
-        write_photographs(folder / "files", split, count)
-        write_shards(str(folder / "files"), split, folder / split, samples_per_shard=10)
-    return folder
+    return photograph_shards(tmp_path_factory.mktemp("photographs"), train=41, test=9)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from shardstep.configs.schema import CropVersion
 from shardstep.datasets import native
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.parts import Part
-from shardstep.datasets.write import write_shards
 from shardstep.launch import evaluate, export, predict
 from shardstep.launch.cli import run as run_command
 from shardstep.trainer import data
@@ -24,7 +23,7 @@ from shardstep.trainer.analysis.trained_model import open_trained_model
 from shardstep.trainer.doctor.session import _decoder_findings
 from shardstep.trainer.validate_recipe import validate_recipe
 from tests.distributed import run_ranks
-from tests.photographs import write_photographs
+from tests.photographs import photograph_shards
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
 
 CROP = {"name": "random_resized_crop", "size": 24, "scale": [0.3, 1.0]}
@@ -33,11 +32,7 @@ CROP = {"name": "random_resized_crop", "size": 24, "scale": [0.3, 1.0]}
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of JPEGs, and the files that they were made of, in files/."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for split, count in (("train", 61), ("test", 23)):
-        write_photographs(folder / "files", split, count)
-        write_shards(str(folder / "files"), split, folder / split, samples_per_shard=10)
-    return folder
+    return photograph_shards(tmp_path_factory.mktemp("photographs"), train=61, test=23)
 
 
 @pytest.fixture(scope="module")
