@@ -21,8 +21,8 @@ from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, convert_
 from shardstep.trainer.models.batch_norm import convert_batch_norm
 from shardstep.trainer.optim.losses import Objective
 
-_ROUNDS_S = 0.8  # of processor time
-_PASS_FLOPS = 4e9  # forward: long enough to tell formats apart, and short enough for several rounds
+_REPEATS_S = 1.4  # of processor time, for all but the first passes
+_PASS_FLOPS = 2.5e9  # forward: long enough to tell formats apart, and short enough for several rounds
 _FEWEST_SAMPLES = 4  # with fewer, large models spend their time on their weights, as steps of real batches do not
 _MOST_SAMPLES = 64  # for layers whose operations are not counted
 _STABLE = 1.25  # a time is stable once two passes in a row differ by at most this factor
@@ -49,6 +49,11 @@ class _Passes:
     def best_s(self) -> float:
         return min(self.warm_s + self.seconds)
 
+    @property
+    def repeats_s(self) -> float:
+        """All passes but the first, which compiles kernels; the fastest of the warm-up is also the first of `seconds`."""
+        return sum(self.warm_s[1:] + self.seconds[1:])
+
     def warm_up(self) -> None:
         while len(self.warm_s) < _MOST_WARM_PASSES:
             self.warm_s.append(self.run())
@@ -63,8 +68,8 @@ def measure(
     """Measure passes of the formats in turn, on this rank alone; the model does not change.
 
     Each precision is tried in its first format; the other formats of one that is then twice as slow as the fastest are left
-    out. A format that is far behind drops out before the next round. Everything but the first passes takes about 2 s, more
-    only for a slow model whose fastest format is not the best guess.
+    out. A format that is far behind drops out before the next round. Everything but the first passes takes at most 2 s,
+    unless a few passes of a slow model take longer.
 
     Args:
         formats: at least two, the best guess first.
@@ -102,14 +107,14 @@ def _warm_up(
     return {compute: tried[compute] for compute in formats if compute in tried}
 
 
-def _take_turns(left: list[_Passes]) -> None:
+def _take_turns(tried: list[_Passes]) -> None:
     """Make a pass of each format in turn, round by round, without those that are far behind, as long as there is time."""
-    began = time.thread_time()
+    left = tried
     for rounds in range(_MOST_ROUNDS):
         limit_s = _FAR_BEHIND[min(rounds, len(_FAR_BEHIND) - 1)] * min(passes.best_s for passes in left)
         left = [passes for passes in left if passes.best_s <= limit_s]
         round_s = sum(passes.best_s for passes in left)
-        is_late = time.thread_time() - began + round_s > _ROUNDS_S
+        is_late = sum(passes.repeats_s for passes in tried) + round_s > _REPEATS_S
         if len(left) == 1 or is_late:
             break
         for passes in left:
