@@ -36,7 +36,7 @@ ROOMS = {
     "kernels": set(),
     "distributed": set(),
     "models": {"distributed"},
-    "optim": {"distributed"},
+    "optim": {"distributed", "models"},
     "checkpoints": {"distributed"},
     "formats": {"kernels", "models", "optim"},
     "stopping": {"distributed"},

@@ -1,6 +1,7 @@
 """Evaluate a model on a test set: exact metrics, each sample counted once, for any number of ranks."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,18 @@ class Evaluation:
         return [correct / samples if samples else None for correct, samples in pairs]
 
 
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and afterwards each of its layers into the mode that it had."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, was_training in modes:
+            layer.training = was_training
+
+
 @torch.no_grad()
 def evaluate(
     accelerator: Accelerator,
@@ -102,10 +115,8 @@ def evaluate(
     """
     own_buffers = flatten_buffers(module)
     set_buffers(module, mean_over_ranks(accelerator, own_buffers))
-    was_training = module.training
-    module.eval()
-    counted = _count(module, batches, objective, num_classes, config, accelerator.device, stop_requested)
-    module.train(was_training)
+    with evaluating(module):
+        counted = _count(module, batches, objective, num_classes, config, accelerator.device, stop_requested)
     if counted is None:
         set_buffers(module, own_buffers)  # the next start evaluates again from there
         return None

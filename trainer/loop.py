@@ -45,7 +45,7 @@ def train(run: Run) -> TrainResult:
     metrics.restart_clock()
     for batch in run.batches.from_position(state.progress.epoch, state.progress.position):
         before, waited_before_s = state.progress, run.batches.wait_s
-        run.freezer.freeze_due(before)  # all ranks, when optimizer.groups say `until`
+        run.freezer.set_for(before)  # all ranks, when optimizer.groups say `from` or `until`
         batch = run.begin_step(batch, before.step + 1)
         sums = train_step(run, batch)
         state.progress = after = plan.advance(before, batch.size)

@@ -149,7 +149,7 @@ def assemble(
 ) -> Run:
     """Put a run together: add everything that watches, saves, stops and records to its model and data. All ranks.
 
-    `wrap` wraps the model again after parameters have been frozen.
+    `wrap` wraps the model again after parameters have been frozen or unfrozen.
     """
     world, folder, share_done = accelerator.state, run_dir.path, lambda: plan.share_done(state.progress, state.train_s)
     trackers = _start_trackers(world, recipe, run_dir, state, display, stop_signal)
@@ -157,7 +157,7 @@ def assemble(
         run_dir.checkpoints_path, recipe.checkpoint.keep, display.warn, state.best, [display.saved, trackers.saved]
     )
     time_limit = TimeLimit(launch_env.allocation(), lambda: saver.longest_s, share_done)
-    freezer = Freezer(state.optimizer.param_groups, plan, wrap)
+    freezer = Freezer(state.optimizer.param_groups, plan, state.module, wrap)
     if recipe.train.compile != "none":
         freezer.compile_ahead()
     every = Every(*(Duration.parse(text) for text in (recipe.log.every, recipe.eval.every, recipe.checkpoint.every)))

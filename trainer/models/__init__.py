@@ -18,6 +18,7 @@ from shardstep.trainer.models.batch_norm import convert_batch_norm
 from shardstep.trainer.models.convnet import convnet
 from shardstep.trainer.models.mlp import mlp
 from shardstep.trainer.models.perceptron import perceptron
+from shardstep.trainer.models.recompute import recompute_blocks
 from shardstep.trainer.models.recurrent import recurrent
 from shardstep.trainer.models.whitening_cnn import whitening_cnn
 
@@ -25,8 +26,12 @@ _BUILDERS = (article_cnn, autoencoder, convnet, mlp, perceptron, recurrent, whit
 MODELS: dict[str, Callable[..., nn.Module]] = {builder.__name__: builder for builder in _BUILDERS}
 """shardstep's models. Every classifier of torchvision is available, too, as torchvision/<name>."""
 
-COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"sync_batch_norm": (bool, False)}
-"""Options of every model: type and default. sync_batch_norm: whether batch statistics are over all ranks, not per rank."""
+COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"sync_batch_norm": (bool, False), "checkpoint_activations": (bool, False)}
+"""Options of every model: type and default.
+
+sync_batch_norm: whether batch statistics are over all ranks, not per rank.
+checkpoint_activations: whether what is inside the model's blocks is computed again in the backward pass, which saves memory.
+"""
 
 
 def models_for(name: str) -> dict[str, Callable[..., nn.Module]]:
@@ -53,4 +58,8 @@ def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_
     converted = convert_batch_norm(model, section["sync_batch_norm"])
     if section["sync_batch_norm"] and not converted:
         raise InputError(f"model.sync_batch_norm=true has no effect: {section['name']} has no batch norm")
+    if section.get("checkpoint_activations") and not recompute_blocks(model):
+        raise InputError(
+            f"model.checkpoint_activations=true has no effect: {section['name']} has no blocks of several layers"
+        )
     return model

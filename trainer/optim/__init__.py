@@ -1,4 +1,4 @@
 """The mathematics of a step: losses, optimizers, learning rates, weight averages, clipping, freezing.
 
-The training path, analysis/ and launch/ import it. It imports distributed/.
+The training path, analysis/ and launch/ import it. It imports distributed/ and models/.
 """

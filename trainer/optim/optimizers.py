@@ -19,6 +19,7 @@ from shardstep.configs.components import check_limits, convert, hint_of, neighbo
 from shardstep.configs.durations import duration_problems
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import Precision
+from shardstep.trainer.models.blocks import layer_numbers
 from shardstep.trainer.optim.muon import FilterMuon
 
 Parameters = Iterable[dict[str, Any]] | Iterable[nn.Parameter]
@@ -200,17 +201,22 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     **{function.__name__: function for function in _OURS},
 }
 
-COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"decay_biases_and_norms": (bool, False), "groups": (list[Any], [])}
+COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "decay_biases_and_norms": (bool, False), "layer_decay": (float, 1.0), "groups": (list[Any], []),
+}  # fmt: skip
 """Options of every optimizer: type and default.
 
 decay_biases_and_norms: whether weight_decay also applies to parameters of fewer than two dimensions.
+layer_decay: the learning rates of a layer are multiplied by layer_decay ** (layers above it). models/blocks.py says what a
+    layer is. Howard and Ruder 2018, arXiv 1801.06146, section 3.2; Bao et al. 2021, arXiv 2106.08254.
 groups: list of {match: pattern of parameter names, or ndim: dimensions, and options such as lr}; a parameter belongs to the
-    first group that matches. With a `name`, the group has a separate optimizer, with that optimizer's defaults. With `until`,
-    a duration, its schedule ends then, and its parameters are frozen.
+    first group that matches. With a `name`, the group has a separate optimizer, with that optimizer's defaults. With `from`,
+    a duration, its parameters are frozen before; with `until`, its schedule ends then, and they are frozen from then on.
 """
 
 _SELECTORS = ("match", "ndim")
-_GROUP_KEYS: dict[str, Any] = {"match": str, "ndim": int, "until": str}
+_GROUP_KEYS: dict[str, Any] = {"match": str, "ndim": int, "from": str, "until": str}
+_TIMES = ("from", "until")
 
 
 class CombinedOptimizer(Optimizer):
@@ -249,10 +255,6 @@ def build_optimizer(
     """
     optimizers = [_build_one(*pair, has_scaler, precision) for pair in _parameter_groups(section, model)]
     optimizer = optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
-    if all("until" in group for group in optimizer.param_groups):
-        raise InputError(
-            "optimizer.groups freeze every parameter with `until`, so nothing would train at the end: drop it in one group"
-        )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -268,6 +270,8 @@ def check_optimizer(section: dict[str, Any]) -> list[str]:
         else:
             section["groups"][place], found = _check_group(where, group, section["name"])
             problems += found
+    if not 0 < section["layer_decay"] <= 1:
+        problems.append(f"optimizer.layer_decay={section['layer_decay']} must be above 0 and at most 1")
     decays = [section.get("weight_decay"), *(group.get("weight_decay") for group in section["groups"] if not problems)]
     if section["decay_biases_and_norms"] and not any(decays):
         problems.append("optimizer.decay_biases_and_norms=true has no effect without optimizer.weight_decay")
@@ -288,7 +292,7 @@ def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str
         return group, [f"{where} has no effect: {group} has no option, such as lr"]
     if str(group.get("name")) in CANNOT_WORK:
         return group, [f"{where}.name={group['name']} cannot work here: {CANNOT_WORK[group['name']]}"]
-    problems = duration_problems({f"{where}.until": group["until"]} if "until" in group else {})
+    problems = duration_problems({f"{where}.{key}": group[key] for key in _TIMES if key in group})
     if "name" in group:
         own = {key: (hint, None) for key, hint in _GROUP_KEYS.items() if key in group}
         section, found = resolve_options(where, group, OPTIMIZERS, own)
@@ -298,7 +302,7 @@ def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str
     for key, value in group.items():
         if key not in (*_GROUP_KEYS, *known):
             problems.append(
-                f"{where}.{key} is not an option of {main}; {neighbours(str(key), [*known, 'name', 'until'])}"
+                f"{where}.{key} is not an option of {main}; {neighbours(str(key), [*known, 'name', *_TIMES])}"
             )
             continue
         try:
@@ -336,30 +340,35 @@ def _build_one(
 def _parameter_groups(section: dict[str, Any], model: nn.Module) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Return the options of each entry of `groups`, and of the rest, with the parameter groups for torch.
 
-    A parameter belongs to the first entry that matches. Parameters without weight decay get a group of their own.
+    A parameter belongs to the first entry that matches. Parameters without weight decay get a group of their own, and so do
+    those of each layer if their learning rates differ.
     """
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not parameters:
         raise InputError("the model has no trainable parameters")
     entries = [*section["groups"], {"match": "*"}]
-    members: list[list[nn.Parameter]] = [[] for _ in entries]
-    exempt: list[list[nn.Parameter]] = [[] for _ in entries]
+    factors = _layer_factors(model, section["layer_decay"])
+    members: list[dict[tuple[bool, float], list[nn.Parameter]]] = [{} for _ in entries]  # by spared decay and factor
     for name, parameter in parameters.items():
         place = next(place for place, entry in enumerate(entries) if _fits(entry, name, parameter))
         # A group that gives a weight_decay means it, whatever its parameters are.
         inherits = "weight_decay" not in entries[place]
         decay = inherits and section.get("weight_decay", 0) and "name" not in entries[place]
-        spared = decay and parameter.ndim < 2 and not section["decay_biases_and_norms"]
-        (exempt if spared else members)[place].append(parameter)
+        spared = bool(decay) and parameter.ndim < 2 and not section["decay_biases_and_norms"]
+        members[place].setdefault((spared, factors[name]), []).append(parameter)
 
     chosen = []
     for place, entry in enumerate(entries):
-        own = {"until": entry["until"]} if "until" in entry else {}
-        groups: list[dict[str, Any]] = [{"params": members[place], **own}] if members[place] else []
-        if exempt[place]:
-            groups.append({"params": exempt[place], "weight_decay": 0.0, **own})
+        own = {key: entry[key] for key in _TIMES if key in entry}
+        options = entry if "name" in entry else section | entry
+        groups: list[dict[str, Any]] = [
+            {"params": members[place][spared, factor], **own}
+            | ({"weight_decay": 0.0} if spared else {})
+            | ({"lr": options["lr"] * factor} if factor != 1 else {})
+            for spared, factor in sorted(members[place], key=lambda key: key[0])
+        ]
         if groups:
-            chosen.append((entry if "name" in entry else section | entry, groups))
+            chosen.append((options, groups))
         elif place < len(section["groups"]):
             raise InputError(
                 f"optimizer.groups[{place}] ({entry}) matches no parameter that earlier groups do not have; the model's "
@@ -371,6 +380,15 @@ def _parameter_groups(section: dict[str, Any], model: nn.Module) -> list[tuple[d
                 f"group and give its options to the section optimizer"
             )
     return chosen
+
+
+def _layer_factors(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Return the factor of each parameter's learning rate, by name."""
+    numbers = layer_numbers(model)
+    last = max(numbers.values())
+    if layer_decay != 1 and not last:
+        raise InputError(f"optimizer.layer_decay={layer_decay} has no effect: the model has one layer")
+    return {name: layer_decay ** (last - number) for name, number in numbers.items()}
 
 
 def _fits(entry: dict[str, Any], name: str, parameter: nn.Parameter) -> bool:

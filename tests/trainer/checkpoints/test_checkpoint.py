@@ -368,6 +368,15 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "schedule": {"name": "linear"},
     },
+    "beginning later, by depth, recomputed": {
+        "model": {"name": "whitening_cnn", "widths": [8, 8], "checkpoint_activations": True},
+        "optimizer": {
+            "name": "adam",
+            "lr": 0.001,
+            "layer_decay": 0.7,
+            "groups": [{"match": "groups.1.*", "from": "5 steps"}, {"match": "groups.0.*", "from": "9 steps"}],
+        },
+    },
     "half weights": {
         "model": {"name": "whitening_cnn", "widths": [8, 8]},
         "train": {"precision": "bf16", "weights": "half"},

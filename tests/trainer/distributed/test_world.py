@@ -101,6 +101,15 @@ def test_the_same_curve_for_other_settings(shards: Path, tmp_path: Path, worlds:
             "optimizer": {"name": "sgd", "lr": 0.002, "groups": [{"match": "1.*", "until": "0.5 epochs"}]},
             "train": {"duration": "26 steps", "global_batch_size": 13},
         },
+        "parts that begin later, rates by depth": {
+            "optimizer": {
+                "name": "sgd",
+                "lr": 0.05,
+                "layer_decay": 0.5,
+                "groups": [{"match": "1.*", "from": "1.5 epochs"}],
+            },
+            "train": {"duration": "26 steps", "global_batch_size": 13},
+        },
         "lookahead": {"average": {"name": "lookahead", "every": "3 steps"}, "train": {"duration": "26 steps"}},
         "few samples a step": {"train": {"duration": "26 steps", "global_batch_size": 4}},
     }

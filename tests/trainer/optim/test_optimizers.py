@@ -448,7 +448,32 @@ def test_filter_muon_refuses_vectors() -> None:
         )
 
 
+def test_learning_rates_fall_with_depth() -> None:
+    """Three layers; the norm belongs to the layer before it. Groups keep their factor on top of their own rate."""
+    deep = torch.nn.Sequential(*model(), torch.nn.Linear(2, 2))
+    section = DEFAULTS | {"name": "sgd", "lr": 0.8, "weight_decay": 0.1, "layer_decay": 0.5}
+    section["groups"] = [{"match": "2.weight", "lr": 8.0}, {"match": "3.bias", "name": "adam", "lr": 0.1}]
+    found = {
+        name: (round(group["initial_lr"], 9), group["weight_decay"])
+        for group in build_optimizer(section, deep).param_groups
+        for parameter in group["params"]
+        for name, value in deep.named_parameters()
+        if value is parameter
+    }
+    assert found == {
+        "0.weight": (0.2, 0.1), "0.bias": (0.2, 0.0), "1.weight": (0.2, 0.0), "1.bias": (0.2, 0.0),
+        "2.weight": (4.0, 0.1), "2.bias": (0.4, 0.0), "3.weight": (0.8, 0.1), "3.bias": (0.1, 0.0),
+    }  # fmt: skip
+
+
+def test_layer_decay_is_checked() -> None:
+    assert "must be above 0" in check_optimizer(DEFAULTS | {"name": "sgd", "layer_decay": 0.0})[0]
+    with pytest.raises(InputError, match="no effect: the model has one layer"):
+        build_optimizer(DEFAULTS | {"name": "sgd", "lr": 0.1, "layer_decay": 0.5}, torch.nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize(("group", "problem"), [
+    ({"match": "*", "from": "3 years"}, "optimizer.groups[0].from: '3 years' is not a duration"),
     ({"match": "*", "until": "soon"}, "optimizer.groups[0].until: 'soon' is not a duration"),
     ({"until": "3 epochs"}, "must be a mapping with match"),
 ])  # fmt: skip
