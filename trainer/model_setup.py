@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from shardstep.configs.errors import InputError
 from shardstep.configs.resolve import ResolvedRecipe
 from shardstep.configs.schema import Recipe
+from shardstep.configs.text import count
 from shardstep.datasets.batches import micro_pieces
+from shardstep.trainer.checkpoints.checkpoint import read_weights
 from shardstep.trainer.data import Data
 from shardstep.trainer.distributed import ddp
 from shardstep.trainer.distributed.gradients import gradient_sync_problems, gradient_sync_warnings, graphs_problem
@@ -18,12 +21,14 @@ from shardstep.trainer.distributed.world import build_accelerator
 from shardstep.trainer.formats.candidates import MEMORY_FORMATS
 from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, convert_convolutions
 from shardstep.trainer.kernels.max_pool import convert_max_pools
-from shardstep.trainer.models import build_model
+from shardstep.trainer.models import TORCHVISION, build_model
+from shardstep.trainer.models.pretrained import fit_weights, read_weights_file
 from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.optim.losses import Objective, build_objective, check_labels, check_outputs, class_weights
 from shardstep.trainer.optim.optimizers import build_optimizer
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.precision import halve
+from shardstep.trainer.run_dir import find_weights
 from shardstep.trainer.state import TrainState
 
 _INITIALIZE_SAMPLES = 5000  # training images for data-dependent initialisation
@@ -41,11 +46,8 @@ def initial_model(
     """
     torch.manual_seed(recipe.run.seed)
     module = build_model(recipe.model, loaded.image_shape, loaded.num_classes)
-    if recipe.model.get("pretrained") and not resumed:
-        from shardstep.trainer.models.torchvision_models import load_pretrained
-
-        fresh = load_pretrained(recipe.model["name"], module, recipe.model["pretrained"])
-        display.note(f"loaded pretrained weights; randomly initialized: {', '.join(fresh) or 'none'}")
+    if recipe.model["pretrained"] and not resumed:
+        _load_pretrained(recipe.model["name"], module, recipe.model["pretrained"], loaded.num_classes, display)
     module = module.to(device)
     images, _ = loaded.first_samples(2, device)
     with torch.no_grad():
@@ -56,10 +58,36 @@ def initial_model(
     return module
 
 
-def initialize(module: nn.Module, loaded: Data, device: torch.device) -> float:
+def _load_pretrained(name: str, module: nn.Module, pretrained: bool | str, num_classes: int, display: Display) -> None:
+    if name.startswith(TORCHVISION):
+        from shardstep.trainer.models.torchvision_models import downloaded_weights, misfit_cause, with_new_names
+
+        tensors = downloaded_weights(name) if pretrained is True else with_new_names(_read_weights(str(pretrained)))
+        cause = f". {misfit_cause(name, pretrained)}"
+    elif pretrained is True:
+        raise InputError(f"model.pretrained=true: there are no weights of {name} to download; give a folder or a file")
+    else:
+        tensors, cause = _read_weights(str(pretrained)), ""
+    try:
+        fit = fit_weights(module, tensors, num_classes, f"model.pretrained={pretrained}")
+    except InputError as error:
+        raise InputError(f"{error}{cause}") from None
+    head = f"; for {num_classes:,} classes, these are new: {', '.join(fit.head)}" if fit.head else ""
+    display.note(f"pretrained weights in {count(fit.loaded, 'tensor')}{head}")
+    if fit.misfits:
+        display.warn(f"model.pretrained={pretrained}: {fit.misfits}{cause}")
+
+
+def _read_weights(place: str) -> dict[str, Tensor]:
+    path = Path(place)
+    return read_weights(find_weights(path)[0]) if path.is_dir() else read_weights_file(path)
+
+
+def initialize(recipe: Recipe, module: nn.Module, loaded: Data, device: torch.device) -> float:
     """Set the weights that depend on the data, equally on all ranks; return the seconds it took."""
     began = time.perf_counter()
-    if set_weights := getattr(module, "initialize", None):
+    set_weights = getattr(module, "initialize", None)
+    if set_weights and not recipe.model["pretrained"]:
         images, _ = loaded.first_samples(_INITIALIZE_SAMPLES, device)
         set_weights(images)
         next(module.parameters()).sum().item()  # waits for the device

@@ -25,8 +25,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.files import file_sha256
 from shardstep.configs.load import LoadedRecipe, load_recipe
-from shardstep.trainer.checkpoints.checkpoint_files import WEIGHTS, list_checkpoints
+from shardstep.trainer.checkpoints.checkpoint_files import (
+    AVERAGE,
+    WEIGHTS,
+    list_checkpoints,
+    newest_intact,
+    problems_of,
+)
 from shardstep.trainer.checkpoints.lock import is_held
 from shardstep.trainer.monitoring.metric_tail import MetricTail
 from shardstep.trainer.monitoring.status import Line, parse_line
@@ -163,6 +170,39 @@ class RunDir:
                 return "killed"
         by_user = summary["status"] == "preempted" and summary.get("stopped_by") == "person"
         return "stopped" if by_user else summary["status"]
+
+
+def find_weights(path: Path) -> tuple[Path, RunDir]:
+    """Find the weights of a checkpoint or a run: the final ones if it is finished, else of its newest intact checkpoint.
+
+    Raises:
+        InputError: there are none, or they are damaged.
+    """
+    resolved = path.resolve()
+    run_dir = next((found for place in (resolved, resolved.parent.parent) if (found := RunDir(place)).is_run), None)
+    if run_dir is None:
+        name = RunDir(path).config_path.name
+        raise InputError(f"{path} is neither a run's folder nor a checkpoint of one: no {name}")
+    if run_dir.path != resolved:
+        problems = problems_of(resolved, only=(WEIGHTS, AVERAGE))
+        if problems:
+            raise InputError(f"{path} is damaged: {'; '.join(problems)}")
+        return resolved / WEIGHTS, run_dir
+    final, summary = run_dir.weights_path, run_dir.summary
+    is_final = final.is_file() and summary.get("status") == "finished"
+    claimed = summary.get("weights_sha256")  # runs of earlier versions have none
+    if is_final and claimed and file_sha256(final) != claimed:
+        raise InputError(
+            f"{final} is damaged: its sha256 is not that in the summary. The newest checkpoint in "
+            f"{run_dir.checkpoints_path} has the same weights"
+        )
+    newest, damaged = (None, []) if is_final else newest_intact(run_dir.checkpoints_path)
+    if newest:
+        return newest / WEIGHTS, run_dir
+    if final.is_file():
+        return final, run_dir
+    cause = f": {'; '.join(damaged)}" if damaged else " yet"
+    raise InputError(f"{path} has neither {WEIGHTS} nor an intact checkpoint{cause}")
 
 
 def modified_s(path: Path) -> float:

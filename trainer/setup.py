@@ -53,7 +53,7 @@ def build(
 
     with raise_on_all_ranks(world):
         module = model_setup.initial_model(recipe, loaded, world.device, display, is_resumed)
-        initialized_s = model_setup.initialize(module, loaded, world.device)
+        initialized_s = model_setup.initialize(recipe, module, loaded, world.device)
     with raise_on_all_ranks(world):
         objective = model_setup.training_objective(recipe, loaded, world.device)
     compute, measured = resolve_precision(world, recipe, module, objective, loaded, plan, display, measure_anew)

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from shardstep.launch.comparison.results import read_result
-from shardstep.trainer.analysis.trained_model import find_weights
 from shardstep.trainer.monitoring.wandb_tracker import logged_steps, read_records
+from shardstep.trainer.run_dir import find_weights
 from tests.distributed import HANG_S, run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, train_until, write_recipe
 

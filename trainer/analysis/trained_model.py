@@ -10,7 +10,6 @@ from torch import nn
 
 from shardstep.configs.cores import usable_cores
 from shardstep.configs.errors import InputError
-from shardstep.configs.files import file_sha256
 from shardstep.configs.held_out import NO_TEST_SET
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved
 from shardstep.configs.schema import OnBadImage
@@ -24,10 +23,9 @@ from shardstep.datasets.parts import Part
 from shardstep.datasets.reader import StreamReader
 from shardstep.trainer import data
 from shardstep.trainer.checkpoints.checkpoint import load_weights
-from shardstep.trainer.checkpoints.checkpoint_files import AVERAGE, WEIGHTS, newest_intact, problems_of
 from shardstep.trainer.models import build_model
 from shardstep.trainer.optim.losses import Objective, build_objective
-from shardstep.trainer.run_dir import RunDir
+from shardstep.trainer.run_dir import RunDir, find_weights
 from shardstep.trainer.validate_recipe import validate_recipe
 
 
@@ -164,39 +162,6 @@ def read_train_manifest(run_dir: RunDir) -> Manifest:
         return parse_manifest(path.read_text(), str(path))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def find_weights(path: Path) -> tuple[Path, RunDir]:
-    """Find the weights of a checkpoint or a run: the final ones if it is finished, else of its newest intact checkpoint.
-
-    Raises:
-        InputError: there are none, or they are damaged.
-    """
-    resolved = path.resolve()
-    run_dir = next((found for place in (resolved, resolved.parent.parent) if (found := RunDir(place)).is_run), None)
-    if run_dir is None:
-        name = RunDir(path).config_path.name
-        raise InputError(f"{path} is neither a run's folder nor a checkpoint of one: no {name}")
-    if run_dir.path != resolved:
-        problems = problems_of(resolved, only=(WEIGHTS, AVERAGE))
-        if problems:
-            raise InputError(f"{path} is damaged: {'; '.join(problems)}")
-        return resolved / WEIGHTS, run_dir
-    final, summary = run_dir.weights_path, run_dir.summary
-    is_final = final.is_file() and summary.get("status") == "finished"
-    claimed = summary.get("weights_sha256")  # runs of earlier versions have none
-    if is_final and claimed and file_sha256(final) != claimed:
-        raise InputError(
-            f"{final} is damaged: its sha256 is not that in the summary. The newest checkpoint in "
-            f"{run_dir.checkpoints_path} has the same weights"
-        )
-    newest, damaged = (None, []) if is_final else newest_intact(run_dir.checkpoints_path)
-    if newest:
-        return newest / WEIGHTS, run_dir
-    if final.is_file():
-        return final, run_dir
-    cause = f": {'; '.join(damaged)}" if damaged else " yet"
-    raise InputError(f"{path} has neither {WEIGHTS} nor an intact checkpoint{cause}")
 
 
 def unfinished_note(path: Path, weights: Path) -> str | None:

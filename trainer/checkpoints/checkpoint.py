@@ -182,6 +182,13 @@ def _load_optimizer(optimizer: AcceleratedOptimizer, saved: dict[str, Any]) -> N
         group.update(own)
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read the weights of a safetensors file; of a checkpoint with an average, the average. On the CPU, by name."""
+    average = path.with_name(AVERAGE)
+    kept = load_file(average) if average.is_file() else {}  # parameters, without buffers
+    return load_file(path) | kept
+
+
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load the weights of a safetensors file into a model; from a checkpoint with an average, load the average.
 
@@ -189,9 +196,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
         InputError: the file does not exist, or holds another model.
     """
     try:
-        average = path.with_name(AVERAGE)
-        kept = load_file(average) if average.is_file() else {}  # parameters, without buffers
-        module.load_state_dict(load_file(path) | kept)
+        module.load_state_dict(read_weights(path))
     except FileNotFoundError:
         raise InputError(f"no weights in {path.parent}: {path.name} is missing") from None
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from shardstep.configs.components import options_of
 from shardstep.configs.errors import InputError
 from shardstep.trainer.models.article_cnn import article_cnn
 from shardstep.trainer.models.autoencoder import autoencoder
@@ -23,12 +24,18 @@ from shardstep.trainer.models.recurrent import recurrent
 from shardstep.trainer.models.whitening_cnn import whitening_cnn
 
 _BUILDERS = (article_cnn, autoencoder, convnet, mlp, perceptron, recurrent, whitening_cnn)
+TORCHVISION = "torchvision/"
+"""What the names of torchvision's models begin with."""
 MODELS: dict[str, Callable[..., nn.Module]] = {builder.__name__: builder for builder in _BUILDERS}
 """shardstep's models. Every classifier of torchvision is available, too, as torchvision/<name>."""
 
-COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"sync_batch_norm": (bool, False), "checkpoint_activations": (bool, False)}
+COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "pretrained": (bool | str, False), "sync_batch_norm": (bool, False), "checkpoint_activations": (bool, False),
+}  # fmt: skip
 """Options of every model: type and default.
 
+pretrained: weights to begin with: the folder of a run or of a checkpoint, or a file (.safetensors, or of torch.save); true
+    downloads those of torchvision's models. A head for another number of classes is new.
 sync_batch_norm: whether batch statistics are over all ranks, not per rank.
 checkpoint_activations: whether what is inside the model's blocks is computed again in the backward pass, which saves memory.
 """
@@ -38,10 +45,10 @@ def models_for(name: str) -> dict[str, Callable[..., nn.Module]]:
     """Return the models to look a name up in. torchvision's import takes a second, so it happens only if needed."""
     if name in MODELS:
         return MODELS
-    from shardstep.trainer.models.torchvision_models import PREFIX, torchvision_models
+    from shardstep.trainer.models.torchvision_models import torchvision_models
 
     found = torchvision_models()
-    return MODELS | (found if name.startswith(PREFIX) or any(name.lower() in known for known in found) else {})
+    return MODELS | (found if name.startswith(TORCHVISION) or any(name.lower() in known for known in found) else {})
 
 
 def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -50,9 +57,12 @@ def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_
     Raises:
         InputError: an option does not fit the others, or the images do not fit the model.
     """
-    options = {key: value for key, value in section.items() if key not in ("name", *COMMON_OPTIONS)}
+    if section.get("pretrained") == "":
+        raise InputError("model.pretrained is empty: give false, true, or the path of a folder or a file")
+    builder = models_for(section["name"])[section["name"]]
+    options = {key: section[key] for key in options_of(builder) if key in section}
     try:
-        model = models_for(section["name"])[section["name"]](image_shape, num_classes, **options)
+        model = builder(image_shape, num_classes, **options)
     except ValueError as error:
         raise InputError(f"model.name={section['name']}: {error}") from None
     converted = convert_batch_norm(model, section["sync_batch_norm"])

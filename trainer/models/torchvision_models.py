@@ -2,22 +2,21 @@
 
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.file_lock import file_lock
 from shardstep.configs.files import file_sha256
 from shardstep.datasets.cache import cache_folder
+from shardstep.trainer.models import TORCHVISION
 from shardstep.trainer.models.layers import Activation, Pool, Pooling, activation_layer
 
-PREFIX = "torchvision/"
 SMALL = 64  # pixels a side: below, a first layer for images of 224 pixels discards too much
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU)
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
@@ -32,7 +31,7 @@ Stem = Literal["auto", "imagenet", "cifar"]
 def torchvision_models() -> dict[str, Callable[..., nn.Module]]:
     """Return builders of all torchvision classifiers, by `torchvision/<name>`."""
     names = torchvision.models.list_models(module=torchvision.models)
-    return {PREFIX + name: _with_heads(name) if name in _WITH_AUXILIARY_HEADS else _plain(name) for name in names}
+    return {TORCHVISION + name: _with_heads(name) if name in _WITH_AUXILIARY_HEADS else _plain(name) for name in names}
 
 
 def _plain(name: str) -> Callable[..., nn.Module]:
@@ -50,8 +49,7 @@ def _plain(name: str) -> Callable[..., nn.Module]:
         """Build a classifier: (B, C, H, W) -> (B, num_classes).
 
         Args:
-            pretrained: true downloads torchvision's weights; or a file of weights (.pth, .safetensors). A head for another
-                number of classes is initialized randomly.
+            pretrained: whether weights are loaded into it afterwards, see models.COMMON_OPTIONS.
             stem: cifar: the first convolution is 3x3 with stride 1, and no pooling follows it; imagenet: torchvision's; auto:
                 cifar for images of up to 64 pixels, unless pretrained.
             activation: replaces the model's activation layers; `negative_slope` goes with leaky_relu. Function calls, like
@@ -62,7 +60,7 @@ def _plain(name: str) -> Callable[..., nn.Module]:
         Raises:
             ValueError: an option has no effect, or the images are too small.
         """
-        net = _fitted(name, image_shape, num_classes, _is_wanted(pretrained), stem)
+        net = _fitted(name, image_shape, num_classes, bool(pretrained), stem)
         _replace(name, net, activation, negative_slope, pooling, dropout)
         if activation is not None and _refusal(net, image_shape, backward=True):
             raise ValueError(f"activation={activation} cannot be used: {name} changes in place what its gradient needs")
@@ -89,7 +87,7 @@ def _with_heads(name: str) -> Callable[..., nn.Module]:
             there are no such heads, and smaller images fit.
         transform_input: undo ImageNet's normalisation, which torchvision's weights need; null: only with pretrained=true.
         """
-        net = _fitted(name, image_shape, num_classes, _is_wanted(pretrained), stem, with_heads=auxiliary_weight > 0)
+        net = _fitted(name, image_shape, num_classes, bool(pretrained), stem, with_heads=auxiliary_weight > 0)
         vars(net)["transform_input"] = pretrained is True if transform_input is None else transform_input
         _replace(name, net, None, None, pooling, dropout)
         return net
@@ -97,57 +95,42 @@ def _with_heads(name: str) -> Callable[..., nn.Module]:
     return build
 
 
-def load_pretrained(name: str, net: nn.Module, pretrained: bool | str) -> list[str]:
-    """Load pretrained weights into a model; return the names of the head's tensors that stay randomly initialized.
-
-    `pretrained`: True for torchvision's weights, or the path of a file.
+def downloaded_weights(name: str) -> dict[str, Tensor]:
+    """Download torchvision's weights of a model, or find them where torch keeps them; by the names of a new model.
 
     Raises:
-        InputError: the weights are not available, or belong to another model.
+        InputError: they are not available.
     """
-    found = _downloaded(name) if pretrained is True else _from_file(Path(str(pretrained)))
-    found = {_OLD_DENSENET.sub(r"\1\2", key): tensor for key, tensor in found.items()}
-    own, fresh, problems = net.state_dict(), [], []
-    for key, tensor in own.items():
-        given = found.get(key)
-        if given is None:
-            if not key.endswith("num_batches_tracked"):
-                problems.append(f"{key} is missing")
-            continue
-        if given.ndim == tensor.ndim == 4 and given.shape[1] == 3 and tensor.shape[1] == 1:
-            given = given.sum(dim=1, keepdim=True)  # a grey image has the same value in three channels
-        if given.shape == tensor.shape:
-            own[key] = given
-        elif given.shape[1:] == tensor.shape[1:]:  # another number of outputs
-            fresh.append(key)
-        else:
-            problems.append(f"{key} has the shape {tuple(given.shape)} instead of {tuple(tensor.shape)}")
-    if len(fresh) > 2 + 4 * (name.removeprefix(PREFIX) in _WITH_AUXILIARY_HEADS):  # weight and bias of each head
-        problems.append(f"{', '.join(fresh)} have other shapes")
-    if problems:
-        raise InputError(
-            f"model.pretrained={pretrained} holds other weights than {name} needs: {'; '.join(problems[:3])}"
-            + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
-            + f". {_usual_cause(name, pretrained)}"
-        )
+    bare = name.removeprefix(TORCHVISION)
+    weights = torchvision.models.get_model_weights(bare).DEFAULT
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
+    digest = re.search(r"-([0-9a-f]{8,})\.", kept.name)
     try:
-        net.load_state_dict(own)
-    except (RuntimeError, NotImplementedError) as error:  # sparse tensors, say
-        raise InputError(f"model.pretrained={pretrained}: {str(error).splitlines()[0]}") from None
-    return fresh
+        with file_lock(cache_folder() / "weights"):  # one download per node; torch keeps the file
+            if kept.is_file() and digest and not file_sha256(kept).startswith(digest[1]):
+                kept.unlink()  # torch checks the hash only while it downloads
+            found = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        also = " with model.transform_input=true" if bare in _WITH_AUXILIARY_HEADS else ""
+        raise InputError(
+            f"model.pretrained=true: the weights of {name} cannot be downloaded from {weights.url} ({error}). Download them "
+            f"where there is a network and give model.pretrained=PATH{also}, or train from new weights with "
+            f"model.pretrained=false"
+        ) from None
+    return with_new_names(found)
 
 
-def _usual_cause(name: str, pretrained: bool | str) -> str:
+def with_new_names(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names of today's torchvision; files of its first densenets have older ones."""
+    return {_OLD_DENSENET.sub(r"\1\2", key): tensor for key, tensor in found.items()}
+
+
+def misfit_cause(name: str, pretrained: bool | str) -> str:
+    """Say what is usually the matter if weights of one of these models do not fit."""
     if pretrained is not True:
         return "Weights from a run on small images need model.stem=cifar; others need the image size of their training"
-    weights = torchvision.models.get_model_weights(name.removeprefix(PREFIX)).DEFAULT
+    weights = torchvision.models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT
     return f"They were trained on images of {weights.transforms().crop_size[0]} pixels: give data.resize"
-
-
-def _is_wanted(pretrained: bool | str) -> bool:
-    if pretrained == "":
-        raise ValueError("pretrained is empty: give true, false, or the path of a file")
-    return bool(pretrained)
 
 
 def _fitted(
@@ -285,38 +268,3 @@ def _like(conv: nn.Conv2d, channels: int, size: Any, stride: Any, padding: Any) 
     made = nn.Conv2d(channels, conv.out_channels, size, stride, padding, bias=conv.bias is not None)
     nn.init.kaiming_normal_(made.weight, mode="fan_out", nonlinearity="relu")
     return made
-
-
-def _downloaded(name: str) -> dict[str, Tensor]:
-    bare = name.removeprefix(PREFIX)
-    weights = torchvision.models.get_model_weights(bare).DEFAULT
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
-    digest = re.search(r"-([0-9a-f]{8,})\.", kept.name)
-    try:
-        with file_lock(cache_folder() / "weights"):  # one download per node; torch keeps the file
-            if kept.is_file() and digest and not file_sha256(kept).startswith(digest[1]):
-                kept.unlink()  # torch checks the hash only while it downloads
-            found = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        also = " with model.transform_input=true" if bare in _WITH_AUXILIARY_HEADS else ""
-        raise InputError(
-            f"model.pretrained=true: the weights of {name} cannot be downloaded from {weights.url} ({error}). Download them "
-            f"where there is a network and give model.pretrained=PATH{also}, or train from new weights with "
-            f"model.pretrained=false"
-        ) from None
-    return dict(found)
-
-
-def _from_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"model.pretrained={path}: there is no such file; true downloads torchvision's weights")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load may raise anything for a foreign file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"model.pretrained={path} cannot be read as weights: {reason}") from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise InputError(f"model.pretrained={path} does not hold a mapping of names to tensors (a state_dict)")
-    return found

@@ -18,8 +18,8 @@ from shardstep.trainer.analysis.filters import first_filters
 from shardstep.trainer.analysis.predictions import Predictions, predict_test_set
 from shardstep.trainer.analysis.run_analysis import analyse_run
 from shardstep.trainer.analysis.run_record import read_record
-from shardstep.trainer.analysis.trained_model import find_weights, open_trained_model
-from shardstep.trainer.run_dir import RunDir
+from shardstep.trainer.analysis.trained_model import open_trained_model
+from shardstep.trainer.run_dir import RunDir, find_weights
 from tests.runs import spoil_weights, train_ranks, write_recipe
 
 
