@@ -132,7 +132,7 @@ def test_a_run_begins_with_the_weights_of_another(shards: Path, tmp_path: Path, 
         losses[name] = first_loss(tmp_path / name / "run")
     assert losses["run"] == pytest.approx(losses["file"], rel=1e-5)
     assert losses["run"] == pytest.approx(losses["checkpoint"], rel=1e-5)
-    assert losses["run"] < 0.9 * first_loss(run)
+    assert losses["run"] < first_loss(run) - 0.01
 
 
 def test_a_resume_reads_them_no_more(shards: Path, tmp_path: Path) -> None:
