@@ -11,6 +11,7 @@ checkpoints/step-NNNNNNNN/   see checkpoints/checkpoint_files.py
 summary.json                 how the last start ended
 model.safetensors            the final weights
 predictions.npz              the model's predictions for the test set, kept for reports
+code/, code.json             copies of the files that the recipe names by import path, and their sha256
 
 Those of a process, which stopping/ names:
 STOP, SAVE                   requests: stop the run, save its state
@@ -26,6 +27,7 @@ from typing import Any, Literal
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, load_recipe
+from shardstep.configs.recipe_code import CODE
 from shardstep.trainer.checkpoints.checkpoint_files import WEIGHTS, list_checkpoints
 from shardstep.trainer.checkpoints.lock import is_held
 from shardstep.trainer.monitoring.metric_tail import MetricTail
@@ -65,6 +67,8 @@ class RunDir:
     weights_path = _Name(WEIGHTS)
     predictions_path = _Name("predictions.npz")
     checkpoints_path = _Name("checkpoints")
+    code_path = _Name(CODE)
+    code_json_path = _Name("code.json")
 
     @property
     def is_run(self) -> bool:

@@ -27,6 +27,7 @@ from shardstep.trainer.checkpoints.checkpoint import load_weights
 from shardstep.trainer.checkpoints.checkpoint_files import AVERAGE, WEIGHTS, newest_intact, problems_of
 from shardstep.trainer.models import build_model
 from shardstep.trainer.optim.losses import Objective, build_objective
+from shardstep.trainer.own_code.kept_code import check_trusted
 from shardstep.trainer.run_dir import RunDir
 from shardstep.trainer.validate_recipe import validate_recipe
 
@@ -145,12 +146,13 @@ def open_trained_model(
 
 
 def read_recipe(run_dir: RunDir) -> ResolvedRecipe:
-    """Read the recipe of a run, validated.
+    """Read the recipe of a run, validated, and import the code that it names.
 
     Raises:
-        InputError: it cannot be read, or is of another version.
+        InputError: it cannot be read, or is of another version; or it names code that is not trusted.
     """
-    return as_resolved(validate_recipe(run_dir.config))
+    check_trusted(run_dir.config.recipe, run_dir.code_path)
+    return as_resolved(validate_recipe(replace(run_dir.config, folders=(run_dir.path.absolute(),))))
 
 
 def read_train_manifest(run_dir: RunDir) -> Manifest:
@@ -166,17 +168,26 @@ def read_train_manifest(run_dir: RunDir) -> Manifest:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def run_dir_of(path: Path) -> RunDir:
+    """Return the folder of a run, given that or one of its checkpoints.
+
+    Raises:
+        InputError: it is neither.
+    """
+    resolved = path.resolve()
+    for place in (resolved, resolved.parent.parent):
+        if (found := RunDir(place)).is_run:
+            return found
+    raise InputError(f"{path} is neither a run's folder nor a checkpoint of one: no {RunDir(path).config_path.name}")
+
+
 def find_weights(path: Path) -> tuple[Path, RunDir]:
     """Find the weights of a checkpoint or a run: the final ones if it is finished, else of its newest intact checkpoint.
 
     Raises:
         InputError: there are none, or they are damaged.
     """
-    resolved = path.resolve()
-    run_dir = next((found for place in (resolved, resolved.parent.parent) if (found := RunDir(place)).is_run), None)
-    if run_dir is None:
-        name = RunDir(path).config_path.name
-        raise InputError(f"{path} is neither a run's folder nor a checkpoint of one: no {name}")
+    resolved, run_dir = path.resolve(), run_dir_of(path)
     if run_dir.path != resolved:
         problems = problems_of(resolved, only=(WEIGHTS, AVERAGE))
         if problems:

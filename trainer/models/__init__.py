@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.imported import build, is_import_path
 from shardstep.trainer.models.article_cnn import article_cnn
 from shardstep.trainer.models.autoencoder import autoencoder
 from shardstep.trainer.models.batch_norm import convert_batch_norm
@@ -31,7 +32,7 @@ COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {"sync_batch_norm": (bool, False)}
 
 def models_for(name: str) -> dict[str, Callable[..., nn.Module]]:
     """Return the models to look a name up in. torchvision's import takes a second, so it happens only if needed."""
-    if name in MODELS:
+    if name in MODELS or is_import_path(name):
         return MODELS
     from shardstep.trainer.models.torchvision_models import PREFIX, torchvision_models
 
@@ -45,12 +46,21 @@ def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_
     Raises:
         InputError: an option does not fit the others, or the images do not fit the model.
     """
+    name = section["name"]
     options = {key: value for key, value in section.items() if key not in ("name", *COMMON_OPTIONS)}
-    try:
-        model = models_for(section["name"])[section["name"]](image_shape, num_classes, **options)
-    except ValueError as error:
-        raise InputError(f"model.name={section['name']}: {error}") from None
+    if is_import_path(name):
+        model = build(f"model.name={name}", name, image_shape, num_classes, **options)
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"model.name={name} returned {type(model).__name__}: a model is a function of (image_shape, num_classes) "
+                f"that returns a torch.nn.Module"
+            )
+    else:
+        try:
+            model = models_for(name)[name](image_shape, num_classes, **options)
+        except ValueError as error:
+            raise InputError(f"model.name={name}: {error}") from None
     converted = convert_batch_norm(model, section["sync_batch_norm"])
     if section["sync_batch_norm"] and not converted:
-        raise InputError(f"model.sync_batch_norm=true has no effect: {section['name']} has no batch norm")
+        raise InputError(f"model.sync_batch_norm=true has no effect: {name} has no batch norm")
     return model
