@@ -187,9 +187,8 @@ def own_traceback(error: BaseException) -> str | None:
     calls = [place for place, (frame, _) in enumerate(frames) if frame.f_code is call.__code__]
     if not own and not calls:
         return None
-    first = own[0] if own else len(frames)
-    callers = [place for place in range(first) if _is_call(frames[place][0])]
-    called = _describe(frames[callers[-1] if callers else first][0])
+    callers = [place for place in range(own[0]) if _is_call(frames[place][0])] if own else calls
+    called = _describe(frames[callers[-1] if callers else own[0]][0])
     stack = traceback.StackSummary.extract(frames[place] for place in own)
     lines = [f"{called} raised {type(error).__name__}", *(["Traceback (most recent call last):"] if own else [])]
     return "\n".join(lines) + "\n" + "".join([*stack.format(), *traceback.format_exception_only(error)]).rstrip("\n")

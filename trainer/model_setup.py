@@ -3,6 +3,7 @@
 import random
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -97,6 +98,10 @@ def check_contracts(
         if is_import_path(section["name"]):
             (transform,) = build_transforms([section])
             pixels = contracts.check_transform(section["name"], transform, pixels, may_be_empty)
+    if is_import_path(recipe.optimizer["name"]) or any(
+        is_import_path(g.get("name")) for g in recipe.optimizer["groups"]
+    ):
+        contracts.check_optimizer(partial(build_optimizer, recipe.optimizer), module)
     if is_import_path(schedule):
         options = {key: value for key, value in recipe.schedule.items() if key not in ("name", *COMMON_OPTIONS)}
         contracts.check_schedule(schedule, schedule_of(schedule), options, plan.samples_per_epoch)

@@ -5,6 +5,7 @@ raises pass through: see configs/imported.py.
 """
 
 import contextlib
+import copy
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from shardstep.configs.components import first_line
 from shardstep.configs.durations import Progress
 from shardstep.configs.errors import InputError
+from shardstep.configs.imported import call
 from shardstep.datasets.augment import Transform
 from shardstep.datasets.rng import Draws
 from shardstep.trainer.optim.schedules import Clock
@@ -43,6 +46,10 @@ SCHEDULE = (
     "a schedule takes a Clock and returns the factor on the learning rate, a finite number, without keeping any state"
 )
 AVERAGE = "an average takes slow, fast and share_done, changes the tensors of slow in place, and returns None"
+OPTIMIZER = (
+    "an optimizer takes parameter groups, and keeps what it remembers of earlier steps in self.state, as tensors and numbers "
+    "by parameter, or in its param_groups: a checkpoint has these alone"
+)
 PROBED_SAMPLES = 16
 _TOLERANCE = 1e-3  # relative; a sum in another order rounds otherwise
 
@@ -53,7 +60,7 @@ def check_model(name: str, module: nn.Module, images: Tensor, num_classes: int) 
     Raises:
         InputError: its outputs have neither the shape of logits nor that of the images.
     """
-    outputs = module(images)
+    outputs = call(f"model.name={name}", module, images)
     if not _is_float(outputs) or outputs.shape not in ((len(images), num_classes), images.shape):
         raise InputError(
             f"model.name={name} returned {_kind(outputs)} for images {_kind(images)} and {num_classes} classes: {MODEL}"
@@ -151,6 +158,37 @@ def check_average(name: str, function: Callable[..., Any], options: dict[str, An
         returned = function(slow, fast, 1.0, **options)
     if returned is not None or slow[0] is not kept or kept.shape != (3,):
         raise InputError(f"average.name={name} returned {_kind(returned)}: {AVERAGE}")
+
+
+def check_optimizer(build: Callable[[nn.Module], Optimizer], module: nn.Module) -> None:
+    """Check on copies of a model that an optimizer goes on equally after its state was saved and loaded.
+
+    Raises:
+        InputError: it does not.
+    """
+    one, other = copy.deepcopy(module), copy.deepcopy(module)
+    optimizer = build(one)
+    for _ in range(2):
+        _step(optimizer, one)
+    other.load_state_dict(one.state_dict())
+    resumed = build(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its_module in ((optimizer, one), (resumed, other)):
+        _step(each, its_module)
+    for (name, value), resumed_value in zip(one.named_parameters(), other.parameters(), strict=True):
+        if not torch.equal(value, resumed_value):
+            raise InputError(
+                f"optimizer: the third step of {name} differs after its state was saved and loaded: {OPTIMIZER}"
+            )
+
+
+def _step(optimizer: Optimizer, module: nn.Module) -> None:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for value in module.parameters():
+            if value.requires_grad:
+                value.grad = 0.1 * value + 0.01
+        optimizer.step()
 
 
 def _draws(pixels: Tensor, part: slice) -> Draws:
