@@ -233,10 +233,8 @@ def _import_from(path: Path, head: str) -> ModuleType:
 
 
 def _import_file(file: Path) -> ModuleType:
-    """Import a file under its own name, or under one that no library uses."""
-    name = file.stem
-    if not name.isidentifier() or name in sys.modules or _is_elsewhere(name, file.parent):
-        name = f"{name}_{zlib.crc32(str(file).encode()):08x}"
+    """Import a file under a name that no library looks for, as some do for `datasets` or `wandb`."""
+    name = f"{file.stem}_{zlib.crc32(str(file).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
