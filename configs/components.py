@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 SIMPLE_TYPES = (bool, int, float, str)
+_TOLD = ("pretrained",)  # options of every model that a builder may take, too
 
 
 def neighbours(word: str, known: Collection[str]) -> str:
@@ -64,7 +65,8 @@ def resolve_options(
     if not isinstance(name, str) or not all(isinstance(key, str) for key in given):
         return dict(given), [f"{section} must map names to values, including one `name`, not {dict(given)}"]
     if name not in functions:
-        return dict(given), [f"{section}.name={name} is unknown; {neighbours(str(name), functions)}"]
+        hint = f"give a function of it, {name}:FUNCTION" if name.endswith(".py") else neighbours(name, functions)
+        return dict(given), [f"{section}.name={name} is unknown; {hint}"]
 
     function, problems = functions[name], []
     defaults = options_of(function)
@@ -79,12 +81,19 @@ def resolve_options(
             try:
                 hint = common[key][0] if key in common else hint_of(function, key)
                 resolved[key] = convert(given[key], hint)
-                check_limits(key, resolved[key])
+                check_limits(key, resolved[key], default)
             except ValueError as error:
                 problems.append(f"{section}.{key}: {error}")
+    problems += [
+        f"{section}.name={name}: its option {key} has the name of a key of every {section}: rename it"
+        for key in ("name", *common)
+        if key in defaults and key not in _TOLD
+    ]
     for key in given:
         if key != "name" and key not in defaults and key not in common:
             hint = neighbours(key, [*defaults, *common])
+            if key in inspect.signature(function).parameters:
+                hint = f"options come after a * in its signature, {inspect.signature(function)}"
             problems.append(f"{section}.{key} is not an option of {name}; {hint}")
     return resolved, problems
 
@@ -131,24 +140,32 @@ LIMITS: dict[str, tuple[float, float]] = {
 """Smallest and largest value of an option, wherever an option has this name; in a list, of each number."""
 
 
-def check_limits(key: str, value: Any) -> None:
-    """Check an option's numbers against LIMITS.
+def check_limits(key: str, value: Any, default: Any = None) -> None:
+    """Check an option's numbers against LIMITS, unless its own default is outside of them: then its name means another thing.
 
     Raises:
         ValueError: a number is outside its limits; the message gives them.
     """
     least, most = LIMITS.get(key, (-math.inf, math.inf))
+    if isinstance(default, (int, float)) and not least <= default <= most:
+        return
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, (int, float)) and not least <= number <= most:
             raise ValueError(f"{number} must be at least {least}" + (f" and at most {most}" if most < math.inf else ""))
 
 
 def hint_of(function: Callable, key: str) -> Any:
-    """Return a parameter's type in terms that OmegaConf knows: without the tensors that torch's optimizers also accept."""
+    """Return a parameter's type in terms that OmegaConf knows: without the tensors that torch's optimizers also accept.
+
+    That of a parameter without an annotation is the type of its default.
+    """
     target = function.__init__ if inspect.isclass(function) else function
+    parameter = inspect.signature(function).parameters[key]
+    if parameter.annotation is inspect.Parameter.empty:
+        return type(parameter.default) if isinstance(parameter.default, SIMPLE_TYPES) else Any
     try:
         return _without_tensors(typing.get_type_hints(target).get(key, Any))
-    except NameError:  # an annotation that only type checkers resolve
+    except (NameError, AttributeError, TypeError):  # an annotation that only type checkers resolve
         return Any
 
 
@@ -160,7 +177,7 @@ def _without_tensors(hint: Any) -> Any:
             for argument in arguments
             if argument in (*SIMPLE_TYPES, type(None)) or typing.get_origin(argument) is not None
         )
-        return typing.Union[kept] if kept else Any  # noqa: UP007 - built from a tuple
+        return typing.Union[kept] if set(kept) - {type(None)} else Any  # noqa: UP007 - built from a tuple
     if origin is tuple and Ellipsis in arguments:  # OmegaConf has no tuples of any length
         return list[arguments[0]]  # type: ignore[valid-type]
     if origin is tuple:

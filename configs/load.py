@@ -34,6 +34,7 @@ class LoadedRecipe:
     source: str = ""  # the path or name that was given
     problems: list[str] = field(default_factory=list)  # what could not be read
     notes: list[str] = field(default_factory=list)  # what the user should know
+    folders: tuple[Path, ...] = ()  # where files of code that it names are looked for, in this order
     given_folders: dict[str, str] = field(default_factory=dict)
     """data.train and data.test, where an override without a data.source beside it gives another folder than the file."""
     for_device: Callable[[str], "LoadedRecipe"] | None = None
@@ -76,7 +77,8 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
         InputError: the recipe does not exist, or is not YAML. Problems inside it are returned in `problems`.
     """
     path, overrides = find_recipe(name), list(overrides)
-    loaded = LoadedRecipe(Recipe(), source=name)
+    beside = (path.absolute().parent,) if path == Path(name) else ()  # a built-in recipe has no code beside it
+    loaded = LoadedRecipe(Recipe(), source=name, folders=(*beside, Path.cwd()))
     config = OmegaConf.structured(Recipe)
     for node in (config, *(config[section] for section in _SECTIONS)):
         OmegaConf.set_readonly(node, False)  # OmegaConf makes the sections of frozen dataclasses read-only
@@ -149,7 +151,7 @@ def _real_path(folder: str) -> str:
 def source_name(source: str) -> str:
     """Return a short name for a source of images: cifar10, digits, synthetic-N, or that of its folder or archive."""
     name = os.path.basename(os.path.abspath(os.path.expanduser(source)))
-    return re.sub(r"\.(tar|tar\.gz|tgz|npz|parquet)$", "", name).replace(":", "-")
+    return re.sub(r"\.(tar|tar\.gz|tgz|npz|parquet)$", "", name).replace(".py:", "-").replace(":", "-")
 
 
 def recipe_text(recipe: Recipe) -> str:

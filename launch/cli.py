@@ -103,8 +103,11 @@ def run(command: Callable[[list[str]], int], arguments: list[str], name: str | N
             launch_env.check_started_once(name, ON_RANKS)
         try:
             return command(arguments)
-        except Exception:
+        except Exception as error:
             raise_if_interrupted()
+            if report := _own_report(error):
+                _print_error(report, everywhere=False)
+                return FAILED
             raise
     except InputError as error:
         _print_error(f"error: {error}", error.everywhere)
@@ -166,6 +169,21 @@ def leave(code: int) -> NoReturn:
 def page_width() -> int:
     """Return the columns for wrapped text: those of the terminal, at most 120; 80 when piped."""
     return min(shutil.get_terminal_size().columns, 120)
+
+
+def _own_report(error: Exception) -> str | None:
+    """Return what to print of an error that code of the recipe has raised, not ours; None for any other."""
+    imported = sys.modules.get("shardstep.configs.imported")
+    if imported is None or isinstance(error, InputError | TrainingFailed) or is_out_of_memory(error):
+        return None
+    text = imported.own_traceback(error)
+    if text is None:
+        return None
+    from shardstep.trainer.distributed.collectives import is_lost_rank
+
+    if is_lost_rank(error):
+        return None
+    return f"failed: {f'rank {launch_env.rank()}: ' if launch_env.is_launched() else ''}{text}"
 
 
 def _reason(error: OSError) -> str:

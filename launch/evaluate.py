@@ -22,6 +22,7 @@ from pathlib import Path
 
 from shardstep.configs.text import printable
 from shardstep.launch.cli import run_script
+from shardstep.launch.trust import add_trust_option, trust_if_asked
 
 
 def main(arguments: list[str]) -> int:
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("--data", help="test shards (default: those of the run)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
+    add_trust_option(parser)
     args = parser.parse_args(arguments)
 
     from shardstep.configs.resolve import with_keys
@@ -42,6 +44,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.evaluation import evaluate
     from shardstep.trainer.formats.candidates import MEMORY_FORMATS
 
+    trust_if_asked(args)
     weights, run_dir = trained_model.find_weights(args.run)
     note = trained_model.unfinished_note(args.run, weights)
     if note and launch_env.is_first_rank():

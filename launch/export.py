@@ -16,6 +16,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file
 from shardstep.configs.text import count, printable
 from shardstep.launch.cli import FAILED, run_script
+from shardstep.launch.trust import add_trust_option, trust_if_asked
 
 
 def main(arguments: list[str]) -> int:
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--pixels", choices=["uint8", "float32"], default="uint8", help=pixels)
     parser.add_argument("--out", type=Path, help="the file (default: exported.<suffix>, in the run's folder)")
     parser.add_argument("--data", help="shards of images to compare on (default: the run's test set)")
+    add_trust_option(parser)
     args = parser.parse_args(arguments)
 
     from shardstep.trainer.analysis.export_formats import FORMATS, ExportFailed, export
@@ -34,6 +36,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.data import other_mode_note
 
     suffix = FORMATS[args.format].suffix
+    trust_if_asked(args)
     trained = open_trained_model(args.run, "cpu")
     for note in (unfinished_note(args.run, trained.weights), trained.crop_note):
         if note:

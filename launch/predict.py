@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, printable
 from shardstep.launch.cli import run_script
+from shardstep.launch.trust import add_trust_option, trust_if_asked
 
 if TYPE_CHECKING:
     from shardstep.trainer.analysis.file_predictions import FilePrediction
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of the table")
     parser.add_argument("--grid", type=Path, metavar="PICTURE", help="draw images with predictions, such as a.png")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
+    add_trust_option(parser)
     args = parser.parse_args(arguments)
     if args.top < 1:
         raise InputError(f"--top={args.top} is not a number of classes: give 1 or more")
@@ -47,6 +49,7 @@ def main(arguments: list[str]) -> int:
 
     if args.grid:
         check_picture("--grid", args.grid)
+    trust_if_asked(args)
     trained = open_trained_model(args.run, args.device)
     for note in (unfinished_note(args.run, trained.weights), trained.crop_note):
         if note:

@@ -14,6 +14,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file, write_atomically
 from shardstep.configs.text import count, printable
 from shardstep.launch.cli import run_script
+from shardstep.launch.trust import add_trust_option, trust_if_asked
 
 
 def main(arguments: list[str]) -> int:
@@ -22,6 +23,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--out", type=Path, help="the page (default: report.html, in the folder of a single run)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
+    add_trust_option(parser)
     args = parser.parse_args(arguments)
     out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
     check_output_file("--out", out)
@@ -32,6 +34,7 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer.analysis.trained_model import find_device
 
     find_device(args.device)
+    trust_if_asked(args)
     problems, records = [], []
     first_named: dict[Path, Path] = {}
     for folder in args.runs:

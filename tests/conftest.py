@@ -1,4 +1,4 @@
-"""Fixtures: small data sets made once, and a cache folder of the tests' own."""
+"""Fixtures: small data sets made once, and folders for the cache and the state that are the tests' own."""
 
 import os
 import signal
@@ -18,10 +18,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["SHARDSTEP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
     yield
-    del os.environ["SHARDSTEP_CACHE"]
+    del os.environ["SHARDSTEP_CACHE"], os.environ["XDG_STATE_HOME"]
 
 
 @pytest.fixture(scope="session")

@@ -38,11 +38,12 @@ ROOMS = {
     "models": {"distributed"},
     "optim": {"distributed", "models"},
     "checkpoints": {"distributed"},
+    "own_code": {"distributed", "optim"},
     "formats": {"kernels", "models", "optim"},
     "stopping": {"distributed"},
     "monitoring": set(),
     # The rooms of those who look at runs from outside: they use the training path, which knows nothing of them.
-    "analysis": {"checkpoints", "models", "monitoring", "optim", "root"},
+    "analysis": {"checkpoints", "models", "monitoring", "optim", "own_code", "root"},
     "doctor": {"distributed", "kernels", "monitoring", "root"},
 }
 FOR_ALL_ROOMS = {"state", "machine"}  # files at trainer's root that import nothing else of trainer

@@ -97,8 +97,13 @@ class Data(Parts):
 
     def first_samples(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return up to `count` first training samples: normalized images (count, C, H, W) and their labels."""
+        images, labels = self.first_pixels(count, device)
+        return self.normalize(images), labels
+
+    def first_pixels(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return up to `count` first training samples: uint8 images (count, H, W, C) and their labels."""
         images, labels = self.train_reader.read(self.train.first(count))
-        return self.normalize(images.to(device)), labels.to(device)
+        return images.to(device), labels.to(device)
 
     def first_labels(self, count: int, device: torch.device) -> Tensor:
         """Return as many labels as that, those of the first training sample again and again."""

@@ -1,18 +1,25 @@
 """Set up the model of a run: build and initialize it, set its precision, build its optimizer, wrap it for all ranks."""
 
+import random
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.imported import is_import_path
+from shardstep.configs.recipe_code import names_of_code
 from shardstep.configs.resolve import ResolvedRecipe
 from shardstep.configs.schema import Recipe
 from shardstep.configs.text import count
+from shardstep.datasets.augment import build_transforms
 from shardstep.datasets.batches import micro_pieces
+from shardstep.datasets.framing import RANDOM_CROP
 from shardstep.trainer.checkpoints.checkpoint import read_weights
 from shardstep.trainer.data import Data
 from shardstep.trainer.distributed import ddp
@@ -24,9 +31,12 @@ from shardstep.trainer.kernels.max_pool import convert_max_pools
 from shardstep.trainer.models import TORCHVISION, build_model
 from shardstep.trainer.models.pretrained import fit_weights, read_weights_file
 from shardstep.trainer.monitoring.display import Display
+from shardstep.trainer.optim.average import average_of
 from shardstep.trainer.optim.losses import Objective, build_objective, check_labels, check_outputs, class_weights
 from shardstep.trainer.optim.optimizers import build_optimizer
 from shardstep.trainer.optim.plan import Plan
+from shardstep.trainer.optim.schedules import COMMON_OPTIONS, schedule_of
+from shardstep.trainer.own_code import contracts
 from shardstep.trainer.precision import halve
 from shardstep.trainer.run_dir import find_weights
 from shardstep.trainer.state import TrainState
@@ -45,6 +55,9 @@ def initial_model(
         InputError: the model does not fit the images or the loss.
     """
     torch.manual_seed(recipe.run.seed)
+    if is_import_path(recipe.model["name"]):  # which may take its initial weights from anywhere
+        random.seed(recipe.run.seed)
+        np.random.seed(recipe.run.seed % 2**32)
     module = build_model(recipe.model, loaded.image_shape, loaded.num_classes)
     if recipe.model["pretrained"] and not resumed:
         _load_pretrained(recipe.model["name"], module, recipe.model["pretrained"], loaded.num_classes, display)
@@ -52,6 +65,8 @@ def initial_model(
     images, _ = loaded.first_samples(2, device)
     with torch.no_grad():
         module.eval()
+        if is_import_path(recipe.model["name"]):
+            contracts.check_model(recipe.model["name"], module, images, loaded.num_classes)
         check_outputs(recipe.loss, module(images).float(), images)
         _check_shrunk(recipe, module, images)
         module.train()
@@ -81,6 +96,45 @@ def _load_pretrained(name: str, module: nn.Module, pretrained: bool | str, num_c
 def _read_weights(place: str) -> dict[str, Tensor]:
     path = Path(place)
     return read_weights(find_weights(path)[0]) if path.is_dir() else read_weights_file(path)
+
+
+def check_contracts(
+    recipe: Recipe, module: nn.Module, objective: Objective, loaded: Data, plan: Plan, device: torch.device
+) -> None:
+    """Check on the first training samples what the recipe names by import path; nothing where it names nothing so.
+
+    Raises:
+        InputError: something breaks its contract, see own_code/contracts.py.
+    """
+    if not names_of_code(recipe):
+        return
+    may_be_empty = 0 in _micro_batch_sizes(recipe, plan)
+    model, loss = recipe.model["name"], recipe.loss["name"]
+    schedule, average = recipe.schedule["name"], recipe.average["name"]
+    with torch.no_grad():
+        images, labels = loaded.first_samples(contracts.PROBED_SAMPLES, device)
+        module.eval()
+        if is_import_path(model) and may_be_empty:
+            contracts.check_empty_batch(model, module, images)
+        if is_import_path(loss):
+            contracts.check_loss(loss, objective.training_loss, module(images), labels)
+        module.train()
+    pixels, _ = loaded.first_pixels(contracts.PROBED_SAMPLES, device)
+    sections = [entry for entry in recipe.data.augment if entry["name"] != RANDOM_CROP]
+    for section in sections:
+        if is_import_path(section["name"]):
+            (transform,) = build_transforms([section])
+            pixels = contracts.check_transform(section["name"], transform, pixels, may_be_empty)
+    if is_import_path(recipe.optimizer["name"]) or any(
+        is_import_path(g.get("name")) for g in recipe.optimizer["groups"]
+    ):
+        contracts.check_optimizer(partial(build_optimizer, recipe.optimizer), module)
+    if is_import_path(schedule):
+        options = {key: value for key, value in recipe.schedule.items() if key not in ("name", *COMMON_OPTIONS)}
+        contracts.check_schedule(schedule, schedule_of(schedule), options, plan.samples_per_epoch)
+    if is_import_path(average):
+        options = {key: value for key, value in recipe.average.items() if key not in ("name", "every")}
+        contracts.check_average(average, average_of(average), options)
 
 
 def initialize(recipe: Recipe, module: nn.Module, loaded: Data, device: torch.device) -> float:

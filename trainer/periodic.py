@@ -1,6 +1,7 @@
 """The periodic work of the loop, done by all ranks: evaluate, and save a checkpoint."""
 
 from shardstep.configs.load import recipe_text
+from shardstep.configs.recipe_code import as_kept
 from shardstep.trainer.checkpoints import checkpoint
 from shardstep.trainer.distributed.buffers import flatten_buffers
 from shardstep.trainer.distributed.collectives import gather_buffers
@@ -45,7 +46,7 @@ def save(run: Run, clock: Stopwatch) -> None:
     buffers = gather_buffers(accelerator, flatten_buffers(state.module))  # all ranks
     if accelerator.is_main_process:
         metrics.sync()  # the lines up to this step are on disk before the checkpoint is
-        snapshot = checkpoint.take_snapshot(state, recipe_text(run.recipe), accelerator.num_processes, buffers)
+        snapshot = checkpoint.take_snapshot(state, recipe_text(as_kept(run.recipe)), accelerator.num_processes, buffers)
         run.saver.save(snapshot, lambda: run.watchdog.beat(state.progress.step, "saving"))
         run.requests.remove_files()
     run.requests.restart()

@@ -7,6 +7,7 @@ from accelerate import PartialState
 from torch import nn
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.recipe_code import code_of
 from shardstep.configs.schema import Recipe
 from shardstep.trainer import machine
 from shardstep.trainer.distributed.collectives import broadcast_object, raise_on_all_ranks
@@ -48,7 +49,8 @@ def resolve_precision(
     with raise_on_all_ranks(world):
         if len(found) > 1 and world.is_main_process:
             batch = min(max(plan.global_batch_size // plan.world_size, 1), recipe.train.max_micro_batch)
-            question = Question(found, recipe.model, recipe.loss, data.image_shape, data.num_classes, batch)
+            of_model = (recipe.model, recipe.loss, data.image_shape, data.num_classes)
+            question = Question(found, *of_model, batch, code_of(recipe).digest)
             answer = measured_answer(
                 question, module, objective, lambda count: data.first_samples(count, world.device), measure_anew
             )

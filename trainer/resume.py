@@ -16,6 +16,7 @@ from shardstep.configs.durations import Duration
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import partial_of, write_atomically
 from shardstep.configs.load import load_recipe, save_recipe
+from shardstep.configs.recipe_code import as_kept
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved, choices_of, with_keys
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.configs.selection import selection_without_paths
@@ -31,6 +32,7 @@ from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, excludes
 from shardstep.trainer.metrics import cut_lines
 from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.optim.plan import Plan
+from shardstep.trainer.own_code.kept_code import code_changes, keep_code
 from shardstep.trainer.run_dir import RunDir
 from shardstep.trainer.state import TrainState
 from shardstep.trainer.validate_recipe import validate_recipe
@@ -55,6 +57,7 @@ _MATHEMATICS = {
 }
 _EVALUATED = {"eval": ["views", "sure_above", "threshold"], "data": ["validation", "fold", "split_seed"]}
 _MICRO_BATCH = "train.max_micro_batch"  # mathematics only with batch norm, whose statistics are those of a micro-batch
+_CODE = "code"  # files and packages that the recipe names by import path
 # Seconds to wait for the last attempt's lock: a network file system keeps a crashed node's locks for a lease, often 90 s.
 _RESTART_PATIENCE_S = 120.0
 # These determine the order of samples in an epoch.
@@ -142,11 +145,14 @@ def find_resume(recipe: Recipe) -> Resume:
 
 
 def _check_same_run(folder: Path, path: Path, recipe: Recipe) -> None:
-    saved = as_resolved(validate_recipe(load_recipe(str(path / RECIPE))))
+    # The names of its code stay as they are: it does not run.
+    saved = as_resolved(validate_recipe(replace(load_recipe(str(path / RECIPE)), folders=())))
     wrong = [key for key in recipe.run.allow_changes if not _is_compared(key, saved, recipe)]
     if wrong:
         raise InputError(f"run.allow_changes: these keys may change anyway, or do not exist: {', '.join(wrong)}")
     differences = _differences(saved, recipe)
+    if changes := code_changes(recipe, RunDir(folder).code_json_path):
+        differences[_CODE] = changes
     refused = {key: change for key, change in differences.items() if key not in recipe.run.allow_changes}
     if refused:
         raise _another_recipe(
@@ -182,7 +188,7 @@ def _check_micro_batches(saved: Recipe, recipe: Recipe, plan: Plan, module: nn.M
 
 
 def _is_compared(key: str, saved: Recipe, given: Recipe) -> bool:
-    if key in ("data.test", _MICRO_BATCH):  # compared when the checkpoint is loaded
+    if key in ("data.test", _MICRO_BATCH, _CODE):  # compared when the checkpoint is loaded, or with code.json
         return True
     section, _, name = key.partition(".")
     if section in OPEN_SECTIONS:
@@ -249,7 +255,9 @@ def claim(
             aside = _begin(run_dir, display.warn) if run_is_new else None
             if aside:
                 display.note(f"moved the old run in {run_dir.path} to {aside}")
-            save_recipe(recipe, run_dir.config_path)
+            save_recipe(as_kept(recipe), run_dir.config_path)
+            if warning := keep_code(recipe, run_dir.code_path, run_dir.code_json_path):
+                display.warn(warning)
             write_atomically(run_dir.train_manifest_path, manifest_bytes(train))
             checkpoint_files.sweep(run_dir.checkpoints_path)
             checkpoint_files.set_aside(run_dir.checkpoints_path, state.progress.step)
@@ -288,6 +296,7 @@ def _is_taken(run_dir: RunDir) -> bool:
 
 def _differences(saved: Recipe, given: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return the keys that affect a run's mathematics and differ, with their old and new values."""
+    given = as_kept(given)  # where its code lies does not matter
     pairs = {
         f"{section}.{key}": (getattr(getattr(saved, section), key), getattr(getattr(given, section), key))
         for section, keys in _MATHEMATICS.items()

@@ -11,6 +11,7 @@ checkpoints/step-NNNNNNNN/   see checkpoints/checkpoint_files.py
 summary.json                 how the last start ended
 model.safetensors            the final weights
 predictions.npz              the model's predictions for the test set, kept for reports
+code/, code.json             copies of the files that the recipe names by import path, and their sha256
 
 Those of a process, which stopping/ names:
 STOP, SAVE                   requests: stop the run, save its state
@@ -27,6 +28,7 @@ from typing import Any, Literal
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.configs.load import LoadedRecipe, load_recipe
+from shardstep.configs.recipe_code import CODE
 from shardstep.trainer.checkpoints.checkpoint_files import (
     AVERAGE,
     WEIGHTS,
@@ -72,6 +74,8 @@ class RunDir:
     weights_path = _Name(WEIGHTS)
     predictions_path = _Name("predictions.npz")
     checkpoints_path = _Name("checkpoints")
+    code_path = _Name(CODE)
+    code_json_path = _Name("code.json")
 
     @property
     def is_run(self) -> bool:
@@ -172,17 +176,26 @@ class RunDir:
         return "stopped" if by_user else summary["status"]
 
 
+def run_dir_of(path: Path) -> RunDir:
+    """Return the folder of a run, given that or one of its checkpoints.
+
+    Raises:
+        InputError: it is neither.
+    """
+    resolved = path.resolve()
+    for place in (resolved, resolved.parent.parent):
+        if (found := RunDir(place)).is_run:
+            return found
+    raise InputError(f"{path} is neither a run's folder nor a checkpoint of one: no {RunDir(path).config_path.name}")
+
+
 def find_weights(path: Path) -> tuple[Path, RunDir]:
     """Find the weights of a checkpoint or a run: the final ones if it is finished, else of its newest intact checkpoint.
 
     Raises:
         InputError: there are none, or they are damaged.
     """
-    resolved = path.resolve()
-    run_dir = next((found for place in (resolved, resolved.parent.parent) if (found := RunDir(place)).is_run), None)
-    if run_dir is None:
-        name = RunDir(path).config_path.name
-        raise InputError(f"{path} is neither a run's folder nor a checkpoint of one: no {name}")
+    resolved, run_dir = path.resolve(), run_dir_of(path)
     if run_dir.path != resolved:
         problems = problems_of(resolved, only=(WEIGHTS, AVERAGE))
         if problems:

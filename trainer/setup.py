@@ -12,6 +12,7 @@ from shardstep.trainer.distributed.collectives import broadcast_object, raise_on
 from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.optim.average import Average
 from shardstep.trainer.optim.plan import make_plan
+from shardstep.trainer.own_code.kept_code import check_same_code
 from shardstep.trainer.precision import resolve_precision
 from shardstep.trainer.run import Run, assemble
 from shardstep.trainer.run_dir import RunDir
@@ -35,6 +36,7 @@ def build(
     Raises:
         InputError: the data, the model and the number of ranks do not fit together, or the run's folder is taken.
     """
+    check_same_code(world, recipe)
     recipe = resume.with_choices_of_rank_0(world, recipe)
     run_dir = RunDir(Path(recipe.run.dir))
     with raise_on_all_ranks(world):
@@ -56,6 +58,7 @@ def build(
         initialized_s = model_setup.initialize(recipe, module, loaded, world.device)
     with raise_on_all_ranks(world):
         objective = model_setup.training_objective(recipe, loaded, world.device)
+        model_setup.check_contracts(recipe, module, objective, loaded, plan, world.device)
     compute, measured = resolve_precision(world, recipe, module, objective, loaded, plan, display, measure_anew)
     order_version = data.choose_order_version(recipe.data)
     choices = (compute.precision, compute.memory_format, compute.convolutions, order_version, crop_version)

@@ -12,13 +12,16 @@ from shardstep.configs.components import convert, resolve_options
 from shardstep.configs.durations import duration_problems
 from shardstep.configs.errors import InputError
 from shardstep.configs.held_out import held_out_problems
+from shardstep.configs.imported import is_import_path, is_place, with_imported
 from shardstep.configs.load import LoadedRecipe
+from shardstep.configs.recipe_code import with_places
 from shardstep.configs.schema import OPEN_SECTIONS, Recipe
 from shardstep.configs.selection import selection_problems
 from shardstep.configs.stop_when import stop_when_problems
 from shardstep.datasets.augment import AUGMENTATIONS, augment_problems
 from shardstep.datasets.framing import LARGEST_SIDE, RANDOM_CROP, RandomResizedCrop, random_crop_problems
 from shardstep.trainer import models
+from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.gradients import gradient_sync_problems
 from shardstep.trainer.distributed.world import choose_device
 from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, excludes
@@ -50,23 +53,35 @@ _CHECKS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 def validate_recipe(loaded: LoadedRecipe) -> Recipe:
     """Resolve every option of a recipe for this machine's device, and check what needs neither data nor ranks.
 
+    Imports the code that the recipe names by import path, so that names become places; without `loaded.folders` they stay as
+    they are, with the options that they have.
+
     Raises:
         InputError: lists all problems, including those found while loading.
     """
     if loaded.for_device:
         loaded = loaded.for_device(choose_device(loaded.recipe.train.device))
     recipe, problems = loaded.recipe, list(loaded.problems)
+    if loaded.folders:
+        recipe, missing = with_places(recipe, loaded.folders)
+        if missing:
+            problem = InputError.from_problems(f"recipe {loaded.source}", [*problems, *missing])
+            problem.everywhere = not launch_env.is_first_rank_of_node()  # perhaps only on this node
+            raise problem
     resolved_sections: dict[str, Any] = {}
     for section in OPEN_SECTIONS:
         functions, common = NAMED[section]
         given = getattr(recipe, section)
+        name = given.get("name")
+        if is_import_path(name) and not is_place(name):  # of a run that is resumed
+            continue
         if section == "model":  # torchvision's are listed only for a name that may be one of them
-            functions = models.models_for(str(given.get("name")))
+            functions = models.models_for(str(name))
         refused = optimizers.CANNOT_WORK.get(str(given.get("name")).lower()) if section == "optimizer" else None
         if refused:
             problems.append(f"optimizer.name={given['name']} cannot work here: {refused}")
             continue
-        resolved, found = resolve_options(section, given, functions, common)
+        resolved, found = resolve_options(section, given, with_imported(functions, name), common)
         if not found and section in _CHECKS:
             found = _CHECKS[section](resolved)
         resolved_sections[section] = resolved
@@ -95,7 +110,11 @@ def _resolve_augment(recipe: Recipe) -> tuple[list[dict[str, Any]], list[str]]:
         if not isinstance(given, dict):
             problems.append(f"{where} must be a name, or a mapping of a name and its options, not {entry!r}")
             continue
-        section, found = resolve_options(where, given, *NAMED["augment"])
+        name, (functions, common) = given.get("name"), NAMED["augment"]
+        if is_import_path(name) and not is_place(name):
+            resolved.append(given)
+            continue
+        section, found = resolve_options(where, given, with_imported(functions, name), common)
         resolved.append(section)
         problems += found
     return resolved, problems or augment_problems(resolved, recipe.train.global_batch_size, recipe.data.repeats)

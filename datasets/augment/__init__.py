@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from shardstep.configs.imported import call, is_import_path, load_function
 from shardstep.datasets.augment.checks import augment_problems, smallest_side
 from shardstep.datasets.augment.color import blur, color_jitter, grayscale
 from shardstep.datasets.augment.geometry import alternating_flip, flip, random_crop, rotate, shrink, translate
@@ -44,10 +45,14 @@ AUGMENTATIONS: dict[str, Callable] = TRANSFORMS | MIXERS
 def build_transforms(sections: Sequence[dict[str, Any]]) -> list[Transform]:
     """Build the transforms of a recipe's checked data.augment."""
     return [
-        partial(TRANSFORMS[section["name"]], **{key: section[key] for key in section if key != "name"})
+        partial(_function(section["name"]), **{key: section[key] for key in section if key != "name"})
         for section in sections
-        if section["name"] in TRANSFORMS
+        if section["name"] in TRANSFORMS or is_import_path(section["name"])
     ]
+
+
+def _function(name: str) -> Callable[..., Tensor]:
+    return partial(call, f"data.augment: {name}", load_function(name)) if is_import_path(name) else TRANSFORMS[name]
 
 
 def build_mixing(sections: Sequence[dict[str, Any]], distance: int = 1) -> Mixing | None:

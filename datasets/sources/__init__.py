@@ -11,6 +11,7 @@ a folder        SRC/<split>/<class>/<file> or SRC/<class>/<file>; <split> is als
 a .tar of one   the same layout inside
                 both also with a table of labels, as metadata.csv|jsonl|parquet or given as LabelOptions
 a .parquet or .arrow file, or a folder of them: images and labels in columns, as Hugging Face's datasets writes them
+path/to/file.py:function or package.module:function, which takes the split and returns a Source
 Tiny ImageNet unpacked, or a folder of ImageNet's archives
 an .npz file of arrays, as MedMNIST has them
 CIFAR-10's own archives, python or binary, packed (.tar.gz) or unpacked
@@ -21,6 +22,7 @@ import os
 from pathlib import Path
 
 from shardstep.configs.errors import InputError
+from shardstep.configs.imported import build, find_function, is_imported_source
 from shardstep.datasets.class_names import class_name
 from shardstep.datasets.input_files import FolderTree
 from shardstep.datasets.manifest import Manifest
@@ -61,6 +63,9 @@ def open_source(source: str, split: str, labels: LabelOptions = NO_OPTIONS) -> S
         return make_synthetic(source, split)
     if source in TORCHVISION_SETS:
         return open_torchvision_set(source, split)
+    if is_imported_source(source):
+        _refuse(labels, source)
+        return _open_imported(find_function(source, [Path.cwd()]), split)
     path = Path(source).expanduser()
     if not path.exists():
         known = "cifar10, digits, synthetic:N, a data set of torchvision, nor a folder or archive that exists"
@@ -82,6 +87,8 @@ def surely_differs(source: str, manifest: Manifest, split: str, labels: LabelOpt
         return made_here or (classes != cifar10.CIFAR10_CLASSES and not os.environ.get("CIFAR10_SOURCE"))
     if source in TORCHVISION_SETS:
         return made_here or is_another_set(made_from, source)
+    if is_imported_source(source):
+        return made_here
     if labels.table is not None:
         return made_from != WRITTEN_ELSEWHERE and not is_labelled_by(made_from, labels, split)
     return made_here or not _shares_a_class(Path(os.path.expanduser(source)), split, classes, made_from)
@@ -100,6 +107,16 @@ def _shares_a_class(source: Path, split: str, classes: list[str], made_from: str
         return not has_splits or not found.isdisjoint(classes)
     except InputError:  # an archive, the source no longer exists, or a name is not UTF-8
         return True
+
+
+def _open_imported(place: str, split: str) -> Source:
+    found = build(f"data.source={place}", place, split)
+    if not isinstance(found, Source):
+        raise InputError(
+            f"{place} returned {type(found).__name__}: a source is a function of the split, train or test, that returns a "
+            f"shardstep.datasets.sources.source.Source"
+        )
+    return found
 
 
 def _open_cifar10(split: str) -> Source:

@@ -12,6 +12,7 @@ from typing import Any
 from shardstep.configs.errors import InputError
 from shardstep.configs.files import check_output_file, write_atomically
 from shardstep.configs.load import load_recipe, recipe_text
+from shardstep.configs.recipe_code import as_kept, code_of
 from shardstep.configs.schema import Recipe
 from shardstep.launch.comparison.pool import Task, share_of_run, visible_gpus
 from shardstep.launch.comparison.results import RunResult, Variant, optimizer_memory, read_result
@@ -267,7 +268,7 @@ def prepare(args: argparse.Namespace, command: str) -> Comparison:
         trials=args.trials or _TRIALS,
         target=args.target,
         base_rates=base_rates,
-        digests={name: hashlib.sha256(recipe_text(recipe).encode()).hexdigest() for name, recipe in recipes.items()},
+        digests={name: _digest(recipe) for name, recipe in recipes.items()},
         probed=with_auto[0] if with_auto else "",
         on_cpu=on_cpu,
         share=share,
@@ -275,6 +276,13 @@ def prepare(args: argparse.Namespace, command: str) -> Comparison:
     )
     _check_same_comparison(comparison)
     return comparison
+
+
+def _digest(recipe: Recipe) -> str:
+    """Return a sha256 of a recipe and of the code that it names."""
+    code = code_of(recipe)
+    content = recipe_text(as_kept(recipe)).encode() + (code.to_json() if code.names else b"")
+    return hashlib.sha256(content).hexdigest()
 
 
 def _option_problems(args: argparse.Namespace, folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ from shardstep.configs.text import count, listed
 from shardstep.datasets.manifest import Manifest
 from shardstep.trainer.analysis.trained_model import read_train_manifest
 from shardstep.trainer.monitoring.status import Line, evaluated_on
-from shardstep.trainer.optim.losses import BINARY, RECONSTRUCTION
+from shardstep.trainer.optim.losses import RECONSTRUCTION, decides_each_class
 from shardstep.trainer.run_dir import RunDir, State
 
 
@@ -48,7 +48,7 @@ class RunRecord:
     def finds_several(self) -> bool:
         """Whether images have several labels, and each class is decided on by itself."""
         several = self.manifest is not None and self.manifest.has_several_labels
-        return several and self.recipe.loss.get("name") in BINARY
+        return several and decides_each_class(str(self.recipe.loss.get("name")))
 
     @property
     def last(self) -> Line:

@@ -25,6 +25,7 @@ from shardstep.trainer import data
 from shardstep.trainer.checkpoints.checkpoint import load_weights
 from shardstep.trainer.models import build_model
 from shardstep.trainer.optim.losses import Objective, build_objective
+from shardstep.trainer.own_code.kept_code import check_trusted
 from shardstep.trainer.run_dir import RunDir, find_weights
 from shardstep.trainer.validate_recipe import validate_recipe
 
@@ -143,12 +144,13 @@ def open_trained_model(
 
 
 def read_recipe(run_dir: RunDir) -> ResolvedRecipe:
-    """Read the recipe of a run, validated.
+    """Read the recipe of a run, validated, and import the code that it names.
 
     Raises:
-        InputError: it cannot be read, or is of another version.
+        InputError: it cannot be read, or is of another version; or it names code that is not trusted.
     """
-    return as_resolved(validate_recipe(run_dir.config))
+    check_trusted(run_dir.config.recipe, run_dir.code_path)
+    return as_resolved(validate_recipe(replace(run_dir.config, folders=(run_dir.path.absolute(),))))
 
 
 def read_train_manifest(run_dir: RunDir) -> Manifest:

@@ -62,6 +62,7 @@ class RankReport:
     threads: int = 1  # that it will use
     shm_bytes: int | None = None  # size of /dev/shm
     recipe_sha256: str | None = None  # of the resolved recipe; None if it is invalid
+    code: Mapping[str, str] = field(default_factory=dict)  # of the recipe: sha256 of files, versions of packages
     data: str | None = None  # fingerprints of training and test set; None if they do not exist
     interface: str | None = None  # the network interface towards MASTER_ADDR
     findings: Sequence[Finding] = ()
@@ -301,7 +302,12 @@ def _same_everywhere(reports: Sequence[RankReport]) -> list[Finding]:
     if len(set(recipes.values())) > 1:  # then the data may differ, too
         remedy = "give every rank the same recipe file and overrides"
         found.append(Finding("error", "recipe", f"the recipe differs: {_values(recipes)} (sha256)", remedy))
-    elif len(set(sets.values())) > 1:
+    for name in sorted({name for report in reports for name in report.code}):
+        own = {report.rank: report.code.get(name, "missing")[:12] for report in reports if report.code}
+        if len(set(own.values())) > 1:
+            remedy = "copy one state of the code to every host, or put it on a shared file system"
+            found.append(Finding("error", "code", f"{name} differs: {_values(own)}", remedy))
+    if len(set(recipes.values())) == 1 and len(set(sets.values())) > 1:
         remedy = "copy one set of shards to every host, or put it on a shared file system"
         found.append(Finding("error", "data", f"the data sets differ: {_values(sets)} (fingerprints)", remedy))
     return found

@@ -27,6 +27,7 @@ import torch
 from shardstep.configs.cores import usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.load import LoadedRecipe, recipe_text
+from shardstep.configs.recipe_code import Code, as_kept, code_of
 from shardstep.configs.resolve import with_keys
 from shardstep.configs.schema import Recipe, TrainConfig
 from shardstep.configs.selection import mix_name
@@ -167,9 +168,10 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
         "backends": world.collective_backends(),
         "launcher": launch,
     }
-    fingerprints, digest = None, None
+    fingerprints, digest, code = None, None, Code()
     if recipe:
-        digest = hashlib.sha256(recipe_text(recipe).encode()).hexdigest()
+        digest = hashlib.sha256(recipe_text(as_kept(recipe)).encode()).hexdigest()
+        code = code_of(recipe)
         facts["recipe"] = {"name": recipe.run.name, "sha256": digest}
         fingerprints, found = _check_data(recipe, has_recipe, device, facts)
         findings += found
@@ -187,6 +189,7 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
         threads=threads.count,
         shm_bytes=facts["shm_bytes"],
         recipe_sha256=digest,
+        code=code.files | code.packages,
         data=fingerprints,
         interface=machine.interface_towards(launch["MASTER_ADDR"]) if has_place else None,
         findings=findings,

@@ -36,10 +36,12 @@ class Question:
     image_shape: tuple[int, int, int]
     num_classes: int
     batch_size: int
+    code: str = ""  # digest of the code that model and loss come from, if the recipe names it by import path
 
     def as_json(self) -> dict[str, Any]:
         """Return everything that the answer depends on."""
-        return dataclasses.asdict(self) | {
+        asked = {key: value for key, value in dataclasses.asdict(self).items() if key != "code" or value}
+        return asked | {
             "formats": [str(compute) for compute in self.formats],
             "image_shape": list(self.image_shape),
             "processor": dataclasses.asdict(machine.read_cpu()),

@@ -13,6 +13,7 @@ from torch import nn
 
 from shardstep.configs.components import options_of
 from shardstep.configs.errors import InputError
+from shardstep.configs.imported import build, is_import_path, with_imported
 from shardstep.trainer.models.article_cnn import article_cnn
 from shardstep.trainer.models.autoencoder import autoencoder
 from shardstep.trainer.models.batch_norm import convert_batch_norm
@@ -43,7 +44,7 @@ checkpoint_activations: whether what is inside the model's blocks is computed ag
 
 def models_for(name: str) -> dict[str, Callable[..., nn.Module]]:
     """Return the models to look a name up in. torchvision's import takes a second, so it happens only if needed."""
-    if name in MODELS:
+    if name in MODELS or is_import_path(name):
         return MODELS
     from shardstep.trainer.models.torchvision_models import torchvision_models
 
@@ -57,19 +58,26 @@ def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_
     Raises:
         InputError: an option does not fit the others, or the images do not fit the model.
     """
+    name = section["name"]
     if section.get("pretrained") == "":
         raise InputError("model.pretrained is empty: give false, true, or the path of a folder or a file")
-    builder = models_for(section["name"])[section["name"]]
+    builder = with_imported(models_for(name), name)[name]
     options = {key: section[key] for key in options_of(builder) if key in section}
-    try:
-        model = builder(image_shape, num_classes, **options)
-    except ValueError as error:
-        raise InputError(f"model.name={section['name']}: {error}") from None
+    if is_import_path(name):
+        model = build(f"model.name={name}", name, image_shape, num_classes, **options)
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"model.name={name} returned {type(model).__name__}: a model is a function of (image_shape, num_classes) "
+                f"that returns a torch.nn.Module"
+            )
+    else:
+        try:
+            model = builder(image_shape, num_classes, **options)
+        except ValueError as error:
+            raise InputError(f"model.name={name}: {error}") from None
     converted = convert_batch_norm(model, section["sync_batch_norm"])
     if section["sync_batch_norm"] and not converted:
-        raise InputError(f"model.sync_batch_norm=true has no effect: {section['name']} has no batch norm")
+        raise InputError(f"model.sync_batch_norm=true has no effect: {name} has no batch norm")
     if section.get("checkpoint_activations") and not recompute_blocks(model):
-        raise InputError(
-            f"model.checkpoint_activations=true has no effect: {section['name']} has no blocks of several layers"
-        )
+        raise InputError(f"model.checkpoint_activations=true has no effect: {name} has no blocks of several layers")
     return model

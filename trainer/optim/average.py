@@ -7,11 +7,13 @@ and fp16 have 8 and 11 bits, and would lose most of an update of 0.002 times a d
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from shardstep.configs.durations import Duration, Progress, duration_problems
+from shardstep.configs.imported import call, is_import_path, load_function
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.state import TrainState
 
@@ -53,7 +55,7 @@ class Average:
 
     def __init__(self, section: dict[str, Any], plan: Plan):
         """`section`: average of the checked recipe."""
-        self._function, self._plan = AVERAGES[section["name"]], plan
+        self._function, self._plan = average_of(section["name"]), plan
         self._options = {key: section[key] for key in section if key not in ("name", "every")}
         self._every = Duration.parse(section["every"]) if "every" in section else None
 
@@ -90,6 +92,15 @@ def averaged(state: TrainState) -> Iterator[None]:
             torch._foreach_copy_(fast, own)
 
 
+def average_of(name: str) -> Callable[..., None]:
+    """Return the function of an average's name."""
+    return partial(call, f"average.name={name}", load_function(name)) if is_import_path(name) else AVERAGES[name]
+
+
 def check_average(section: dict[str, Any]) -> list[str]:
     """Return the problems of the section's values that their types do not show."""
+    if is_import_path(section["name"]) and not isinstance(section.get("every"), str):
+        return [
+            f"average.name={section['name']} needs the option every: str = '1 steps', which says when it is updated"
+        ]
     return duration_problems({"average.every": section["every"]} if "every" in section else {})

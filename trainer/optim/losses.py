@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from shardstep.configs.components import neighbours
 from shardstep.configs.errors import InputError
+from shardstep.configs.imported import call, is_import_path, load_function
 from shardstep.datasets.augment import Labels
 from shardstep.datasets.label_sets import LabelSets
 
@@ -152,7 +153,7 @@ class Objective:
 
     Attributes:
         training_loss: outputs and targets in, one loss per sample out.
-        evaluation_loss: the same without options that only serve training, such as label smoothing.
+        evaluation_loss: the same without options that only serve training, such as label smoothing; an imported one has all.
         reconstructs: whether the images are the targets, so that no output is correct or wrong.
         finds_several: whether each class is decided on by itself, because samples have several labels.
         class_weights: float32 (classes,), of samples in training.
@@ -218,15 +219,27 @@ def build_objective(loss: dict[str, Any], model: dict[str, Any], several_labels:
 
     `several_labels`: whether the targets are shares of all classes.
     """
-    function = LOSSES[loss["name"]]
+    name = loss["name"]
+    options = {key: loss[key] for key in loss if key not in ("name", *COMMON_OPTIONS)}
+    training: Callable[..., Tensor]
+    evaluation: Callable[..., Tensor]
+    if is_import_path(name):
+        training = evaluation = partial(call, f"loss.name={name}", load_function(name), **options)
+    else:
+        training, evaluation = partial(LOSSES[name], **options), LOSSES[name]
     return Objective(
-        training_loss=partial(function, **{key: loss[key] for key in loss if key not in ("name", *COMMON_OPTIONS)}),
-        evaluation_loss=function,
-        reconstructs=loss["name"] in RECONSTRUCTION,
+        training_loss=training,
+        evaluation_loss=evaluation,
+        reconstructs=name in RECONSTRUCTION,
         auxiliary_weight=model.get("auxiliary_weight", 0.0),
         reduction=loss["reduction"],
-        finds_several=several_labels and loss["name"] in BINARY,
+        finds_several=several_labels and decides_each_class(name),
     )
+
+
+def decides_each_class(name: str) -> bool:
+    """Return whether a loss, given several labels, decides on each class by itself; imported ones do."""
+    return name in BINARY or is_import_path(name)
 
 
 def class_weights(
@@ -276,7 +289,7 @@ def check_labels(name: str, labels: LabelSets, where: str) -> None:
     Raises:
         InputError: it does not, or needs shares that sum to 1.
     """
-    if name in BINARY:
+    if decides_each_class(name):
         return
     remedy = f"for labels that hold beside each other, use loss.name={' or '.join(BINARY)}"
     if name != "cross_entropy":
@@ -306,7 +319,7 @@ def check_outputs(loss: dict[str, Any], outputs: Tensor, images: Tensor) -> None
             f"loss.name={name} compares images with images, but the model's outputs have shape "
             f"{tuple(outputs.shape[1:])}: use a model that reconstructs (autoencoder), or one of {', '.join(CLASSIFICATION)}"
         )
-    if name in CLASSIFICATION and outputs.ndim != 2:
+    if name not in RECONSTRUCTION and outputs.ndim != 2:
         raise InputError(
             f"loss.name={name} needs one number per class, but the model's outputs are images: use one of "
             f"{', '.join(RECONSTRUCTION)}, or another model"

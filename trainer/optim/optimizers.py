@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from shardstep.configs.components import check_limits, convert, hint_of, neighbours, options_of, resolve_options
 from shardstep.configs.durations import duration_problems
 from shardstep.configs.errors import InputError
+from shardstep.configs.imported import build, is_import_path, is_place, with_imported
 from shardstep.configs.schema import Precision
 from shardstep.trainer.models.blocks import layer_numbers
 from shardstep.trainer.optim.muon import FilterMuon
@@ -262,7 +263,7 @@ def build_optimizer(
 
 def check_optimizer(section: dict[str, Any]) -> list[str]:
     """Check optimizer.groups and convert their options in place; return the problems."""
-    problems = []
+    problems = _lacking_lr("optimizer", section)
     for place, group in enumerate(section["groups"]):
         where = f"optimizer.groups[{place}]"
         if not isinstance(group, dict) or not set(_SELECTORS) & set(group):
@@ -293,11 +294,13 @@ def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str
     if str(group.get("name")) in CANNOT_WORK:
         return group, [f"{where}.name={group['name']} cannot work here: {CANNOT_WORK[group['name']]}"]
     problems = duration_problems({f"{where}.{key}": group[key] for key in _TIMES if key in group})
+    if is_import_path(group.get("name")) and not is_place(group["name"]):
+        return group, problems
     if "name" in group:
         own = {key: (hint, None) for key, hint in _GROUP_KEYS.items() if key in group}
-        section, found = resolve_options(where, group, OPTIMIZERS, own)
-        return section, problems + found
-    function = OPTIMIZERS[main]
+        section, found = resolve_options(where, group, with_imported(OPTIMIZERS, group["name"]), own)
+        return section, problems + (found or _lacking_lr(where, section))
+    function = with_imported(OPTIMIZERS, main)[main]
     known, converted = options_of(function), {}
     for key, value in group.items():
         if key not in (*_GROUP_KEYS, *known):
@@ -307,10 +310,16 @@ def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str
             continue
         try:
             converted[key] = convert(value, _GROUP_KEYS.get(key) or hint_of(function, key))
-            check_limits(key, converted[key])
+            check_limits(key, converted[key], known.get(key))
         except ValueError as error:
             problems.append(f"{where}.{key}: {error}")
     return converted, problems
+
+
+def _lacking_lr(where: str, section: dict[str, Any]) -> list[str]:
+    if "lr" in section or not is_import_path(section["name"]):
+        return []
+    return [f"{where}.name={section['name']} has no option lr: an optimizer needs one, which schedules multiply"]
 
 
 def _build_one(
@@ -330,6 +339,14 @@ def _build_one(
         arguments["fused"] = True
     if arguments.get("ns_precision") == "auto" and (precision == "bf16" or not on_cpu):
         arguments["ns_precision"] = "bf16"
+    if is_import_path(name):
+        optimizer = build(f"optimizer.name={name}", name, groups, **arguments)
+        if not isinstance(optimizer, Optimizer) or any("lr" not in group for group in optimizer.param_groups):
+            raise InputError(
+                f"optimizer.name={name} returned {type(optimizer).__name__}: an optimizer is a function of (parameters), "
+                f"which are parameter groups, that returns a torch.optim.Optimizer with an `lr` in each group"
+            )
+        return optimizer
     try:
         return OPTIMIZERS[name](groups, **arguments)
     except (ValueError, RuntimeError) as error:

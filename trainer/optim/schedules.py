@@ -7,9 +7,11 @@ are the recipe's options; durations are texts such as "30 epochs".
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from shardstep.configs.durations import Duration, Progress, duration_problems
+from shardstep.configs.imported import call, is_import_path, load_function
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class LearningRate:
     def __init__(self, section: dict[str, Any], duration: Duration, samples_per_epoch: int, global_batch_size: int):
         self._until = lambda end: LearningRate(section, Duration.parse(end), samples_per_epoch, global_batch_size)
         self._parts: dict[str, LearningRate] = {}
-        self._function = SCHEDULES[section["name"]]
+        self._function = schedule_of(section["name"])
         self._options = {key: section[key] for key in section if key not in ("name", *COMMON_OPTIONS)}
         self._duration = duration
         self._samples_per_epoch = samples_per_epoch
@@ -125,10 +127,17 @@ class LearningRate:
         return self._function(Clock(progress, self._samples_per_epoch, fraction), **self._options)
 
 
+def schedule_of(name: str) -> Callable[..., float]:
+    """Return the function of a schedule's name."""
+    return partial(call, f"schedule.name={name}", load_function(name)) if is_import_path(name) else SCHEDULES[name]
+
+
 def check_schedule(section: dict[str, Any]) -> list[str]:
     """Return the problems of a schedule's values that their types do not show."""
-    texts = {f"schedule.{key}": section[key] for key in ("every", "warmup") if section.get(key) is not None}
-    texts |= {f"schedule.milestones[{place}]": text for place, text in enumerate(section.get("milestones") or [])}
+    durations = ("warmup",) if is_import_path(section["name"]) else ("every", "warmup")
+    texts = {f"schedule.{key}": section[key] for key in durations if section.get(key) is not None}
+    if section["name"] == "multistep":
+        texts |= {f"schedule.milestones[{place}]": text for place, text in enumerate(section["milestones"])}
     problems = duration_problems(texts)
     if section["name"] == "one_cycle" and not 0 < section["rise"] < 1:
         problems.append(f"schedule.rise={section['rise']} must be between 0 and 1")
