@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
@@ -35,6 +35,9 @@ class LoadedRecipe:
     problems: list[str] = field(default_factory=list)  # what could not be read
     notes: list[str] = field(default_factory=list)  # what the user should know
     folders: tuple[Path, ...] = ()  # where files of code that it names are looked for, in this order
+    given: set[tuple[str, str]] = field(
+        default_factory=set
+    )  # section and key of each value in the file and the overrides
     given_folders: dict[str, str] = field(default_factory=dict)
     """data.train and data.test, where an override without a data.source beside it gives another folder than the file."""
     for_device: Callable[[str], "LoadedRecipe"] | None = None
@@ -95,6 +98,8 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
 
     own_folders = _data_folders(config.data)
     settings = [_split_override(text, loaded.problems) for text in overrides]
+    applied = [written, *(content for part, content in on_device.items() if _ON_DEVICE[part] == device)]
+    loaded.given = {*_keys_in(applied), *((section, key) for section, key, _ in settings)}
     # Names first: a new name drops the recipe's options of the old one; options on the command line are for the new one.
     settings.sort(key=lambda setting: setting[1] != "name")
     for section, key, value in settings:
@@ -115,6 +120,13 @@ def load_recipe(name: str, overrides: Iterable[str] = (), device: str | None = N
             if folder and _real_path(folder) != _real_path(own_folders[split]):
                 loaded.given_folders[f"data.{split}"] = folder
     return loaded
+
+
+def _keys_in(parts: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """Return section and key of each value in parts of a file that hold sections."""
+    for part in parts:
+        for section, keys in part.items() if isinstance(part, dict) else ():
+            yield from ((section, str(key)) for key in keys) if isinstance(keys, dict) else ()
 
 
 def _choose_training_set(config: DictConfig, overridden: list[str], loaded: LoadedRecipe) -> None:

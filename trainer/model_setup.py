@@ -5,12 +5,14 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
+from shardstep.configs.components import first_line
 from shardstep.configs.errors import InputError
 from shardstep.configs.imported import is_import_path
 from shardstep.configs.recipe_code import names_of_code
@@ -28,13 +30,14 @@ from shardstep.trainer.distributed.world import build_accelerator
 from shardstep.trainer.formats.candidates import MEMORY_FORMATS
 from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, convert_convolutions
 from shardstep.trainer.kernels.max_pool import convert_max_pools
-from shardstep.trainer.models import TORCHVISION, build_model
+from shardstep.trainer.models import TIMM, TORCHVISION, build_model
 from shardstep.trainer.models.pretrained import fit_weights, read_weights_file
 from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.optim.average import average_of
 from shardstep.trainer.optim.losses import Objective, build_objective, check_labels, check_outputs, class_weights
 from shardstep.trainer.optim.optimizers import build_optimizer
 from shardstep.trainer.optim.plan import Plan
+from shardstep.trainer.optim.pytorch_optimizers import PREFIX as PYTORCH_OPTIMIZER
 from shardstep.trainer.optim.schedules import COMMON_OPTIONS, schedule_of
 from shardstep.trainer.own_code import contracts
 from shardstep.trainer.precision import halve
@@ -60,7 +63,7 @@ def initial_model(
         np.random.seed(recipe.run.seed % 2**32)
     module = build_model(recipe.model, loaded.image_shape, loaded.num_classes)
     if recipe.model["pretrained"] and not resumed:
-        _load_pretrained(recipe.model["name"], module, recipe.model["pretrained"], loaded.num_classes, display)
+        _load_pretrained(recipe.model, module, loaded, display)
     module = module.to(device)
     images, _ = loaded.first_samples(2, device)
     with torch.no_grad():
@@ -73,12 +76,17 @@ def initial_model(
     return module
 
 
-def _load_pretrained(name: str, module: nn.Module, pretrained: bool | str, num_classes: int, display: Display) -> None:
+def _load_pretrained(section: dict[str, Any], module: nn.Module, loaded: Data, display: Display) -> None:
+    name, pretrained, num_classes = section["name"], section["pretrained"], loaded.num_classes
     if name.startswith(TORCHVISION):
         from shardstep.trainer.models.torchvision_models import downloaded_weights, misfit_cause, with_new_names
 
         tensors = downloaded_weights(name) if pretrained is True else with_new_names(_read_weights(str(pretrained)))
         cause = f". {misfit_cause(name, pretrained)}"
+    elif name.startswith(TIMM) and pretrained is True:
+        from shardstep.trainer.models.timm_models import pretrained_weights
+
+        tensors, cause = pretrained_weights(name, loaded.image_shape), ""
     elif pretrained is True:
         raise InputError(f"model.pretrained=true: there are no weights of {name} to download; give a folder or a file")
     else:
@@ -106,6 +114,14 @@ def check_contracts(
     Raises:
         InputError: something breaks its contract, see own_code/contracts.py.
     """
+    names = [recipe.optimizer["name"], *(group.get("name") for group in recipe.optimizer["groups"])]
+    if any(is_import_path(name) for name in names):
+        contracts.check_optimizer(partial(build_optimizer, recipe.optimizer), module)
+    elif any(str(name).startswith(PYTORCH_OPTIMIZER) for name in names):
+        try:
+            contracts.check_optimizer(partial(build_optimizer, recipe.optimizer), module)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+            raise InputError(f"optimizer.name={names[0]} cannot work here: {first_line(error)}") from None
     if not names_of_code(recipe):
         return
     may_be_empty = 0 in _micro_batch_sizes(recipe, plan)
@@ -125,10 +141,6 @@ def check_contracts(
         if is_import_path(section["name"]):
             (transform,) = build_transforms([section])
             pixels = contracts.check_transform(section["name"], transform, pixels, may_be_empty)
-    if is_import_path(recipe.optimizer["name"]) or any(
-        is_import_path(g.get("name")) for g in recipe.optimizer["groups"]
-    ):
-        contracts.check_optimizer(partial(build_optimizer, recipe.optimizer), module)
     if is_import_path(schedule):
         options = {key: value for key, value in recipe.schedule.items() if key not in ("name", *COMMON_OPTIONS)}
         contracts.check_schedule(schedule, schedule_of(schedule), options, plan.samples_per_epoch)

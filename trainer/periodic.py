@@ -7,6 +7,7 @@ from shardstep.trainer.distributed.buffers import flatten_buffers
 from shardstep.trainer.distributed.collectives import gather_buffers
 from shardstep.trainer.evaluation import Evaluation
 from shardstep.trainer.metrics import Stopwatch
+from shardstep.trainer.optim.average import weights_to_evaluate
 from shardstep.trainer.run import Run
 
 
@@ -46,7 +47,8 @@ def save(run: Run, clock: Stopwatch) -> None:
     buffers = gather_buffers(accelerator, flatten_buffers(state.module))  # all ranks
     if accelerator.is_main_process:
         metrics.sync()  # the lines up to this step are on disk before the checkpoint is
-        snapshot = checkpoint.take_snapshot(state, recipe_text(as_kept(run.recipe)), accelerator.num_processes, buffers)
+        recipe, evaluated = recipe_text(as_kept(run.recipe)), weights_to_evaluate(state)
+        snapshot = checkpoint.take_snapshot(state, recipe, accelerator.num_processes, buffers, evaluated)
         run.saver.save(snapshot, lambda: run.watchdog.beat(state.progress.step, "saving"))
         run.requests.remove_files()
     run.requests.restart()

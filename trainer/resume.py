@@ -31,6 +31,7 @@ from shardstep.trainer.distributed.collectives import broadcast_object, raise_on
 from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS, excludes
 from shardstep.trainer.metrics import cut_lines
 from shardstep.trainer.monitoring.display import Display
+from shardstep.trainer.optim.optimizers import options_in_groups
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.own_code.kept_code import code_changes, keep_code
 from shardstep.trainer.run_dir import RunDir
@@ -218,7 +219,10 @@ def restore(
         with raise_on_all_ranks(world):
             saved = load_recipe(str(found.path / RECIPE)).recipe
             _check_micro_batches(saved, recipe, plan, state.module)
-            checkpoint.load(state, found.path, world.process_index, world.num_processes, new_test_set)
+            checkpoint.load(
+                state, found.path, world.process_index, world.num_processes, new_test_set,
+                options_in_groups(recipe.optimizer),
+            )  # fmt: skip
             if _evaluates_otherwise(saved, recipe):
                 state.best = None  # its score cannot be compared with new ones
         if state.progress.position >= plan.samples_per_epoch:  # a new batch size has made the epoch shorter

@@ -59,9 +59,10 @@ def validate_recipe(loaded: LoadedRecipe) -> Recipe:
     Raises:
         InputError: lists all problems, including those found while loading.
     """
+    notes = loaded.notes
     if loaded.for_device:
         loaded = loaded.for_device(choose_device(loaded.recipe.train.device))
-    recipe, problems = loaded.recipe, list(loaded.problems)
+    recipe, problems = _with_data_of_model(loaded, notes), list(loaded.problems)
     if loaded.folders:
         recipe, missing = with_places(recipe, loaded.folders)
         if missing:
@@ -77,6 +78,8 @@ def validate_recipe(loaded: LoadedRecipe) -> Recipe:
             continue
         if section == "model":  # torchvision's are listed only for a name that may be one of them
             functions = models.models_for(str(name))
+        elif section == "optimizer":
+            functions = optimizers.optimizers_for(name)
         refused = optimizers.CANNOT_WORK.get(str(given.get("name")).lower()) if section == "optimizer" else None
         if refused:
             problems.append(f"optimizer.name={given['name']} cannot work here: {refused}")
@@ -100,6 +103,38 @@ def validate_recipe(loaded: LoadedRecipe) -> Recipe:
     if problems:
         raise InputError.from_problems(f"recipe {loaded.source}", problems)
     return recipe
+
+
+def _with_data_of_model(loaded: LoadedRecipe, notes: list[str]) -> Recipe:
+    """Return the recipe with the sizes and statistics that a model of timm expects, where it gives none; append a note.
+
+    Images get the model's size; with random_resized_crop, evaluation cuts it out of what its crop share makes larger.
+    """
+    recipe = loaded.recipe
+    name, data = recipe.model.get("name"), recipe.data
+    if not (isinstance(name, str) and name.startswith(models.TIMM)) or name not in models.models_for(name):
+        return recipe
+    from shardstep.trainer.models.timm_models import data_config
+
+    config = data_config(name)
+    size = config["input_size"][-1]
+    keys: dict[str, Any] = {}
+    if ("data", "normalize") not in loaded.given:
+        keys["normalize"] = {"mean": list(config["mean"]), "std": list(config["std"])}
+    first = data.augment[0] if data.augment else None
+    crop = {"name": first} if isinstance(first, str) else first
+    if isinstance(crop, dict) and crop.get("name") == RANDOM_CROP:
+        scaling = "bicubic" if config["interpolation"] == "bicubic" else "bilinear"
+        crop = {"size": size, "interpolation": scaling} | crop
+        keys["augment"] = [crop, *data.augment[1:]]
+        if ("data", "resize") not in loaded.given:
+            keys["resize"] = max(crop["size"], int(crop["size"] / config["crop_pct"]))
+    elif ("data", "resize") not in loaded.given:
+        keys["resize"] = size
+    if keys:
+        shown = ", ".join(f"data.{key}={value}" for key, value in keys.items())
+        notes.append(f"as {name} expects: {shown}")
+    return replace(recipe, data=replace(data, **keys))
 
 
 def _resolve_augment(recipe: Recipe) -> tuple[list[dict[str, Any]], list[str]]:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
@@ -56,10 +56,14 @@ class Snapshot:
     rank_buffers: Tensor | None
 
 
-def take_snapshot(state: TrainState, recipe: str, world_size: int, rank_buffers: Tensor | None) -> Snapshot:
+def take_snapshot(
+    state: TrainState, recipe: str, world_size: int, rank_buffers: Tensor | None, evaluated: Mapping[str, Tensor] | None
+) -> Snapshot:
     """Copy a state, between two steps, to the host.
 
-    `rank_buffers`: (world_size, n), each rank's floating-point buffers if they differ; the weights get their mean.
+    Args:
+        rank_buffers: (world_size, n), each rank's floating-point buffers if they differ; the weights get their mean.
+        evaluated: the parameters that are evaluated, by name, if they are not those that are trained.
     """
     kept = weights(state.module)
     if rank_buffers is not None:
@@ -71,7 +75,7 @@ def take_snapshot(state: TrainState, recipe: str, world_size: int, rank_buffers:
         step=state.progress.step,
         world_size=world_size,
         weights=kept,
-        average=None if state.average is None else _contiguous_on_host(state.average),
+        average=None if evaluated is None else _contiguous_on_host(evaluated),
         optimizer=_to_host(state.optimizer.state_dict()),
         facts=json.loads(json.dumps(facts)),  # a copy, too
         recipe=recipe,
@@ -120,11 +124,19 @@ def write_weights(module: nn.Module, path: Path) -> None:
     write_atomically(path, save(weights(module)))
 
 
-def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set: Literal["allow", "refuse"]) -> None:
+def load(
+    state: TrainState,
+    path: Path,
+    rank: int,
+    world_size: int,
+    new_test_set: Literal["allow", "refuse"],
+    options: Collection[str],
+) -> None:
     """Restore a state from an intact checkpoint, in place.
 
     Args:
         state: a new one, with the fingerprints of the current data sets.
+        options: keys of the optimizer's parameter groups whose values are those of the recipe, which may have changed.
         new_test_set: whether the test set may have changed; the best evaluation so far is forgotten then.
 
     Raises:
@@ -138,7 +150,7 @@ def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set
         facts.setdefault("bad_images", 0)  # earlier versions skipped none
         values = {name: facts[name] for name in _FACTS}
         optimizer = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
-        _load_optimizer(state.optimizer, optimizer)
+        _load_optimizer(state.optimizer, optimizer, options)
         if state.scaler is not None and scaler:
             state.scaler.load_state_dict(scaler)
         state.module.load_state_dict(load_file(path / WEIGHTS))
@@ -174,11 +186,11 @@ def load(state: TrainState, path: Path, rank: int, world_size: int, new_test_set
         setattr(state, name, value)
 
 
-def _load_optimizer(optimizer: AcceleratedOptimizer, saved: dict[str, Any]) -> None:
-    """Load an optimizer's state, but keep its options, which the recipe may have changed."""
-    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+def _load_optimizer(optimizer: AcceleratedOptimizer, saved: dict[str, Any], options: Collection[str]) -> None:
+    """Load an optimizer's state, but keep its options."""
+    kept = [{key: group[key] for key in options if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
-    for group, own in zip(optimizer.param_groups, options, strict=True):
+    for group, own in zip(optimizer.param_groups, kept, strict=True):
         group.update(own)
 
 

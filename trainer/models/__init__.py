@@ -25,8 +25,8 @@ from shardstep.trainer.models.recurrent import recurrent
 from shardstep.trainer.models.whitening_cnn import whitening_cnn
 
 _BUILDERS = (article_cnn, autoencoder, convnet, mlp, perceptron, recurrent, whitening_cnn)
-TORCHVISION = "torchvision/"
-"""What the names of torchvision's models begin with."""
+TORCHVISION, TIMM = "torchvision/", "timm/"
+"""What the names of these libraries' models begin with."""
 MODELS: dict[str, Callable[..., nn.Module]] = {builder.__name__: builder for builder in _BUILDERS}
 """shardstep's models. Every classifier of torchvision is available, too, as torchvision/<name>."""
 
@@ -36,16 +36,24 @@ COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {
 """Options of every model: type and default.
 
 pretrained: weights to begin with: the folder of a run or of a checkpoint, or a file (.safetensors, or of torch.save); true
-    downloads those of torchvision's models. A head for another number of classes is new.
+    downloads those of torchvision's and timm's models. A head for another number of classes is new.
 sync_batch_norm: whether batch statistics are over all ranks, not per rank.
 checkpoint_activations: whether what is inside the model's blocks is computed again in the backward pass, which saves memory.
 """
 
 
 def models_for(name: str) -> dict[str, Callable[..., nn.Module]]:
-    """Return the models to look a name up in. torchvision's import takes a second, so it happens only if needed."""
+    """Return the models to look a name up in. Libraries take seconds to import, so that happens only if needed.
+
+    Raises:
+        InputError: the library of the name is not installed.
+    """
     if name in MODELS or is_import_path(name):
         return MODELS
+    if name.startswith(TIMM):
+        from shardstep.trainer.models.timm_models import timm_models
+
+        return timm_models(name)
     from shardstep.trainer.models.torchvision_models import torchvision_models
 
     found = torchvision_models()

@@ -62,7 +62,7 @@ def _plain(name: str) -> Callable[..., nn.Module]:
         """
         net = _fitted(name, image_shape, num_classes, bool(pretrained), stem)
         _replace(name, net, activation, negative_slope, pooling, dropout)
-        if activation is not None and _refusal(net, image_shape, backward=True):
+        if activation is not None and refusal(net, image_shape, backward=True):
             raise ValueError(f"activation={activation} cannot be used: {name} changes in place what its gradient needs")
         return net
 
@@ -147,7 +147,7 @@ def _fitted(
     try:
         net = _build(name, image_shape, num_classes, pretrained, with_heads)
         changed = _use_small_stem(net) if small else False
-        reason = _refusal(net, image_shape)
+        reason = refusal(net, image_shape)
     except ValueError as error:  # torchvision's: a transformer whose patches do not fit
         net, changed, reason = nn.Identity(), True, _first_sentence(error)
     if reason is not None:
@@ -226,7 +226,7 @@ def _replace(
         module.p = module.p if dropout is None else dropout
 
 
-def _refusal(net: nn.Module, image_shape: tuple[int, int, int], backward: bool = False) -> str | None:
+def refusal(net: nn.Module, image_shape: tuple[int, int, int], backward: bool = False) -> str | None:
     """Return why a model cannot train on images of this shape; None if it can. Computes only shapes, on the meta device."""
     tensors = {key: tensor.detach().to("meta") for key, tensor in [*net.named_parameters(), *net.named_buffers()]}
     for key, _ in net.named_parameters():
@@ -256,7 +256,7 @@ def _takes(name: str, side: int, small: bool, with_heads: bool) -> bool:
         return False
     if small and side <= SMALL:
         _use_small_stem(net)
-    return _refusal(net, shape) is None
+    return refusal(net, shape) is None
 
 
 def _convolutions(net: nn.Module) -> list[tuple[str, nn.Conv2d]]:

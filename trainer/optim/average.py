@@ -14,6 +14,7 @@ import torch
 
 from shardstep.configs.durations import Duration, Progress, duration_problems
 from shardstep.configs.imported import call, is_import_path, load_function
+from shardstep.trainer.optim.optimizers import evaluates_other_weights
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.state import TrainState
 
@@ -78,18 +79,36 @@ class Average:
 
 @contextmanager
 def averaged(state: TrainState) -> Iterator[None]:
-    """Replace the model's weights by their average inside the block, if there is an average; restore them after it."""
-    if state.average is None:
+    """Replace the model's weights by those to evaluate inside the block, if they are others; restore them after it, exactly.
+
+    They are the average, or what the optimizer puts in place: a schedule-free one averages by itself.
+    """
+    optimizer: Any = getattr(state.optimizer, "optimizer", None)  # of Accelerate's wrapper
+    switches = evaluates_other_weights(optimizer)
+    if state.average is None and not switches:
         yield
         return
     with torch.no_grad():
         fast: Tensors = list(state.module.parameters())
         own = [value.clone() for value in fast]
-        torch._foreach_copy_(fast, list(state.average.values()))
+        if state.average is not None:
+            torch._foreach_copy_(fast, list(state.average.values()))
+        else:
+            optimizer.eval()
         try:
             yield
         finally:
-            torch._foreach_copy_(fast, own)
+            if switches:
+                optimizer.train()
+            torch._foreach_copy_(fast, own)  # switching back rounds
+
+
+def weights_to_evaluate(state: TrainState) -> dict[str, torch.Tensor] | None:
+    """Return a model's parameters as they are evaluated, by name; None if they are those that it trains with."""
+    if state.average is not None or not evaluates_other_weights(getattr(state.optimizer, "optimizer", None)):
+        return state.average
+    with averaged(state):
+        return {name: value.detach().clone() for name, value in state.module.named_parameters()}
 
 
 def average_of(name: str) -> Callable[..., None]:

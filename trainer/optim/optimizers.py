@@ -7,7 +7,7 @@ torch's. `fused`: torch's kernel that updates all parameters in one pass; None u
 check the gradients first.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from shardstep.configs.imported import build, is_import_path, is_place, with_imp
 from shardstep.configs.schema import Precision
 from shardstep.trainer.models.blocks import layer_numbers
 from shardstep.trainer.optim.muon import FilterMuon
+from shardstep.trainer.optim.pytorch_optimizers import PREFIX, pytorch_optimizers
 
 Parameters = Iterable[dict[str, Any]] | Iterable[nn.Parameter]
 
@@ -215,6 +216,18 @@ groups: list of {match: pattern of parameter names, or ndim: dimensions, and opt
     a duration, its parameters are frozen before; with `until`, its schedule ends then, and they are frozen from then on.
 """
 
+
+def optimizers_for(name: Any) -> Mapping[str, Callable[..., Optimizer]]:
+    """Return the optimizers to look a name up in; other packages are imported only for a name that is theirs.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    if isinstance(name, str) and name.startswith(PREFIX):
+        return pytorch_optimizers(name)
+    return with_imported(OPTIMIZERS, name)
+
+
 _SELECTORS = ("match", "ndim")
 _GROUP_KEYS: dict[str, Any] = {"match": str, "ndim": int, "from": str, "until": str}
 _TIMES = ("from", "until")
@@ -224,23 +237,43 @@ class CombinedOptimizer(Optimizer):
     """Several optimizers that step together, each on different parameters; `param_groups` holds the groups of all."""
 
     def __init__(self, optimizers: list[Optimizer]):
-        self._optimizers = optimizers
+        self.parts = optimizers
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], defaults={})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override] # the loop passes no closure
-        for optimizer in self._optimizers:
+        for optimizer in self.parts:
             optimizer.step()
 
+    def train(self) -> None:
+        """Put back the weights of training in those optimizers that evaluate others."""
+        for optimizer in filter(evaluates_other_weights, self.parts):
+            optimizer.train()  # type: ignore[attr-defined]
+
+    def eval(self) -> None:
+        """Put the weights to evaluate in place, in those optimizers that evaluate others than they train."""
+        for optimizer in filter(evaluates_other_weights, self.parts):
+            optimizer.eval()  # type: ignore[attr-defined]
+
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["optimizers"]
-        if len(saved) != len(self._optimizers):
-            raise ValueError(f"the state is of {len(saved)} optimizers, but there are {len(self._optimizers)}")
-        for optimizer, state in zip(self._optimizers, saved, strict=True):
+        if len(saved) != len(self.parts):
+            raise ValueError(f"the state is of {len(saved)} optimizers, but there are {len(self.parts)}")
+        for optimizer, state in zip(self.parts, saved, strict=True):
             optimizer.load_state_dict(state)
-        self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        self.param_groups = [group for optimizer in self.parts for group in optimizer.param_groups]
+
+
+def evaluates_other_weights(optimizer: Optimizer | None) -> bool:
+    """Return whether an optimizer has train() and eval(), which switch weights, as schedule-free ones have.
+
+    Defazio et al. 2024, arXiv 2405.15682.
+    """
+    if isinstance(optimizer, CombinedOptimizer):
+        return any(map(evaluates_other_weights, optimizer.parts))
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 def build_optimizer(
@@ -259,6 +292,12 @@ def build_optimizer(
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def options_in_groups(section: dict[str, Any]) -> set[str]:
+    """Return the keys of parameter groups that the recipe decides; what else an optimizer keeps there is its state."""
+    given = {key for entry in (section, *section["groups"]) for key in entry}
+    return (given | {"lr", "weight_decay", "initial_lr"}) - {"name", *_SELECTORS, *COMMON_OPTIONS}
 
 
 def check_optimizer(section: dict[str, Any]) -> list[str]:
@@ -298,9 +337,9 @@ def _check_group(where: str, group: dict[str, Any], main: str) -> tuple[dict[str
         return group, problems
     if "name" in group:
         own = {key: (hint, None) for key, hint in _GROUP_KEYS.items() if key in group}
-        section, found = resolve_options(where, group, with_imported(OPTIMIZERS, group["name"]), own)
+        section, found = resolve_options(where, group, optimizers_for(group["name"]), own)
         return section, problems + (found or _lacking_lr(where, section))
-    function = with_imported(OPTIMIZERS, main)[main]
+    function = optimizers_for(main)[main]
     known, converted = options_of(function), {}
     for key, value in group.items():
         if key not in (*_GROUP_KEYS, *known):
@@ -347,11 +386,21 @@ def _build_one(
                 f"which are parameter groups, that returns a torch.optim.Optimizer with an `lr` in each group"
             )
         return optimizer
+    refusals = (
+        ValueError,
+        RuntimeError,
+        *((TypeError, AttributeError, ImportError) if name.startswith(PREFIX) else ()),
+    )
     try:
-        return OPTIMIZERS[name](groups, **arguments)
-    except (ValueError, RuntimeError) as error:
+        optimizer = optimizers_for(name)[name](groups, **arguments)
+    except refusals as error:
         remedy = f"; {_REMEDIES[name]}" if name in _REMEDIES else ""
         raise InputError(f"optimizer.name={name}: {error}{remedy}") from None
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise InputError(
+            f"optimizer.name={name} cannot work here: it has no learning rate, which the schedule would set"
+        )
+    return optimizer
 
 
 def _parameter_groups(section: dict[str, Any], model: nn.Module) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:

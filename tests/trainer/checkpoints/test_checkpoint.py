@@ -377,6 +377,7 @@ CASES: dict[str, dict[str, Any]] = {
             "groups": [{"match": "groups.1.*", "from": "5 steps"}, {"match": "groups.0.*", "from": "9 steps"}],
         },
     },
+    "schedule-free": {"optimizer": {"name": "pytorch_optimizer/schedulefreeadamw", "lr": 0.01, "warmup_steps": 9}},
     "half weights": {
         "model": {"name": "whitening_cnn", "widths": [8, 8]},
         "train": {"precision": "bf16", "weights": "half"},
