@@ -286,6 +286,10 @@ class ShardFolder:
     def shard_path(self, shard: int) -> Path:
         return self.path / self.manifest.shards[shard].name
 
+    def path_of(self, sample_id: int) -> Path:
+        """Return the path of the shard that holds a sample."""
+        return self.shard_path(int(self.index[sample_id]["shard"]))
+
     def key(self, sample_id: int) -> str:
         """Return the WebDataset key of a sample, from its header in the tar."""
         shard = int(self.index[sample_id]["shard"])

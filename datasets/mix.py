@@ -59,7 +59,7 @@ class MixedShards(ShardFolder):
 
     def key(self, sample_id: int) -> str:
         """Return the folder of a sample's set and its key there: sets may have the same keys."""
-        return f"{self.shard_path(int(self.index[sample_id]['shard'])).parent}/{super().key(sample_id)}"
+        return f"{self.path_of(sample_id).parent}/{super().key(sample_id)}"
 
 
 def mix_shards(sets: Sequence[ShardFolder]) -> MixedShards:

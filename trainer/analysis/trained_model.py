@@ -13,7 +13,6 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.configs.held_out import NO_TEST_SET
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved
-from shardstep.configs.schema import OnBadImage
 from shardstep.configs.selection import mix_name
 from shardstep.datasets.augment import Normalize
 from shardstep.datasets.class_mapping import map_classes
@@ -69,18 +68,14 @@ class TrainedModel:
         )
 
     def open_test_set(
-        self,
-        folder: str | None = None,
-        tell: Callable[[str], None] = lambda _: None,
-        on_bad_image: OnBadImage = "stop",
+        self, folder: str | None = None, tell: Callable[[str], None] = lambda _: None
     ) -> tuple[Part, StreamReader]:
-        """Open the run's test set, or another one; its images are read in the training set's mode, its labels are the run's.
+        """Open the run's test set, or another one; its images are read as the training set's were, its labels are the run's.
 
         A run without a test set has its validation set for one.
 
         Args:
             tell: called with a line on how its classes become those of the run, if they differ.
-            on_bad_image: see data.on_bad_image.
 
         Raises:
             InputError: it cannot be opened, or has images of other classes or of another size.
@@ -98,7 +93,7 @@ class TrainedModel:
             if note:
                 tell(note)
         data.check_same_size(self.manifest, test.manifest, "the run's training set", place, framing)
-        return test, StreamReader(test.shards, framing, self.manifest.image_mode, on_bad_image)
+        return test, StreamReader(test.shards, framing, self.manifest.image_mode, self.recipe.data.on_bad_image)
 
     @property
     def test_set_name(self) -> str:
