@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.held_out import NO_TEST_SET, held_out_share
-from shardstep.configs.load import LoadedRecipe
+from shardstep.configs.load import DEFAULT_TRAIN, LoadedRecipe
 from shardstep.configs.resolve import ResolvedRecipe
 from shardstep.configs.schema import CropVersion, DataConfig, DataMode, OrderVersion
 from shardstep.configs.selection import mix_name, mix_of
@@ -131,11 +131,16 @@ def check_given_folders(loaded: LoadedRecipe) -> None:
     """Check that folders given on the command line hold shards, so that a typo in one is not taken for a new data set.
 
     Raises:
-        InputError: one does not, and there is no data.source beside it.
+        InputError: one does not, and there is no data.source beside it; or nothing says what to train on.
     """
-    if loaded.recipe.data.source is None:  # nothing would be written there
-        return
     missing = missing_sets(loaded.recipe.data)
+    if loaded.recipe.data.source is None:  # nothing would be written there
+        if missing.get("train") == DEFAULT_TRAIN:
+            raise InputError(
+                f"recipe {loaded.source} needs images: give data.source=my/pictures, a folder of <split>/<class>/<file> with "
+                f"the splits train and test, or one of <class>/<file> and data.validation=0.1 data.test=none"
+            )
+        return
     for key, folder in loaded.given_folders.items():
         if key.removeprefix("data.") in missing:
             raise InputError(
