@@ -21,7 +21,14 @@ from shardstep.datasets.augment import Normalize, build_mixing, build_transforms
 from shardstep.datasets.batches import TrainBatches, test_batches
 from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
 from shardstep.datasets.framing import RANDOM_CROP, Framing, framing_of, random_crop
-from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, did_you_mean, open_shards
+from shardstep.datasets.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardFolder,
+    check_same_kind,
+    did_you_mean,
+    open_shards,
+)
 from shardstep.datasets.order import ORDER_VERSION
 from shardstep.datasets.overlap import count_shared
 from shardstep.datasets.parts import Part, PartName, hold_out
@@ -277,21 +284,8 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
             f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}; "
             f"{_class_difference(one, other, one_name, other_name)}{remedy}"
         )
-    check_same_kind(one, other, one_name, other_name)
+    check_same_kind([(one_name, one), (other_name, other)])
     check_same_size(one, other, one_name, other_name, framing)
-
-
-def check_same_kind(one: Manifest, other: Manifest, one_name: str, other_name: str) -> None:
-    """Check that the images of both sets have one label each, or those of both several.
-
-    Raises:
-        InputError: they have not.
-    """
-    if one.has_several_labels != other.has_several_labels:
-        single, several = (other_name, one_name) if one.has_several_labels else (one_name, other_name)
-        raise InputError(
-            f"the images of {several} have several labels, those of {single} one each: write both from labels of one kind"
-        )
 
 
 def check_same_size(one: Manifest, other: Manifest, one_name: str, other_name: str, framing: Framing | None) -> None:

@@ -18,7 +18,7 @@ from shardstep.datasets.augment import Normalize
 from shardstep.datasets.class_mapping import map_classes
 from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
 from shardstep.datasets.framing import Framing, framing_of
-from shardstep.datasets.manifest import Manifest, open_shards, parse_manifest
+from shardstep.datasets.manifest import Manifest, check_same_kind, open_shards, parse_manifest
 from shardstep.datasets.parts import Part
 from shardstep.datasets.reader import StreamReader
 from shardstep.trainer import data
@@ -87,7 +87,7 @@ class TrainedModel:
             test = Part(open_shards(place))
         framing = self.framing if framing_of(self.recipe.data) else None
         if not self.objective.reconstructs:
-            data.check_same_kind(self.manifest, test.manifest, "the run's training set", place)
+            check_same_kind([("the run's training set", self.manifest), (place, test.manifest)])
             shards, note = map_classes(test.shards, self.manifest.classes, place)
             test = replace(test, shards=shards)
             if note:
