@@ -22,6 +22,8 @@ from shardstep.configs.schema import OPEN_SECTIONS, DataConfig, Recipe
 
 _SECTIONS = {section.name: section for section in dataclasses.fields(Recipe)}
 _RENAMED = {("train", "conv_gradients"): "convolutions"}  # old: new; runs of earlier versions have old keys
+DEFAULT_TRAIN = "data/cifar10/train"
+"""The training set of a recipe that names neither folders nor a source."""
 _ON_DEVICE = {"on_cpu": "cpu", "on_cuda": "cuda"}
 """Parts of a recipe file that apply on one kind of device only; each holds sections, like the file itself."""
 
@@ -151,9 +153,9 @@ def _with_default_paths(recipe: Recipe, default_name: str) -> Recipe:
 
 def _data_folders(data: DataConfig | DictConfig) -> dict[str, str]:
     """Return the folders of the training and test set; those left empty are named after the source, but not for a mix."""
-    folder = f"data/{source_name(data.source or 'cifar10')}"
-    train = "" if data.mix else f"{folder}/train"
-    return {"train": data.train or train, "test": data.test or f"{folder}/test"}
+    folder = Path("data") / source_name(data.source) if data.source else Path(DEFAULT_TRAIN).parent
+    train = "" if data.mix else str(folder / "train")
+    return {"train": data.train or train, "test": data.test or str(folder / "test")}
 
 
 def _real_path(folder: str) -> str:

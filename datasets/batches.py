@@ -91,7 +91,8 @@ class TrainBatches:
     part: Part | None = None  # that is trained on; needed by a reader that skips images which it cannot decode
     wait_s: float = field(default=0.0, init=False)  # waiting for data and preparing it; host time
     to_device_s: float = field(default=0.0, init=False)  # of wait_s: copying batches to the device
-    bad_images: int = field(default=0, init=False)  # of this rank, that others took the place of
+    skipped: list[tuple[int, int, int]] = field(default_factory=list, init=False)
+    """Epoch, position and id of samples of this rank that others took the place of; whoever counts them empties it."""
     augment_s: float = field(default=0.0, init=False)  # of wait_s: transforming and normalizing them
     _epoch: int = field(default=-1, init=False)
     _epoch_order: Order | None = field(default=None, init=False)
@@ -190,7 +191,8 @@ class TrainBatches:
             own = slice(piece.start - piece.read_start, piece.stop - piece.read_start)
             images = self.normalize(images[own]).contiguous(memory_format=self.memory_format)
             ready = time.perf_counter()
-            self.bad_images += int(np.count_nonzero(planned_ids[own] != sample_ids[own]))
+            bad = np.flatnonzero(planned_ids[own] != sample_ids[own])
+            self.skipped += [(piece.epoch, piece.start + row, int(planned_ids[own][row])) for row in bad.tolist()]
             self.wait_s += ready - began
             self.to_device_s += on_device - read
             self.augment_s += ready - on_device

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -286,6 +287,10 @@ class ShardFolder:
     def shard_path(self, shard: int) -> Path:
         return self.path / self.manifest.shards[shard].name
 
+    def path_of(self, sample_id: int) -> Path:
+        """Return the path of the shard that holds a sample."""
+        return self.shard_path(int(self.index[sample_id]["shard"]))
+
     def key(self, sample_id: int) -> str:
         """Return the WebDataset key of a sample, from its header in the tar."""
         shard = int(self.index[sample_id]["shard"])
@@ -309,6 +314,20 @@ class ShardFolder:
             members = read_members(self.shard_path(shard))
             name = next((member.name for member in members if member.offset == place), name)
         return split_name(name)[0]
+
+
+def check_same_kind(sets: Sequence[tuple[str, Manifest]]) -> None:
+    """Check that the images of all sets, given with their names, have one label each, or those of all several.
+
+    Raises:
+        InputError: they have not.
+    """
+    several, single = ([name for name, one in sets if one.has_several_labels is kind] for kind in (True, False))
+    if several and single:
+        raise InputError(
+            f"the images of {several[0]} have several labels, those of {single[0]} one each: write both from labels of one "
+            f"kind"
+        )
 
 
 def open_shards(path: str | Path) -> ShardFolder:

@@ -23,7 +23,14 @@ from shardstep.configs.components import neighbours
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import listed
 from shardstep.datasets.label_sets import LabelSets, samples_per_class
-from shardstep.datasets.manifest import CHANNELS, FORMAT_VERSION, SEVERAL_LABELS_VERSION, Manifest, ShardFolder
+from shardstep.datasets.manifest import (
+    CHANNELS,
+    FORMAT_VERSION,
+    SEVERAL_LABELS_VERSION,
+    Manifest,
+    ShardFolder,
+    check_same_kind,
+)
 from shardstep.datasets.order import Order, Orders
 from shardstep.datasets.parts import Part
 
@@ -59,7 +66,7 @@ class MixedShards(ShardFolder):
 
     def key(self, sample_id: int) -> str:
         """Return the folder of a sample's set and its key there: sets may have the same keys."""
-        return f"{self.shard_path(int(self.index[sample_id]['shard'])).parent}/{super().key(sample_id)}"
+        return f"{self.path_of(sample_id).parent}/{super().key(sample_id)}"
 
 
 def mix_shards(sets: Sequence[ShardFolder]) -> MixedShards:
@@ -105,13 +112,7 @@ def set_parts(part: Part) -> list[tuple[Part, slice]]:
 
 
 def _common_classes(sets: Sequence[ShardFolder]) -> list[str]:
-    several = [one.path for one in sets if one.manifest.has_several_labels]
-    if several and len(several) < len(sets):
-        single = next(one.path for one in sets if not one.manifest.has_several_labels)
-        raise InputError(
-            f"data.mix: the images of {several[0]} have several labels, those of {single} one each: write both from labels "
-            f"of one kind"
-        )
+    check_same_kind([(str(one.path), one.manifest) for one in sets])
     longest = max(sets, key=lambda one: len(one.manifest.classes))
     classes = longest.manifest.classes
     for one in sets:

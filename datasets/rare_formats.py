@@ -56,11 +56,11 @@ def _unsupported_channels(image: Any, data: bytes) -> str | None:
     """Say what is unsupported of a file that Pillow has opened; None if its channels are unsigned with at most 8 bits."""
     bits, unsigned = _channels(image, data)
     if not unsigned:
-        return "signed or floating-point channels; only unsigned ones of 8 bits are supported"
+        return "signed or floating-point channels: convert it to unsigned ones of 8 bits"
     if bits > 8:
-        return f"{bits} bits per channel; only 8 are supported"
+        return f"{bits} bits per channel: convert it to 8 bits, or to a PNG that is not animated"
     if image.mode not in _GREY + _COLOUR:
-        return f"pixels of the kind {image.mode}; only grey, RGB, CMYK and palettes are supported"
+        return f"pixels of the kind {image.mode}: convert it to RGB or grey"
     return None
 
 

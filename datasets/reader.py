@@ -138,7 +138,7 @@ class StreamReader:
         shard, block, size, _, crc32 = self._shards.index[sample_id].item()
         data = self._open(shard).read(size, block * BLOCK)
         if len(data) != size or zlib.crc32(data) != crc32:
-            folder = self._shard_path(sample_id).parent
+            folder = self._shards.path_of(sample_id).parent
             raise InputError(
                 f"{self._name(sample_id)} is damaged: {size} bytes with crc32 {crc32:08x} were written, {len(data)} with "
                 f"{zlib.crc32(data):08x} were read. `shardstep shards verify {folder}` finds all damage"
@@ -160,8 +160,10 @@ class StreamReader:
             pixels = decode(data, self._mode, self._orientation)
         except ValueError as error:
             if not self._skips_bad:
-                remedy = "data.on_bad_image=skip trains without such images"
-                raise InputError(f"{self._name(sample_id)}: {error}; {remedy}") from None
+                raise InputError(
+                    f"{self._name(sample_id)}: {error}. `shardstep shards verify {self._shards.path_of(sample_id).parent}` "
+                    f"lists all such images, and a run with data.on_bad_image=skip leaves them out"
+                ) from None
             self.bad.add(sample_id)
             out[...] = 0
             return out
@@ -173,7 +175,4 @@ class StreamReader:
         return pixels
 
     def _name(self, sample_id: int) -> str:
-        return f"{self._shard_path(sample_id)}: sample {printable(self._shards.key(sample_id))}"
-
-    def _shard_path(self, sample_id: int) -> Path:
-        return self._shards.shard_path(int(self._shards.index[sample_id]["shard"]))
+        return f"{self._shards.path_of(sample_id)}: sample {printable(self._shards.key(sample_id))}"

@@ -63,7 +63,7 @@ class _ShardScan:
     colour: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))
     grey: np.ndarray = field(default_factory=lambda: np.zeros((1, 256), dtype=np.int64))
     problems: list[str] = field(default_factory=list)
-    has_labels: bool = False
+    lacks_labels: bool = False  # all of its images
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def add_problem(self, member: str, what: str) -> None:
@@ -174,7 +174,7 @@ def _numbering(
             return number_labels(texts, samples, label_field, first_label, classes, former_classes)
         except InputError as error:
             problems.append(str(error))
-    choice = "" if any(scan.has_labels for scan in scans) else " (--label chooses other files, as txt or json:label)"
+    choice = " (--label chooses other files, as txt or json:label)" if all(scan.lacks_labels for scan in scans) else ""
     raise InputError.from_problems(f"{folder} cannot be indexed{choice}", problems, MOST_NAMED)
 
 
@@ -272,7 +272,7 @@ def _pair(path: Path, label_field: LabelField, scan: _ShardScan) -> tuple[dict[s
         else:
             scan.left_out.add_file(f"{path.name}: {place[0]}")
     images = dict(sorted(images.items(), key=lambda image: image[1][1]))
-    scan.has_labels = bool(labels)
+    scan.lacks_labels = bool(images) and not labels
     samples = images.keys() & labels.keys()
     for places, other in ((images, f"no label {{}}.{label_field.extension}"), (labels, "no image")):
         for key, (name, _, _) in places.items():

@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from shardstep.configs.text import printable
 from shardstep.launch.cli import run_script
@@ -38,11 +39,13 @@ def main(arguments: list[str]) -> int:
     from shardstep.trainer import data
     from shardstep.trainer.analysis import trained_model
     from shardstep.trainer.distributed import launch_env
+    from shardstep.trainer.distributed.bad_images import first_left_out
     from shardstep.trainer.distributed.collectives import raise_on_all_ranks
     from shardstep.trainer.distributed.ddp import wrap_for_evaluation
     from shardstep.trainer.distributed.world import build_accelerator, leave_world, start_world
     from shardstep.trainer.evaluation import evaluate
     from shardstep.trainer.formats.candidates import MEMORY_FORMATS
+    from shardstep.trainer.monitoring.status import samples_text
 
     trust_if_asked(args)
     weights, run_dir = trained_model.find_weights(args.run)
@@ -55,7 +58,7 @@ def main(arguments: list[str]) -> int:
     with raise_on_all_ranks(world):
         trained = trained_model.open_trained_model(args.run, world.device, (weights, run_dir))
         notes: list[str | None] = [trained.crop_note]
-        test, reader = trained.open_test_set(args.data, notes.append, trained.recipe.data.on_bad_image)
+        test, reader = trained.open_test_set(args.data, notes.append)
     for note in (*notes, data.other_mode_note(trained.manifest, "test", test.manifest)):
         if note and world.is_main_process:
             print(printable(note))
@@ -76,11 +79,13 @@ def main(arguments: list[str]) -> int:
         on_bad_image=recipe.data.on_bad_image,
     )
     assert result is not None  # no stop can be requested
+    first_bad = first_left_out(accelerator, reader, test) if result.bad_images else []
     if accelerator.is_main_process:
-        found = result.scores | {"loss": result.loss if math.isfinite(result.loss) else None}
+        found: dict[str, Any] = result.scores | {"loss": result.loss if math.isfinite(result.loss) else None}
         if result.bad_images:
-            print(f"{result.bad_images:,} of {test.samples:,} images cannot be decoded, and are left out")
-            found |= {"bad_images": result.bad_images}
+            left_out = f"{result.bad_images:,} of {test.samples:,} images cannot be decoded, and are left out"
+            print(f"{left_out}: {samples_text(first_bad)}")
+            found |= {"bad_images": result.bad_images, "first_bad_images": first_bad}
         found |= {"samples": result.samples, "world_size": accelerator.num_processes}
         print(json.dumps(found))
     leave_world(accelerator)

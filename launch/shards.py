@@ -225,7 +225,7 @@ def _index(args: argparse.Namespace) -> int:
     if empty:
         print(f"{args.dir}: {count(len(empty), 'class', 'classes')} without images: {listed(empty)}", file=sys.stderr)
     if former_classes and manifest.classes[: len(former_classes)] != former_classes:
-        print(f"{args.dir}: the old manifest has too few class names; they were not kept", file=sys.stderr)
+        print(f"{args.dir}: the class names of the old manifest do not fit; they were not kept", file=sys.stderr)
     return 0
 
 

@@ -270,7 +270,7 @@ def grey_kinds() -> dict[str, Kind]:
 
 def refused_kinds() -> dict[str, tuple[bytes, str]]:
     """Files that are refused, and a part of the message."""
-    deep = "16 bits per channel"
+    deep = "16 bits per channel: convert it to 8 bits"
     animated_16 = png(COLOUR.astype(np.uint16), 2, 16, (b"acTL", struct.pack(">II", 1, 0)))
     wide, no_image = COLOUR.astype(np.uint16) * 257, "not an image that can be decoded"
     wide_grey = wide[:, :, 0].copy()
@@ -279,23 +279,23 @@ def refused_kinds() -> dict[str, tuple[bytes, str]]:
         "apng_16_bits": (animated_16, deep),
         "jpeg_12_bits": (base64.b64decode(JPEG_12_BITS), no_image),
         "jpeg_2000_16_bits": (saved(wide_grey, "jpeg2000"), deep),
-        "jpeg_2000_signed": (base64.b64decode(JPEG_2000_SIGNED), "signed"),
-        "avif_10_bits": (base64.b64decode(AVIF_10_BITS), "10 bits per channel"),
-        "pgm_maximum_1000": (pnm(b"P5", wide_grey % 1000, 1000), "10 bits per channel"),
+        "jpeg_2000_signed": (base64.b64decode(JPEG_2000_SIGNED), "signed .*: convert it"),
+        "avif_10_bits": (base64.b64decode(AVIF_10_BITS), "10 bits per channel: convert it"),
+        "pgm_maximum_1000": (pnm(b"P5", wide_grey % 1000, 1000), "10 bits per channel: convert it"),
         "ppm_maximum_65535": (pnm(b"P6", wide, 65535), deep),
-        "ppm_ascii_maximum_4095": (pnm(b"P3", wide % 4095, 4095, comment=b"\n# 7"), "12 bits per channel"),
-        "pfm": (b"Pf\n6 4\n-1.0\n" + GREY.astype("<f4").tobytes(), "floating-point"),
+        "ppm_ascii_maximum_4095": (pnm(b"P3", wide % 4095, 4095, comment=b"\n# 7"), "12 bits per channel: convert it"),
+        "pfm": (b"Pf\n6 4\n-1.0\n" + GREY.astype("<f4").tobytes(), "floating-point channels: convert it"),
         "tiff_16_bits": (tiff(wide_grey, 1), deep),
         "tiff_16_bits_big_endian": (tiff(wide_grey, 1, ">"), deep),
         "tiff_16_bits_colour": (tiff(wide, 2), deep),
-        "tiff_32_bits": (tiff(wide_grey.astype(np.uint32), 1), "32 bits per channel"),
-        "tiff_signed_8_bits": (tiff(GREY.view(np.int8), 1), "signed"),
-        "tiff_signed_16_bits": (tiff(wide_grey.view(np.int16), 1), "signed"),
-        "tiff_signed_16_bits_big_endian": (tiff(wide_grey.view(np.int16), 1, ">"), "signed"),
+        "tiff_32_bits": (tiff(wide_grey.astype(np.uint32), 1), "32 bits per channel: convert it"),
+        "tiff_signed_8_bits": (tiff(GREY.view(np.int8), 1), "signed .*: convert it"),
+        "tiff_signed_16_bits": (tiff(wide_grey.view(np.int16), 1), "signed .*: convert it"),
+        "tiff_signed_16_bits_big_endian": (tiff(wide_grey.view(np.int16), 1, ">"), "signed .*: convert it"),
         "tiff_signed_16_bits_colour": (tiff(wide.view(np.int16), 2), no_image),
-        "tiff_floating_point": (tiff(GREY.astype(np.float32), 1), "floating-point"),
+        "tiff_floating_point": (tiff(GREY.astype(np.float32), 1), "floating-point channels: convert it"),
         "tiff_floating_point_colour": (tiff(COLOUR.astype(np.float32), 2), no_image),
-        "tiff_lab": (tiff(COLOUR, 8), "pixels of the kind LAB"),
+        "tiff_lab": (tiff(COLOUR, 8), "pixels of the kind LAB: convert it to RGB"),
         "tiff_jpeg_2000_inside": (tiff(inside, 2, t259=34712), no_image),
         "tiff_jpeg_xl_inside": (tiff(base64.b64decode(JPEG_XL), 2, t259=50002), no_image),
         "jpeg_xl": (base64.b64decode(JPEG_XL), no_image),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.held_out import NO_TEST_SET, held_out_share
-from shardstep.configs.load import LoadedRecipe
+from shardstep.configs.load import DEFAULT_TRAIN, LoadedRecipe
 from shardstep.configs.resolve import ResolvedRecipe
 from shardstep.configs.schema import CropVersion, DataConfig, DataMode, OrderVersion
 from shardstep.configs.selection import mix_name, mix_of
@@ -21,7 +21,14 @@ from shardstep.datasets.augment import Normalize, build_mixing, build_transforms
 from shardstep.datasets.batches import TrainBatches, test_batches
 from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
 from shardstep.datasets.framing import RANDOM_CROP, Framing, framing_of, random_crop
-from shardstep.datasets.manifest import MANIFEST_NAME, Manifest, ShardFolder, did_you_mean, open_shards
+from shardstep.datasets.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardFolder,
+    check_same_kind,
+    did_you_mean,
+    open_shards,
+)
 from shardstep.datasets.order import ORDER_VERSION
 from shardstep.datasets.overlap import count_shared
 from shardstep.datasets.parts import Part, PartName, hold_out
@@ -136,11 +143,16 @@ def check_given_folders(loaded: LoadedRecipe) -> None:
     """Check that folders given on the command line hold shards, so that a typo in one is not taken for a new data set.
 
     Raises:
-        InputError: one does not, and there is no data.source beside it.
+        InputError: one does not, and there is no data.source beside it; or nothing says what to train on.
     """
-    if loaded.recipe.data.source is None:  # nothing would be written there
-        return
     missing = missing_sets(loaded.recipe.data)
+    if loaded.recipe.data.source is None:  # nothing would be written there
+        if missing.get("train") == DEFAULT_TRAIN:
+            raise InputError(
+                f"recipe {loaded.source} needs images: give data.source=my/pictures, a folder of <split>/<class>/<file> with "
+                f"the splits train and test, or one of <class>/<file> and data.validation=0.1 data.test=none"
+            )
+        return
     for key, folder in loaded.given_folders.items():
         if key.removeprefix("data.") in missing:
             raise InputError(
@@ -277,21 +289,8 @@ def check_same_task(one: Manifest, other: Manifest, one_name: str, other_name: s
             f"{one_name} and {other_name} have different classes: {_short(one)} and {_short(other)}; "
             f"{_class_difference(one, other, one_name, other_name)}{remedy}"
         )
-    check_same_kind(one, other, one_name, other_name)
+    check_same_kind([(one_name, one), (other_name, other)])
     check_same_size(one, other, one_name, other_name, framing)
-
-
-def check_same_kind(one: Manifest, other: Manifest, one_name: str, other_name: str) -> None:
-    """Check that the images of both sets have one label each, or those of both several.
-
-    Raises:
-        InputError: they have not.
-    """
-    if one.has_several_labels != other.has_several_labels:
-        single, several = (other_name, one_name) if one.has_several_labels else (one_name, other_name)
-        raise InputError(
-            f"the images of {several} have several labels, those of {single} one each: write both from labels of one kind"
-        )
 
 
 def check_same_size(one: Manifest, other: Manifest, one_name: str, other_name: str, framing: Framing | None) -> None:

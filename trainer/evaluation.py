@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class Evaluation:
         loss: mean, not smoothed.
         samples: number of samples that were counted.
         bad_images: number of those that were left out, because their images cannot be decoded.
+        first_bad_images: shard and key of the first of them; for the caller to fill in.
         accuracy: share of samples whose highest output is their label; None where images are reconstructed, or have several
             labels, like the two below.
         top5: share of samples whose label is among the five highest outputs.
@@ -49,6 +50,7 @@ class Evaluation:
     confusion: Tensor | None = None
     labels: LabelScores | None = None
     bad_images: int = 0
+    first_bad_images: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def scores(self) -> dict[str, float | None]:

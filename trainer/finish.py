@@ -20,6 +20,7 @@ from shardstep.trainer.distributed.collectives import broadcast_object, is_lost_
 from shardstep.trainer.distributed.world import leave_world
 from shardstep.trainer.evaluation import MOST_CLASSES_IN_CONFUSION, Evaluation
 from shardstep.trainer.monitoring import pictures
+from shardstep.trainer.monitoring.status import bad_images_texts
 from shardstep.trainer.monitoring.timing import time_table
 from shardstep.trainer.optim.average import averaged
 from shardstep.trainer.optim.label_scores import HOLDS
@@ -110,6 +111,8 @@ def _finish(run: Run, evaluation: Evaluation, is_safe: bool) -> None:
         run.display.note(f"best class: {listed([best_name])} {best:.1%}, worst: {listed([worst_name])} {worst:.1%}")
     if evaluation.accuracy is not None and evaluation.confusion is None:
         run.display.note(f"confusion.png is not drawn for more than {MOST_CLASSES_IN_CONFUSION:,} classes")
+    for text in bad_images_texts(summary):
+        run.display.note(f"left out: {text}")
     if ended := run.patience.reason(run.state):
         run.display.note(f"ended early: {ended}; the weights are those of the last step")
     run.display.note(f"{', '.join([*drawn, run.dir.weights_path.name])} are in {folder}")

@@ -20,6 +20,7 @@ from shardstep.datasets.parts import PartName
 from shardstep.trainer.distributed.collectives import gather_rows, reduce_sums
 from shardstep.trainer.evaluation import Evaluation
 from shardstep.trainer.machine import resident_bytes
+from shardstep.trainer.monitoring.status import samples_text
 from shardstep.trainer.optim.clip import Clip
 from shardstep.trainer.optim.plan import Plan
 from shardstep.trainer.state import TrainState
@@ -43,14 +44,14 @@ class Metrics:
         has_accuracy: bool = True,
         clip: Clip | None = None,
         evaluated_on: PartName = "test",
-        bad_images: Callable[[], int] | None = None,
+        count_bad_images: Callable[[], None] | None = None,
     ):
         """Rank 0 calls `listeners` with every line. `path` and `state` hold the lines and sums from before a resume;
         `has_accuracy` is False where outputs are neither correct nor wrong, being images or several labels; `evaluated_on` is
-        the set of the evaluations; `bad_images` returns how many images this rank's training has skipped in this start; it is
-        None where they are not skipped.
+        the set of the evaluations; `count_bad_images` adds to the state what all ranks' training has skipped since its last
+        call; it is None where images are not skipped.
         """
-        self._bad_images, self._counted_bad, self._warn, self._told_bad = bad_images, 0, warn, False
+        self._count_skipped, self._warn, self._told_bad = count_bad_images, warn, False
         self._evaluated_on = evaluated_on
         self._accelerator = accelerator
         self._has_accuracy, self._clip = has_accuracy, clip
@@ -96,20 +97,17 @@ class Metrics:
 
     def _count_bad_images(self, state: TrainState) -> None:
         """Add what all ranks have skipped since the last call. All ranks reduce."""
-        if self._bad_images is None:
-            return
-        new = self._bad_images() - self._counted_bad
-        self._counted_bad += new
-        (total,) = reduce_sums(self._accelerator, [torch.tensor([new], device=self._accelerator.device).double()])
-        state.bad_images += int(total.item())
-        self._tell_of_bad(state.bad_images)
+        if self._count_skipped is not None:
+            self._count_skipped()
+            self._tell_of_bad(state.first_bad_images)
 
-    def _tell_of_bad(self, number: int) -> None:
-        if number and not self._told_bad:
+    def _tell_of_bad(self, first: list[dict[str, Any]]) -> None:
+        if first and not self._told_bad:
             self._told_bad = True
             self._warn(
-                "there are images that cannot be decoded: training takes the next one in their place, evaluation leaves them "
-                "out, and metrics.jsonl counts both as bad_images. `shardstep shards verify` lists them"
+                f"there are images that cannot be decoded, such as {samples_text(first[:1])}: training takes the next one in "
+                f"their place, evaluation leaves them out, metrics.jsonl counts both as bad_images, and summary.json names "
+                f"the first. `shardstep shards verify` lists all"
             )
 
     def restart_clock(self) -> None:
@@ -206,7 +204,7 @@ class Metrics:
             )
         self.last_evaluation = line
         self._write(line)
-        self._tell_of_bad(evaluation.bad_images)
+        self._tell_of_bad(evaluation.first_bad_images)
 
     def sync(self) -> None:
         """Sync all lines to disk, before a checkpoint that relies on them is written."""

@@ -1,7 +1,7 @@
 """Run: one training run, ready to start, with everything that the loop uses; and `assemble`, which puts it together."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from accelerate import Accelerator, PartialState
@@ -13,6 +13,7 @@ from shardstep.datasets.batches import GlobalBatch, TrainBatches
 from shardstep.trainer.checkpoints.saver import Saver
 from shardstep.trainer.data import Data, make_test_batches, train_batches
 from shardstep.trainer.distributed import launch_env
+from shardstep.trainer.distributed.bad_images import count_skipped, first_left_out
 from shardstep.trainer.distributed.collectives import all_reduce_max
 from shardstep.trainer.distributed.store import HeartbeatStore
 from shardstep.trainer.distributed.world import synchronize_device
@@ -106,9 +107,9 @@ class Run:
     def evaluate(self, at_the_end: bool = False) -> Evaluation | None:
         """Evaluate the model on what is held out, or on the final set; return None if all ranks are to stop. All ranks."""
         self.requests.restart()
-        part, batches = self.data.held_out, self.held_out_batches
+        part, batches, reader = self.data.held_out, self.held_out_batches, self.data.held_out_reader
         if at_the_end:
-            part, batches = self.data.final, self.final_batches
+            part, batches, reader = self.data.final, self.final_batches, self.data.final_reader
 
         def stop_requested() -> bool:
             self.watchdog.beat(self.state.progress.step, "evaluating")
@@ -119,6 +120,8 @@ class Run:
                 self.accelerator, self.state.module, batches, self.objective,
                 part.samples, self.data.num_classes, self.recipe.eval, stop_requested, self.recipe.data.on_bad_image,
             )  # fmt: skip
+        if evaluation and evaluation.bad_images:
+            evaluation = replace(evaluation, first_bad_images=first_left_out(self.accelerator, reader, part))
         self.requests.restart()
         return evaluation
 
@@ -166,7 +169,7 @@ def assemble(
     profiled, on_gpu = parse_steps(recipe.train.profile), world.device.type == "cuda"
     synchronize_device(world.device)  # so that the first step does not pay for warm-up passes
     batches = train_batches(recipe, accelerator, data, plan)
-    bad_images = (lambda: batches.bad_images) if recipe.data.on_bad_image == "skip" else None
+    count_bad_images = partial(count_skipped, accelerator, batches, data.train.shards, state)
     return Run(
         recipe=recipe, dir=run_dir, accelerator=accelerator, state=state, plan=plan, data=data,
         batches=batches,
@@ -178,7 +181,7 @@ def assemble(
         metrics=Metrics(
             accelerator, run_dir.metrics_path, state, plan, every.evaluation, listeners, display.warn,
             has_accuracy=objective.classifies, clip=clip, evaluated_on=data.held_out_name,
-            bad_images=bad_images,
+            count_bad_images=count_bad_images if recipe.data.on_bad_image == "skip" else None,
         ),
         display=display, trackers=trackers, nan_guard=NonFiniteGuard(recipe.train),
         requests=StopRequests(

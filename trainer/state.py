@@ -52,6 +52,7 @@ class TrainState:
     evaluation_due: bool = False
     skipped_steps: int = 0  # because of a NaN or infinite loss or gradient
     bad_images: int = 0  # that others took the place of in training, over all ranks, see data.on_bad_image
+    first_bad_images: list[dict[str, Any]] = field(default_factory=list)  # epoch, position, shard and key of the first
     sums: list[list[float]] = field(default_factory=list)
     samples_in_sums: int = 0
     wandb_id: str | None = None

@@ -41,7 +41,7 @@ def write_summary(
         },
         "eval": evaluation.scores if evaluation else None,
         **({"weights_sha256": file_sha256(run.dir.weights_path)} if status == "finished" else {}),
-        **({"bad_images": _bad_images(run, evaluation)} if recipe.data.on_bad_image == "skip" else {}),
+        **(_bad_images(run, evaluation) if recipe.data.on_bad_image == "skip" else {}),
         "wall_s": round(state.wall_s, 3),
         "train_s": round(state.train_s, 3),
         "time_s": run.timer.time_s(run.batches.to_device_s, run.batches.augment_s, exposed_s),
@@ -70,6 +70,9 @@ def _ended_by(run: Run) -> dict[str, str]:
     return {"key": "train.max_wall_s", "reason": f"{config.max_wall_s:g} s of training"}
 
 
-def _bad_images(run: Run, evaluation: Evaluation | None) -> dict[str, int]:
-    """Return how often training met an image that cannot be decoded, and how many the last evaluation left out."""
-    return {"train": run.state.bad_images} | ({run.data.final_name: evaluation.bad_images} if evaluation else {})
+def _bad_images(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
+    """Return how often training met an image that cannot be decoded, how many the last evaluation left out, and the first."""
+    counts, first = {"train": run.state.bad_images}, {"train": run.state.first_bad_images}
+    if evaluation:
+        counts[run.data.final_name], first[run.data.final_name] = evaluation.bad_images, evaluation.first_bad_images
+    return {"bad_images": counts, "first_bad_images": {name: of for name, of in first.items() if of}}

@@ -3,6 +3,7 @@
 import zipfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def read_arrays(path: Path, split: str) -> Source:
         InputError: the file is damaged, or has no such arrays of the split.
     """
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(_archive(opened), allow_pickle=False) as file:
             pairs = {part: pair for part, names in _NAMES.items() for pair in names if set(pair) <= set(file.files)}
             if split not in pairs:
                 looked_for = " or ".join(" and ".join(pair) for pair in _NAMES[split])
@@ -55,6 +56,14 @@ def read_arrays(path: Path, split: str) -> Source:
         lambda number: pixels[number],
         lambda number: f"image {number}",
     )
+
+
+def _archive(opened: BinaryIO) -> BinaryIO:
+    """Return an open file that is a zip archive; NumPy would take any other for a pickle, and advise to load it."""
+    if not zipfile.is_zipfile(opened):
+        raise ValueError("it is no .npz file, or damaged")
+    opened.seek(0)
+    return opened
 
 
 def _labels(labels: np.ndarray, where: str) -> RowLabels:

@@ -110,7 +110,11 @@ def _notes(
     """
     notes = []
     if start:
-        _count_beside(tree, start, found)
+        notes += [
+            f"{tree.where / folder} is not used: a validation set is written from this folder as a source of its own, and "
+            f"given as data.validation"
+            for folder in _count_beside(tree, start, found)
+        ]
     if start and not has_splits:
         notes.append(f"{tree.where}: the classes are the folders in {start}/, the only folder")
     notes += found.notes(tree.where)
@@ -125,15 +129,21 @@ def _notes(
     return notes
 
 
-def _count_beside(tree: FileTree, start: str, found: FoundImages) -> None:
-    """Count what lies beside the folders that lead to the class folders, other splits excepted."""
-    above = ""
+def _count_beside(tree: FileTree, start: str, found: FoundImages) -> list[str]:
+    """Count what lies beside the folders that lead to the class folders, other splits excepted.
+
+    Returns:
+        The folders of a validation set beside that of the training set.
+    """
+    above, validation = "", []
     for passed in start.split("/"):
         entries = sorted(tree.entries(above), key=lambda entry: entry.name)
         splits = split_folders([entry.name for entry in entries if entry.kind == "folder"])
         for entry in entries:
             path = joined(above, entry.name)
             is_other_split = entry.name in splits and splits[entry.name] != splits.get(passed)
+            if is_other_split and (splits.get(passed), splits[entry.name]) == ("train", "val"):
+                validation.append(path)
             if entry.name == passed or is_other_split:
                 continue
             if entry.kind == "file" and is_image(entry.name):
@@ -141,3 +151,4 @@ def _count_beside(tree: FileTree, start: str, found: FoundImages) -> None:
             else:
                 found.left_out.add_entry(path, entry)
         above = joined(above, passed)
+    return validation

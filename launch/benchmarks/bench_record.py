@@ -157,14 +157,22 @@ def _train(recipe: "Recipe") -> Timed | None:
 
 
 def _script_samples(recipe: "Recipe") -> int:
-    """Return the number of training images, and check that the script can read them."""
+    """Return the number of training images, and check that the script can read them, and all that the recipe reads."""
     from shardstep.configs.errors import InputError
+    from shardstep.configs.held_out import NO_TEST_SET
+    from shardstep.configs.text import listed
     from shardstep.datasets.manifest import open_shards
 
-    manifest = open_shards(recipe.data.train).manifest
-    if manifest.image_shape != [3, 32, 32] or len(manifest.classes) != 10 or recipe.data.resize not in (None, 32):
-        wanted = "32x32 colour images of 10 classes, as in CIFAR-10"
-        raise InputError(f"--script is for {wanted}; {recipe.data.train} has others")
+    data = recipe.data
+    others = {"data.mix": data.mix, "data.validation": data.validation, "data.fold": data.fold}
+    given = [key for key, value in (others | {f"data.test={NO_TEST_SET}": data.test == NO_TEST_SET}).items() if value]
+    if given:
+        raise InputError(f"--script trains on data.train and is evaluated on data.test: leave out {listed(given)}")
+    manifest = open_shards(data.train).manifest
+    is_like_cifar10 = manifest.image_shape == [3, 32, 32] and len(manifest.classes) == 10
+    if not is_like_cifar10 or manifest.has_several_labels or data.resize not in (None, 32):
+        wanted = "32x32 colour images of 10 classes, one for each, as in CIFAR-10"
+        raise InputError(f"--script is for {wanted}; {data.train} has others")
     return manifest.samples
 
 

@@ -231,7 +231,8 @@ def _facts(comparison: Comparison, variants: list[Variant]) -> dict[str, str]:
 
 
 def _data(data: dict[str, Any]) -> str:
-    return f"{data['train_samples']:,} + {data['test_samples']:,} images, {data['fingerprint'][:12]}" if data else ""
+    sizes = [data[f"{name}_samples"] for name in ("train", "validation", "test") if f"{name}_samples" in data]
+    return f"{' + '.join(f'{size:,}' for size in sizes)} images, {data['fingerprint'][:12]}" if data else ""
 
 
 def _hardware(hardware: dict[str, Any]) -> str:

@@ -148,7 +148,7 @@ class Comparison:
         if self.auto_choices or not self.probed:
             return None
         place = self.folder / ".probe"  # a name that no variant can have
-        overrides = [*self.variants[self.probed], "train.duration=1 steps", f"run.dir={place / 'run'}"]
+        overrides = [*self.variants[self.probed], *self._fold(0), "train.duration=1 steps", f"run.dir={place / 'run'}"]
         return Task("one step to measure", [*self.arguments, *overrides], place / "log")
 
     def resolve_auto(self) -> None:
@@ -237,8 +237,9 @@ def prepare(args: argparse.Namespace, command: str) -> Comparison:
     variants = {"recipe": list[str]()} if has_one_variant else read_variants(over, args.variants)
     for fold in folds:
         _check([args.recipe, *args.overrides, f"data.fold={fold}"])
-    recipes, problems = _load_variants(args, budget, variants)
-    base_rates, tune_problems = _base_rates(args, budget, variants, recipes)
+    added = [*budget.overrides, *(f"data.fold={fold}" for fold in folds[:1])]  # there may be no test set
+    recipes, problems = _load_variants(args, added, variants)
+    base_rates, tune_problems = _base_rates(args, added, variants, recipes)
     problems += tune_problems
     with_auto = [name for name, recipe in recipes.items() if is_measured(recipe.train)]
     if with_auto and args.slurm is not None:
@@ -311,16 +312,16 @@ def _option_problems(args: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def _load_variants(
-    args: argparse.Namespace, budget: Budget, variants: dict[str, list[str]]
+    args: argparse.Namespace, added: list[str], variants: dict[str, list[str]]
 ) -> tuple[dict[str, Recipe], list[str]]:
-    """Return the validated recipe of each valid variant, and the problems of the others."""
+    """Return the validated recipe of each valid variant, and the problems of the others; `added` are overrides of all."""
     recipes, problems = {}, []
     refused: dict[str, list[str]] = {}  # reason -> variants: an unknown key is reported once
     for name, overrides in variants.items():
         reserved = _reserved_keys(overrides, args.tune if args.over else "", bool(args.budget))
         problems += [f"variant {name}: {problem}" for problem in reserved]
         try:
-            recipes[name] = _check([args.recipe, *args.overrides, *overrides, *budget.overrides])
+            recipes[name] = _check([args.recipe, *args.overrides, *overrides, *added])
         except InputError as error:
             refused.setdefault(str(error), []).append(name)
     problems += [f"variant {', '.join(names)}: {reason}" for reason, names in refused.items()]
@@ -330,7 +331,7 @@ def _load_variants(
 
 
 def _base_rates(
-    args: argparse.Namespace, budget: Budget, variants: dict[str, list[str]], recipes: dict[str, Recipe]
+    args: argparse.Namespace, added: list[str], variants: dict[str, list[str]], recipes: dict[str, Recipe]
 ) -> tuple[dict[str, float | None], list[str]]:
     """Return where each variant's search begins, None without --tune, and the problems of its first grid's edges."""
     base_rates, problems = dict[str, float | None].fromkeys(variants), list[str]()
@@ -342,7 +343,7 @@ def _base_rates(
         grid = rate_grid(rate, args.trials or _TRIALS)
         for edge in (grid[0], grid[-1]):
             try:
-                _check([args.recipe, *args.overrides, *variants[name], *budget.overrides, f"{args.tune}={edge:g}"])
+                _check([args.recipe, *args.overrides, *variants[name], *added, f"{args.tune}={edge:g}"])
             except InputError as error:
                 problems.append(f"variant {name}, {args.tune}={edge:g} of the search: {error}")
     return base_rates, problems

@@ -325,7 +325,8 @@ def test_what_lies_beside_a_split_is_counted(tmp_path: Path, packed: bool) -> No
     splits = ["train/a/1.png", "train/b/1.png", "test/a/1.png", "val/a/1.png"]
     files = [*splits, "Training/1.png", "labels.csv", "lost.png", ".x"]
     path = make_input(tmp_path, files, packed)
-    (line,) = open_source(str(path), "train").notes
+    validation, line = open_source(str(path), "train").notes
+    assert validation.startswith(f"{path / 'val'} is not used")
     assert "1 hidden file (.x), 1 folder (Training), 1 .csv file (labels.csv), 1 loose image (lost.png);" in line
 
 

@@ -96,6 +96,27 @@ def test_a_missing_split_does_not_become_a_class(tmp_path: Path, packed: bool) -
         open_source(str(path), "test")
 
 
+@pytest.mark.parametrize(
+    ("folders", "split", "named"),
+    [
+        (["train", "val", "test"], "train", ["val"]),
+        (["train", "validation", "test"], "train", ["validation"]),
+        (["pets/train", "pets/dev", "pets/test"], "train", ["pets/dev"]),
+        (["train", "val", "test"], "test", []),  # said once, for the training set
+        (["train", "test"], "train", []),
+    ],
+)
+def test_a_validation_set_beside_the_training_set_is_named(
+    folders: list[str], split: str, named: list[str], tmp_path: Path
+) -> None:
+    for folder in folders:
+        for name in ("cat", "dog"):
+            (tmp_path / folder / name).mkdir(parents=True)
+            (tmp_path / folder / name / "1.png").write_bytes(png(1))
+    notes = [note for note in open_source(str(tmp_path), split).notes if "data.validation" in note]
+    assert [note.partition(" is not used")[0] for note in notes] == [str(tmp_path / name) for name in named]
+
+
 def test_synthetic_is_a_function_of_split_and_number() -> None:
     first, again = open_source("synthetic:50", "train"), open_source("synthetic:50", "train")
     assert np.array_equal(pixels_of(first, 49), pixels_of(again, 49))

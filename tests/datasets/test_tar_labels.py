@@ -1,5 +1,6 @@
 """Tars that others wrote, with labels in any field: numbers or names, as text or in JSON."""
 
+import gzip
 import io
 import json
 import re
@@ -250,6 +251,22 @@ def test_what_webdataset_writes(tmp_path: Path, sample: dict[str, Any], field: s
     )
     assert open_shards(tmp_path / "x").key(1) == "some/folder/v1.1"
     assert set(classes_of_samples(tmp_path / "x")) == ({"0"} if field == "index" else {"cat"})
+
+
+@pytest.mark.parametrize("content", ["images without labels", "labels without images", "nothing", "gzip", "damage"])
+def test_other_labels_are_suggested_where_images_have_none(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x" / "0.tar"
+    path.parent.mkdir()
+    members = {"images without labels": {"1.png": png(1)}, "labels without images": {"1.cls": b"0"}, "nothing": {}}
+    write_tar(path, members.get(content, {"1.png": png(1), "1.cls": b"0"}))
+    if content == "gzip":
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    if content == "damage":
+        path.write_bytes(path.read_bytes() + b"after the end")
+    assert run_command(shards_main, ["index", str(path.parent)]) == 2
+    assert ("--label chooses" in capsys.readouterr().err) == (content == "images without labels")
 
 
 def test_what_img2dataset_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

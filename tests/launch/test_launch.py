@@ -233,10 +233,12 @@ def test_a_full_disk_is_reported_with_the_folder_which_stays_as_it_was(tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_too_few_class_names_are_dropped_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_names_that_do_not_fit_are_dropped_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for shard, options, warning in (
         ("a", ["--classes", "cat"], ""),
-        ("b", [], "the old manifest has too few class names; they were not kept"),
+        ("b", [], "the class names of the old manifest do not fit; they were not kept"),
         ("c", [], ""),  # numbering continues
     ):
         write_tar(

@@ -22,6 +22,8 @@ from shardstep.datasets.parts import Part
 from shardstep.datasets.reader import Reader, StreamReader
 from shardstep.datasets.resident import load_resident
 from shardstep.launch.evaluate import main as evaluate
+from shardstep.launch.export import main as export
+from shardstep.launch.report import main as report
 from tests.distributed import run_ranks
 from tests.runs import failure_of, read_lines, train_lines, train_ranks, write_recipe
 
@@ -108,14 +110,14 @@ def test_the_next_sample_takes_the_place_of_a_bad_one_on_any_number_of_ranks(
             assert seen.tolist() == [expected.get(sample, sample) for sample in numbers.tolist()]
         else:
             assert sorted(seen.tolist()) == sorted(expected.get(sample, sample) for sample in range(1, 101, 2))
-        assert alone.bad_images == len(expected)
+        assert len(alone.skipped) == len(expected)
         for ranks in (2, 3):
             shares = [batches(folder, reader, rank, ranks, ids) for rank in range(ranks)]
             for step, parts in enumerate(zip(*map(epoch_of, shares), strict=True)):
                 for column in range(2):
                     assert np.array_equal(np.concatenate([part[column] for part in parts]), one[step][column])
                 assert torch.equal(torch.cat([part[2] for part in parts]), one[step][2])
-            assert sum(share.bad_images for share in shares) == len(expected)
+            assert sum(len(share.skipped) for share in shares) == len(expected)
         later = epoch_of(batches(folder, readers(folder, framing)[0], ids=ids), position=30)  # as after a resume
         assert all(torch.equal(again[2], before[2]) for again, before in zip(later, one[1:], strict=True))
 
@@ -157,10 +159,18 @@ def test_a_run_counts_them_the_same_on_any_number_of_ranks_and_after_a_resume(
     resumed = recipe(tmp_path / "resumed", spoilt, mode)
     train_ranks(2, resumed, "train.duration=5 steps")
     train_ranks(1, resumed, "run.allow_changes=[train.duration]")
+    order = EpochOrder([17] * 5 + [16], 0, 0, 1, None).slice(0, 101).tolist()  # of the first epoch
+    places = sorted((order.index(sample), sample) for sample in BAD)
+    named = {
+        "train": [{"epoch": 0, "position": place} | name_of(spoilt / "train", sample) for place, sample in places],
+        "test": [name_of(spoilt / "test", sample) for sample in TEST_BAD],
+    }
     for name in ("1", "2", "resumed"):
         run = tmp_path / name / "run"
+        summary = json.loads((run / "summary.json").read_text())
         # five bad images in each of two epochs; 53 - 2 = 51 are evaluated
-        assert json.loads((run / "summary.json").read_text())["bad_images"] == {"train": 10, "test": 2}
+        assert summary["bad_images"] == {"train": 10, "test": 2}
+        assert summary["first_bad_images"] == named
         lines = train_lines(run)
         assert lines[-1]["bad_images"] == 10
         assert [line["samples"] for line in lines if line["epoch"] == 1] == [101]
@@ -171,14 +181,36 @@ def test_a_run_counts_them_the_same_on_any_number_of_ranks_and_after_a_resume(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_the_command_evaluates_the_others(spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train_ranks(1, recipe(tmp_path, spoilt, "stream"))
+def name_of(folder: Path, sample: int) -> dict[str, str]:
+    opened = open_shards(folder)
+    return {"shard": str(opened.shard_path(int(opened.index[sample]["shard"]))), "key": opened.key(sample)}
+
+
+def test_commands_leave_them_out_and_name_them(
+    spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ((code, out, err),) = run_ranks(1, failure_of, str(recipe(tmp_path, spoilt, "stream")))
+    bad = [name_of(spoilt / "test", sample) for sample in TEST_BAD]
+    texts = ", ".join(f"{one['shard']}: sample {one['key']}" for one in bad)
+    assert code == 0
+    assert "warning: there are images that cannot be decoded, such as " in out + err
+    assert f"left out: 2 test images that cannot be decoded: {texts}" in out
+    assert "left out: the next image took the place of one that cannot be decoded, 10 times in training: " in out
+
     assert evaluate([str(tmp_path / "run")]) == 0
     *_, said, last = capsys.readouterr().out.splitlines()
-    assert said == "2 of 53 images cannot be decoded, and are left out"
+    assert said == f"2 of 53 images cannot be decoded, and are left out: {texts}"
     found, summary = json.loads(last), json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (found["samples"], found["bad_images"]) == (51, 2)
+    assert found["first_bad_images"] == bad
     assert found["loss"] == pytest.approx(summary["eval"]["loss"], rel=1e-5)
+
+    assert export([str(tmp_path / "run"), "--format", "safetensors"]) == 0
+    assert " on 51 images of " in capsys.readouterr().out
+    assert report([str(tmp_path / "run")]) == 0
+    assert f"left out: 2 test images that cannot be decoded: {texts}" in capsys.readouterr().out
+    predictions = np.load(tmp_path / "run" / "predictions.npz")
+    assert predictions["ids"].tolist() == sorted(set(range(53)) - set(TEST_BAD))
 
 
 @pytest.mark.parametrize("mode", ["stream", "resident"])

@@ -80,6 +80,30 @@ def test_the_defaults_of_a_built_in_recipe_may_be_missing(tmp_path: Path, monkey
         assert missing_sets(loaded.recipe.data)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "is_refused"),
+    [
+        ("photos", [], True),
+        ("photos", ["data.test=sets/own/test"], True),
+        ("photos", ["data.source=null", "data.validation=0.1"], True),
+        ("quickstart", ["data.source=null", "data.train=", "data.test="], True),
+        ("photos", ["data.source=my/pictures"], False),
+        ("photos", ["data.train=sets/own/train", "data.test=sets/own/test"], False),
+        ("photos", ["data.mix=[{dir: sets/own/train, weight: 1}, {dir: sets/own/test, weight: 1}]"], False),
+    ],
+)
+def test_a_recipe_needs_images(
+    recipe: str, overrides: list[str], is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = load_recipe(recipe, overrides)
+    if not is_refused:
+        check_given_folders(loaded)
+        return
+    with pytest.raises(InputError, match=f"recipe {recipe} needs images: give data.source=my/pictures"):
+        check_given_folders(loaded)
+
+
 def test_nothing_is_written_there(folder: Path) -> None:
     for command in (["train"], ["train", "--show-config"], ["doctor"]):
         done = run_command(*command, "ours.yaml", "data.train=data/cifar10/trian", cwd=folder)

@@ -197,13 +197,15 @@ def compare(
     trained: TrainedModel, loaded: Loaded, reader: Reader, ids: np.ndarray, pixels: Pixels = "uint8"
 ) -> ExportCheck:
     """Compare a loaded file with the original on the first images of a set, in batches of several sizes."""
-    start, largest, scale = 0, 0.0, 1.0
+    start, compared, largest, scale = 0, 0, 0.0, 1.0
     for size in _COMPARED_BATCHES:
         batch = ids[start : start + size]
-        if not len(batch):
-            break
         start += len(batch)
         images, _ = reader.read(batch)
+        images = images[~np.isin(batch, list(reader.bad))]
+        if not len(images):
+            continue
+        compared += len(images)
         expected = trained.module(trained.normalize(images)).float()
         inputs = images.permute(0, 3, 1, 2).contiguous()  # (B, H, W, C) -> (B, C, H, W)
         outputs = loaded(inputs.to(getattr(torch, pixels)))
@@ -212,7 +214,9 @@ def compare(
         difference = float((outputs - expected).abs().max())
         largest = max(largest, difference) if difference == difference else difference
         scale = max(scale, float(expected.abs().max()))
-    return ExportCheck(largest, TOLERANCE * scale, start)
+    if not compared:
+        raise ExportFailed(f"none of the first {start:,} images to compare on can be decoded")
+    return ExportCheck(largest, TOLERANCE * scale, compared)
 
 
 def _described(trained: TrainedModel, name: str, pixels: Pixels) -> str:

@@ -5,7 +5,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +24,20 @@ _ARRAYS = ("labels", "predicted", "confidence", "errors")
 _DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
+def _no_ids() -> np.ndarray:
+    return np.zeros(0, dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Predictions:
-    """A model's predictions for a test set, in the order of the manifest."""
+    """A model's predictions for a test set, in the order of the manifest, without images that cannot be decoded."""
 
     labels: np.ndarray  # int64 (N,)
     predicted: np.ndarray  # int64 (N,), the class with the highest output; empty for reconstruction, like `confidence`
     confidence: np.ndarray  # float32 (N,), the softmax of that output: the mean over the recipe's views
     errors: np.ndarray  # float32 (N,), each sample's loss if the model reconstructs images, else empty
+    ids: np.ndarray = field(default_factory=_no_ids)
+    """int64 (N,), of the samples; files of earlier versions have none, and are read only where the test set is gone."""
 
     @property
     def correct(self) -> np.ndarray:
@@ -87,13 +93,13 @@ def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], N
         if kept is None:
             raise
         return kept
-    samples = test.samples
-    kept = _read(cache, made_with, test.manifest.fingerprint)
-    if kept is not None and len(kept.labels) == samples:
+    samples, made_of = test.samples, f"{test.manifest.fingerprint} {test.samples}"
+    kept = _read(cache, made_with, made_of)
+    if kept is not None:
         return kept
     parts: list[tuple[np.ndarray, ...]] = []
     with progress_bar(f"predicting {trained.test_set_name}", samples, "images") as advance, torch.inference_mode():
-        for images, labels, _ in test_batches(
+        for images, labels, ids in test_batches(
             reader,
             test.all_ids(),
             batch_size=trained.recipe.eval.batch_size,
@@ -112,32 +118,34 @@ def predict_test_set(trained: TrainedModel, cache: Path, tell: Callable[[str], N
             else:
                 confidence, predicted = outputs.softmax(dim=1).max(dim=1)
                 row = (labels, predicted, confidence, labels[:0])
-            parts.append(tuple(values.cpu().numpy() for values in row))
+            parts.append((*(values.cpu().numpy() for values in row), ids))
             advance(len(labels))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    found = Predictions(columns[0], columns[1], columns[2].astype(np.float32), columns[3].astype(np.float32))
-    _write(found, cache, [*made_with, test.manifest.fingerprint], tell)
+    found = Predictions(
+        columns[0], columns[1], columns[2].astype(np.float32), columns[3].astype(np.float32), columns[4]
+    )
+    _write(found, cache, [*made_with, made_of], tell)
     return found
 
 
 def _write(found: Predictions, cache: Path, key: list[str], tell: Callable[[str], None]) -> None:
     stream = io.BytesIO()
-    np.savez_compressed(stream, key=np.array(key), **{name: getattr(found, name) for name in _ARRAYS})
+    np.savez_compressed(stream, key=np.array(key), **vars(found))
     try:
         write_atomically(cache, stream.getvalue())
     except OSError as error:
         tell(f"{cache} could not be written, the predictions will be computed again: {error.strerror}")
 
 
-def _read(cache: Path, made_with: list[str], fingerprint: str | None = None) -> Predictions | None:
+def _read(cache: Path, made_with: list[str], made_of: str | None = None) -> Predictions | None:
     """Read the predictions kept with this key for this test set, or for any; None if there are none, or they are damaged."""
     with contextlib.suppress(*_DAMAGED):
         file = np.load(io.BytesIO(cache.read_bytes()))  # no pickle: arrays of numbers and text
         *key, kept_of = file["key"].tolist()
-        found = Predictions(**{name: file[name] for name in _ARRAYS})
+        found = Predictions(**{name: file[name] for name in _ARRAYS}, ids=file.get("ids", _no_ids()))
         lengths = [len(getattr(found, name)) for name in _ARRAYS]
         samples = lengths[0]
         intact = lengths in ([samples, samples, samples, 0], [samples, 0, 0, samples])  # classes, or reconstructions
-        if intact and key == made_with and fingerprint in (None, kept_of):
+        if intact and key == made_with and made_of in (None, kept_of):
             return found
     return None

@@ -8,7 +8,6 @@ import torch
 
 from shardstep.configs.errors import InputError
 from shardstep.datasets.decode import resize_to_cover
-from shardstep.datasets.parts import Part
 from shardstep.datasets.reader import StreamReader
 from shardstep.trainer.analysis.calibration import Bin, reliability
 from shardstep.trainer.analysis.filters import first_filters
@@ -104,18 +103,18 @@ def _analyse_test_set(found: RunAnalysis, trained: TrainedModel) -> None:
     if not found.record.reconstructs:
         found.bins = reliability(predictions.confidence, predictions.correct)
     try:
-        test, reader = trained.open_test_set()
+        _, reader = trained.open_test_set()
         if found.record.reconstructs:
-            found.reconstructions = _worst_reconstructions(predictions, trained, test, reader)
+            found.reconstructions = _worst_reconstructions(predictions, trained, reader)
         else:
-            found.mistakes = _mistakes(predictions, test, reader)
+            found.mistakes = _mistakes(predictions, reader)
     except InputError as error:
         found.left_out.append(f"test images: {error}")
 
 
-def _mistakes(predictions: Predictions, test: Part, reader: StreamReader) -> list[Mistake]:
+def _mistakes(predictions: Predictions, reader: StreamReader) -> list[Mistake]:
     chosen = predictions.most_confident_mistakes(MOST_MISTAKES)
-    pixels, _ = reader.read(test.ids_of(chosen))
+    pixels, _ = reader.read(predictions.ids[chosen])
     return [
         Mistake(
             pixels=_thumbnail(image),
@@ -128,10 +127,10 @@ def _mistakes(predictions: Predictions, test: Part, reader: StreamReader) -> lis
 
 
 def _worst_reconstructions(
-    predictions: Predictions, trained: TrainedModel, test: Part, reader: StreamReader
+    predictions: Predictions, trained: TrainedModel, reader: StreamReader
 ) -> list[Reconstruction]:
     chosen = np.argsort(-predictions.errors, kind="stable")[: MOST_MISTAKES // 2]
-    pixels, _ = reader.read(test.ids_of(chosen))
+    pixels, _ = reader.read(predictions.ids[chosen])
     with torch.inference_mode():
         made = trained.normalize.undo(trained.module(trained.normalize(pixels.to(trained.device)))).cpu()
     return [

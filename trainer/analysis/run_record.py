@@ -15,7 +15,7 @@ from shardstep.configs.schema import Recipe
 from shardstep.configs.text import count, listed
 from shardstep.datasets.manifest import Manifest
 from shardstep.trainer.analysis.trained_model import read_train_manifest
-from shardstep.trainer.monitoring.status import Line, evaluated_on
+from shardstep.trainer.monitoring.status import Line, bad_images_texts, evaluated_on
 from shardstep.trainer.optim.losses import RECONSTRUCTION, decides_each_class
 from shardstep.trainer.run_dir import RunDir, State
 
@@ -117,6 +117,7 @@ def read_record(folder: Path) -> RunRecord:
         summary = run_dir.read_summary()
     except InputError as error:
         left_out.append(f"the summary: {error}")
+    left_out += bad_images_texts(summary)
     if not starts:
         left_out.append(f"hardware, versions and command: {run_dir.starts_path.name} is missing or damaged")
     try:

@@ -12,13 +12,12 @@ from shardstep.configs.cores import usable_cores
 from shardstep.configs.errors import InputError
 from shardstep.configs.held_out import NO_TEST_SET
 from shardstep.configs.resolve import ResolvedRecipe, as_resolved
-from shardstep.configs.schema import OnBadImage
 from shardstep.configs.selection import mix_name
 from shardstep.datasets.augment import Normalize
 from shardstep.datasets.class_mapping import map_classes
 from shardstep.datasets.decode_crop import PARTIAL, missing_for_partial
 from shardstep.datasets.framing import Framing, framing_of
-from shardstep.datasets.manifest import Manifest, open_shards, parse_manifest
+from shardstep.datasets.manifest import Manifest, check_same_kind, open_shards, parse_manifest
 from shardstep.datasets.parts import Part
 from shardstep.datasets.reader import StreamReader
 from shardstep.trainer import data
@@ -68,18 +67,14 @@ class TrainedModel:
         )
 
     def open_test_set(
-        self,
-        folder: str | None = None,
-        tell: Callable[[str], None] = lambda _: None,
-        on_bad_image: OnBadImage = "stop",
+        self, folder: str | None = None, tell: Callable[[str], None] = lambda _: None
     ) -> tuple[Part, StreamReader]:
-        """Open the run's test set, or another one; its images are read in the training set's mode, its labels are the run's.
+        """Open the run's test set, or another one; its images are read as the training set's were, its labels are the run's.
 
         A run without a test set has its validation set for one.
 
         Args:
             tell: called with a line on how its classes become those of the run, if they differ.
-            on_bad_image: see data.on_bad_image.
 
         Raises:
             InputError: it cannot be opened, or has images of other classes or of another size.
@@ -91,13 +86,13 @@ class TrainedModel:
             test = Part(open_shards(place))
         framing = self.framing if framing_of(self.recipe.data) else None
         if not self.objective.reconstructs:
-            data.check_same_kind(self.manifest, test.manifest, "the run's training set", place)
+            check_same_kind([("the run's training set", self.manifest), (place, test.manifest)])
             shards, note = map_classes(test.shards, self.manifest.classes, place)
             test = replace(test, shards=shards)
             if note:
                 tell(note)
         data.check_same_size(self.manifest, test.manifest, "the run's training set", place, framing)
-        return test, StreamReader(test.shards, framing, self.manifest.image_mode, on_bad_image)
+        return test, StreamReader(test.shards, framing, self.manifest.image_mode, self.recipe.data.on_bad_image)
 
     @property
     def test_set_name(self) -> str:

@@ -147,7 +147,8 @@ def load(
         progress, scaler = Progress(**facts.pop("progress")), facts.pop("scaler")
         facts.setdefault("evaluating_s", 0.0)  # only matters with train.max_wall_s
         facts.setdefault("patience", None)  # only matters with train.stop_when
-        facts.setdefault("bad_images", 0)  # earlier versions skipped none
+        facts.setdefault("bad_images", 0)  # earlier versions skipped none, and named none
+        facts.setdefault("first_bad_images", [])
         values = {name: facts[name] for name in _FACTS}
         optimizer = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
         _load_optimizer(state.optimizer, optimizer, options)

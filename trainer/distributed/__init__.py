@@ -7,6 +7,7 @@ world            bring a world up and down, build the Accelerator
 gradients        how ranks share gradients: DDP's bucket size, one flat buffer, compression
 ddp              wrap a model for training
 collectives      reductions, broadcasts, and raising on all ranks
+bad_images       count and name the images that are skipped on any rank
 store            heartbeats and notes in the launcher's store
 buffers, lazy_dynamo   batch norm's statistics per rank; torch.compile imported when it is needed
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shardstep.configs.schema import TrainConfig
-from shardstep.configs.text import duration
+from shardstep.configs.text import count, duration, printable
 
 Line = dict[str, Any]
 _NO_CURVES = ("step", "time", "total_steps", "share_done", "left_s")
@@ -19,6 +19,25 @@ def parse_line(text: str | bytes) -> Line | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) and line.get("kind") in ("train", "eval") else None
+
+
+def bad_images_texts(summary: dict[str, Any]) -> list[str]:
+    """Say which images could not be decoded, by a run's summary: a line for training and for each set evaluated on."""
+    texts, first = [], summary.get("first_bad_images", {})
+    for name, number in summary.get("bad_images", {}).items():
+        if number:
+            what = f"{count(number, f'{name} image')} that cannot be decoded"
+            if name == "train":
+                what = (
+                    f"the next image took the place of one that cannot be decoded, {count(number, 'time')} in training"
+                )
+            texts.append(what + (f": {samples_text(first[name])}" if first.get(name) else ""))
+    return texts
+
+
+def samples_text(samples: list[dict[str, Any]]) -> str:
+    """Name samples by their shards and keys."""
+    return ", ".join(f"{one['shard']}: sample {printable(one['key'])}" for one in samples)
 
 
 @dataclass

@@ -178,6 +178,9 @@ def test_tables_that_were_done_before_an_interruption_are_kept(
         (["record", "data.trian=x"], "data.trian"),
         (["record", "smoke", "--runns", "1"], "unrecognized arguments: --runns 1"),
         (["record", "smoke", "--script", "data.resize=24"], "--script is for 32x32 colour images"),
+        (["record", "smoke", "--script", "data.validation=0.1"], "leave out data.validation"),
+        (["record", "smoke", "--script", "data.fold=1/3", "data.test=none"], "leave out data.fold, data.test=none"),
+        (["record", "smoke", "--script", "data.mix=[{dir: x, weight: 1}, {dir: y, weight: 2}]"], "leave out data.mix"),
     ],
 )
 def test_bad_input_is_one_clear_message(

@@ -103,8 +103,11 @@ def test_an_interrupted_comparison_is_resumed(shards: Path, tmp_path: Path) -> N
     assert "budget: 1200 steps -> 10 steps" in other.stderr
 
 
-def test_folds_repeat_every_variant(shards: Path, tmp_path: Path) -> None:
-    recipe, out = write_recipe(tmp_path, shards), tmp_path / "out"
+@pytest.mark.parametrize("test_set", ["test", None])
+def test_folds_repeat_every_variant(test_set: str | None, shards: Path, tmp_path: Path) -> None:
+    data = {} if test_set else {"test": "none"}
+    train = {} if test_set else {"precision": "auto"}  # which is measured in a step beforehand
+    recipe, out = write_recipe(tmp_path, shards, data=data, train=train), tmp_path / "out"
     arguments = ["compare", str(recipe), "--over", "data.fold=1/3,2/3,3/3", "--seeds", "1", "--budget", "6 steps"]
     result = run_command(*arguments, "--out", str(out), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -115,6 +118,8 @@ def test_folds_repeat_every_variant(shards: Path, tmp_path: Path) -> None:
     assert variant["accuracy"]["mean"] == pytest.approx(sum(accuracies) / 3)
     assert variant["accuracy"]["half_width"] is not None
     assert "on the fold that each run held out" in " ".join(result.stdout.split())
+    sizes = "67 + 34 + 53 images" if test_set else "67 + 34 images"  # 101 training images, 53 of the test set
+    assert sizes in (out / "report.html").read_text()
     other = run_command(*arguments[:2], "--over", "data.fold=1/3,2/3", "--out", str(out), "--seeds", "1", cwd=tmp_path)
     assert other.returncode == 2
     assert "folds: ['1/3', '2/3', '3/3'] -> ['1/3', '2/3']" in other.stderr

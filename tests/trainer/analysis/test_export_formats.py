@@ -34,6 +34,7 @@ class RandomImages:
     """A reader of 150 images of noise."""
 
     image_shape = (SIZE, SIZE, 3)
+    bad = frozenset[int]()
 
     def read(self, sample_ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = np.random.default_rng(0).integers(0, 256, (150, *self.image_shape), dtype=np.uint8)
