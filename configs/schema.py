@@ -236,8 +236,8 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
-    """Model: `name` (a key of MODELS in trainer/models/__init__.py, or torchvision/<name>), its options, and
-    `sync_batch_norm`."""
+    """Model: `name` (a key of MODELS in trainer/models/__init__.py, torchvision/<name>, or path/to/file.py:function or
+    package.module:function, as everywhere below), its options, and `sync_batch_norm`."""
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "cross_entropy"})
     """Loss: `name` (a key of LOSSES in trainer/optim/losses.py), its options, and `reduction` (mean or sum)."""
     optimizer: dict[str, Any] = field(default_factory=dict)
