@@ -46,7 +46,7 @@ class OwnFolder:
 
     def is_own(self, file: str | None) -> bool:
         """Return whether a file is code of this folder, and neither an installed package in it nor shardstep."""
-        if not file or not file.startswith(f"{self.path}{os.sep}".replace("//", "/")) or file.startswith(_LAYERS):
+        if not file or not file.startswith(os.path.join(self.path, "")) or file.startswith(_LAYERS):
             return False
         return not any(part in _INSTALLED for part in Path(file).relative_to(self.path).parts)
 
@@ -99,7 +99,7 @@ def find_function(name: str, folders: Sequence[Path]) -> str:
     for start in starts:
         forms = [inside] if is_file else [inside.with_suffix(".py"), inside / "__init__.py"]
         if any((start / form).is_file() for form in forms):
-            return f"{start}/{module}:{function}".replace("//", "/")
+            return f"{start / module}:{function}"
     looked = ", ".join(map(str, starts))
     if is_file:
         raise InputError(f"there is no file {module} in {looked}")
@@ -109,7 +109,7 @@ def find_function(name: str, folders: Sequence[Path]) -> str:
     origin = Path(spec.origin or "")
     source = origin.parent.parent if spec.submodule_search_locations else origin.parent
     if _is_editable(origin) and ((source / inside).with_suffix(".py").is_file() or (source / inside).is_dir()):
-        return f"{source}/{module}:{function}"  # its version would not say which code it is
+        return f"{source / module}:{function}"  # its version would not say which code it is
     return name
 
 

@@ -80,6 +80,45 @@ def test_kills_at_any_moment(ranks: int, shards: Path, tmp_path: Path) -> None:
     assert drill(tmp_path, shards, ranks, moments, sections).total() >= 3
 
 
+VIEWS = """
+    from torch import nn
+
+    class Flat(nn.Module):
+        def __init__(self, channels, num_classes):
+            super().__init__()
+            self.filters = nn.Conv2d(channels, 8, 3)
+            self.norm = nn.BatchNorm1d(8 * 30 * 30)
+            self.head = nn.Linear(8 * 30 * 30, num_classes)
+
+        def forward(self, images):
+            features = self.filters(images)
+            return self.head(self.norm(features.view(features.size(0), -1)))
+
+    def net(image_shape, num_classes):
+        return Flat(image_shape[0], num_classes)
+"""
+
+
+def test_a_model_that_takes_no_channels_last_is_trained_without(shards: Path, tmp_path: Path) -> None:
+    """As with `view`, which most networks have."""
+    train = {"precision": "auto", "memory_format": "auto", "duration": "2 steps"}
+    recipe = write_own_recipe(tmp_path, shards, model={"name": "flat.py:net"}, train=train)
+    write_code(tmp_path, flat=VIEWS)
+    ((code, out, err),) = run_ranks(1, failure_of, str(recipe))
+    assert code == 0, err
+    assert "flat.py:net does not work in fp32 channels_last: view size is not compatible" in out + err
+    assert ", contiguous" in out
+    for command in ("evaluate", "report"):
+        result = run_command(command, "run", "--device", "cpu", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "left out" not in result.stdout
+    ((code, _, err),) = run_ranks(
+        1, failure_of, str(recipe), "train.memory_format=channels_last", f"run.dir={tmp_path / 'r'}"
+    )
+    assert code == 1
+    assert "Flat(" in err.splitlines()[-5]
+
+
 # --- what a run keeps ---------------------------------------------------------------------------------------------
 
 
