@@ -49,22 +49,23 @@ def initial_model(
     Raises:
         InputError: the model does not fit the images or the loss.
     """
+    name = recipe.model["name"]
     torch.manual_seed(recipe.run.seed)
-    if is_import_path(recipe.model["name"]):  # which may take its initial weights from anywhere
+    if is_import_path(name):  # which may take its initial weights from anywhere
         random.seed(recipe.run.seed)
         np.random.seed(recipe.run.seed % 2**32)
     module = build_model(recipe.model, loaded.image_shape, loaded.num_classes)
-    if recipe.model.get("pretrained") and not resumed:
+    if recipe.model.get("pretrained") and not resumed and not is_import_path(name):
         from shardstep.trainer.models.torchvision_models import load_pretrained
 
-        fresh = load_pretrained(recipe.model["name"], module, recipe.model["pretrained"])
+        fresh = load_pretrained(name, module, recipe.model["pretrained"])
         display.note(f"loaded pretrained weights; randomly initialized: {', '.join(fresh) or 'none'}")
     module = module.to(device)
     images, _ = loaded.first_samples(2, device)
     with torch.no_grad():
         module.eval()
-        if is_import_path(recipe.model["name"]):
-            contracts.check_model(recipe.model["name"], module, images, loaded.num_classes)
+        if is_import_path(name):
+            contracts.check_model(name, module, images, loaded.num_classes)
         check_outputs(recipe.loss, module(images).float(), images)
         _check_shrunk(recipe, module, images)
         module.train()

@@ -105,6 +105,16 @@ def test_files_of_one_name_are_two(tmp_path: Path) -> None:
     assert own_files(two)["helper.py"] == b"word = 'two'"
 
 
+@pytest.mark.parametrize("init", [{}, {"pack____init__": ""}], ids=["namespace", "package"])
+def test_packages_of_one_name_are_two(init: dict[str, str], tmp_path: Path) -> None:
+    text = "from pack.deep.word import word\n\ndef say():\n    return word\n"
+    folders = [
+        write(tmp_path / name, pack__net=text, pack__deep__word=f"word = {name!r}", **init) for name in ("one", "two")
+    ]
+    assert [said("pack.net:say", folder) for folder in (*folders, folders[0])] == ["one", "two", "one"]
+    assert set(own_files(folders[1])) >= {"pack/net.py", "pack/deep/word.py"}
+
+
 def test_neighbours_are_found_in_the_body_of_a_builder(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write(tmp_path / name, late=f"word = {name!r}", net="def say():\n    import late\n    return late.word\n")

@@ -60,6 +60,14 @@ BROKEN = """
     def takes_too_little(image_shape):
         return None
 
+    def refuses(image_shape, num_classes, *, width: int = 4):
+        from shardstep.configs.errors import InputError
+
+        raise InputError(f"model.width={width} must be odd")
+
+    def named_like_ours(image_shape, num_classes, *, pretrained: bool = True):
+        return linear(5, num_classes)
+
     def no_empty_batch(image_shape, num_classes):
         return Shaped(linear(3 * 32 * 32, num_classes), lambda logits: logits.view(len(logits), -1))
 
@@ -74,6 +82,9 @@ BROKEN = """
 
     def by_class(outputs, labels):
         return functional.binary_cross_entropy_with_logits(outputs, torch.zeros_like(outputs), reduction="none")
+
+    def squeezed(outputs, labels):
+        return functional.cross_entropy(outputs, labels, reduction="none").squeeze()
 
     def without_gradient(outputs, labels):
         return functional.cross_entropy(outputs.detach(), labels, reduction="none")
@@ -158,12 +169,15 @@ CASES: list[tuple[list[str], int, list[str]]] = [
     (["model.name=broken.py:stumbles"], 1, ["Shaped(float32 (2, 3, 32, 32)) raised", "in shape\n", "in forward\n"]),
     (["model.name=broken.py:divides"], 1, ["divides((3, 32, 32), 10, width=3) raised ZeroDivisionError", "in divides\n"]),
     (["model.name=broken.py:takes_too_little"], 1, ["takes_too_little((3, 32, 32), 10) raised TypeError"]),
+    (["model.name=broken.py:refuses"], 2, ["model.width=4 must be odd"]),
+    (["model.name=broken.py:named_like_ours"], 1, ["named_like_ours(float32 (2, 3, 32, 32)) raised RuntimeError"]),
     (["model.name=broken.py:divides", "model.width=x"], 2, ["model.width: Value 'x'"]),
     (["model.name=broken.py:divides", "model.widht=4"], 2, ["model.widht is not an option of", "did you mean width?"]),
     (["loss.name=broken.py:mean"], 2, ["returned float32 () for outputs float32 (16, 10) and labels int64 (16,)", LOSS]),
     (["loss.name=broken.py:total"], 2, ["returned float32 () for", LOSS]),
     (["loss.name=broken.py:mean_for_each"], 2, ["another loss for a sample alone than beside others", LOSS]),
     (["loss.name=broken.py:by_class"], 2, ["returned float32 (16, 10) for", LOSS]),
+    (["loss.name=broken.py:squeezed"], 2, ["returned float32 () for one sample", LOSS]),
     (["loss.name=broken.py:without_gradient"], 2, ["without a gradient", LOSS]),
     (["loss.name=broken.py:unknown_name"], 1, ["unknown_name(float32 (16, 10), int64 (16,), power=2.0) raised NameError"]),
     (["data.augment=[broken.py:to_float]"], 2, ["returned float32 (16, 32, 32, 3) for images uint8", TRANSFORM]),
