@@ -175,6 +175,63 @@ def test_a_source_of_ones_own(tmp_path: Path) -> None:
     assert (manifest["classes"], manifest["made"]["source"]) == (["narrow", "wide"], "stripes")
 
 
+SOURCES = """
+    import numpy as np
+    from shardstep.datasets.sources.source import Source
+
+    LABELS = np.arange(20) % 2
+
+    def black(number, shape=(8, 8, 3), dtype=np.uint8):
+        return np.zeros(shape, dtype)
+
+    def no_source(split):
+        return LABELS
+
+    def lists(split):
+        return Source("x", ["a", "b"], [0, 1], black, str)
+
+    def shares(split):
+        return Source("x", ["a", "b"], LABELS / 2, black, str)
+
+    def too_few_classes(split):
+        return Source("x", ["a"], LABELS, black, str)
+
+    def floats(split):
+        return Source("x", ["a", "b"], LABELS, lambda number: black(number, dtype=float), str)
+
+    def grey(split):
+        return Source("x", ["a", "b"], LABELS, lambda number: black(number, shape=(8, 8)), str)
+
+    def nothing(split):
+        return Source("x", ["a", "b"], LABELS, lambda number: None, str)
+
+    def later(split):
+        return Source("x", ["a", "b"], LABELS, lambda number: black(number) if number < 5 else LABELS[20], str)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "message"),
+    [
+        ("no_source", 2, "returned ndarray: a source is a function of the split"),
+        ("lists", 2, "returned labels that are a list"),
+        ("shares", 2, "returned labels that are float64 (20,)"),
+        ("too_few_classes", 2, "returned labels from 0 to 1 for 1 classes"),
+        ("floats", 2, "reads an image as float64 (8, 8, 3)"),
+        ("grey", 2, "reads an image as uint8 (8, 8)"),
+        ("nothing", 2, "reads an image as a NoneType"),
+        ("later", 1, "raised IndexError"),
+    ],
+)
+def test_a_source_that_breaks_its_contract(function: str, code: int, message: str, tmp_path: Path) -> None:
+    write_code(tmp_path, broken=SOURCES)
+    words = ["--source", f"broken.py:{function}", "--split", "train", "--out", "s"]
+    result = run_command("shards", "write", *words, cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert message in result.stderr
+    assert not (tmp_path / "s").exists()
+
+
 def test_nothing_is_imported_for_names_of_ours(shards: Path, tmp_path: Path) -> None:
     from tests.runs import write_recipe
 
