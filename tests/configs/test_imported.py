@@ -205,6 +205,17 @@ def test_an_error_is_told_by_the_frames_of_its_own_code(tmp_path: Path) -> None:
     assert lines[-1].startswith("json.decoder.JSONDecodeError: Expecting value")
 
 
+def test_an_error_of_an_installed_package_has_its_frames() -> None:
+    with pytest.raises(ValueError) as caught:
+        build("optimizer.name=torch.optim:SGD", "torch.optim:SGD", [], lr=-1)
+    lines = (own_traceback(caught.value) or "").splitlines()
+    assert lines[0] == "optimizer.name=torch.optim:SGD([], lr=-1) raised ValueError"
+    assert any(line.endswith("in __init__") for line in lines)
+    with pytest.raises(ValueError) as caught:  # when a recipe has not called it
+        load_function("torch.optim:SGD")([], lr=-1)
+    assert own_traceback(caught.value) is None
+
+
 def test_an_error_of_other_code_is_none_of_it() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         1 / 0  # noqa: B018
