@@ -71,7 +71,8 @@ def resolve_options(
     function, problems = functions[name], []
     defaults = options_of(function)
     resolved: dict[str, Any] = {"name": name}
-    for key, default in (defaults | {key: value for key, (_, value) in common.items()}).items():
+    of_all = {key: value for key, (_, value) in common.items() if key not in defaults}
+    for key, default in (defaults | of_all).items():
         if key not in given:
             if default is inspect.Parameter.empty:
                 problems.append(f"{section}.{key} is missing: {name} needs it")
@@ -79,7 +80,7 @@ def resolve_options(
                 resolved[key] = list(default) if isinstance(default, tuple) else default
         else:
             try:
-                hint = common[key][0] if key in common else hint_of(function, key)
+                hint = hint_of(function, key) if key in defaults else common[key][0]
                 resolved[key] = convert(given[key], hint)
                 check_limits(key, resolved[key], default)
             except ValueError as error:

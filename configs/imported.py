@@ -46,14 +46,14 @@ class OwnFolder:
 
     def is_own(self, file: str | None) -> bool:
         """Return whether a file is code of this folder, and neither an installed package in it nor shardstep."""
-        if not file or not file.startswith(f"{self.path}{os.sep}".replace("//", "/")) or file.startswith(_LAYERS):
+        if not file or not file.startswith(os.path.join(self.path, "")) or file.startswith(_LAYERS):
             return False
         return not any(part in _INSTALLED for part in Path(file).relative_to(self.path).parts)
 
 
 _folders: dict[Path, OwnFolder] = {}
 _functions: dict[str, Callable[..., Any]] = {}
-_packages: set[str] = set()  # folders of installed packages that recipes have named
+_packages: set[str] = set()  # folders of installed packages that recipes have named; their code is not only for recipes
 
 
 def is_import_path(name: Any) -> TypeGuard[str]:
@@ -99,7 +99,7 @@ def find_function(name: str, folders: Sequence[Path]) -> str:
     for start in starts:
         forms = [inside] if is_file else [inside.with_suffix(".py"), inside / "__init__.py"]
         if any((start / form).is_file() for form in forms):
-            return f"{start}/{module}:{function}".replace("//", "/")
+            return f"{start / module}:{function}"
     looked = ", ".join(map(str, starts))
     if is_file:
         raise InputError(f"there is no file {module} in {looked}")
@@ -109,7 +109,7 @@ def find_function(name: str, folders: Sequence[Path]) -> str:
     origin = Path(spec.origin or "")
     source = origin.parent.parent if spec.submodule_search_locations else origin.parent
     if _is_editable(origin) and ((source / inside).with_suffix(".py").is_file() or (source / inside).is_dir()):
-        return f"{source}/{module}:{function}"  # its version would not say which code it is
+        return f"{source / module}:{function}"  # its version would not say which code it is
     return name
 
 
@@ -183,8 +183,11 @@ def own_traceback(error: BaseException) -> str | None:
     Returns None for an error of other code.
     """
     frames = list(traceback.walk_tb(error.__traceback__))
-    own = [place for place, (frame, _) in enumerate(frames) if _is_own(frame.f_code.co_filename)]
     calls = [place for place, (frame, _) in enumerate(frames) if frame.f_code is call.__code__]
+    files = [frame.f_code.co_filename for frame, _ in frames]
+    own = [place for place, file in enumerate(files) if any(folder.is_own(file) for folder in _folders.values())]
+    if calls and not own:
+        own = [place for place, file in enumerate(files) if place > calls[-1] and file.startswith(tuple(_packages))]
     if not own and not calls:
         return None
     callers = [place for place in range(own[0]) if _is_call(frames[place][0])] if own else calls
@@ -273,10 +276,6 @@ def _keep_imported(folder: OwnFolder, hidden: Mapping[str, ModuleType]) -> None:
             for name in [name for name in folder.modules if name.partition(".")[0] == top]:
                 sys.modules.pop(name, None)
     sys.modules.update((name, module) for name, module in hidden.items() if folder.modules[name] is not module)
-
-
-def _is_own(file: str) -> bool:
-    return any(folder.is_own(file) for folder in _folders.values()) or file.startswith(tuple(_packages))
 
 
 def _is_call(frame: FrameType) -> bool:

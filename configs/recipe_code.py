@@ -54,12 +54,12 @@ class Code:
         return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
 
 
-def with_places(recipe: Recipe, folders: Sequence[Path]) -> tuple[Recipe, list[str]]:
-    """Replace each import path of a recipe by its place, see find_function, and import it; return the problems, too.
+def with_places(recipe: Recipe, folders: Sequence[Path]) -> tuple[Recipe, dict[str, str]]:
+    """Replace each import path of a recipe by its place, see find_function, and import it; return the problems by key, too.
 
     A source is imported when shards are written from it.
     """
-    problems: list[str] = []
+    problems: dict[str, str] = {}
 
     def found(where: str, name: str) -> str:
         try:
@@ -68,7 +68,7 @@ def with_places(recipe: Recipe, folders: Sequence[Path]) -> tuple[Recipe, list[s
                 load_function(place)
             return place
         except InputError as error:
-            problems.append(f"{where}={name}: {error}")
+            problems[where] = f"{where}={name}: {error}"
             return name
 
     source = recipe.data.source

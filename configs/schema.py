@@ -51,7 +51,8 @@ class DataConfig:
     is no test set; data.validation or data.fold holds out what the run is evaluated on."""
     source: Optional[str] = None  # noqa: UP045 - OmegaConf reads the field on Python 3.10 too
     """Source that missing shards are written from, each split separately: cifar10, digits, synthetic:N, a data set of
-    torchvision, a folder or a file; see docs/data.md. Not used for shards that exist."""
+    torchvision, a folder or a file, or an import path (docs/extending.md); see docs/data.md. Not used for shards that
+    exist."""
     labels: Optional[str] = None  # noqa: UP045
     """Table of the labels of data.source: a .csv, .tsv, .jsonl, .parquet or .txt file. Its column split, or else the folders
     of data.source, say which rows are test samples; {split} in the path stands for a table each, train and test."""
@@ -236,8 +237,8 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
-    """Model: `name` (a key of MODELS in trainer/models/__init__.py, or torchvision/<name>), its options, and
-    `sync_batch_norm`."""
+    """Model: `name` (a key of MODELS in trainer/models/__init__.py, torchvision/<name>, or path/to/file.py:function or
+    package.module:function, as everywhere below), its options, and `sync_batch_norm`."""
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "cross_entropy"})
     """Loss: `name` (a key of LOSSES in trainer/optim/losses.py), its options, and `reduction` (mean or sum)."""
     optimizer: dict[str, Any] = field(default_factory=dict)

@@ -78,7 +78,9 @@ def _print_open_section(name: str, with_choices: bool) -> None:
         print("\n  with any name")
         _print_options(common)
     if name == "model":
-        _print_wrapped("Also torchvision/NAME and timm/NAME, for every classifier of theirs: torchvision/resnet18, ...", 2)
+        _print_wrapped(
+            "Also torchvision/NAME and timm/NAME, for every classifier of theirs: torchvision/resnet18, ...", 2
+        )
     print()
 
 

@@ -83,7 +83,9 @@ def run_until_killed(world_size: int, recipe: Path, moment: Moment, whole_s: flo
     return codes == {0}
 
 
-def drill(folder: Path, shards: Path, world_size: int, moments: list[Moment]) -> Counter[str]:
+def drill(
+    folder: Path, shards: Path, world_size: int, moments: list[Moment], sections: dict[str, Any] = SECTIONS
+) -> Counter[str]:
     """Kill a run at each of the moments in turn until it ends, and compare it with one that is left alone.
 
     Returns:
@@ -91,7 +93,7 @@ def drill(folder: Path, shards: Path, world_size: int, moments: list[Moment]) ->
     """
     from shardstep.trainer.checkpoints import checkpoint_files
 
-    whole, killed = (write_recipe(folder / name, shards, **SECTIONS) for name in ("whole", "killed"))
+    whole, killed = (write_recipe(folder / name, shards, **sections) for name in ("whole", "killed"))
     began = time.monotonic()
     assert run_until_killed(world_size, whole, Moment())
     whole_s = time.monotonic() - began

@@ -97,5 +97,4 @@ def write_own_recipe(folder: Path, shards: Path, **sections: dict[str, Any]) -> 
 
     write_code(folder)
     sections = OWN | {"data": {"augment": AUGMENT}} | sections
-    path = write_recipe(folder, shards, **sections)
-    return path
+    return write_recipe(folder, shards, **sections)

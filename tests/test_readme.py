@@ -31,7 +31,7 @@ SLURM = "slurm/README.md"
 OPTIMIZERS = "docs/optimizers.md"  # written by `shardstep compare`, not by hand
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES, SLURM]
-FOLDERS = "configs|datasets|trainer|launch|tests|slurm|docs"
+FOLDERS = "configs|datasets|trainer|launch|tests|slurm|docs|examples"
 MOST_WORDS = 950  # of the README: a newcomer takes it in within minutes
 
 
@@ -44,6 +44,12 @@ def commands_of(document: str) -> list[str]:
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text_of(document), flags=re.DOTALL)).replace("\\\n", " ")
     lines = (line.partition("  #")[0].partition(" #")[0].strip() for line in blocks.splitlines())
     return [line for line in lines if line and not is_to_come(line)]
+
+
+def files_of(document: str) -> dict[str, str]:
+    """The python and yaml blocks of a document that begin with the name of a file, as in `# net.py`."""
+    blocks = re.findall(r"```(?:python|yaml)\n(# ([\w/]+\.(?:py|yaml))\n.*?)```", text_of(document), flags=re.DOTALL)
+    return {name: text for text, name in blocks}
 
 
 def is_to_come(command: str) -> bool:
@@ -192,7 +198,9 @@ PAGES_WITH_COMMANDS = [page for page in PAGES if any(map(runs_here, commands_of(
     "document", ["README.md", *(pytest.param(page, marks=pytest.mark.drill) for page in PAGES_WITH_COMMANDS)]
 )
 def test_commands_run(document: str, tmp_path: Path) -> None:
-    """On a small set: quickstart becomes smoke, and trains for one step."""
+    """On a small set: quickstart becomes smoke, and trains for one step. Files that the document shows are there."""
+    for name, text in files_of(document).items():
+        (tmp_path / name).write_text(text)
     for split in ("train", "test"):
         for number in range(80):  # more than the batch of photos
             path = tmp_path / "path" / "to" / "images" / split / ("cat", "dog")[number % 2] / f"{number}.png"

@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
-from shardstep.configs.components import first_line
+from shardstep.configs.components import first_line, options_of
 from shardstep.configs.errors import InputError
-from shardstep.configs.imported import is_import_path
+from shardstep.configs.imported import is_import_path, load_function
 from shardstep.configs.recipe_code import names_of_code
 from shardstep.configs.resolve import ResolvedRecipe
 from shardstep.configs.schema import Recipe
@@ -57,19 +57,21 @@ def initial_model(
     Raises:
         InputError: the model does not fit the images or the loss.
     """
+    name = recipe.model["name"]
     torch.manual_seed(recipe.run.seed)
-    if is_import_path(recipe.model["name"]):  # which may take its initial weights from anywhere
+    if is_import_path(name):  # which may take its initial weights from anywhere
         random.seed(recipe.run.seed)
         np.random.seed(recipe.run.seed % 2**32)
     module = build_model(recipe.model, loaded.image_shape, loaded.num_classes)
-    if recipe.model["pretrained"] and not resumed:
+    is_loaded_by_itself = is_import_path(name) and "pretrained" in options_of(load_function(name))
+    if recipe.model["pretrained"] and not resumed and not is_loaded_by_itself:
         _load_pretrained(recipe.model, module, loaded, display)
     module = module.to(device)
     images, _ = loaded.first_samples(2, device)
     with torch.no_grad():
         module.eval()
-        if is_import_path(recipe.model["name"]):
-            contracts.check_model(recipe.model["name"], module, images, loaded.num_classes)
+        if is_import_path(name):
+            contracts.check_model(name, module, images, loaded.num_classes)
         check_outputs(recipe.loss, module(images).float(), images)
         _check_shrunk(recipe, module, images)
         module.train()

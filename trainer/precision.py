@@ -1,17 +1,21 @@
 """Choose the precision, memory format and convolution method: those of the recipe, or the fastest of a measured step."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from torch import nn
 
+from shardstep.configs.components import first_line
 from shardstep.configs.errors import InputError
+from shardstep.configs.imported import is_import_path
 from shardstep.configs.recipe_code import code_of
 from shardstep.configs.schema import Recipe
 from shardstep.trainer import machine
 from shardstep.trainer.distributed.collectives import broadcast_object, raise_on_all_ranks
-from shardstep.trainer.formats.candidates import DTYPES, ComputeFormat, candidates
+from shardstep.trainer.formats import measurement
+from shardstep.trainer.formats.candidates import DTYPES, ComputeFormat, candidates, is_measured
 from shardstep.trainer.formats.kept_answers import Answer, Question, measured_answer
 from shardstep.trainer.kernels.convolutions import CONVOLUTION_METHODS
 from shardstep.trainer.machine import Cpu
@@ -45,6 +49,8 @@ def resolve_precision(
     with raise_on_all_ranks(world):
         found = candidates(recipe.train, module, data.image_shape, world.device, cpu)
     found = broadcast_object(world, found)  # hosts may differ
+    if is_import_path(recipe.model["name"]) and is_measured(recipe.train):
+        found = _working(found, recipe, module, objective, data, display)
     answer = None
     with raise_on_all_ranks(world):
         if len(found) > 1 and world.is_main_process:
@@ -61,6 +67,30 @@ def resolve_precision(
         display.warn(warning)
     _warn_of_missing_method(world, chosen, display)
     return chosen, answer
+
+
+def _working(
+    found: list[ComputeFormat], recipe: Recipe, module: nn.Module, objective: Objective, data: "Data", display: Display
+) -> list[ComputeFormat]:
+    """Leave out the formats that an imported model fails in, as `view` does with channels_last. The same on every rank.
+
+    Raises:
+        Exception: what the model raises where it works in none.
+    """
+    plain = ComputeFormat(found[0].precision, "contiguous")
+    tried = [*found, *([plain] if recipe.train.memory_format == "auto" and plain not in found else [])]
+    device = next(module.parameters()).device
+    errors = {
+        compute: measurement.works_in(compute, module, objective, partial(data.first_samples, device=device), 2)
+        for compute in tried
+    }
+    failing = {compute: error for compute, error in errors.items() if error is not None}
+    working = [compute for compute in found if compute not in failing] or [one for one in tried if one not in failing]
+    if not working:
+        raise failing[tried[-1]]
+    for compute, error in failing.items():
+        display.note(f"{recipe.model['name']} does not work in {compute}: {first_line(error)}")
+    return working
 
 
 def _warn_of_missing_method(world: PartialState, chosen: ComputeFormat, display: Display) -> None:

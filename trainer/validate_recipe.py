@@ -21,6 +21,7 @@ from shardstep.configs.stop_when import stop_when_problems
 from shardstep.datasets.augment import AUGMENTATIONS, augment_problems
 from shardstep.datasets.framing import LARGEST_SIDE, RANDOM_CROP, RandomResizedCrop, random_crop_problems
 from shardstep.trainer import models
+from shardstep.trainer.data import missing_sets
 from shardstep.trainer.distributed import launch_env
 from shardstep.trainer.distributed.gradients import gradient_sync_problems
 from shardstep.trainer.distributed.world import choose_device
@@ -65,8 +66,10 @@ def validate_recipe(loaded: LoadedRecipe) -> Recipe:
     recipe, problems = _with_data_of_model(loaded, notes), list(loaded.problems)
     if loaded.folders:
         recipe, missing = with_places(recipe, loaded.folders)
+        if not missing_sets(recipe.data):  # nothing is written from the source, which may be gone
+            missing.pop("data.source", None)
         if missing:
-            problem = InputError.from_problems(f"recipe {loaded.source}", [*problems, *missing])
+            problem = InputError.from_problems(f"recipe {loaded.source}", [*problems, *missing.values()])
             problem.everywhere = not launch_env.is_first_rank_of_node()  # perhaps only on this node
             raise problem
     resolved_sections: dict[str, Any] = {}

@@ -20,11 +20,15 @@ CIFAR-10's own archives, python or binary, packed (.tar.gz) or unpacked
 import difflib
 import os
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.imported import build, find_function, is_imported_source
 from shardstep.datasets.class_names import class_name
 from shardstep.datasets.input_files import FolderTree
+from shardstep.datasets.label_sets import LabelSets
 from shardstep.datasets.manifest import Manifest
 from shardstep.datasets.sources import cifar10
 from shardstep.datasets.sources.arrays import read_arrays
@@ -111,12 +115,35 @@ def _shares_a_class(source: Path, split: str, classes: list[str], made_from: str
 
 def _open_imported(place: str, split: str) -> Source:
     found = build(f"data.source={place}", place, split)
-    if not isinstance(found, Source):
+    if problem := _contract_problem(found):
         raise InputError(
-            f"{place} returned {type(found).__name__}: a source is a function of the split, train or test, that returns a "
-            f"shardstep.datasets.sources.source.Source"
+            f"{place} {problem}: a source is a function of the split, train or test, that returns a "
+            f"shardstep.datasets.sources.source.Source, whose labels are int64 (N,), places in classes, and whose read "
+            f"returns the bytes of an image file, or pixels, uint8 (H, W, C)"
         )
     return found
+
+
+def _contract_problem(found: Any) -> str | None:
+    """Return what is wrong with what a source of the user's returned, or with its first image; None if nothing is."""
+    if not isinstance(found, Source):
+        return f"returned {type(found).__name__}"
+    labels = found.labels
+    if isinstance(labels, LabelSets):
+        return None
+    if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+        return f"returned labels that are {_kind(labels)}"
+    if labels.min() < 0 or labels.max() >= len(found.classes):
+        return f"returned labels from {labels.min()} to {labels.max()} for {len(found.classes)} classes"
+    image = found.read(0)
+    is_pixels = (
+        isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3)
+    )
+    return None if isinstance(image, bytes) or is_pixels else f"reads an image as {_kind(image)}"
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
 
 
 def _open_cifar10(split: str) -> Source:

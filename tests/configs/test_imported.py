@@ -105,6 +105,16 @@ def test_files_of_one_name_are_two(tmp_path: Path) -> None:
     assert own_files(two)["helper.py"] == b"word = 'two'"
 
 
+@pytest.mark.parametrize("init", [{}, {"pack____init__": ""}], ids=["namespace", "package"])
+def test_packages_of_one_name_are_two(init: dict[str, str], tmp_path: Path) -> None:
+    text = "from pack.deep.word import word\n\ndef say():\n    return word\n"
+    folders = [
+        write(tmp_path / name, pack__net=text, pack__deep__word=f"word = {name!r}", **init) for name in ("one", "two")
+    ]
+    assert [said("pack.net:say", folder) for folder in (*folders, folders[0])] == ["one", "two", "one"]
+    assert set(own_files(folders[1])) >= {"pack/net.py", "pack/deep/word.py"}
+
+
 def test_neighbours_are_found_in_the_body_of_a_builder(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write(tmp_path / name, late=f"word = {name!r}", net="def say():\n    import late\n    return late.word\n")
@@ -193,6 +203,17 @@ def test_an_error_is_told_by_the_frames_of_its_own_code(tmp_path: Path) -> None:
     assert lines[0] == "model.name=net.py:say('no json', width=3) raised JSONDecodeError"
     assert [line.split(", ")[-1] for line in lines if line.startswith("  File")] == ["in say", "in deeper"]
     assert lines[-1].startswith("json.decoder.JSONDecodeError: Expecting value")
+
+
+def test_an_error_of_an_installed_package_has_its_frames() -> None:
+    with pytest.raises(ValueError) as caught:
+        build("optimizer.name=torch.optim:SGD", "torch.optim:SGD", [], lr=-1)
+    lines = (own_traceback(caught.value) or "").splitlines()
+    assert lines[0] == "optimizer.name=torch.optim:SGD([], lr=-1) raised ValueError"
+    assert any(line.endswith("in __init__") for line in lines)
+    with pytest.raises(ValueError) as caught:  # when a recipe has not called it
+        load_function("torch.optim:SGD")([], lr=-1)
+    assert own_traceback(caught.value) is None
 
 
 def test_an_error_of_other_code_is_none_of_it() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.distributed import HANG_S, free_port, run_command, run_ranks
+from tests.own_code import write_code
 from tests.runs import train_ranks, write_recipe
 
 BIN = Path(sys.executable).parent
@@ -261,6 +262,13 @@ def examine_with_fault(fault: str, recipe: str) -> tuple[int, dict[str, Any], st
             arguments.append("optimizer.lr=0.06")
         elif fault == "no recipe":
             arguments[0] = "nosuch"
+        elif fault in ("code", "broken code"):
+            own = Path(recipe).parent
+            for name in ("recipe.yaml", "net.py"):
+                shutil.copy(own / name, own / "two" / name)
+            added = "# changed" if fault == "code" else "import nothing_here"
+            (own / "two" / "net.py").write_text((own / "net.py").read_text() + f"\n{added}\n")
+            arguments[0] = str(own / "two" / "recipe.yaml")
         elif fault == "versions":
             versions = machine.versions() | {"webdataset": "0.2.100"}
             machine.versions = lambda: versions
@@ -291,12 +299,17 @@ def _fail(*arguments: Any) -> None:
         ("no recipe", "recipe", "rank 1: no recipe 'nosuch'"),
         ("versions", "versions", "webdataset differs: 1.0.2 on rank 0, 0.2.100 on rank 1"),
         ("interface", "network", "rank 1: GLOO_SOCKET_IFNAME=nosuch0, but there is no such interface"),
+        ("code", "code", "net.py differs: "),
+        ("broken code", "code", "rank 1: importing "),
         ("rank", "launch", "2 processes have rank 0"),
         ("network", "world", "rank 1: RuntimeError: no route to host"),
     ],
 )
 def test_faults_between_ranks(fault: str, check: str, what: str, shards: Path, tmp_path: Path) -> None:
-    recipe = str(write_recipe(tmp_path, shards))
+    model = {"model": {"name": "net.py:net"}} if "code" in fault else {}
+    recipe = str(write_recipe(tmp_path, shards, **model))
+    for folder in (tmp_path, tmp_path / "two"):
+        write_code(folder)
     reports = run_ranks(2, examine_with_fault, fault, recipe)
     assert [code for code, _, _ in reports] == [1, 1]
     spoken = [report for _, report, _ in reports if report]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from shardstep.launch.jobs.job_script import Job, render
 from shardstep.trainer.checkpoints import checkpoint_files
 from tests.conftest import ROOT
+from tests.own_code import write_own_recipe
 from tests.runs import read_lines, train_lines, write_recipe
 from tests.slurm.cluster import Cluster
 
@@ -336,6 +337,21 @@ def test_an_array_of_optimizers_from_a_hostile_folder(cluster: Cluster, shards: 
         summary = json.loads((folder / "runs" / run / "summary.json").read_text())
         assert (summary["status"], summary["step"], summary["world_size"]) == ("finished", 300, 2)
     assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_code_of_the_users_own(launcher: str, cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    """It is found beside a recipe that was given by a path from the folder of the submission."""
+    write_own_recipe(tmp_path / "mine", shards)
+    command = [
+        str(Path(sys.executable).parent / "shardstep"), "submit", "mine/recipe.yaml", "train.duration=5 steps",
+        "--nodes", "2", "--ranks-per-node", "1", "--cpus-per-rank", "1", "--time", "5", "--launcher", launcher, "--follow",
+    ]  # fmt: skip
+    followed = cluster.sh(command, cwd=tmp_path, timeout_s=180)
+    run = tmp_path / "mine" / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["step"], summary["world_size"]) == ("finished", 5, 2), followed.stdout
+    assert (run / "code" / "net.py").is_file()
 
 
 def test_a_comparison_as_an_array(cluster: Cluster, shards: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ import torch
 
 from shardstep.configs.cores import usable_cores
 from shardstep.configs.errors import InputError
+from shardstep.configs.imported import own_traceback
 from shardstep.configs.load import LoadedRecipe, recipe_text
 from shardstep.configs.recipe_code import Code, as_kept, code_of
 from shardstep.configs.resolve import with_keys
@@ -143,6 +144,12 @@ def _inspect(loaded: LoadedRecipe | InputError, has_recipe: bool) -> tuple[Recip
         data.check_given_folders(loaded)
     except InputError as error:
         findings.append(Finding.from_error("recipe", error, "correct the recipe or the overrides"))
+    except Exception as error:  # of code that the recipe names
+        told = own_traceback(error)
+        if told is None:
+            raise
+        what = f"{told.splitlines()[0]}: {told.splitlines()[-1]}"
+        findings.append(Finding("error", "code", what, "correct it; `shardstep train` shows where"))
     train = recipe.train if recipe else TrainConfig()
     if not is_misplaced:
         findings += checks.launch_findings(launch, launch_env.launcher_variables())

@@ -89,6 +89,19 @@ def measure(
     return _seconds_of(tried), len(images)
 
 
+def works_in(
+    compute: ComputeFormat, module: nn.Module, objective: Objective, read_batch: ReadBatch, batch_size: int
+) -> Exception | None:
+    """Make one pass of a few samples in a format; return the error that it raises, or None. The model does not change."""
+    with torch.random.fork_rng():
+        images, labels = read_batch(min(batch_size, _FEWEST_SAMPLES))
+        try:
+            _pass_in(compute, module, objective, images, labels)()
+        except Exception as error:
+            return error
+    return None
+
+
 def _warm_up(
     formats: list[ComputeFormat], pass_in: Callable[[ComputeFormat], Callable[[], float]]
 ) -> dict[ComputeFormat, _Passes]:

@@ -60,6 +60,14 @@ def models_for(name: str) -> dict[str, Callable[..., nn.Module]]:
     return MODELS | (found if name.startswith(TORCHVISION) or any(name.lower() in known for known in found) else {})
 
 
+def _in_layout_of_weights(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Make images contiguous, as code with `view` expects, unless the module was converted to channels_last."""
+    images, *rest = inputs
+    filters = next((value for value in module.parameters() if value.ndim == 4), None)
+    is_channels_last = filters is not None and not filters.is_contiguous()
+    return (images if is_channels_last else images.contiguous(), *rest)
+
+
 def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """Build the model of a checked recipe section.
 
@@ -78,6 +86,7 @@ def build_model(section: dict[str, Any], image_shape: tuple[int, int, int], num_
                 f"model.name={name} returned {type(model).__name__}: a model is a function of (image_shape, num_classes) "
                 f"that returns a torch.nn.Module"
             )
+        model.register_forward_pre_hook(_in_layout_of_weights)
     else:
         try:
             model = builder(image_shape, num_classes, **options)

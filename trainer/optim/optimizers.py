@@ -366,6 +366,14 @@ def _build_one(
 ) -> Optimizer:
     name = options["name"]
     arguments = {key: value for key, value in options.items() if key not in ("name", *_GROUP_KEYS, *COMMON_OPTIONS)}
+    if is_import_path(name):
+        optimizer = build(f"optimizer.name={name}", name, groups, **arguments)
+        if not isinstance(optimizer, Optimizer) or any("lr" not in group for group in optimizer.param_groups):
+            raise InputError(
+                f"optimizer.name={name} returned {type(optimizer).__name__}: an optimizer is a function of (parameters), "
+                f"which are parameter groups, that returns a torch.optim.Optimizer with an `lr` in each group"
+            )
+        return optimizer
     on_cpu = groups[0]["params"][0].device.type == "cpu"
     for key in ("differentiable", *(["capturable"] if on_cpu else [])):
         if arguments.get(key):
@@ -378,14 +386,6 @@ def _build_one(
         arguments["fused"] = True
     if arguments.get("ns_precision") == "auto" and (precision == "bf16" or not on_cpu):
         arguments["ns_precision"] = "bf16"
-    if is_import_path(name):
-        optimizer = build(f"optimizer.name={name}", name, groups, **arguments)
-        if not isinstance(optimizer, Optimizer) or any("lr" not in group for group in optimizer.param_groups):
-            raise InputError(
-                f"optimizer.name={name} returned {type(optimizer).__name__}: an optimizer is a function of (parameters), "
-                f"which are parameter groups, that returns a torch.optim.Optimizer with an `lr` in each group"
-            )
-        return optimizer
     refusals = (
         ValueError,
         RuntimeError,

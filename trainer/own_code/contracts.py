@@ -97,8 +97,12 @@ def check_loss(name: str, loss: Callable[[Tensor, Tensor], Any], outputs: Tensor
         raise InputError(f"loss.name={name} returned {_kind(losses)} for {given}: {LOSS}")
     if not losses.requires_grad:
         raise InputError(f"loss.name={name} returned losses without a gradient for {given}: {LOSS}")
-    alone = torch.cat([loss(outputs[row : row + 1], labels[row : row + 1]) for row in range(len(labels))])
-    if not torch.allclose(alone, losses, rtol=_TOLERANCE, atol=1e-5, equal_nan=True):
+    alone = [loss(outputs[row : row + 1], labels[row : row + 1]) for row in range(len(labels))]
+    if any(one.shape != (1,) for one in alone):
+        raise InputError(
+            f"loss.name={name} returned {_kind(alone[0])} for one sample, for {given} beside others: {LOSS}"
+        )
+    if not torch.allclose(torch.cat(alone), losses, rtol=_TOLERANCE, atol=1e-5, equal_nan=True):
         raise InputError(
             f"loss.name={name} returned another loss for a sample alone than beside others, for {given}: {LOSS}"
         )
@@ -117,7 +121,11 @@ def check_transform(name: str, transform: Transform, pixels: Tensor, may_be_empt
         drawn_from = [kind for kind, state in _generator_states(pixels.device).items() if state != before[kind]]
         for made, part in zip((whole, alone, *empty), rows, strict=True):
             given = pixels[part]
-            if not isinstance(made, Tensor) or (made.dtype, made.shape) != (torch.uint8, given.shape):
+            if not isinstance(made, Tensor) or (made.dtype, made.shape, made.device) != (
+                torch.uint8,
+                given.shape,
+                given.device,
+            ):
                 raise InputError(f"data.augment: {name} returned {_kind(made)} for images {_kind(given)}: {TRANSFORM}")
         if drawn_from:
             raise InputError(
