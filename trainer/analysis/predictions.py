@@ -146,6 +146,7 @@ def _read(cache: Path, made_with: list[str], made_of: str | None = None) -> Pred
         lengths = [len(getattr(found, name)) for name in _ARRAYS]
         samples = lengths[0]
         intact = lengths in ([samples, samples, samples, 0], [samples, 0, 0, samples])  # classes, or reconstructions
-        if intact and key == made_with and made_of in (None, kept_of):
+        has_ids = made_of is None or len(found.ids) == samples
+        if intact and has_ids and key == made_with and made_of in (None, kept_of):
             return found
     return None
