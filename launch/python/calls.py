@@ -44,7 +44,7 @@ def train(recipe: str | PathLike[str] | Mapping[str, Any], *overrides: str, npro
         KeyboardInterrupt: Ctrl-C came before training began.
     """
     if not isinstance(nproc, int) or nproc < 1:
-        raise InputError(f"nproc={nproc} is not a number of ranks: give 1 or more")
+        raise InputError(f"nproc={nproc!r} is not a number of ranks: give 1 or more")
     if odd := [word for word in overrides if not isinstance(word, str)]:
         raise InputError(f"{odd[0]!r} is not an override: give text such as 'optimizer.lr=0.1'")
     with _file_of(recipe) as path:
@@ -117,7 +117,9 @@ def predict(run: _Folder, *files: str | PathLike[str], top: int = 3, device: _De
 
     _check_device(device)
     if not isinstance(top, int) or top < 1:
-        raise InputError(f"top={top} is not a number of classes: give 1 or more")
+        raise InputError(f"top={top!r} is not a number of classes: give 1 or more")
+    if not files:
+        raise InputError("predict needs image files, or folders of them")
     path = _path(run)
     with undisturbed():
         trained = open_trained_model(path, device)

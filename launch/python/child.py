@@ -66,7 +66,7 @@ def run_command(script: Path, arguments: list[str], show: Callable[[str], None],
             process.terminate()
             process.wait()
     message = "\n".join(error).partition(": ")[2]
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt
     if code == BAD_INPUT:
         raise InputError(message or f"{script.stem} has refused its input; what it printed says why")
@@ -81,8 +81,9 @@ def _lines(process: subprocess.Popen[str]) -> Iterator[tuple[bool, str]]:
 
     def read(stream: IO[str] | None, is_stderr: bool) -> None:
         assert stream
-        for line in stream:
-            lines.put((is_stderr, line.removesuffix("\n")))
+        with stream:
+            for line in stream:
+                lines.put((is_stderr, line.removesuffix("\n")))
         lines.put((is_stderr, None))
 
     for stream, is_stderr in ((process.stdout, False), (process.stderr, True)):
