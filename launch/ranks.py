@@ -25,7 +25,7 @@ def start_ranks(count: int, command: list[str]) -> int:
     Returns:
         0 if every rank returned 0, else the exit code of the first that did not; 1 if a signal killed it.
     """
-    port, parent = free_port(), os.getppid()
+    port, parent = free_port(), launch_env.parent()
     processes: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: FrameType | None = None) -> None:

@@ -17,7 +17,7 @@ from shardstep.configs.load import load_recipe
 from shardstep.configs.text import printable
 from shardstep.launch.predict import as_record, predict_paths
 from shardstep.launch.python.child import run_command
-from shardstep.launch.python.loaded_run import LoadedRun, load_run, undisturbed
+from shardstep.launch.python.loaded_run import LoadedRun, load_run, open_model, undisturbed
 from shardstep.launch.python.notebook_display import NotebookDisplay, in_notebook
 from shardstep.launch.ranks import TRAIN_SCRIPT
 from shardstep.trainer.monitoring.display import Display
@@ -113,16 +113,14 @@ def predict(run: _Folder, *files: str | PathLike[str], top: int = 3, device: _De
     Raises:
         InputError: there are no intact weights, no such device, no classes, or no file that can be read.
     """
-    from shardstep.trainer.analysis.trained_model import open_trained_model
-
     _check_device(device)
     if not isinstance(top, int) or top < 1:
         raise InputError(f"top={top!r} is not a number of classes: give 1 or more")
     if not files:
         raise InputError("predict needs image files, or folders of them")
     path = _path(run)
+    trained = open_model(path, device)
     with undisturbed():
-        trained = open_trained_model(path, device)
         _, predictions = predict_paths(trained, path, map(Path, files), top)
         return [as_record(one, trained) for one in predictions]
 

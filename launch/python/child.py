@@ -39,20 +39,21 @@ def run_command(script: Path, arguments: list[str], show: Callable[[str], None],
         KeyboardInterrupt: Ctrl-C has ended it before there was anything to save.
     """
     search_path = os.pathsep.join(dict.fromkeys(folder or os.getcwd() for folder in sys.path))
-    process = subprocess.Popen(
-        [sys.executable, str(script), *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=os.environ | {"PYTHONPATH": search_path} | launch_env.environment_of_call(),
-        start_new_session=True,  # a terminal and Jupyter send Ctrl-C to all of a group; it is to arrive once, from here
-    )
     error: list[str] = []
-    try:
-        with _passing_on_interrupts(process):
-            is_error = False
+    is_error = False
+    with _interrupts() as pass_on_to:
+        process = subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=os.environ | {"PYTHONPATH": search_path} | launch_env.environment_of_call(),
+            start_new_session=True,  # a terminal and Jupyter send Ctrl-C to all of a group; it is to arrive once, from here
+        )
+        pass_on_to(process)
+        try:
             for is_stderr, line in _lines(process):
                 if not is_stderr:
                     show(line)
@@ -61,10 +62,10 @@ def run_command(script: Path, arguments: list[str], show: Callable[[str], None],
                     is_error = line.startswith(_ERRORS) and not error
                 (error.append if is_error else tell)(line)
             code = process.wait()
-    finally:
-        if process.poll() is None:  # what shows its output has failed
-            process.terminate()
-            process.wait()
+        finally:
+            if process.poll() is None:  # what shows its output has failed
+                process.terminate()
+                process.wait()
     message = "\n".join(error).partition(": ")[2]
     if code in (INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt
@@ -103,18 +104,31 @@ def _lines(process: subprocess.Popen[str]) -> Iterator[tuple[bool, str]]:
 
 
 @contextlib.contextmanager
-def _passing_on_interrupts(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Pass Ctrl-C on to a process, instead of raising KeyboardInterrupt here. Only the main thread gets Ctrl-C."""
+def _interrupts() -> Iterator[Callable[[subprocess.Popen[str]], None]]:
+    """Keep Ctrl-C from raising KeyboardInterrupt in a block; yield a function that passes it on to a process from then on."""
+    process: subprocess.Popen[str] | None = None
+    is_waiting = False
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        process.send_signal(number)
+        nonlocal is_waiting
+        if process:
+            process.send_signal(number)
+        else:
+            is_waiting = True
+
+    def pass_on_to(started: subprocess.Popen[str]) -> None:
+        nonlocal process
+        process = started
+        if is_waiting:  # it came while the process was being started
+            process.send_signal(signal.SIGINT)
 
     previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or previous in (signal.SIG_IGN, None):
-        yield
-        return
-    signal.signal(signal.SIGINT, pass_on)
+    is_main = threading.current_thread() is threading.main_thread()  # no other gets signals
+    is_ours = is_main and previous not in (signal.SIG_IGN, None)
+    if is_ours:
+        signal.signal(signal.SIGINT, pass_on)
     try:
-        yield
+        yield pass_on_to
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if is_ours:
+            signal.signal(signal.SIGINT, previous)

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from shardstep.configs.errors import InputError
 from shardstep.trainer.run_dir import RunDir, State, open_run_dir
@@ -110,10 +111,10 @@ class LoadedRun:
         Raises:
             InputError: the model does not find one class an image, or its test set cannot be read.
         """
+        trained = self._trained  # imports what follows without a warning
         from shardstep.trainer.analysis.predictions import predict_test_set
         from shardstep.trainer.analysis.run_analysis import read_mistakes
 
-        trained = self._trained
         if trained.objective.reconstructs or trained.objective.finds_several:
             raise InputError(f"{self.folder} does not find one class for each image, so no image counts as a mistake")
         with undisturbed():
@@ -126,10 +127,18 @@ class LoadedRun:
 
     @cached_property
     def _trained(self) -> "TrainedModel":
+        return open_model(self.folder)
+
+
+def open_model(path: Path, device: Literal["auto", "cpu", "cuda"] = "auto") -> "TrainedModel":
+    """Open the model of a run's folder, or of one of its checkpoints; see open_trained_model."""
+    with warnings.catch_warnings():
+        # Accelerate imports tqdm's bar for notebooks, which nothing here draws.
+        warnings.filterwarnings("ignore", message="IProgress not found")
         from shardstep.trainer.analysis.trained_model import open_trained_model
 
-        with undisturbed():
-            return open_trained_model(self.folder)
+    with undisturbed():
+        return open_trained_model(path, device)
 
 
 @contextlib.contextmanager

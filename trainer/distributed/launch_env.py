@@ -26,7 +26,7 @@ from shardstep.trainer.distributed.launchers import (
 )
 
 _OWN = "SHARDSTEP_NPROC"  # set by `shardstep train --nproc`
-_CALLED = "SHARDSTEP_CALLED"  # set by shardstep.train for the process that it starts
+_CALLER = "SHARDSTEP_CALLER"  # set by shardstep.train for the process that it starts: its own process id
 _NUMBERS = (  # of the launchers' variables; Slurm's list of tasks on each node is none
     *dict.fromkeys(
         (*PLACE, *(name for launcher in LAUNCHERS for name in launcher.names() if name != SRUN.local_world_size))
@@ -84,7 +84,14 @@ def ends_with_parent() -> bool:
 
 def is_called() -> bool:
     """Return whether a Python program called shardstep.train, which shows what this process prints."""
-    return _CALLED in os.environ
+    return _CALLER in os.environ
+
+
+def parent() -> int:
+    """Return the id of the process that started this one, even if it has ended, as far as that is known."""
+    if is_called() and _OWN not in os.environ:
+        return int(os.environ[_CALLER])
+    return os.getppid()
 
 
 def is_restarted() -> bool:
@@ -119,7 +126,7 @@ def environment_of_rank(rank: int, world_size: int, port: int) -> dict[str, str]
 
 def environment_of_call() -> dict[str, str]:
     """Return the variables by which a process knows that it was started for a call of shardstep.train."""
-    return {_CALLED: "1"}
+    return {_CALLER: str(os.getpid())}
 
 
 def place_problem(environment: Mapping[str, str]) -> tuple[str, str] | None:

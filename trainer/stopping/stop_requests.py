@@ -33,7 +33,7 @@ class StopSignal:
         self.reason: str | None = None
         self.is_listening = False  # to signals
         self._wakeup: int | None = None
-        self._parent = os.getppid()
+        self._parent = launch_env.parent()
 
     def install(self) -> None:
         """Note SIGTERM and SIGUSR1 from now on, also while the process is still starting.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -241,6 +242,8 @@ def test_ctrl_c_before_training_is_keyboard_interrupt(shards: Path, tmp_path: Pa
     output, _ = process.communicate(timeout=HANG_S)
     assert output.splitlines()[-1] == "KeyboardInterrupt"
     assert not (tmp_path / "run").exists()
+    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [words for words in commands if str(tmp_path / "recipe.yaml") in words]
 
 
 def test_a_killed_command_is_an_error_though_its_children_hold_its_output(tmp_path: Path) -> None:
