@@ -42,16 +42,20 @@ def run_command(script: Path, arguments: list[str], show: Callable[[str], None],
     error: list[str] = []
     is_error = False
     with _interrupts() as pass_on_to:
-        process = subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env=os.environ | {"PYTHONPATH": search_path} | launch_env.environment_of_call(),
-            start_new_session=True,  # a terminal and Jupyter send Ctrl-C to all of a group; it is to arrive once, from here
-        )
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in the process, until it can obey
+        try:
+            process = subprocess.Popen(
+                [sys.executable, str(script), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=os.environ | {"PYTHONPATH": search_path} | launch_env.environment_of_call(),
+                start_new_session=True,  # a terminal and Jupyter send Ctrl-C to a whole group; it is to arrive once
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         pass_on_to(process)
         try:
             for is_stderr, line in _lines(process):
@@ -67,7 +71,7 @@ def run_command(script: Path, arguments: list[str], show: Callable[[str], None],
                 process.terminate()
                 process.wait()
     message = "\n".join(error).partition(": ")[2]
-    if code in (INTERRUPTED, -signal.SIGINT):
+    if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code == BAD_INPUT:
         raise InputError(message or f"{script.stem} has refused its input; what it printed says why")

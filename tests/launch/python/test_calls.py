@@ -233,14 +233,17 @@ def test_a_run_whose_caller_is_killed_saves_and_ends(nproc: int, shards: Path, t
         time.sleep(0.1)
 
 
-def test_ctrl_c_before_training_is_keyboard_interrupt(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay_s", [0, 0.02, pytest.param(0.1, marks=pytest.mark.drill)])
+def test_ctrl_c_before_training_is_keyboard_interrupt(delay_s: float, shards: Path, tmp_path: Path) -> None:
     process = call(write_recipe(tmp_path, shards), "1000000 steps", 1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not children.read_text():
-        time.sleep(0.01)
+        time.sleep(0.001)
+    time.sleep(delay_s)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=HANG_S)
     assert output.splitlines()[-1] == "KeyboardInterrupt"
+    assert output.count("Traceback") == 1  # the caller's
     assert not (tmp_path / "run").exists()
     commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not [words for words in commands if str(tmp_path / "recipe.yaml") in words]
