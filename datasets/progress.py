@@ -17,7 +17,7 @@ def is_drawable(console: Console) -> bool:
 @contextlib.contextmanager
 def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show the progress of `total` units; call the function it yields with the number of units just done."""
-    console = Console(stderr=True, highlight=False, emoji=False)
+    console = Console(stderr=True, highlight=False, emoji=False, force_jupyter=False)
     start = time.perf_counter()
     if not is_drawable(console):
         console.print(f"{what}: {total:,} {unit} ...", soft_wrap=True, markup=False)

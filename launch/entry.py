@@ -38,6 +38,7 @@ def raise_interrupts() -> None:
     """Let Ctrl-C raise KeyboardInterrupt from now on, if it would end this process."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, _raise)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # held back by shardstep.train while Python starts
 
 
 def raise_if_interrupted() -> None:

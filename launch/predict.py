@@ -11,8 +11,9 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardstep.configs.errors import InputError
 from shardstep.configs.text import count, printable
@@ -21,6 +22,7 @@ from shardstep.launch.trust import add_trust_option, trust_if_asked
 
 if TYPE_CHECKING:
     from shardstep.trainer.analysis.file_predictions import FilePrediction
+    from shardstep.trainer.analysis.trained_model import TrainedModel
 
 _MOST_IN_GRID = 96
 _NAME_WIDTH = 48  # of a table's column; a longer name makes its own line longer
@@ -42,56 +44,28 @@ def main(arguments: list[str]) -> int:
 
     import numpy as np
 
-    from shardstep.datasets.image_files import find_image_files
-    from shardstep.trainer.analysis.file_predictions import predict_files
-    from shardstep.trainer.analysis.trained_model import open_trained_model, unfinished_note
+    from shardstep.trainer.analysis.trained_model import open_trained_model
     from shardstep.trainer.monitoring.pictures import check_picture, draw_grid, drawable
 
     if args.grid:
         check_picture("--grid", args.grid)
     trust_if_asked(args)
     trained = open_trained_model(args.run, args.device)
-    for note in (unfinished_note(args.run, trained.weights), trained.crop_note):
-        if note:
-            print(printable(note), file=sys.stderr, flush=True)
-    if trained.objective.reconstructs:
-        raise InputError(
-            f"{args.run} reconstructs images: it has no classes to predict. `shardstep report` shows its reconstructions"
-        )
-    left_out = 0
-
-    def leave_out(path: Path, reason: str) -> None:
-        nonlocal left_out
-        left_out += 1
-        print(printable(f"left out: {path}: {reason}"), file=sys.stderr, flush=True)
-
-    files: list[Path] = []
-    for path in args.files:
-        try:
-            found, others = find_image_files(path)
-        except ValueError as error:
-            leave_out(path, str(error))
-            continue
-        files += found
-        if others:
-            print(printable(others), file=sys.stderr, flush=True)
+    files, predictions = predict_paths(trained, args.run, args.files, args.top)
     width = min(_NAME_WIDTH, max((len(printable(str(path))) for path in files), default=0))
     predicted, drawn, captions = 0, list[np.ndarray](), list[str]()
     several = trained.objective.finds_several
-    for one in predict_files(trained, files, args.top, leave_out):
+    for one in predictions:
         predicted += 1
-        confidence = one.top[0][1]
-        if math.isnan(confidence):
-            raise InputError(f"{args.run}: its outputs are NaN or infinite, as those of a run that has diverged")
-        describe = _as_json if args.json else _as_row
-        print(describe(one, trained.manifest.classes, several, width), flush=True)
+        if args.json:
+            print(json.dumps(as_record(one, trained)), flush=True)
+        else:
+            print(_as_row(one, trained.manifest.classes, several, width), flush=True)
         if args.grid and len(drawn) < _MOST_IN_GRID:
             drawn.append(one.pixels)
             labels = ", ".join(drawable(trained.manifest.classes[label]) for label in one.found) or "none"
-            said = labels if several else f"{labels} {confidence:.0%}"
+            said = labels if several else f"{labels} {one.top[0][1]:.0%}"
             captions.append(f"{drawable(one.path.name, keep='end')}\n{said}")
-    if not predicted:
-        raise InputError(f"nothing could be predicted: {left_out} of {left_out} could not be read")
     if args.grid:
         draw_grid(drawn, captions, args.grid)
         first = "" if len(drawn) == predicted else f"the first {len(drawn)} of "
@@ -99,12 +73,73 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _as_json(one: "FilePrediction", classes: list[str], several: bool, width: int) -> str:
+def predict_paths(
+    trained: "TrainedModel", run: Path, paths: Iterable[Path], top: int
+) -> tuple[list[Path], Iterator["FilePrediction"]]:
+    """Return the image files that paths lead to, and an iterator that predicts them; report on stderr what is left out.
+
+    Args:
+        trained: the model of the run or checkpoint `run`.
+        paths: of files, or of folders of them.
+        top: how many classes to return for each.
+
+    Raises:
+        InputError: the model has no classes. The iterator raises it for outputs that are NaN, or if no file can be read.
+    """
+    from shardstep.datasets.image_files import find_image_files
+    from shardstep.trainer.analysis.file_predictions import predict_files
+    from shardstep.trainer.analysis.trained_model import unfinished_note
+
+    for note in (unfinished_note(run, trained.weights), trained.crop_note):
+        if note:
+            _tell(note)
+    if trained.objective.reconstructs:
+        raise InputError(
+            f"{run} reconstructs images: it has no classes to predict. `shardstep report` shows its reconstructions"
+        )
+    left_out = 0
+
+    def leave_out(path: Path, reason: str) -> None:
+        nonlocal left_out
+        left_out += 1
+        _tell(f"left out: {path}: {reason}")
+
+    files: list[Path] = []
+    for path in paths:
+        try:
+            found, others = find_image_files(path)
+        except ValueError as error:
+            leave_out(path, str(error))
+            continue
+        files += found
+        if others:
+            _tell(others)
+
+    def predict() -> Iterator["FilePrediction"]:
+        predicted = 0
+        for one in predict_files(trained, files, top, leave_out):
+            predicted += 1
+            if math.isnan(one.top[0][1]):
+                raise InputError(f"{run}: its outputs are NaN or infinite, as those of a run that has diverged")
+            yield one
+        if not predicted:
+            raise InputError(f"nothing could be predicted: {left_out} of {left_out} could not be read")
+
+    return files, predict()
+
+
+def as_record(one: "FilePrediction", trained: "TrainedModel") -> dict[str, Any]:
+    """Return the prediction for a file: file, prediction, confidence (or labels, where images have several) and top."""
+    classes = trained.manifest.classes
     top = [{"class": classes[label], "probability": share} for label, share in one.top]
-    best: dict[str, object] = {"prediction": top[0]["class"], "confidence": top[0]["probability"]}
-    if several:
+    best: dict[str, Any] = {"prediction": top[0]["class"], "confidence": top[0]["probability"]}
+    if trained.objective.finds_several:
         best = {"labels": [classes[label] for label in one.found]}
-    return json.dumps({"file": str(one.path), **best, "top": top})
+    return {"file": str(one.path), **best, "top": top}
+
+
+def _tell(text: str) -> None:
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _as_row(one: "FilePrediction", classes: list[str], several: bool, width: int) -> str:

@@ -25,7 +25,7 @@ def start_ranks(count: int, command: list[str]) -> int:
     Returns:
         0 if every rank returned 0, else the exit code of the first that did not; 1 if a signal killed it.
     """
-    port = free_port()
+    port, parent = free_port(), launch_env.parent()
     processes: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: FrameType | None = None) -> None:
@@ -44,6 +44,7 @@ def start_ranks(count: int, command: list[str]) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
     first_failure: int | None = None
+    is_orphan = False
     failed_s = float("inf")
     while any(process.poll() is None for process in processes):
         codes = [process.returncode for process in processes]
@@ -52,6 +53,9 @@ def start_ranks(count: int, command: list[str]) -> int:
         late_s = time.monotonic() - failed_s
         if late_s > _GRACE_S:
             pass_on(signal.SIGTERM if late_s < 2 * _GRACE_S else signal.SIGKILL)
+        if not is_orphan and os.getppid() != parent and launch_env.ends_with_parent():
+            is_orphan = True
+            pass_on(signal.SIGTERM)
         time.sleep(_POLL_S)
     code = first_failure or next((process.returncode for process in processes if process.returncode), 0)
     for rank, process in enumerate(processes):

@@ -74,10 +74,12 @@ def _train(loaded: LoadedRecipe, arguments: list[str]) -> int:
     from shardstep.trainer.distributed.world import start_world
     from shardstep.trainer.finish import train_to_end
     from shardstep.trainer.monitoring.display import Display
+    from shardstep.trainer.monitoring.display_events import EventDisplay
     from shardstep.trainer.validate_recipe import validate_recipe
 
     raise_if_interrupted()
-    display = Display(enabled=launch_env.is_first_rank(), drops_output=True)
+    kind = EventDisplay if launch_env.is_called() else Display
+    display = kind(enabled=launch_env.is_first_rank(), drops_output=True)
     recipe = validate_recipe(loaded)
     for note in loaded.notes:
         display.note(note)

@@ -12,14 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-from shardstep.configs.errors import InputError
 from shardstep.configs.text import duration
 from shardstep.launch.cli import FAILED, run_script
 from shardstep.launch.entry import INTERRUPTED, STOPPED
 from shardstep.trainer.monitoring.display import Display
 from shardstep.trainer.monitoring.status import describe_line, length
 from shardstep.trainer.monitoring.wandb_tracker import sync_note
-from shardstep.trainer.run_dir import RunDir, State, modified_s
+from shardstep.trainer.run_dir import State, modified_s, open_run_dir
 from shardstep.trainer.stopping.stop_requests import STOP_FILE
 
 _POLL_S = 1.0
@@ -112,19 +111,8 @@ class Watched:
         Raises:
             InputError: the folder is not that of a run, or this version cannot read it.
         """
-        self.run = RunDir(folder)
-        config = self.run.config_path
-        if not folder.is_dir():
-            raise InputError(f"there is no folder {folder}" if not folder.exists() else f"{folder} is not a folder")
-        if not self.run.is_run:
-            raise InputError(f"{folder} holds no run: it has no {config.name}")
-        loaded = self.run.config
-        if loaded.problems:
-            raise InputError(f"{config} is of another version of shardstep, or damaged: {loaded.problems[0]}")
-        if not loaded.recipe.model:
-            raise InputError(f"{config} is incomplete: it has no model")
-        self.run.read_summary()
-        self.title = f"{folder}: {loaded.recipe.model.get('name')}, {length(loaded.recipe.train)}"
+        self.run, recipe = open_run_dir(folder)
+        self.title = f"{folder}: {recipe.model.get('name')}, {length(recipe.train)}"
         self.lines = self.run.tail(begin_at="start")
 
     def state(self, step: int) -> State:

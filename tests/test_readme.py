@@ -247,3 +247,12 @@ def test_commands_for_several_machines_name_a_script_and_a_recipe() -> None:
     for *_, script, recipe in commands:
         assert (ROOT / script).is_file()
         assert recipe in recipe_names()
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("document", [page for page in PAGES if "```python" in text_of(page)])
+def test_python_blocks_run(document: str, tmp_path: Path) -> None:
+    """One after another, in one process."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text_of(document), flags=re.DOTALL))
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
+    assert result.returncode == 0, result.stdout + result.stderr

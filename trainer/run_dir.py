@@ -29,6 +29,7 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.files import file_sha256
 from shardstep.configs.load import LoadedRecipe, load_recipe
 from shardstep.configs.recipe_code import CODE
+from shardstep.configs.schema import Recipe
 from shardstep.trainer.checkpoints.checkpoint_files import (
     AVERAGE,
     WEIGHTS,
@@ -174,6 +175,27 @@ class RunDir:
                 return "killed"
         by_user = summary["status"] == "preempted" and summary.get("stopped_by") == "person"
         return "stopped" if by_user else summary["status"]
+
+
+def open_run_dir(folder: Path) -> tuple[RunDir, Recipe]:
+    """Open the folder of a run, and read its recipe.
+
+    Raises:
+        InputError: the folder is not that of a run, or this version cannot read it.
+    """
+    run_dir = RunDir(folder)
+    config = run_dir.config_path
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}" if not folder.exists() else f"{folder} is not a folder")
+    if not run_dir.is_run:
+        raise InputError(f"{folder} holds no run: it has no {config.name}")
+    loaded = run_dir.config
+    if loaded.problems:
+        raise InputError(f"{config} is of another version of shardstep, or damaged: {loaded.problems[0]}")
+    if not loaded.recipe.model:
+        raise InputError(f"{config} is incomplete: it has no model")
+    run_dir.read_summary()
+    return run_dir, loaded.recipe
 
 
 def run_dir_of(path: Path) -> RunDir:

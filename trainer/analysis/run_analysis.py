@@ -107,13 +107,14 @@ def _analyse_test_set(found: RunAnalysis, trained: TrainedModel) -> None:
         if found.record.reconstructs:
             found.reconstructions = _worst_reconstructions(predictions, trained, reader)
         else:
-            found.mistakes = _mistakes(predictions, reader)
+            found.mistakes = read_mistakes(predictions, reader, MOST_MISTAKES)
     except InputError as error:
         found.left_out.append(f"test images: {error}")
 
 
-def _mistakes(predictions: Predictions, reader: StreamReader) -> list[Mistake]:
-    chosen = predictions.most_confident_mistakes(MOST_MISTAKES)
+def read_mistakes(predictions: Predictions, reader: StreamReader, most: int) -> list[Mistake]:
+    """Return the mistakes with the highest confidence, the highest first; large images are scaled down."""
+    chosen = predictions.most_confident_mistakes(most)
     pixels, _ = reader.read(predictions.ids[chosen])
     return [
         Mistake(

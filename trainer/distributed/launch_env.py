@@ -26,6 +26,7 @@ from shardstep.trainer.distributed.launchers import (
 )
 
 _OWN = "SHARDSTEP_NPROC"  # set by `shardstep train --nproc`
+_CALLER = "SHARDSTEP_CALLER"  # set by shardstep.train for the process that it starts: its own process id
 _NUMBERS = (  # of the launchers' variables; Slurm's list of tasks on each node is none
     *dict.fromkeys(
         (*PLACE, *(name for launcher in LAUNCHERS for name in launcher.names() if name != SRUN.local_world_size))
@@ -77,7 +78,20 @@ def has_agent() -> bool:
 
 def ends_with_parent() -> bool:
     """Return whether this process must end with its parent: a launcher without which nobody would end the ranks."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or _OWN in os.environ or launcher_of(os.environ) is not None
+    ours = _OWN in os.environ or is_called()
+    return ours or "TORCHELASTIC_RUN_ID" in os.environ or launcher_of(os.environ) is not None
+
+
+def is_called() -> bool:
+    """Return whether a Python program called shardstep.train, which shows what this process prints."""
+    return _CALLER in os.environ
+
+
+def parent() -> int:
+    """Return the id of the process that started this one, even if it has ended, as far as that is known."""
+    if is_called() and _OWN not in os.environ:
+        return int(os.environ[_CALLER])
+    return os.getppid()
 
 
 def is_restarted() -> bool:
@@ -108,6 +122,11 @@ def environment_of_rank(rank: int, world_size: int, port: int) -> dict[str, str]
         "MASTER_PORT": str(port),
         _OWN: "1",
     }
+
+
+def environment_of_call() -> dict[str, str]:
+    """Return the variables by which a process knows that it was started for a call of shardstep.train."""
+    return {_CALLER: str(os.getpid())}
 
 
 def place_problem(environment: Mapping[str, str]) -> tuple[str, str] | None:

@@ -61,8 +61,9 @@ class Display:
         """`enabled`: on rank 0; `drops_output`: text that cannot be written is dropped, and does not end training."""
         self._enabled = enabled
         output, errors = (_Output(sys.stdout, self.warn), _Output(sys.stderr)) if drops_output else (None, None)
-        self._console = Console(highlight=False, emoji=False, file=cast(TextIO | None, output))
-        self._errors = Console(highlight=False, emoji=False, file=cast(TextIO | None, errors), stderr=True)
+        plain: dict[str, Any] = {"highlight": False, "emoji": False, "force_jupyter": False}
+        self._console = Console(file=cast(TextIO | None, output), **plain)
+        self._errors = Console(file=cast(TextIO | None, errors), stderr=True, **plain)
         self._live: Live | None = None
         self._last_plain_s = -float("inf")  # when the last line about training was printed
         self._last_said_s = 0.0  # when anything was

@@ -18,7 +18,7 @@ from shardstep.trainer.stopping.time_limit import TimeLimit
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 HELD_BACK = (signal.SIGINT, *_SIGNALS)
-"""The signals that `shardstep train --nproc` blocks in the ranks that it starts, until `StopSignal.install` unblocks them."""
+"""The signals that `shardstep train --nproc` blocks in the ranks that it starts, until `raise_interrupts` and `StopSignal.install`."""
 _INTERVAL_S = 0.5  # between two checks of files and other ranks
 _MOST_CALLS = 100  # between two checks: a GPU's steps seem faster than they are until its queue is full
 
@@ -33,7 +33,7 @@ class StopSignal:
         self.reason: str | None = None
         self.is_listening = False  # to signals
         self._wakeup: int | None = None
-        self._parent = os.getppid()
+        self._parent = launch_env.parent()
 
     def install(self) -> None:
         """Note SIGTERM and SIGUSR1 from now on, also while the process is still starting.
