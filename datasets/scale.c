@@ -142,7 +142,7 @@ sum_few_columns(const float *values, size_t stride, const struct filter *filter,
                 const int taps)
 {
     const int count = filter->count, room = filter->room, *starts = filter->starts;
-    const float *weights = filter->weights, *from[ROWS];
+    const float *weights = filter->weights, *from[ROWS], half = 1 << (filter->bits - 1);
     float *to[ROWS];
 
     for (int row = 0; row < ROWS; row++) { /* an address each: the strides would need sums in the loop */
@@ -151,7 +151,9 @@ sum_few_columns(const float *values, size_t stride, const struct filter *filter,
     }
     for (int x = 0; x < count; x++, weights += room) {
         ptrdiff_t start = 3 * (ptrdiff_t)(starts[x] - starts[0]);
-        floats sums[ROWS] = {0};
+        floats sums[ROWS];
+        for (int row = 0; row < ROWS; row++)
+            sums[row] = (floats){half, half, half, half};
         for (int k = 0; k < taps; k++)
             for (int row = 0; row < ROWS; row++)
                 sums[row] += load(from[row] + start + 3 * k) * weights[k];
@@ -183,7 +185,7 @@ static void scale_many_columns(const float *values, size_t stride, const struct 
 static void scale_columns(const float *values, size_t stride, const struct filter *filter, int channels, int32_t *sums,
                           float *lines, size_t line_stride)
 {
-    float half = 1 << (filter->bits - 1), last_bit = 1.0f / (1 << filter->bits);
+    float last_bit = 1.0f / (1 << filter->bits);
 
     switch (filter->is_exact && channels == 3 ? filter->taps : FEW + 1) {
     case 1: sum_few_columns(values, stride, filter, lines, line_stride, 1); break;
@@ -197,7 +199,7 @@ static void scale_columns(const float *values, size_t stride, const struct filte
     default: scale_many_columns(values, stride, filter, channels, sums, lines, line_stride); return;
     }
     for (size_t x = 0; x < ROWS * line_stride; x++)
-        lines[x] = as_byte((int)((lines[x] + half) * last_bit));
+        lines[x] = as_byte((int)(lines[x] * last_bit));
 }
 
 /* Write the crop of a picture to `out`, uint8 (rows->count, columns->count, channels), with 1 or 3 channels. The picture's rows
