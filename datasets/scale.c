@@ -1,9 +1,8 @@
 /* A crop of interleaved uint8 pixels, scaled with antialiasing: to the last bit what torch's interpolate computes.
 
-   As in Pillow-SIMD, weights are whole numbers of 16 bits, as many of them after the point as the largest weight of a side
-   allows, and rows are scaled first and rounded to bytes. Processors multiply floats faster than integers, and floats are
-   exact here: a sum of up to FEW products is below 2**24, or else two products at a time are, whose sums are then added as
-   integers. */
+   As in Pillow-SIMD, weights have 16 bits, as many of them after the point as the largest weight of a side allows, and rows
+   are scaled first and rounded to bytes. Processors multiply floats faster than integers, and floats are exact here: a sum
+   of up to FEW products has at most 24 bits, or else one of two products has, and such sums are added as integers. */
 
 #include <math.h>
 #include <string.h>
@@ -16,9 +15,10 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 
 /* How `count` numbers are computed from `taps` neighbours each, some of weight 0, those from `starts` on. Weights have `bits`
-   after the point, and each number has room for `room` of them, an even number. */
+   after the point, and each number has room for `room` of them, an even number. Whether sums are exact, and may lie outside
+   the range of a byte, is known beforehand. */
 struct filter {
-    int count, taps, room, bits, is_exact;
+    int count, taps, room, bits, is_exact, overshoots;
     int *starts;
     float *weights;
 };
@@ -30,7 +30,7 @@ static void make_filter(struct filter *filter, struct side side, int is_cubic, s
     double support = (is_cubic ? 2 : 1) * widened, scale = 1 / widened, largest = 0;
     int room = 2 * (int)ceil(support) + 2;
 
-    *filter = (struct filter){.count = side.count, .room = room, .is_exact = 1};
+    *filter = (struct filter){.count = side.count, .room = room, .is_exact = 1, .overshoots = is_cubic};
     filter->starts = take(scratch, side.count * sizeof *filter->starts);
     filter->weights = take(scratch, (size_t)side.count * room * sizeof *filter->weights);
     double *found = take(scratch, (size_t)side.scaled * room * sizeof *found);
@@ -60,7 +60,7 @@ static void make_filter(struct filter *filter, struct side side, int is_cubic, s
         for (int k = 0; k < room; k++) {
             double value = own[k] * (1 << filter->bits);
             int weight = (int)(value + (value < 0 ? -0.5 : 0.5));
-            filter->weights[(size_t)i * room + k] = weight;
+            filter->weights[(size_t)i * room + k] = (float)weight / (1 << filter->bits);
             sum += weight < 0 ? -weight : weight;
             if (weight && k >= filter->taps)
                 filter->taps = k + 1;
@@ -78,16 +78,13 @@ static inline int as_byte(int value)
 
 /* Compute a row of pixels from `taps` rows of values, FEW at most, whose sums are exact. */
 static inline __attribute__((always_inline)) void
-scale_few_rows(const float *lines, size_t stride, const float *weights, int bits, int width, uint8_t *restrict out,
-               const int taps)
+scale_few_rows(const float *lines, size_t stride, const float *weights, int width, uint8_t *restrict out, const int taps)
 {
-    float half = 1 << (bits - 1), last_bit = 1.0f / (1 << bits);
-
     for (int x = 0; x < width; x++) {
-        float sum = half;
+        float sum = 0.5f;
         for (int k = 0; k < taps; k++)
             sum += weights[k] * lines[k * stride + x];
-        out[x] = as_byte((int)(sum * last_bit));
+        out[x] = as_byte((int)sum);
     }
 }
 
@@ -95,12 +92,14 @@ scale_few_rows(const float *lines, size_t stride, const float *weights, int bits
 static void scale_many_rows(const float *lines, size_t stride, const float *weights, int bits, int width, int taps,
                             int32_t *restrict sums, uint8_t *restrict out)
 {
+    float one = 1 << bits;
+
     for (int x = 0; x < width; x++)
         sums[x] = 1 << (bits - 1);
     for (int k = 0; k < taps; k += 2) {
-        const float *one = lines + k * stride, *other = k + 1 < taps ? one + stride : one; /* its weight is 0 */
+        const float *line = lines + k * stride, *next = k + 1 < taps ? line + stride : line; /* its weight is 0 */
         for (int x = 0; x < width; x++)
-            sums[x] += (int)(weights[k] * one[x] + weights[k + 1] * other[x]);
+            sums[x] += (int)((weights[k] * line[x] + weights[k + 1] * next[x]) * one);
     }
     for (int x = 0; x < width; x++)
         out[x] = as_byte(sums[x] >> bits);
@@ -110,20 +109,20 @@ static void scale_to_row(const float *lines, size_t stride, const struct filter 
                          int32_t *sums, uint8_t *out)
 {
     const float *weights = filter->weights + (size_t)y * filter->room;
-    int bits = filter->bits, taps = filter->taps;
+    int taps = filter->taps;
 
     while (taps > 1 && !weights[taps - 1]) /* also those past the last row */
         taps--;
     switch (filter->is_exact ? taps : FEW + 1) {
-    case 1: scale_few_rows(lines, stride, weights, bits, width, out, 1); break;
-    case 2: scale_few_rows(lines, stride, weights, bits, width, out, 2); break;
-    case 3: scale_few_rows(lines, stride, weights, bits, width, out, 3); break;
-    case 4: scale_few_rows(lines, stride, weights, bits, width, out, 4); break;
-    case 5: scale_few_rows(lines, stride, weights, bits, width, out, 5); break;
-    case 6: scale_few_rows(lines, stride, weights, bits, width, out, 6); break;
-    case 7: scale_few_rows(lines, stride, weights, bits, width, out, 7); break;
-    case 8: scale_few_rows(lines, stride, weights, bits, width, out, 8); break;
-    default: scale_many_rows(lines, stride, weights, bits, width, taps, sums, out);
+    case 1: scale_few_rows(lines, stride, weights, width, out, 1); break;
+    case 2: scale_few_rows(lines, stride, weights, width, out, 2); break;
+    case 3: scale_few_rows(lines, stride, weights, width, out, 3); break;
+    case 4: scale_few_rows(lines, stride, weights, width, out, 4); break;
+    case 5: scale_few_rows(lines, stride, weights, width, out, 5); break;
+    case 6: scale_few_rows(lines, stride, weights, width, out, 6); break;
+    case 7: scale_few_rows(lines, stride, weights, width, out, 7); break;
+    case 8: scale_few_rows(lines, stride, weights, width, out, 8); break;
+    default: scale_many_rows(lines, stride, weights, filter->bits, width, taps, sums, out);
     }
 }
 
@@ -135,14 +134,14 @@ static inline floats load(const float *from)
     return values;
 }
 
-/* Sum `taps` pixels of 3 values, FEW at most, for each column of ROWS rows, if sums are exact. The vectors reach into the next
+/* Scale ROWS rows of pixels of 3 values, if sums of `taps` products, FEW at most, are exact. The vectors reach into the next
    pixel, which is written after this one. */
 static inline __attribute__((always_inline)) void
-sum_few_columns(const float *values, size_t stride, const struct filter *filter, float *lines, size_t line_stride,
+scale_few_columns(const float *values, size_t stride, const struct filter *filter, float *lines, size_t line_stride,
                 const int taps)
 {
     const int count = filter->count, room = filter->room, *starts = filter->starts;
-    const float *weights = filter->weights, *from[ROWS], half = 1 << (filter->bits - 1);
+    const float *weights = filter->weights, *from[ROWS];
     float *to[ROWS];
 
     for (int row = 0; row < ROWS; row++) { /* an address each: the strides would need sums in the loop */
@@ -153,12 +152,14 @@ sum_few_columns(const float *values, size_t stride, const struct filter *filter,
         ptrdiff_t start = 3 * (ptrdiff_t)(starts[x] - starts[0]);
         floats sums[ROWS];
         for (int row = 0; row < ROWS; row++)
-            sums[row] = (floats){half, half, half, half};
+            sums[row] = (floats){0.5f, 0.5f, 0.5f, 0.5f};
         for (int k = 0; k < taps; k++)
             for (int row = 0; row < ROWS; row++)
                 sums[row] += load(from[row] + start + 3 * k) * weights[k];
-        for (int row = 0; row < ROWS; row++)
-            memcpy(to[row] + 3 * x, &sums[row], sizeof sums[row]);
+        for (int row = 0; row < ROWS; row++) {
+            floats rounded = __builtin_convertvector(__builtin_convertvector(sums[row], integers), floats);
+            memcpy(to[row] + 3 * x, &rounded, sizeof rounded);
+        }
     }
 }
 
@@ -166,6 +167,8 @@ sum_few_columns(const float *values, size_t stride, const struct filter *filter,
 static void scale_many_columns(const float *values, size_t stride, const struct filter *filter, int channels,
                                int32_t *sums, float *lines, size_t line_stride)
 {
+    float one = 1 << filter->bits;
+
     for (int row = 0; row < ROWS; row++, values += stride, lines += line_stride) {
         const float *weights = filter->weights;
         for (int x = 0; x < filter->count; x++, weights += filter->room) {
@@ -173,7 +176,8 @@ static void scale_many_columns(const float *values, size_t stride, const struct 
             integers sum = {0};
             for (int k = 0; k < filter->taps; k += 2) {
                 const float *pair = from + (ptrdiff_t)k * channels;
-                sum += __builtin_convertvector(load(pair) * weights[k] + load(pair + channels) * weights[k + 1], integers);
+                floats part = load(pair) * weights[k] + load(pair + channels) * weights[k + 1];
+                sum += __builtin_convertvector(part * one, integers);
             }
             memcpy(sums + (size_t)x * channels, &sum, sizeof sum);
         }
@@ -185,21 +189,19 @@ static void scale_many_columns(const float *values, size_t stride, const struct 
 static void scale_columns(const float *values, size_t stride, const struct filter *filter, int channels, int32_t *sums,
                           float *lines, size_t line_stride)
 {
-    float last_bit = 1.0f / (1 << filter->bits);
-
     switch (filter->is_exact && channels == 3 ? filter->taps : FEW + 1) {
-    case 1: sum_few_columns(values, stride, filter, lines, line_stride, 1); break;
-    case 2: sum_few_columns(values, stride, filter, lines, line_stride, 2); break;
-    case 3: sum_few_columns(values, stride, filter, lines, line_stride, 3); break;
-    case 4: sum_few_columns(values, stride, filter, lines, line_stride, 4); break;
-    case 5: sum_few_columns(values, stride, filter, lines, line_stride, 5); break;
-    case 6: sum_few_columns(values, stride, filter, lines, line_stride, 6); break;
-    case 7: sum_few_columns(values, stride, filter, lines, line_stride, 7); break;
-    case 8: sum_few_columns(values, stride, filter, lines, line_stride, 8); break;
+    case 1: scale_few_columns(values, stride, filter, lines, line_stride, 1); break;
+    case 2: scale_few_columns(values, stride, filter, lines, line_stride, 2); break;
+    case 3: scale_few_columns(values, stride, filter, lines, line_stride, 3); break;
+    case 4: scale_few_columns(values, stride, filter, lines, line_stride, 4); break;
+    case 5: scale_few_columns(values, stride, filter, lines, line_stride, 5); break;
+    case 6: scale_few_columns(values, stride, filter, lines, line_stride, 6); break;
+    case 7: scale_few_columns(values, stride, filter, lines, line_stride, 7); break;
+    case 8: scale_few_columns(values, stride, filter, lines, line_stride, 8); break;
     default: scale_many_columns(values, stride, filter, channels, sums, lines, line_stride); return;
     }
-    for (size_t x = 0; x < ROWS * line_stride; x++)
-        lines[x] = as_byte((int)(lines[x] * last_bit));
+    for (size_t x = 0; filter->overshoots && x < ROWS * line_stride; x++)
+        lines[x] = as_byte((int)lines[x]);
 }
 
 /* Write the crop of a picture to `out`, uint8 (rows->count, columns->count, channels), with 1 or 3 channels. The picture's rows
