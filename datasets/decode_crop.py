@@ -1,24 +1,22 @@
 """Bytes of an image file to pixels of one size: decodes what a framing keeps of a picture, and scales it.
 
 Crop version 3 decodes only the part of a JPEG that the crop needs, in C (jpeg_crop.c). All other files, and those that
-this code gives up on, are decoded entirely and then cut and scaled: so one decoder decides what is damaged.
+this code gives up on, are decoded entirely and then cut and scaled (scale.py): so one decoder decides what is damaged.
 """
 
 import ctypes
 import functools
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.nn import functional
 
 from shardstep.configs.schema import CropVersion, Orientation
 from shardstep.datasets import native
 from shardstep.datasets.decode import decode, resize_to_cover
 from shardstep.datasets.framing import Crop, Framing, Interpolation
 from shardstep.datasets.orientation import UPRIGHT, turn_of
+from shardstep.datasets.scale import cut_and_scale, sides_of
 
 PARTIAL: CropVersion = 3
 """The crop version that decodes only what is needed."""
@@ -26,15 +24,6 @@ _SOURCE, _LIBRARIES = Path(__file__).with_name("jpeg_crop.c"), ("jpeg",)
 _MOST_PIXELS = 2**30  # as in OpenCV
 _JPEG, _END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
 _FRAMES, _SCAN = (0xC0, 0xC1, 0xC2), 0xDA  # markers; the frames are baseline, extended and progressive
-
-
-_DONE, _NEEDS_MEMORY = 0, 3  # what crop_jpeg of jpeg_crop.c returns
-
-
-class _Side(ctypes.Structure):
-    """`struct side` of jpeg_crop.c."""
-
-    _fields_ = [(name, ctypes.c_int) for name in ("start", "length", "scaled", "first", "count")]
 
 
 def missing_for_partial() -> str | None:
@@ -68,28 +57,18 @@ def decode_crop(
         height, width = turn.size(*shape[:2])
         crop = framing.crop(height, width, draws)
         if turn != UPRIGHT:
-            crop, out = turn.stored_crop(crop, height, width), None
-        if out is None or mode != "RGB":
-            out = np.empty((crop.window.height, crop.window.width, 3), dtype=np.uint8)
-        if _decode_part(data, crop, framing.interpolation, out):
-            pixels = out if turn == UPRIGHT else turn.pixels(out)
+            crop = turn.stored_crop(crop, height, width)
+        part = out if mode == "RGB" and turn == UPRIGHT else None
+        if part is None:
+            part = np.empty((crop.window.height, crop.window.width, 3), dtype=np.uint8)
+        if _decode_part(data, crop, framing.interpolation, part):
+            pixels = part if turn == UPRIGHT else turn.pixels(part)
             return pixels if mode == "RGB" else pixels[:, :, :1]
     pixels = decode(data, mode, orientation)
     if framing.version == 1:
         return resize_to_cover(pixels, framing.height, framing.width)
-    return cut_and_scale(pixels, framing.crop(pixels.shape[0], pixels.shape[1], draws), framing.interpolation)
-
-
-def cut_and_scale(pixels: np.ndarray, crop: Crop, interpolation: Interpolation) -> np.ndarray:
-    """Apply a crop to uint8 pixels (height, width, channels), with Pillow's antialiasing."""
-    region, window = crop.region, crop.window
-    pixels = pixels[region.top : region.top + region.height, region.left : region.left + region.width]
-    if pixels.shape[:2] != crop.scaled:
-        pixels = np.ascontiguousarray(pixels)  # torch would copy it more slowly
-        images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # (H, W, C) -> (1, C, H, W)
-        scaled = functional.interpolate(images, crop.scaled, mode=interpolation, antialias=True)
-        pixels = scaled[0].permute(1, 2, 0).numpy()
-    return pixels[window.top : window.top + window.height, window.left : window.left + window.width]
+    crop = framing.crop(pixels.shape[0], pixels.shape[1], draws)
+    return cut_and_scale(pixels, crop, framing.interpolation, out)
 
 
 def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
@@ -108,26 +87,6 @@ def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-class _Scratch(ctypes.Structure):
-    """`struct scratch` of jpeg_crop.c; keeps its memory alive."""
-
-    _fields_ = [("memory", ctypes.c_void_p), ("size", ctypes.c_size_t), ("used", ctypes.c_size_t)]
-
-    def __init__(self, size: int):
-        self._memory = np.empty(size, dtype=np.uint8)
-        super().__init__(self._memory.ctypes.data, size, 0)
-
-
-class _Thread(threading.local):
-    """What each thread that decodes has for itself."""
-
-    def __init__(self) -> None:
-        self.scratch = _Scratch(0)
-
-
-_thread = _Thread()
-
-
 @functools.cache
 def _library() -> ctypes.CDLL:
     return native.load(_SOURCE, _LIBRARIES)
@@ -135,18 +94,11 @@ def _library() -> ctypes.CDLL:
 
 def _decode_part(data: bytes, crop: Crop, interpolation: Interpolation, out: np.ndarray) -> bool:
     """Decode a crop of a JPEG to `out`, uint8 (height, width, 3); return False if the C code gives up on the file."""
-    region, (height, width), window = crop.region, crop.scaled, crop.window
-    rows = _Side(region.top, region.height, height, window.top, window.height)
-    columns = _Side(region.left, region.width, width, window.left, window.width)
-
-    def decode_with(scratch: _Scratch) -> int:
-        return _library().crop_jpeg(
+    rows, columns = sides_of(crop)
+    result = native.call_with_scratch(
+        lambda scratch: _library().crop_jpeg(
             data, ctypes.c_size_t(len(data)), ctypes.byref(rows), ctypes.byref(columns), int(interpolation == "bicubic"),
             ctypes.byref(scratch), ctypes.c_void_p(out.ctypes.data),
-        )  # fmt: skip
-
-    found = decode_with(_thread.scratch)
-    if found == _NEEDS_MEMORY:
-        _thread.scratch = _Scratch(_thread.scratch.used)
-        found = decode_with(_thread.scratch)
-    return found == _DONE
+        )
+    )  # fmt: skip
+    return result == native.DONE

@@ -18,19 +18,9 @@
 
 #include <jpeglib.h>
 
-enum { DONE, ANOTHER_KIND, DAMAGED, NEEDS_MEMORY };
-enum { COMPONENTS = 3, MOST_ROWS = 16, WEIGHT_BITS = 14, PLANE_BITS = 7, EXTRA_BITS = 5, LANES = 16, VECTOR_BYTES = 64 };
+#include "crop.h"
 
-/* A side of a crop: `count` pixels from number `first` on of the `scaled` ones that region [start, start + length) becomes. */
-struct side {
-    int start, length, scaled, first, count;
-};
-
-/* Memory of the caller, given out from the front: no call of malloc, and no page that is new each time. */
-struct scratch {
-    uint8_t *memory;
-    size_t size, used;
-};
+enum { COMPONENTS = 3, MOST_ROWS = 16, WEIGHT_BITS = 14, PLANE_BITS = 7, EXTRA_BITS = 5, LANES = 16 };
 
 /* How `count` numbers are computed from up to `taps` neighbours each; those from `begin` up to `end` are used at all. Each
    number has room for `room` weights. */
@@ -39,25 +29,6 @@ struct filter {
     int *starts;
     int16_t *weights;
 };
-
-static inline double bilinear(double x)
-{
-    return x < 1 ? 1 - x : 0;
-}
-
-static inline double bicubic(double x) /* Keys 1981, with a = -0.5 */
-{
-    return x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
-}
-
-/* Return `bytes` that are aligned for vectors, or NULL where not so many are left; `used` then says how many it takes. */
-static void *take(struct scratch *scratch, size_t bytes)
-{
-    size_t start = scratch->used;
-
-    scratch->used += (bytes + VECTOR_BYTES - 1) / VECTOR_BYTES * VECTOR_BYTES;
-    return scratch->used <= scratch->size ? scratch->memory + start : NULL;
-}
 
 /* Make the filter of a side for a plane that has `share` values per pixel of the picture, `limit` in all. A value at the
    edge of the region counts if the region covers any of it. */

@@ -1,4 +1,4 @@
-"""Compile C code of shardstep for this machine's processor at its first use, and load it."""
+"""Compile C code of shardstep for this machine's processor at its first use, load it, and lend it memory."""
 
 import contextlib
 import ctypes
@@ -10,8 +10,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch  # noqa: F401  loaded first, so that our libraries share its OpenMP threads, if it brings a libgomp.so.1
 
 from shardstep.configs.files import sync_to_disk
@@ -19,6 +22,8 @@ from shardstep.datasets.cache import cache_folder
 
 _OPTIONS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 _OTHERS_MAY_WRITE = 0o022
+DONE, NEEDS_MEMORY = 0, 3
+"""What C code returns that takes memory of a thread, see crop.h."""
 
 
 class NoCompilerError(Exception):
@@ -28,8 +33,8 @@ class NoCompilerError(Exception):
 def load(source: Path, libraries: tuple[str, ...] = ()) -> ctypes.CDLL:
     """Load the library of a C file; compile it first with $CC or cc, into a folder of the cache that only we can write to.
 
-    A library is reused only for the same source, command and processor, because different nodes may share the folder.
-    `libraries` are those that it is linked with, such as "jpeg".
+    A library is reused only for the same source, headers beside it, command and processor, because different nodes may
+    share the folder. `libraries` are those that it is linked with, such as "jpeg".
 
     Raises:
         NoCompilerError: there is no compiler, it refuses the file, or the library cannot be kept or loaded.
@@ -37,7 +42,8 @@ def load(source: Path, libraries: tuple[str, ...] = ()) -> ctypes.CDLL:
     try:
         command = [*shlex.split(os.environ.get("CC") or "cc"), *_OPTIONS]
         links = [f"-l{name}" for name in libraries]
-        text = "\n".join([source.read_text(), *command, *links, platform.machine(), _abilities()])
+        code = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+        text = "\n".join([*code, *command, *links, platform.machine(), _abilities()])
         library = _own_folder() / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
         with contextlib.suppress(OSError):  # not compiled yet
             return ctypes.CDLL(str(library))
@@ -55,6 +61,35 @@ def missing(source: Path, libraries: tuple[str, ...] = ()) -> str | None:
     except NoCompilerError as error:
         return f"a C compiler ({error})"
     return None
+
+
+class Scratch(ctypes.Structure):
+    """`struct scratch` of crop.h: memory that C code may use during a call; kept alive by this object."""
+
+    _fields_ = [("memory", ctypes.c_void_p), ("size", ctypes.c_size_t), ("used", ctypes.c_size_t)]
+
+    def __init__(self, size: int):
+        self._memory = np.empty(size, dtype=np.uint8)
+        super().__init__(self._memory.ctypes.data, size, 0)
+
+
+def call_with_scratch(call: Callable[[Scratch], int]) -> int:
+    """Call C code with the memory of this thread, and once more if it needs more memory; return its result."""
+    result = call(_thread.scratch)
+    if result == NEEDS_MEMORY:
+        _thread.scratch = Scratch(_thread.scratch.used)
+        result = call(_thread.scratch)
+    return result
+
+
+class _Thread(threading.local):
+    """What each thread has for itself."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch(0)
+
+
+_thread = _Thread()
 
 
 def _own_folder() -> Path:

@@ -8,9 +8,9 @@ import numpy as np
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import Orientation
 from shardstep.datasets.decode import decode, encode_jpeg, encode_png, extension_of
-from shardstep.datasets.decode_crop import cut_and_scale
 from shardstep.datasets.framing import LARGEST_SIDE, Box, Crop
 from shardstep.datasets.orientation import UPRIGHT, turn_of
+from shardstep.datasets.scale import cut_and_scale
 
 QUALITY = 90  # of JPEGs that are shrunk
 _KEPT = ("png", "jpg", "webp", "avif")  # formats whose files are stored as they are

@@ -14,10 +14,11 @@ from shardstep.configs.errors import InputError
 from shardstep.configs.schema import CropVersion
 from shardstep.datasets import decode_crop as module
 from shardstep.datasets import native
-from shardstep.datasets.decode_crop import cut_and_scale, decode_crop, missing_for_partial
+from shardstep.datasets.decode_crop import decode_crop, missing_for_partial
 from shardstep.datasets.framing import DRAWS, Framing, Interpolation, RandomResizedCrop
 from shardstep.datasets.manifest import open_shards
 from shardstep.datasets.reader import StreamReader
+from shardstep.datasets.scale import cut_and_scale
 from tests.photographs import JPEG_KINDS, jpeg, picture
 
 DRAWN = [None, *np.random.default_rng(0).random((6, DRAWS)).tolist()]

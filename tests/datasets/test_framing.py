@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from shardstep.datasets.decode_crop import cut_and_scale
 from shardstep.datasets.framing import DRAWS, Box, Crop, Framing, RandomResizedCrop
+from shardstep.datasets.scale import cut_and_scale
 from tests.photographs import picture
 
 side = st.one_of(st.integers(1, 60), st.integers(1, 5000))

@@ -30,7 +30,7 @@ def test_it_is_compiled_once(source: Path, tmp_path: Path, monkeypatch: pytest.M
     assert [path.suffix for path in _kept(tmp_path)] == [".so"]
 
 
-def test_another_source_command_or_processor_has_its_own(
+def test_another_source_header_command_or_processor_has_its_own(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     native.load(source)
@@ -40,7 +40,9 @@ def test_another_source_command_or_processor_has_its_own(
     native.load(source)
     source.write_text("int answer(void) { return 43; }\n")
     assert native.load(source).answer() == 43
-    assert len(_kept(tmp_path)) == 4
+    source.with_name("shared.h").write_text("int question;\n")
+    native.load(source)
+    assert len(_kept(tmp_path)) == 5
 
 
 def test_many_may_compile_at_once(source: Path, tmp_path: Path) -> None:
@@ -106,3 +108,19 @@ def test_what_others_may_have_written_is_not_run(source: Path, tmp_path: Path) -
     folder.chmod(0o777)
     with pytest.raises(native.NoCompilerError, match="others may write there"):
         native.load(source)
+
+
+def test_memory_of_a_thread_grows_to_what_is_asked_for() -> None:
+    sizes = []
+
+    def needs(size: int) -> int:
+        def call(scratch: native.Scratch) -> int:
+            sizes.append(scratch.size)
+            scratch.used = size
+            return native.DONE if size <= scratch.size else native.NEEDS_MEMORY
+
+        return native.call_with_scratch(call)
+
+    with ThreadPoolExecutor(1) as pool:  # a thread that has no memory yet
+        assert list(pool.map(needs, [1000, 500, 2000])) == [native.DONE] * 3
+    assert sizes == [0, 1000, 1000, 1000, 2000]

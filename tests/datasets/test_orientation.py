@@ -13,13 +13,14 @@ from PIL import Image, ImageOps
 from shardstep.configs.errors import InputError
 from shardstep.configs.schema import CropVersion, DataConfig, Orientation
 from shardstep.datasets.decode import decode
-from shardstep.datasets.decode_crop import cut_and_scale, decode_crop
+from shardstep.datasets.decode_crop import decode_crop
 from shardstep.datasets.framing import DRAWS, Box, Framing, RandomResizedCrop
 from shardstep.datasets.image_files import read_image_file
 from shardstep.datasets.manifest import ShardFolder, open_shards
 from shardstep.datasets.orientation import UPRIGHT, turn_of
 from shardstep.datasets.reader import StreamReader
 from shardstep.datasets.resident import load_resident
+from shardstep.datasets.scale import cut_and_scale
 from shardstep.datasets.stored_images import ImageOptions
 from shardstep.datasets.verify import undecodable_images, verify_shards
 from shardstep.datasets.write import write_shards
