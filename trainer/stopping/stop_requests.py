@@ -18,7 +18,8 @@ from shardstep.trainer.stopping.time_limit import TimeLimit
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 HELD_BACK = (signal.SIGINT, *_SIGNALS)
-"""The signals that `shardstep train --nproc` blocks in the ranks that it starts, until `raise_interrupts` and `StopSignal.install`."""
+"""The signals that `shardstep train --nproc` blocks in the ranks that it starts, until `StopSignal.install` unblocks them
+(Ctrl-C: until `raise_interrupts`)."""
 _INTERVAL_S = 0.5  # between two checks of files and other ranks
 _MOST_CALLS = 100  # between two checks: a GPU's steps seem faster than they are until its queue is full
 
