@@ -11,6 +11,17 @@
 
 enum { WEIGHT_BITS = 15, MOST_BITS = 22, EXACT_BITS = 24, FEW = 8, ROWS = 4, KEPT_ROWS = 16, LANES = 4 };
 
+/* Cases of a switch, one for each number of taps up to FEW: a function whose last argument the compiler then knows. */
+#define FEW_CASES(function, ...)                                                                                       \
+    case 1: function(__VA_ARGS__, 1); break;                                                                           \
+    case 2: function(__VA_ARGS__, 2); break;                                                                           \
+    case 3: function(__VA_ARGS__, 3); break;                                                                           \
+    case 4: function(__VA_ARGS__, 4); break;                                                                           \
+    case 5: function(__VA_ARGS__, 5); break;                                                                           \
+    case 6: function(__VA_ARGS__, 6); break;                                                                           \
+    case 7: function(__VA_ARGS__, 7); break;                                                                           \
+    case 8: function(__VA_ARGS__, 8); break;
+
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 
@@ -114,14 +125,7 @@ static void scale_to_row(const float *lines, size_t stride, const struct filter 
     while (taps > 1 && !weights[taps - 1]) /* also those past the last row */
         taps--;
     switch (filter->is_exact ? taps : FEW + 1) {
-    case 1: scale_few_rows(lines, stride, weights, width, out, 1); break;
-    case 2: scale_few_rows(lines, stride, weights, width, out, 2); break;
-    case 3: scale_few_rows(lines, stride, weights, width, out, 3); break;
-    case 4: scale_few_rows(lines, stride, weights, width, out, 4); break;
-    case 5: scale_few_rows(lines, stride, weights, width, out, 5); break;
-    case 6: scale_few_rows(lines, stride, weights, width, out, 6); break;
-    case 7: scale_few_rows(lines, stride, weights, width, out, 7); break;
-    case 8: scale_few_rows(lines, stride, weights, width, out, 8); break;
+    FEW_CASES(scale_few_rows, lines, stride, weights, width, out)
     default: scale_many_rows(lines, stride, weights, filter->bits, width, taps, sums, out);
     }
 }
@@ -190,14 +194,7 @@ static void scale_columns(const float *values, size_t stride, const struct filte
                           float *lines, size_t line_stride)
 {
     switch (filter->is_exact && channels == 3 ? filter->taps : FEW + 1) {
-    case 1: scale_few_columns(values, stride, filter, lines, line_stride, 1); break;
-    case 2: scale_few_columns(values, stride, filter, lines, line_stride, 2); break;
-    case 3: scale_few_columns(values, stride, filter, lines, line_stride, 3); break;
-    case 4: scale_few_columns(values, stride, filter, lines, line_stride, 4); break;
-    case 5: scale_few_columns(values, stride, filter, lines, line_stride, 5); break;
-    case 6: scale_few_columns(values, stride, filter, lines, line_stride, 6); break;
-    case 7: scale_few_columns(values, stride, filter, lines, line_stride, 7); break;
-    case 8: scale_few_columns(values, stride, filter, lines, line_stride, 8); break;
+    FEW_CASES(scale_few_columns, values, stride, filter, lines, line_stride)
     default: scale_many_columns(values, stride, filter, channels, sums, lines, line_stride); return;
     }
     for (size_t x = 0; filter->overshoots && x < ROWS * line_stride; x++)
