@@ -111,19 +111,21 @@ def _read_weights(place: str) -> dict[str, Tensor]:
 def check_contracts(
     recipe: Recipe, module: nn.Module, objective: Objective, loaded: Data, plan: Plan, device: torch.device
 ) -> None:
-    """Check on the first training samples what the recipe names by import path; nothing where it names nothing so.
+    """Check what the recipe names by import path on the first training samples, and optimizers of pytorch_optimizer.
 
     Raises:
         InputError: something breaks its contract, see own_code/contracts.py.
     """
     names = [recipe.optimizer["name"], *(group.get("name") for group in recipe.optimizer["groups"])]
-    if any(is_import_path(name) for name in names):
-        contracts.check_optimizer(partial(build_optimizer, recipe.optimizer), module)
-    elif any(str(name).startswith(PYTORCH_OPTIMIZER) for name in names):
+    of_package = [name for name in names if str(name).startswith(PYTORCH_OPTIMIZER)]
+    has_own = any(map(is_import_path, names))
+    if has_own or of_package:
         try:
             contracts.check_optimizer(partial(build_optimizer, recipe.optimizer), module)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
-            raise InputError(f"optimizer.name={names[0]} cannot work here: {first_line(error)}") from None
+            if has_own or isinstance(error, InputError):
+                raise
+            raise InputError(f"optimizer.name={of_package[0]} cannot work here: {first_line(error)}") from None
     if not names_of_code(recipe):
         return
     may_be_empty = 0 in _micro_batch_sizes(recipe, plan)
